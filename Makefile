@@ -1,0 +1,48 @@
+# Every target does its own set-up. Other interpreter: make test PYTHON=python3.12. More words for the benchmark:
+# make bench ARGS="--model vit_large_patch16_224 --batch-size 1,64".
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+RUN := $(VENV)/bin/python -P -m
+READY := $(VENV)/.setup
+TRITON36 := $(VENV)/triton-3.6.0
+
+.PHONY: help bench test lint aot setup clean
+
+help:
+	@echo "make bench   benchmark vit_fast against timm eager and torch.compile on this machine; results in out/"
+	@echo "make test    all tests: plain, interpreted kernels, kernels compiled ahead of time"
+	@echo "make aot     the ahead-of-time compilations only"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make setup   only the virtual environment, $(VENV)"
+	@echo "make clean   remove $(VENV), out/ and caches"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt .ci/setup .ci/torchvision_schemas.py
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
+
+# The second Triton that the ahead-of-time tests compile with; not where packages are borrowed (perhaps offline).
+$(TRITON36)/.setup: $(READY)
+	@if [ -z "$$(find $(VENV) -name borrowed.pth)" ] && [ "$$(uname -s)" = Linux ]; then \
+	    $(RUN) pip install --quiet --no-deps --upgrade --target $(TRITON36) triton==3.6.0; fi
+	@mkdir -p $(TRITON36) && touch $@
+
+bench: $(READY)
+	@mkdir -p out
+	$(RUN) vit_fast bench --results-file out/bench.json --plot out/bench.png $(ARGS)
+
+test: $(READY) $(TRITON36)/.setup
+	@PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
+
+aot: $(READY) $(TRITON36)/.setup
+	$(RUN) pytest -m aot
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,15 @@
+"""The fused operations of vit_fast, installed as ``vit_fast.kernels``.
+
+One file is one operation: head comment, device code, launch, public function.
+
+=================  ==========================================================
+``arguments``      what every backend demands of its arguments, and the errors
+``reference``      the same operations in plain PyTorch: truth and last fallback
+``configs``        launch configurations as data
+``layer_norm``     LayerNorm over the last axis
+``linear``         GEMM with fused epilogues: activation, LayerScale, residual
+``layernorm_mlp``  LayerNorm + MLP + residual
+``attention``      attention on packed or separate q, k, v
+``patch_embed``    patch embedding as an implicit GEMM
+=================  ==========================================================
+"""

@@ -1,0 +1,292 @@
+"""What the operations demand of their arguments, on every backend.
+
+Each ``check_<op>`` reads shapes, dtypes and devices and nothing else; it raises before anything is
+allocated or launched. The words are those of the signature: which operation, which argument, what
+came, what is wanted. Callers' mistakes are ``TypeError`` (wrong Python type) or ``ValueError``
+(rank, shape, dtype, device, value).
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
+
+
+class UnsupportedError(RuntimeError):
+    """The operation, option or backend that was asked for cannot do this."""
+
+
+def _shape(tensor):
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _check_tensor(op, name, value, ndim=None, dtypes=FLOAT_DTYPES):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"vit_fast.{op}: {name} has {value.dim()} dimensions {_shape(value)}, expected {ndim}")
+    if value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"vit_fast.{op}: {name} has dtype {value.dtype}, expected one of {wanted}")
+
+
+def _check_device(op, name, value, like_name, like):
+    if value.device != like.device:
+        raise ValueError(f"vit_fast.{op}: {name} is on {value.device}, expected {like.device} (as {like_name})")
+
+
+def _check_vector(op, name, value, size, why, like_name, like, dtype=None):
+    if value is None:
+        return
+    _check_tensor(op, name, value, 1)
+    if value.shape[0] != size:
+        raise ValueError(f"vit_fast.{op}: {name} has {value.shape[0]} elements, expected {size} ({why})")
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"vit_fast.{op}: {name} has dtype {value.dtype}, expected {dtype} (as {like_name})")
+    _check_device(op, name, value, like_name, like)
+
+
+def _check_int(op, name, value, minimum=1):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected an int")
+    if value < minimum:
+        raise ValueError(f"vit_fast.{op}: {name} is {value}, expected {minimum} or more")
+
+
+def _check_real(op, name, value):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a float")
+    if not math.isfinite(value):
+        raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a finite number")
+
+
+def _check_dropout(op, dropout_p, seed, like_name, like):
+    _check_real(op, "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"vit_fast.{op}: dropout_p is {dropout_p}, expected 0 ≤ dropout_p < 1")
+    if seed is not None:
+        _check_tensor(op, "seed", seed, dtypes=(torch.int64,))
+        if seed.numel() != 1:
+            raise ValueError(f"vit_fast.{op}: seed has shape {_shape(seed)}, expected one element")
+        _check_device(op, "seed", seed, like_name, like)
+
+
+def _check_activation(op, activation, allow_none):
+    if activation is None and allow_none:
+        return
+    if activation not in ACTIVATIONS:
+        words = ", ".join(ACTIVATIONS) + (" or None" if allow_none else "")
+        raise ValueError(f"vit_fast.{op}: activation is {activation!r}, expected one of {words}")
+
+
+def _check_layer_norm(op, x, weight, bias, eps, prefix=""):
+    _check_tensor(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"vit_fast.{op}: x has 0 dimensions, expected 1 or more")
+    width = x.shape[-1]
+    _check_int(op, "the width of x", width)
+    _check_vector(op, prefix + "weight", weight, width, "the width of x", "x", x)
+    _check_vector(op, prefix + "bias", bias, width, "the width of x", "x", x)
+    _check_real(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"vit_fast.{op}: eps is {eps}, expected 0 or more")
+
+
+def _check_weight(op, name, weight, in_features, why, x):
+    _check_tensor(op, name, weight, 2)
+    _check_int(op, f"the number of rows of {name}", weight.shape[0])
+    if weight.shape[1] != in_features:
+        raise ValueError(f"vit_fast.{op}: {name} has shape {_shape(weight)}, expected [*, {in_features}] ({why})")
+    _check_device(op, name, weight, "x", x)
+
+
+def _check_branch(op, x, gamma, row_scale, width, why):
+    """gamma [width] and row_scale [B] of a residual branch."""
+    _check_vector(op, "gamma", gamma, width, why, "x", x)
+    if row_scale is not None:
+        _check_vector(op, "row_scale", row_scale, x.shape[0], "the batch size of x", "x", x)
+
+
+def check_layer_norm(x, weight, bias, eps):
+    _check_layer_norm("layer_norm", x, weight, bias, eps)
+
+
+def check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation):
+    op = "layer_norm_linear"
+    _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
+    _check_weight(op, "weight", weight, x.shape[-1], "the width of x", x)
+    _check_vector(op, "bias", bias, weight.shape[0], "the rows of weight", "weight", weight, weight.dtype)
+    _check_activation(op, activation, allow_none=True)
+    if activation == "swiglu" and weight.shape[0] % 2:
+        raise ValueError(
+            f"vit_fast.{op}: weight has {weight.shape[0]} rows, expected an even number for activation 'swiglu'"
+        )
+
+
+def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed):
+    op = "linear_residual"
+    _check_tensor(op, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"vit_fast.{op}: x has {x.dim()} dimensions {_shape(x)}, expected 2 or more")
+    _check_int(op, "the width of x", x.shape[-1])
+    _check_weight(op, "weight", weight, x.shape[-1], "the width of x", x)
+    _check_vector(op, "bias", bias, weight.shape[0], "the rows of weight", "weight", weight, weight.dtype)
+    _check_tensor(op, "residual", residual)
+    _check_device(op, "residual", residual, "x", x)
+    if residual.shape != (*x.shape[:-1], weight.shape[0]):
+        wanted = "[" + ", ".join(str(size) for size in (*x.shape[:-1], weight.shape[0])) + "]"
+        raise ValueError(f"vit_fast.{op}: residual has shape {_shape(residual)}, expected {wanted}")
+    _check_branch(op, x, gamma, row_scale, weight.shape[0], "the rows of weight")
+    _check_dropout(op, dropout_p, seed, "x", x)
+
+
+def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed):
+    op = "layernorm_mlp"
+    _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
+    if x.dim() < 2:
+        raise ValueError(f"vit_fast.{op}: x has {x.dim()} dimensions {_shape(x)}, expected 2 or more")
+    _check_activation(op, activation, allow_none=False)
+    _check_weight(op, "w1", w1, x.shape[-1], "the width of x", x)
+    _check_vector(op, "b1", b1, w1.shape[0], "the rows of w1", "w1", w1, w1.dtype)
+    hidden, why = w1.shape[0], "the rows of w1"
+    if activation == "swiglu":
+        if hidden % 2:
+            raise ValueError(f"vit_fast.{op}: w1 has {hidden} rows, expected an even number for activation 'swiglu'")
+        hidden, why = hidden // 2, "half the rows of w1"
+    _check_weight(op, "w2", w2, hidden, why, x)
+    if w2.shape[0] != x.shape[-1]:
+        raise ValueError(f"vit_fast.{op}: w2 has {w2.shape[0]} rows, expected {x.shape[-1]} (the width of x)")
+    if w2.dtype != w1.dtype:
+        raise ValueError(f"vit_fast.{op}: w2 has dtype {w2.dtype}, expected {w1.dtype} (as w1)")
+    _check_vector(op, "b2", b2, w2.shape[0], "the rows of w2", "w1", w1, w1.dtype)
+    _check_branch(op, x, gamma, row_scale, x.shape[-1], "the width of x")
+    _check_dropout(op, dropout_p, seed, "x", x)
+
+
+def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_norm, dropout_p, seed):
+    op = "attention"
+    _check_tensor(op, "qkv", qkv, 3)
+    _check_int(op, "num_heads", num_heads)
+    _check_real(op, "scale", scale)
+    if (k is None) != (v is None):
+        missing, given = ("k", "v") if k is None else ("v", "k")
+        raise ValueError(f"vit_fast.{op}: {missing} is None, expected a tensor (as {given})")
+    if k is None:
+        if qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
+            raise ValueError(
+                f"vit_fast.{op}: qkv has width {qkv.shape[2]}, "
+                f"expected 3·num_heads·head_size with num_heads={num_heads}"
+            )
+        width, keys = qkv.shape[2] // 3, qkv.shape[1]
+    else:
+        width = qkv.shape[2]
+        if width == 0 or width % num_heads:
+            raise ValueError(
+                f"vit_fast.{op}: q has width {width}, expected num_heads·head_size with num_heads={num_heads}"
+            )
+        for name, tensor in (("k", k), ("v", v)):
+            _check_tensor(op, name, tensor, 3)
+            if tensor.shape[2] != width:
+                raise ValueError(
+                    f"vit_fast.{op}: {name} has head_size {tensor.shape[2] / num_heads:g}, "
+                    f"expected {width // num_heads} (as q)"
+                )
+            if tensor.shape[0] != qkv.shape[0]:
+                raise ValueError(
+                    f"vit_fast.{op}: {name} has batch size {tensor.shape[0]}, expected {qkv.shape[0]} (as q)"
+                )
+            if tensor.dtype != qkv.dtype:
+                raise ValueError(f"vit_fast.{op}: {name} has dtype {tensor.dtype}, expected {qkv.dtype} (as q)")
+            _check_device(op, name, tensor, "q", qkv)
+        if k.shape[1] != v.shape[1]:
+            raise ValueError(f"vit_fast.{op}: v has {v.shape[1]} tokens, expected {k.shape[1]} (as k)")
+        keys = k.shape[1]
+    _check_int(op, "the number of keys", keys)
+    _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths, q_norm, k_norm)
+    _check_dropout(op, dropout_p, seed, "qkv", qkv)
+
+
+def _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths, q_norm, k_norm):
+    if bias is not None:
+        _check_tensor(op, "bias", bias, 4)
+        _check_device(op, "bias", bias, "qkv", qkv)
+        wanted = (qkv.shape[0], num_heads, qkv.shape[1], keys)
+        if any(size not in (1, want) for size, want in zip(bias.shape, wanted, strict=True)):
+            text = "[" + ", ".join(str(size) for size in wanted) + "]"
+            raise ValueError(f"vit_fast.{op}: bias has shape {_shape(bias)}, expected {text} or 1 on any axis")
+    if key_lengths is not None:
+        _check_tensor(op, "key_lengths", key_lengths, 1, dtypes=(torch.int32, torch.int64))
+        _check_device(op, "key_lengths", key_lengths, "qkv", qkv)
+        if key_lengths.shape[0] != qkv.shape[0]:
+            raise ValueError(
+                f"vit_fast.{op}: key_lengths has {key_lengths.shape[0]} elements, "
+                f"expected {qkv.shape[0]} (the batch size)"
+            )
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is None:
+            continue
+        if not isinstance(norm, tuple) or len(norm) != 3:
+            raise TypeError(f"vit_fast.{op}: {name} is {norm!r}, expected a tuple (weight, bias or None, eps)")
+        _check_vector(op, f"{name} weight", norm[0], width // num_heads, "the head size", "qkv", qkv)
+        _check_vector(op, f"{name} bias", norm[1], width // num_heads, "the head size", "qkv", qkv)
+
+
+def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std):
+    """Returns the stride as a pair."""
+    op = "patch_embed"
+    _check_tensor(op, "images", images, 4, dtypes=(*FLOAT_DTYPES, torch.uint8))
+    _check_tensor(op, "weight", weight, 4)
+    _check_device(op, "weight", weight, "images", images)
+    channels, height, width = images.shape[1:]
+    for name, size in zip(("rows", "channels", "patch height", "patch width"), weight.shape, strict=True):
+        _check_int(op, f"weight's {name}", size)
+    if weight.shape[1] != channels:
+        raise ValueError(f"vit_fast.{op}: images have {channels} channels, expected {weight.shape[1]} (as weight)")
+    if isinstance(stride, (tuple, list)):
+        if len(stride) != 2:
+            raise ValueError(f"vit_fast.{op}: stride has {len(stride)} elements, expected an int or a pair")
+        stride = tuple(stride)
+    else:
+        stride = (stride, stride)
+    for size in stride:
+        _check_int(op, "stride", size)
+    if height < weight.shape[2] or width < weight.shape[3]:
+        raise ValueError(
+            f"vit_fast.{op}: images are {height}×{width}, "
+            f"expected at least one patch of {weight.shape[2]}×{weight.shape[3]}"
+        )
+    dim = weight.shape[0]
+    tokens = ((height - weight.shape[2]) // stride[0] + 1) * ((width - weight.shape[3]) // stride[1] + 1)
+    _check_vector(op, "bias", bias, dim, "the rows of weight", "weight", weight, weight.dtype)
+    if pos_embed is not None:
+        _check_tensor(op, "pos_embed", pos_embed, 3)
+        _check_device(op, "pos_embed", pos_embed, "images", images)
+        if pos_embed.shape[0] != 1 or pos_embed.shape[1] != tokens or pos_embed.shape[2] != dim:
+            raise ValueError(
+                f"vit_fast.{op}: pos_embed has shape {_shape(pos_embed)}, "
+                f"expected [1, {tokens}, {dim}] (patch rows only)"
+            )
+    if prefix_tokens is not None:
+        _check_tensor(op, "prefix_tokens", prefix_tokens, 3)
+        _check_device(op, "prefix_tokens", prefix_tokens, "images", images)
+        batch = images.shape[0]
+        # Compared without `in`, which would tie a compiled graph to one batch size.
+        if (prefix_tokens.shape[0] != 1 and prefix_tokens.shape[0] != batch) or prefix_tokens.shape[2] != dim:
+            raise ValueError(
+                f"vit_fast.{op}: prefix_tokens has shape {_shape(prefix_tokens)}, expected [1 or {batch}, K, {dim}]"
+            )
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if not isinstance(values, (tuple, list)):
+            raise TypeError(f"vit_fast.{op}: {name} is {type(values).__name__}, expected a tuple of floats or None")
+        if len(values) != channels:
+            raise ValueError(f"vit_fast.{op}: {name} has {len(values)} values, expected {channels} (one a channel)")
+        for value in values:
+            _check_real(op, name, value)
+            if name == "std" and value <= 0:
+                raise ValueError(f"vit_fast.{op}: std is {value}, expected more than 0")
+    return stride

@@ -1,0 +1,352 @@
+"""Attention forward: per head out = softmax(scale · q kᵀ) v, and the natural-log LSE of every row.
+
+q [B, Nq, C], k and v [B, Nk, C], C = H·D, D = 1 … 256: one packed projection [B, N, 3C] (channels q | k | v, heads
+contiguous) or three tensors, any strides, read in place. out [B, Nq, C] contiguous, in the dtype of the input;
+lse [B, H, Nq]. Scores, softmax, LSE and accumulators are fp32 (float64 for float64, interpreted only); the weights are
+rounded to the dtype of v before they meet v. The scale, times log2(e), is applied in fp32 after the dot.
+
+Two kernels, one-dimensional grids:
+  resident   short sequences: a program holds the whole K and V of one (image, head), cut in power-of-two key chunks
+             (197 keys = 128 + 64 + 16 columns), and takes query blocks in turn, each with one softmax in a single pass.
+             Small batches give every head several programs; a row's bits do not depend on how many.
+  streaming  a program is one query block of one (image, head) and takes BLOCK_N keys per step with a running softmax.
+The head axis is cut in power-of-two parts as well (80 = 64 + 16, 112 = 64 + 32 + 16), one dot and one accumulator per
+part, so that it is padded to the next 16 only.
+
+Fuses: split of heads, scale, softmax, merge of heads. Moves 2·B·(Nq + Nk)·C elements and does 4·B·H·Nq·Nk·D FLOP; the
+streaming kernel reads K and V once per query block, mostly out of the L2 cache.
+On Hopper and newer, K, V, Q and out of head sizes 64 and 128 go by TMA where pointers and strides allow it; the bits
+are those of the pointer path.
+Softmax over blocks of keys: FlashAttention (Dao et al. 2022, arXiv:2205.14135; 2023, arXiv:2307.08691).
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+
+_LOG2E = 1.4426950408889634
+_MAX_PROGRAMS = 2**31 - 1
+_TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def _load(
+    x, image, head, first, count, stride_b, stride_n, stride_c,
+    ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows first … first + ROWS of one head as a tuple of [ROWS, width] tiles, zero outside [count, D]."""
+    tiles = ()
+    if TMA:
+        tiles = tiles + (x.load([image.to(tl.int32), first, head.to(tl.int32) * D]).reshape(ROWS, D),)
+    else:
+        rows = first + tl.arange(0, ROWS)
+        base = x + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
+        for i in tl.static_range(len(PARTS)):
+            columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+            pointers = base + columns.to(tl.int64)[None, :] * stride_c
+            if MASKED:
+                tile = tl.load(pointers, mask=(rows < count)[:, None] & (columns < D)[None, :], other=0.0)
+            elif PARTS[i][0] + PARTS[i][1] > D:
+                tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+            else:
+                tile = tl.load(pointers)
+            if UPCAST:
+                tile = tile.to(tl.float32)
+            tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _store(
+    out, lse_ptr, acc, total, top, image, head, num_heads, first, count, stride_b, stride_n, stride_c,
+    ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Normalises and writes ROWS rows of one head and their LSE; the LSE is kept with base 2 until here."""
+    rows = first + tl.arange(0, ROWS)
+    inverse = 1.0 / total
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + (image * num_heads + head) * count + rows, lse, mask=rows < count)
+    if TMA:
+        tile = (acc[0] * inverse[:, None]).to(DTYPE)
+        out.store([image.to(tl.int32), first, head.to(tl.int32) * D], tile.reshape(1, ROWS, D))
+    else:
+        base = out + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
+        for i in tl.static_range(len(PARTS)):
+            columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+            tile = (acc[i] * inverse[:, None]).to(DTYPE)
+            mask = (rows < count)[:, None] & (columns < D)[None, :]
+            tl.store(base + columns.to(tl.int64)[None, :] * stride_c, tile, mask=mask)
+
+
+@triton.jit
+def _scores(q, k, NEGATIVE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """q kᵀ over all parts of the head axis, with the sign of the scale."""
+    s = tl.dot(q[0], k[0].T, input_precision=PRECISION, out_dtype=ACC)
+    for i in tl.static_range(1, len(q)):
+        s = tl.dot(q[i], k[i].T, s, input_precision=PRECISION, out_dtype=ACC)
+    if NEGATIVE:
+        s = -s
+    return s
+
+
+@triton.jit
+def _weigh(acc, p, v, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p v for every part of the head axis, p rounded to the dtype of the input."""
+    p = p.to(DTYPE).to(v[0].dtype)
+    new = ()
+    for i in tl.static_range(len(v)):
+        new = new + (tl.dot(p, v[i], acc[i], input_precision=PRECISION, out_dtype=ACC),)
+    return new
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    acc = ()
+    for i in tl.static_range(len(PARTS)):
+        acc = acc + (tl.full((ROWS, PARTS[i][1]), 0.0, ACC),)
+    return acc
+
+
+@triton.jit
+def _online_step(
+    acc, total, top, q, k, v, first, num_keys, scale_log2,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = _scores(q, k, NEGATIVE, ACC, PRECISION)
+    live = (first + tl.arange(0, BLOCK_N) < num_keys)[None, :]
+    highest = tl.max(tl.where(live, s, float("-inf")) if MASKED else s, 1)
+    new_top = tl.maximum(top, highest * scale_log2)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    s = s * scale_log2 - shift[:, None]
+    p = tl.exp2(tl.where(live, s, float("-inf")) if MASKED else s)
+    decay = tl.exp2(top - shift)
+    total = total * decay + tl.sum(p, 1)
+    scaled = ()
+    for i in tl.static_range(len(acc)):
+        scaled = scaled + (acc[i] * decay[:, None],)
+    return _weigh(scaled, p, v, DTYPE, ACC, PRECISION), total, new_top
+
+
+@triton.jit
+def _attention_fwd_streaming_kernel(
+    out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
+    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; pointers, or tensor descriptors with TMA
+    num_heads, num_queries, num_keys, scale_log2,
+    stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
+    stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    pair = pid // blocks
+    first_query = (pid - pair * blocks) * BLOCK_M
+    image = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
+    q = _load(
+        q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
+        BLOCK_M, D, PARTS, True, TMA, UPCAST,
+    )  # fmt: skip
+    acc = _zeros(BLOCK_M, PARTS, ACC)
+    total = tl.full((BLOCK_M,), 0.0, ACC)
+    top = tl.full((BLOCK_M,), float("-inf"), ACC)
+    last = (num_keys - 1) // BLOCK_N * BLOCK_N
+    for first in range(0, last, BLOCK_N):
+        k = _load(
+            k_ptr, image, head, first, num_keys, stride_kb, stride_kn, stride_kc,
+            BLOCK_N, D, PARTS, False, TMA, UPCAST,
+        )  # fmt: skip
+        v = _load(
+            v_ptr, image, head, first, num_keys, stride_vb, stride_vn, stride_vc,
+            BLOCK_N, D, PARTS, False, TMA, UPCAST,
+        )  # fmt: skip
+        acc, total, top = _online_step(
+            acc, total, top, q, k, v, first, num_keys, scale_log2, BLOCK_N, False, NEGATIVE, DTYPE, ACC, PRECISION
+        )
+    k = _load(
+        k_ptr, image, head, last, num_keys, stride_kb, stride_kn, stride_kc, BLOCK_N, D, PARTS, True, TMA, UPCAST
+    )
+    v = _load(
+        v_ptr, image, head, last, num_keys, stride_vb, stride_vn, stride_vc, BLOCK_N, D, PARTS, True, TMA, UPCAST
+    )
+    acc, total, top = _online_step(
+        acc, total, top, q, k, v, last, num_keys, scale_log2, BLOCK_N, True, NEGATIVE, DTYPE, ACC, PRECISION
+    )
+    _store(
+        out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
+        stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attention_fwd_resident_kernel(
+    out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
+    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; pointers, or tensor descriptors with TMA (k, v: a tuple)
+    num_heads, num_queries, num_keys, scale_log2, programs_per_head, blocks_per_program,
+    stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
+    stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    LAST: tl.constexpr = len(CHUNKS) - 1
+    pid = tl.program_id(0)
+    pair = pid // programs_per_head
+    begin = (pid - pair * programs_per_head) * blocks_per_program * BLOCK_M
+    end = tl.minimum(begin + blocks_per_program * BLOCK_M, num_queries)
+    image = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
+    k = ()
+    v = ()
+    for j in tl.static_range(len(CHUNKS)):
+        k = k + (
+            _load(
+                k_ptr[j], image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
+                CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
+            ),
+        )  # fmt: skip
+        v = v + (
+            _load(
+                v_ptr[j], image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
+                CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
+            ),
+        )  # fmt: skip
+    live = (CHUNKS[LAST][0] + tl.arange(0, CHUNKS[LAST][1]) < num_keys)[None, :]
+    for first_query in range(begin, end, BLOCK_M):
+        q = _load(
+            q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
+            BLOCK_M, D, PARTS, True, TMA, UPCAST,
+        )  # fmt: skip
+        s = ()
+        top = tl.full((BLOCK_M,), float("-inf"), ACC)
+        for j in tl.static_range(len(CHUNKS)):
+            chunk = _scores(q, k[j], NEGATIVE, ACC, PRECISION)
+            s = s + (chunk,)
+            top = tl.maximum(top, tl.max(tl.where(live, chunk, float("-inf")) if j == LAST else chunk, 1))
+        top = top * scale_log2
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        acc = _zeros(BLOCK_M, PARTS, ACC)
+        total = tl.full((BLOCK_M,), 0.0, ACC)
+        for j in tl.static_range(len(CHUNKS)):
+            shifted = s[j] * scale_log2 - shift[:, None]
+            p = tl.exp2(tl.where(live, shifted, float("-inf")) if j == LAST else shifted)
+            total += tl.sum(p, 1)
+            acc = _weigh(acc, p, v[j], DTYPE, ACC, PRECISION)
+        _store(
+            out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
+            stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE,
+        )  # fmt: skip
+
+
+_INTERPRETED = not isinstance(_attention_fwd_streaming_kernel, triton.JITFunction)
+
+
+def _head_parts(head_size):
+    """The head axis as (first column, width) of powers of two, 16 and more, at most four: 80 → (0, 64), (64, 16)."""
+    width = max(16, -(-head_size // 16) * 16)
+    if width == 240:
+        width = 256
+    parts, first = [], 0
+    for part in (256, 128, 64, 32, 16):
+        if width & part:
+            parts.append((first, part))
+            first += part
+    return tuple(parts)
+
+
+def _fits_tma(x, parts):
+    """Whether [B, N, C] can be read and written by tensor descriptors: one part, 16-byte steps, no overlap."""
+    size = x.element_size()
+    return (
+        len(parts) == 1
+        and x.stride(2) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:2])
+    )
+
+
+def _heads(qkv, k, v):
+    """q, k, v as [B, N, C] views."""
+    return qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
+
+
+def not_supported_reasons(qkv, num_heads, *, k=None, v=None):
+    """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
+    reasons = []
+    head_size = qkv.shape[2] // num_heads // (3 if k is None else 1)
+    if head_size > 256:
+        reasons.append(f"head size {head_size} is above 256")
+    if qkv.dtype not in _TRITON_DTYPE:
+        reasons.append(f"dtype {qkv.dtype} is not a floating-point type the kernel knows")
+    if qkv.device.type != "cuda" and not _INTERPRETED:
+        reasons.append(f"Triton runs on CUDA devices, not on {qkv.device.type} (unless it interprets)")
+    if qkv.dtype == torch.float64 and not _INTERPRETED:
+        reasons.append("float64 runs only in Triton's interpreter")
+    return reasons
+
+
+def _descriptor(x, rows, head_size):
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, head_size])
+
+
+def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
+    """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``."""
+    q, k, v = _heads(qkv, k, v)
+    batch, num_queries, width = q.shape
+    num_keys, head_size = k.shape[1], width // num_heads
+    out = torch.empty(batch, num_queries, width, dtype=q.dtype, device=q.device)
+    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.empty(batch, num_heads, num_queries, dtype=acc_dtype, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if config is None:
+        config = configs.pick_attention_config(
+            num_queries, num_keys, head_size, q.dtype, configs.arch_of(q.device)
+        )
+    parts = _head_parts(head_size)
+    tma = config.tma and all(_fits_tma(x, parts) for x in (out, q, k, v))
+    options = dict(
+        D=head_size,
+        PARTS=parts,
+        BLOCK_M=config.block_m,
+        NEGATIVE=scale < 0,
+        DTYPE=_TRITON_DTYPE[q.dtype],
+        ACC=_TRITON_DTYPE[acc_dtype],
+        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        UPCAST=_INTERPRETED and q.dtype == torch.bfloat16,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    blocks = triton.cdiv(num_queries, config.block_m)
+    scale_log2 = abs(scale) * _LOG2E
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        grid = (batch * num_heads * blocks,)
+        tensors = (out, q, k, v)
+        strides = [stride for x in tensors for stride in x.stride()]
+        if tma:
+            rows = (config.block_m, config.block_m, config.block_n, config.block_n)
+            tensors = [_descriptor(x, r, head_size) for x, r in zip(tensors, rows)]
+        _attention_fwd_streaming_kernel[grid](
+            tensors[0], lse, *tensors[1:], num_heads, num_queries, num_keys, scale_log2, *strides,
+            BLOCK_N=config.block_n, **options,
+        )
+    return out, lse
+
+
+def attention(qkv, num_heads, scale, *, k=None, v=None):
+    """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C]."""
+    return attention_fwd(qkv, num_heads, scale, k=k, v=v)[0]

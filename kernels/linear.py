@@ -1,0 +1,239 @@
+"""Linear layer as one GEMM with fused epilogue, and LayerNorm + linear.
+
+    out = residual + row_scale[b] · gamma · act(x Wᵀ + bias)        each part optional
+
+x [B, ..., K], weight [N, K] (also transposed views), bias [N], gamma [N], row_scale [B], residual [B, ..., N], out [B, ..., N] contiguous.
+float32, float16, bfloat16 (float64 interpreted). The product is taken in the weight's dtype, into which x is cast, and
+accumulated in float32; the epilogue is float32; out has the residual's dtype, else the weight's.
+act: gelu (erf), gelu_tanh, quick_gelu, relu, or swiglu: the weight's rows are [gate | value], N/2 of each, and
+out = silu(gate) · value is N/2 wide, from two accumulators of one launch.
+
+One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N), taken
+in panels of GROUP_M tile rows, so that tiles which run together share their operands in L2.
+Tiles of x and W come through host tensor descriptors (TMA) where the config asks for it and base address and row
+strides are multiples of 16 bytes; through masked pointers, any strides, otherwise.
+2·rows·N·K FLOP; moves rows·K + N·K + rows·N elements, and rows·N more for a residual.
+In fp16 and bf16, gelu takes Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c|z|), with p fitted to a relative error of 3e-5:
+the error stays relative in the negative tail, and it costs one exp2 and one reciprocal where erf costs 33 instructions.
+Limits: float64 in the interpreter only; dropout is not fused.
+Source: tile order after the Triton matmul tutorial; form of t after Abramowitz and Stegun 7.1.26, coefficients ours.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs, layer_norm as ln
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, ERF: tl.constexpr):
+    """An elementwise activation; ERF asks for gelu at float32's own precision. NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        if ERF:
+            z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        else:
+            size = tl.minimum(tl.abs(z), 32.0)
+            t = 1.0 / (1.0 + 0.375705 * size)
+            p = -0.0911806684 * t + 0.2000518714
+            p = p * t + 0.0837157211
+            p = p * t + 0.1580672795
+            p = (p * t + 0.1493327026) * t
+            z = tl.where(z < 0.0, 0.0, z) - size * p * tl.exp2(-0.7213475204444817 * size * size)
+    elif ACTIVATION == "gelu_tanh":
+        z = z * sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    elif ACTIVATION == "quick_gelu":
+        z = z * sigmoid(1.702 * z)
+    elif ACTIVATION == "relu":
+        z = tl.where(z < 0.0, 0.0, z)
+    return z
+
+
+@triton.jit(do_not_specialize=["rows", "x_inner", "residual_inner", "rows_per_sample"])
+def _linear_fwd_kernel(
+    out_ptr,  # [rows, out_features] contiguous
+    x_src,  # pointer to rows at two strides, or descriptor of [rows, in_features]
+    weight_src,  # pointer, or descriptor, of [out_features or 2·out_features, in_features]
+    bias_ptr,  # vectors contiguous, or None
+    gamma_ptr,
+    row_scale_ptr,  # [rows / rows_per_sample]
+    residual_ptr,  # rows at two strides, or None
+    rows,
+    out_features,
+    in_features,
+    x_inner,
+    residual_inner,
+    rows_per_sample,
+    stride_xo,
+    stride_xi,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_ro,
+    stride_ri,
+    stride_rn,
+    ACTIVATION: tl.constexpr,
+    ERF: tl.constexpr,
+    SPLIT_X: tl.constexpr,
+    SPLIT_RESIDUAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(out_features, BLOCK_N)
+    panel = tile // (GROUP_M * tiles_n)
+    panel_height = tl.minimum(tiles_m - panel * GROUP_M, GROUP_M)
+    tile -= panel * GROUP_M * tiles_n
+    tile_n = tile // panel_height
+    tile_m = panel * GROUP_M + tile - tile_n * panel_height
+
+    SWIGLU: tl.constexpr = ACTIVATION == "swiglu"
+    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows, in_columns = row < rows, column < out_features
+    if not DESCRIPTORS:
+        lane = tl.arange(0, BLOCK_K).to(tl.int64)
+        x_ptrs = x_src + ln.row_offset(row, x_inner, stride_xo, stride_xi, SPLIT_X)[:, None] + (lane * stride_xk)[None, :]
+        weight_ptrs = weight_src + (column * stride_wn)[None, :] + (lane * stride_wk)[:, None]
+        x_step = tl.full([], BLOCK_K, tl.int64) * stride_xk
+        weight_step = tl.full([], BLOCK_K, tl.int64) * stride_wk
+        value_offset = tl.full([], 1, tl.int64) * out_features * stride_wn
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if SWIGLU:
+        value_acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for k in range(0, in_features, BLOCK_K):
+        if DESCRIPTORS:
+            x = x_src.load([tile_m * BLOCK_M, k])
+            weight = weight_src.load([tile_n * BLOCK_N, k]).T
+        else:
+            x_mask, weight_mask = in_rows[:, None], in_columns[None, :]
+            if not EVEN_K:
+                x_mask = x_mask & (lane < in_features - k)[None, :]
+                weight_mask = weight_mask & (lane < in_features - k)[:, None]
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+        x = x.to(weight.dtype)
+        if UPCAST:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
+        if SWIGLU:
+            if DESCRIPTORS:
+                value = weight_src.load([out_features + tile_n * BLOCK_N, k]).T
+            else:
+                value = tl.load(weight_ptrs + value_offset, mask=weight_mask, other=0.0)
+            if UPCAST:
+                value = value.to(tl.float32)
+            value_acc = tl.dot(x, value, value_acc, input_precision=PRECISION, out_dtype=ACC)
+        if not DESCRIPTORS:
+            x_ptrs += x_step
+            weight_ptrs += weight_step
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
+    if SWIGLU:
+        if bias_ptr is not None:
+            value_acc += tl.load(bias_ptr + out_features + column, mask=in_columns, other=0.0).to(ACC)[None, :]
+        acc = acc * sigmoid(acc) * value_acc
+    else:
+        acc = activate(acc, ACTIVATION, ERF)
+    if gamma_ptr is not None:
+        acc *= tl.load(gamma_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
+    if row_scale_ptr is not None:
+        acc *= tl.load(row_scale_ptr + row // rows_per_sample, mask=in_rows, other=0.0).to(ACC)[:, None]
+    mask = in_rows[:, None] & in_columns[None, :]
+    if residual_ptr is not None:
+        residual_row = ln.row_offset(row, residual_inner, stride_ro, stride_ri, SPLIT_RESIDUAL)
+        residual = tl.load(
+            residual_ptr + residual_row[:, None] + (column * stride_rn)[None, :], mask=mask, other=0.0
+        )
+        acc += residual.to(ACC)
+    out_ptrs = out_ptr + (row * out_features)[:, None] + column[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+INTERPRETED = not isinstance(_linear_fwd_kernel, triton.JITFunction)
+
+
+def _describable(t, row_stride):
+    """Can TMA read t [rows, columns] whose rows lie row_stride apart?"""
+    return (
+        t.stride(-1) == 1
+        and row_stride >= t.shape[-1]
+        and row_stride * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
+
+
+def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None, config=None):
+    """out [B, ..., N] (N/2 for swiglu), in the residual's dtype or, without one, in the weight's."""
+    swiglu = activation == "swiglu"
+    out_features = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    in_features = weight.shape[1]
+    out_dtype = weight.dtype if residual is None else residual.dtype
+    out = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
+    rows = x.numel() // in_features
+    if rows == 0:
+        return out
+
+    config = config or configs.pick_linear_config(
+        rows, out_features, in_features, x.dtype, weight.dtype, configs.arch_of(x.device), swiglu
+    )
+    x, split_x, x_inner, stride_xo, stride_xi = ln.row_layout(x)
+    split_residual, residual_inner, stride_ro, stride_ri, stride_rn = False, 0, 0, 0, 0
+    if residual is not None:
+        residual, split_residual, residual_inner, stride_ro, stride_ri = ln.row_layout(residual)
+        stride_rn = residual.stride(-1)
+    bias, gamma, row_scale = ln.vector(bias), ln.vector(gamma), ln.vector(row_scale)
+
+    descriptors = (
+        config.descriptors
+        and not split_x
+        and x.dtype == weight.dtype
+        and _describable(x, stride_xi)
+        and _describable(weight, weight.stride(0))
+    )
+    x_src, weight_src = x, weight
+    if descriptors:
+        x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
+        weight_src = TensorDescriptor(
+            weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k]
+        )
+    tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    with ln.launch_guard(x):
+        _linear_fwd_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)](
+            out, x_src, weight_src, bias, gamma, row_scale, residual,
+            rows, out_features, in_features,
+            x_inner, residual_inner, rows // x.shape[0],
+            stride_xo, stride_xi, x.stride(-1), weight.stride(0), weight.stride(1), stride_ro, stride_ri, stride_rn,
+            ACTIVATION=activation,
+            ERF=weight.dtype in (torch.float32, torch.float64),
+            SPLIT_X=split_x,
+            SPLIT_RESIDUAL=split_residual,
+            DESCRIPTORS=descriptors,
+            EVEN_K=in_features % config.block_k == 0,
+            UPCAST=INTERPRETED and weight.dtype == torch.bfloat16,
+            ACC=ln.accumulator(weight.dtype, out_dtype),
+            PRECISION="tf32" if tf32 else "ieee",
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,335 @@
+"""The operations in plain PyTorch, with the signatures of the kernels.
+
+Three uses: the truth in tests (float64), the backend ``torch`` (called directly, so that inductor can
+fuse through it), and, in the ``*_bwd`` functions, the formulas of the gradients in closed form.
+``*_fwd`` functions return, beside the output, the statistics that a backward needs: mean and rstd of
+every row [rows] and the natural-log LSE [B, H, N], in float32 (float64 for float64 inputs).
+Arguments are taken as checked (``arguments``). Shapes: B batch, N tokens, C width, H heads, D head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+_ACTIVATION = {
+    None: lambda z: z,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+    "relu": F.relu,
+}
+
+
+def _stat_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def activate(z, activation):
+    """The activation of a pre-activation; "swiglu" halves the last axis: silu(first half) · second half."""
+    if activation == "swiglu":
+        gate, value = z.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return _ACTIVATION[activation](z)
+
+
+def activate_bwd(grad, z, activation):
+    """Gradient with respect to the pre-activation."""
+    if activation is None:
+        return grad
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, z)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
+    if activation == "quick_gelu":
+        s = torch.sigmoid(1.702 * z)
+        return grad * (s + 1.702 * z * s * (1 - s))
+    if activation == "relu":
+        return grad * (z > 0)
+    gate, value = z.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
+
+
+def dropout_mask(seed, shape, p, device):
+    """Keep-mask / (1 − p) drawn by Philox-4x32-10 from (seed, linear index): the numbers of ``tl.rand``."""
+    index = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
+    low32 = 0xFFFFFFFF
+    c0, c1, c2, c3 = index & low32, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
+    seed = seed.reshape(()).to(device)
+    k0, k1 = seed & low32, (seed >> 32) & low32
+    for _ in range(10):
+        product_a, product_b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product_b >> 32) & low32) ^ c1 ^ k0,
+            product_b & low32,
+            ((product_a >> 32) & low32) ^ c3 ^ k1,
+            product_a & low32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
+    signed = torch.where(c0 >= 2**31, c0 - 2**32, c0)
+    uniform = torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * 4.6566127342e-10
+    return ((uniform > p).to(torch.float32) / (1 - p)).reshape(shape)
+
+
+def dropout(x, p, seed):
+    """Dropout from an explicit seed, or from torch's generator where the seed is None."""
+    if p == 0.0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    return x * dropout_mask(seed, x.shape, p, x.device).to(x.dtype)
+
+
+# layer_norm: y = (x − mean) / sqrt(var + eps) · weight + bias over the last axis.
+
+
+def layer_norm(x, weight, bias, eps):
+    if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
+        dtype = torch.promote_types(x.dtype, (weight if weight is not None else bias).dtype)
+        return layer_norm(
+            x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype), eps
+        ).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm_stats(x, eps):
+    """mean and rstd of every row, each [rows]."""
+    rows = x.reshape(-1, x.shape[-1]).to(_stat_dtype(x))
+    mean = rows.mean(-1)
+    return mean, torch.rsqrt((rows - mean[:, None]).square().mean(-1) + eps)
+
+
+def layer_norm_fwd(x, weight, bias, eps):
+    return layer_norm(x, weight, bias, eps), *layer_norm_stats(x, eps)
+
+
+def layer_norm_bwd(grad, x, weight, bias, mean, rstd):
+    """(dx, dweight, dbias); None for parameters that are None."""
+    stat = mean.dtype
+    rows, dy = x.reshape(-1, x.shape[-1]).to(stat), grad.reshape(-1, x.shape[-1]).to(stat)
+    normal = (rows - mean[:, None]) * rstd[:, None]
+    dnormal = dy if weight is None else dy * weight.to(stat)
+    dx = dnormal - dnormal.mean(-1, keepdim=True) - normal * (dnormal * normal).mean(-1, keepdim=True)
+    dx = (dx * rstd[:, None]).to(x.dtype).reshape(x.shape)
+    dweight = None if weight is None else (dy * normal).sum(0).to(weight.dtype)
+    dbias = None if bias is None else dy.sum(0).to(bias.dtype)
+    return dx, dweight, dbias
+
+
+# layer_norm_linear: act(LN(x) Wᵀ + b), computed in the dtype of the weight.
+
+
+def layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+    return activate(F.linear(layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype), weight, bias), activation)
+
+
+def layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+    return layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation), *layer_norm_stats(x, eps)
+
+
+def linear_bwd(dz, x, weight, bias):
+    """(dx, dweight, dbias) of z = x Wᵀ + b."""
+    rows, drows = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
+    dbias = None if bias is None else drows.to(_stat_dtype(dz)).sum(0).to(bias.dtype)
+    return dz @ weight, drows.t() @ rows, dbias
+
+
+def layer_norm_linear_bwd(grad, x, ln_weight, ln_bias, eps, weight, bias, activation, mean, rstd):
+    """(dx, dln_weight, dln_bias, dweight, dbias)."""
+    y = layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype)
+    dz = activate_bwd(grad, F.linear(y, weight, bias), activation) if activation else grad
+    dy, dweight, dbias = linear_bwd(dz, y, weight, bias)
+    return *layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd), dweight, dbias
+
+
+# linear_residual: residual + row_scale · gamma · dropout(x Wᵀ + b), in the dtype of the residual.
+
+
+def _per_sample(row_scale, like):
+    return row_scale.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p=0.0, seed=None):
+    branch = dropout(F.linear(x.to(weight.dtype), weight, bias), dropout_p, seed)
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * _per_sample(row_scale, branch)
+    return (residual + branch).to(residual.dtype)
+
+
+def linear_residual_bwd(grad, x, weight, bias, gamma, row_scale):
+    """(dx, dweight, dbias, dgamma, drow_scale); the gradient of the residual is ``grad``."""
+    stat = _stat_dtype(grad)
+    x_cast = x.to(weight.dtype)
+    dbranch, dgamma, drow_scale = grad.to(stat), None, None
+    if gamma is not None or row_scale is not None:
+        branch = F.linear(x_cast, weight, bias).to(stat)
+    if row_scale is not None:
+        scaled = branch if gamma is None else branch * gamma.to(stat)
+        drow_scale = (dbranch * scaled).flatten(1).sum(1).to(row_scale.dtype)
+        dbranch = dbranch * _per_sample(row_scale, dbranch)
+    if gamma is not None:
+        dgamma = (dbranch * branch).reshape(-1, branch.shape[-1]).sum(0).to(gamma.dtype)
+        dbranch = dbranch * gamma.to(stat)
+    dx, dweight, dbias = linear_bwd(dbranch.to(weight.dtype), x_cast, weight, bias)
+    return dx.to(x.dtype), dweight, dbias, dgamma, drow_scale
+
+
+# layernorm_mlp: x + row_scale · gamma · fc2(dropout(act(fc1(LN(x))))).
+
+
+def layernorm_mlp(
+    x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None, dropout_p=0.0, seed=None
+):
+    hidden = dropout(layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation), dropout_p, seed)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale)
+
+
+def layernorm_mlp_fwd(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None):
+    out = layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale)
+    return out, *layer_norm_stats(x, eps)
+
+
+def layernorm_mlp_bwd(grad, x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, mean, rstd):
+    """(dx, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale)."""
+    y = layer_norm(x, ln_weight, ln_bias, eps).to(w1.dtype)
+    z = F.linear(y, w1, b1)
+    dhidden, dw2, db2, dgamma, drow_scale = linear_residual_bwd(grad, activate(z, activation), w2, b2, gamma, row_scale)
+    dy, dw1, db1 = linear_bwd(activate_bwd(dhidden, z, activation), y, w1, b1)
+    dx, dln_weight, dln_bias = layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd)
+    return dx + grad, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale
+
+
+# attention: per head softmax(scale · q kᵀ) v; packed [B, N, 3C] or separate q, k, v [B, N, C] → [B, N, C].
+
+
+def split_heads(qkv, k, v, num_heads):
+    """q, k, v as [B, H, N, D] views."""
+    if k is None:
+        return qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (qkv, k, v))
+
+
+def _head_norm(x, norm):
+    return x if norm is None else layer_norm(x, *norm)
+
+
+def attention(
+    qkv,
+    num_heads,
+    scale,
+    *,
+    k=None,
+    v=None,
+    bias=None,
+    key_lengths=None,
+    q_norm=None,
+    k_norm=None,
+    dropout_p=0.0,
+    seed=None,
+):
+    """q_norm and k_norm are (weight [D], bias [D] or None, eps); bias broadcasts to [B, H, N, keys]."""
+    q, k, v = split_heads(qkv, k, v, num_heads)
+    q, k = _head_norm(q, q_norm), _head_norm(k, k_norm)
+    mask = None if bias is None else bias.to(q.dtype)
+    if key_lengths is not None:
+        padding = torch.arange(k.shape[2], device=q.device) >= key_lengths[:, None, None, None]
+        mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
+    if dropout_p and seed is not None:
+        out = dropout(attention_weights(q, k, scale, mask), dropout_p, seed) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_weights(q, k, scale, mask=None):
+    """Softmax probabilities [B, H, N, keys] of q, k [B, H, N, D]; a row with every key masked is zero."""
+    scores = (q @ k.transpose(-2, -1)) * scale
+    if mask is not None:
+        scores = scores + mask
+    return torch.nan_to_num(scores.softmax(-1), nan=0.0) if mask is not None else scores.softmax(-1)
+
+
+def attention_fwd(qkv, num_heads, scale, *, k=None, v=None):
+    q_heads, k_heads, _ = split_heads(qkv, k, v, num_heads)
+    stat = _stat_dtype(qkv)
+    lse = torch.logsumexp((q_heads.to(stat) @ k_heads.to(stat).transpose(-2, -1)) * scale, -1)
+    return attention(qkv, num_heads, scale, k=k, v=v), lse
+
+
+def attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse):
+    """(dqkv, None, None) for packed input, (dq, dk, dv) otherwise."""
+    stat = lse.dtype
+    packed = k is None
+    q, k, v = (t.to(stat) for t in split_heads(qkv, k, v, num_heads))
+    dout = grad.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
+    out = out.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
+    p = torch.exp((q @ k.transpose(-2, -1)) * scale - lse[..., None])
+    dv = p.transpose(-2, -1) @ dout
+    ds = p * (dout @ v.transpose(-2, -1) - (dout * out).sum(-1, keepdim=True)) * scale
+    dq, dk = ds @ k, ds.transpose(-2, -1) @ q
+    if packed:
+        return torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype), None, None
+    return tuple(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv))
+
+
+# patch_embed: [B, in, H, W] → [B, K + N, C].
+
+
+def fold_pixel_normalisation(weight, bias, mean, std, from_uint8):
+    """weight and bias that take raw pixels: conv((pixel/255 − mean)/std) for uint8, conv((pixel − mean)/std) else."""
+    if mean is None and std is None and not from_uint8:
+        return weight, bias
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    channels = weight.shape[1]
+    scale = wide.new_tensor(std or [1.0] * channels).view(1, -1, 1, 1) * (255.0 if from_uint8 else 1.0)
+    folded = (wide / scale).to(weight.dtype)
+    if mean is not None:
+        offset = wide.new_tensor(mean).view(1, -1, 1, 1) * (255.0 if from_uint8 else 1.0)
+        shift = (folded.to(wide.dtype) * offset).sum((1, 2, 3))
+        bias = -shift if bias is None else bias.to(wide.dtype) - shift
+    return folded, bias
+
+
+def normalise_pixels(images, mean, std, dtype):
+    """(pixel − mean)/std in float32 or wider, uint8 pixels divided by 255 first, then in ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    pixels = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    if mean is not None:
+        pixels = pixels - pixels.new_tensor(mean).view(1, -1, 1, 1)
+    if std is not None:
+        pixels = pixels / pixels.new_tensor(std).view(1, -1, 1, 1)
+    return pixels.to(dtype)
+
+
+def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+    stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    if mean is not None or std is not None or images.dtype == torch.uint8:
+        images = normalise_pixels(images, mean, std, weight.dtype)
+    tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride).flatten(2).transpose(1, 2)
+    if pos_embed is not None:
+        tokens = (tokens + pos_embed).to(weight.dtype)
+    if prefix_tokens is not None:
+        prefix = prefix_tokens.to(weight.dtype).expand(images.shape[0], -1, -1)
+        tokens = torch.cat([prefix, tokens], dim=1)
+    return tokens
+
+
+def patch_embed_bwd(grad, images, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad):
+    """(dimages, dweight, dbias, dpos_embed, dprefix_tokens) for float images without normalisation."""
+    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    stat = _stat_dtype(grad)
+    rows = (images.shape[2] - weight.shape[2]) // stride[0] + 1
+    dconv = grad[:, prefix:].transpose(1, 2).unflatten(2, (rows, -1))
+    dimages, dweight, _ = torch.ops.aten.convolution_backward(
+        dconv.to(weight.dtype), images.to(weight.dtype), weight, None,
+        stride, (0, 0), (1, 1), False, (0, 0), 1, (needs_images_grad, True, False),
+    )  # fmt: skip
+    dbias = None if bias is None else grad[:, prefix:].to(stat).sum((0, 1)).to(bias.dtype)
+    dpos = None if pos_embed is None else grad[:, prefix:].to(stat).sum(0, keepdim=True).to(pos_embed.dtype)
+    dprefix = None
+    if prefix_tokens is not None:
+        dprefix = grad[:, :prefix].to(stat)
+        dprefix = (dprefix.sum(0, keepdim=True) if prefix_tokens.shape[0] == 1 else dprefix).to(prefix_tokens.dtype)
+    return None if dimages is None else dimages.to(images.dtype), dweight, dbias, dpos, dprefix

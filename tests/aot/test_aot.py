@@ -1,0 +1,113 @@
+"""Every kernel that a launch would select compiles for sm_80, sm_90 and sm_100 and keeps to its resources.
+
+``ledger.py`` says how; only what changed since the committed ledger is compiled again, and a sample always.
+The other tests show that the rules and the comparison can fail.
+"""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import harness
+import ledger
+
+ENTRY = {
+    "triton": "0",
+    "arch": 90,
+    "kernel": "_k",
+    "dtype": "bfloat16",
+    "id": "i",
+    "case": "c",
+    "config": "num_warps=4",
+    "source": "s",
+    "regs": 100,
+    "spill": 0,
+    "shared": 1000,
+    "mma": "wgmma",
+    "needs_mma": True,
+    "serialised": False,
+    "ptxas": "",
+    "tensor_memory": 0,
+}
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", ("installed", "3.6.0"))
+def test_kernels_compile_within_their_resources(version, count_aot_compiles):
+    side_folder = None
+    if version == "3.6.0":
+        side_folder = os.environ.get("VIT_FAST_TRITON36")
+        if not side_folder:
+            pytest.skip("VIT_FAST_TRITON36 is not set")
+    result = ledger.run(side_folder)
+    count_aot_compiles(len(result.compiled))
+    if version == "3.6.0":
+        assert result.triton == "3.6.0"
+    assert not result.failures, "\n".join(result.failures)
+    assert not result.drift, "\n".join([*result.drift, "run: python tests/aot/ledger.py --update"])
+    assert len(result.compiled) >= 3
+
+
+@pytest.mark.aot
+def test_ledger_keeps_the_rules():
+    """Also what was not compiled again today."""
+    import cases
+
+    for entry in ledger.load():
+        assert not harness.violations(entry, cases.ALLOWED_SPILLS), ledger.label(entry)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    (
+        ({"spill": 8}, "spills 8"),
+        ({"shared": 232_449}, "shared memory"),
+        ({"arch": 80, "shared": 166_913}, "shared memory"),
+        ({"mma": ""}, "no tensor-core"),
+        ({"serialised": True, "ptxas": "C7515"}, "serialises wgmma"),
+        ({"tensor_memory": 513}, "tensor memory"),
+        ({"error": "boom"}, "does not compile: boom"),
+    ),
+)
+def test_rules_can_fail(change, words):
+    assert harness.violations(ENTRY, {}) == []
+    assert any(words in text for text in harness.violations({**ENTRY, **change}, {}))
+
+
+def test_spills_pass_only_where_they_are_listed():
+    spilling = {**ENTRY, "dtype": "float32", "spill": 8}
+    assert harness.violations(spilling, {}) != []
+    assert harness.violations(spilling, {("_k", "float32"): "reason"}) == []
+    assert harness.violations({**spilling, "dtype": "bfloat16"}, {("_k", "float32"): "reason"}) != []
+
+
+def _answer(*entries, planned=None):
+    return {"triton": "0", "problems": [], "planned": list(planned or entries), "compiled": list(entries)}
+
+
+def test_drift_shows():
+    assert ledger.compare(_answer(ENTRY), [ENTRY]).drift == []
+    assert "+ " in ledger.compare(_answer(ENTRY), []).drift[0]
+    assert "regs 100 → 101" in ledger.compare(_answer({**ENTRY, "regs": 101}), [ENTRY]).drift[0]
+    gone = ledger.compare(_answer(ENTRY), [ENTRY, {**ENTRY, "id": "j"}]).drift
+    assert len(gone) == 1 and gone[0].startswith("- ")
+    assert ledger.compare({**_answer(ENTRY), "problems": ["x"]}, [ENTRY]).failures == ["x"]
+
+
+def test_changed_source_is_compiled_again():
+    class Request:
+        def __init__(self, **change):
+            self.description = {**copy.deepcopy(ENTRY), **change}
+
+    requests = {name: Request(id=name, source=source) for name, source in (("a", "1"), ("b", "2"), ("c", "3"))}
+    known = {"90 _k a": "1", "90 _k b": "changed"}
+    chosen = [request.description["id"] for request in harness.select(requests, known, False, 0)]
+    assert chosen == ["b", "c"]
+    assert len(harness.select(requests, known, False, 1)) == 3
+    assert len(harness.select(requests, known, True, 0)) == 3

@@ -1,0 +1,25 @@
+"""Fast Vision Transformers for PyTorch: fused kernels behind timm's names."""
+
+from . import ops
+from .backends import backend, status
+from .explain import explain
+from .kernels.arguments import UnsupportedError
+from .pos_embed import resize_pos_embed
+from .registry import create_model, list_models
+from .vit import VisionTransformer
+from .weights import WeightsError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UnsupportedError",
+    "VisionTransformer",
+    "WeightsError",
+    "backend",
+    "create_model",
+    "explain",
+    "list_models",
+    "ops",
+    "resize_pos_embed",
+    "status",
+]

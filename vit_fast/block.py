@@ -1,0 +1,127 @@
+"""The two fused branches of a transformer block, as functions over a tuple of parameters.
+
+Our own ViT, the model families and the integrations hold their weights under their own names; here they only supply
+a ``BlockParams``. The canonical block is
+
+    x = x + drop_path(gamma1 · proj(attention(qkv(LN1(x)))))        [+ v where value_skip]
+    x = x + drop_path(gamma2 · fc2(act(fc1(LN2(x)))))
+
+Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+from .kernels.reference import attention_weights, split_heads
+
+_PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity}
+
+
+def plain(cls):
+    """Class decorator: instances count as plain (``is_plain``); their forward only spells out what a branch fuses."""
+    _PLAIN.add(cls)
+    return cls
+
+
+class Norm(NamedTuple):
+    """A LayerNorm: weight and bias [C] or None, eps."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+
+class BlockParams(NamedTuple):
+    """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""
+
+    norm1: Norm
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor | None
+    norm2: Norm
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor | None
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor | None
+    num_heads: int
+    scale: float
+    activation: str = "gelu"
+    gamma1: torch.Tensor | None = None
+    gamma2: torch.Tensor | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    value_skip: bool = False
+
+
+def drop_path_scale(x, rate: float, training: bool):
+    """Stochastic depth as a factor a sample: [B] of 0 or 1/(1 − rate), or None where nothing is dropped.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016; one draw a sample and branch.
+    """
+    if not training or rate == 0.0:
+        return None
+    keep = 1.0 - rate
+    return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
+
+
+def is_plain(*modules) -> bool:
+    """Whether modules are what their class says: no hook, no parametrization, no wrapper, so that their weights may be
+    read past their ``__call__``. None and ``nn.Identity`` count as plain."""
+    return all(
+        module is None
+        or (
+            type(module) in _PLAIN
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and not module._backward_hooks
+            and not module._backward_pre_hooks
+        )
+        for module in modules
+    )
+
+
+def attend(qkv, p: BlockParams, attn_drop: float = 0.0):
+    """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one."""
+    return ops.attention(qkv, p.num_heads, p.scale, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
+
+
+def attention_probabilities(qkv, p: BlockParams, queries=None):
+    """Softmax probabilities [B, H, N, N] of a packed projection; ``queries`` selects query tokens."""
+    q, k, _ = split_heads(qkv, None, None, p.num_heads)
+    if p.q_norm is not None:
+        q = ops.layer_norm(q, *p.q_norm)
+    if p.k_norm is not None:
+        k = ops.layer_norm(k, *p.k_norm)
+    return attention_weights(q if queries is None else q[:, :, queries], k, p.scale)
+
+
+def project_qkv(x, p: BlockParams):
+    """LN1 and the qkv projection: [B, N, C] → [B, N, 3C]."""
+    return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias)
+
+
+def attention_branch(x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.0, proj_drop: float = 0.0, qkv=None):
+    """x plus the attention branch; ``qkv`` may be handed in where the caller has projected already."""
+    if qkv is None:
+        qkv = project_qkv(x, p)
+    out = attend(qkv, p, attn_drop)
+    residual = x + qkv.chunk(3, dim=-1)[2] if p.value_skip else x
+    return ops.linear_residual(
+        out, p.proj_weight, p.proj_bias, p.gamma1, residual, row_scale=row_scale, dropout_p=proj_drop
+    )
+
+
+def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
+    """x plus the MLP branch; proj_drop acts after the activation and after fc2, as in timm."""
+    if proj_drop == 0.0:
+        return ops.layernorm_mlp(
+            x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
+            row_scale=row_scale,
+        )  # fmt: skip
+    hidden = F.dropout(ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation), proj_drop)
+    return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)

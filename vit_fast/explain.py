@@ -1,0 +1,98 @@
+"""explain(model): which backend runs each operation of each module, or the reason why not.
+
+The model is run once on fake tensors (no memory, no kernels) and every choice that ``backends.select`` makes is noted
+with the innermost module in whose forward it was made.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import backends
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of one module."""
+
+    module: str
+    operation: str
+    backend: str
+    reasons: tuple[str, ...]
+
+
+class Explanation(list):
+    """Rows in the order of execution; its text is a table, equal blocks folded into one line."""
+
+    def __str__(self):
+        folded = Counter()
+        for row in self:
+            name = ".".join("*" if part.isdigit() else part for part in row.module.split("."))
+            folded[name or "(model)", row.operation, row.backend, "; ".join(row.reasons)] += 1
+        lines = [f"{'module':<14}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
+        for (name, operation, chosen, why), calls in folded.items():
+            lines.append(f"{name:<14}{operation:<20}{calls:>5}  {chosen:<8}{why}".rstrip())
+        return "\n".join(lines)
+
+
+def _example_input(model):
+    config = getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and "input_size" in config:
+        size = config["input_size"]
+    elif hasattr(model, "patch_embed"):
+        size = (model.in_chans, *model.patch_embed.img_size)
+    else:
+        raise ValueError("vit_fast.explain: example is None, expected an input tensor for a model without default_cfg")
+    parameter = next(model.parameters())
+    return torch.empty(1, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanation:
+    """Which backend runs each operation of a model, with the reasons where it is not the fastest one.
+
+    Args:
+        model: any module that calls ``vit_fast.ops``.
+        example: an input [B, in_chans, H, W]; default one image of the model's own size and dtype.
+    Returns:
+        ``Explanation``: rows (module, operation, backend, reasons); print it for a table.
+    """
+    example = _example_input(model) if example is None else example
+    names = {module: name for name, module in model.named_modules()}
+    stack, rows = [""], Explanation()
+    handles = []
+    was_training = model.training
+    with backends.recording() as choices:
+
+        def enter(module, inputs):
+            stack.append(names.get(module, stack[-1]))
+
+        def leave(module, inputs, output):
+            flush()
+            stack.pop()
+
+        def flush():
+            rows.extend(Row(stack[-1], *choice) for choice in choices)
+            choices.clear()
+
+        def enter_flushed(module, inputs):
+            flush()
+            enter(module, inputs)
+
+        # Global hooks, not the modules' own: a module that carries a hook is not fused.
+        handles.append(nn.modules.module.register_module_forward_pre_hook(enter_flushed))
+        handles.append(nn.modules.module.register_module_forward_hook(leave))
+        try:
+            model.eval()
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+                model(mode.from_tensor(example))
+            flush()
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(was_training)
+    logging.getLogger("vit_fast").debug("explained %d operations", len(rows))
+    return rows

@@ -1,0 +1,534 @@
+"""The operations as PyTorch sees them, and the only place that chooses a backend.
+
+Each public function checks its arguments, asks ``backends.select``, and calls either the reference directly
+(so that inductor can fuse through it) or a registered operator ``vit_fast::<op>_fwd``. Those operators return
+what a backward needs beside the output (natural-log LSE; mean and rstd of rows), carry a fake, an autograd formula
+and a FLOP formula, and record the backend, so that forward and backward may run on different ones. Their backward
+``vit_fast::<op>_bwd`` is the closed formula of ``kernels.reference``; differentiating it once more raises.
+
+Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
+"""
+
+import importlib
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends
+from .kernels import arguments, reference
+from .kernels.arguments import UnsupportedError
+
+__all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
+
+_library = torch.library.Library("vit_fast", "DEF")
+
+
+def _kernel(name):
+    """A module of kernels/, imported at the first launch: importing vit_fast needs no Triton."""
+    return importlib.import_module(f".kernels.{name}", __package__)
+
+
+def _register(name, signature, results, differentiable, forward, fake, backward, flops, save_output=False):
+    """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
+
+    ``signature`` lists the arguments without the backend; ``differentiable`` are the positions of the tensor
+    arguments that get gradients, in the order in which ``backward(grad, inputs, saved, needs)`` yields them;
+    ``forward`` maps a backend to the function that runs it. Saved are the inputs and the statistics, and the
+    output where ``save_output`` says so.
+    """
+    statistics = results.count("Tensor") - 1
+    kept = statistics + save_output
+    saved = "".join(f", Tensor saved{i}" for i in range(kept))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(f"{name}_fwd({signature}, str backend) -> {results}", tags=tags)
+    _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
+
+    def fwd(*inputs):
+        outputs = forward(inputs[-1])(*inputs[:-1])
+        return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
+
+    def bwd(grad, *inputs):
+        *inputs, needs, _ = inputs
+        inputs, saved = inputs[: len(inputs) - kept], inputs[len(inputs) - kept :]
+        grads = backward(grad, inputs, saved, needs)
+        return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
+
+    def bwd_fake(grad, *inputs):
+        *inputs, needs, _ = inputs
+        wanted = (inputs[position] for position, need in zip(differentiable, needs, strict=True) if need)
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if statistics else (output,)
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        ctx.constants = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
+        ctx.save_for_backward(
+            *(v for v, is_tensor in zip(inputs, ctx.is_tensor, strict=True) if is_tensor),
+            *outputs[0 if save_output else 1 :],
+        )
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+
+    def autograd(ctx, grad, *_):
+        result = [None] * len(ctx.is_tensor)
+        if grad is None:
+            return tuple(result)
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
+        needs = [ctx.needs_input_grad[position] for position in differentiable]
+        operator = getattr(torch.ops.vit_fast, f"{name}_bwd").default
+        grads = iter(operator(grad, *inputs[:-1], *tensors, needs, inputs[-1]))
+        for position, need in zip(differentiable, needs, strict=True):
+            if need:
+                result[position] = next(grads)
+        return tuple(result)
+
+    def no_double_backward(ctx, *_):
+        raise RuntimeError(
+            f"vit_fast.{name}: the backward of a fused kernel cannot be differentiated again; "
+            "run the forward inside `with vit_fast.backend('torch')` for second derivatives"
+        )
+
+    _library.impl(f"{name}_fwd", fwd, "CompositeExplicitAutograd")
+    _library.impl(f"{name}_bwd", bwd, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vit_fast::{name}_fwd", fake, lib=_library)
+    torch.library.register_fake(f"vit_fast::{name}_bwd", bwd_fake, lib=_library)
+    torch.library.register_autograd(f"vit_fast::{name}_fwd", autograd, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"vit_fast::{name}_bwd", no_double_backward, lib=_library)
+    register_flop_formula(getattr(torch.ops.vit_fast, f"{name}_fwd"))(flops)
+    register_flop_formula(getattr(torch.ops.vit_fast, f"{name}_bwd"))(lambda grad, *inputs, **_: 2 * flops(*inputs))
+
+
+def _rows(shape):
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _stat(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _row_stats(x):
+    return [x.new_empty(_rows(x.shape), dtype=_stat(x)) for _ in range(2)]
+
+
+def _autocast(device_type, *tensors):
+    """The tensors in autocast's dtype, as eager casts the arguments of a matrix product."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    low = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in low else t for t in tensors)
+
+
+# layer_norm
+
+_register(
+    "layer_norm",
+    "Tensor x, Tensor? weight, Tensor? bias, float eps",
+    "(Tensor, Tensor, Tensor)",
+    (0, 1, 2),
+    lambda backend: reference.layer_norm_fwd if backend == "torch" else _kernel("layer_norm").layer_norm_fwd,
+    lambda x, weight, bias, eps, backend: (x.new_empty(x.shape), *_row_stats(x)),
+    lambda grad, inputs, saved, needs: reference.layer_norm_bwd(grad, *inputs[:3], *saved),
+    lambda *shapes, **_: 0,
+)
+
+
+def layer_norm(x, weight, bias, eps: float = 1e-6):
+    """LayerNorm over the last axis: (x − mean)/√(var + eps)·weight + bias, statistics in float32.
+
+    Args:
+        x: [..., C] float16, bfloat16, float32 or float64.
+        weight, bias: [C] or None; may be float32 beside a 16-bit x.
+    Returns:
+        [..., C] in the dtype of x (float32 under autocast, as eager).
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a forced backend cannot.
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+    """
+    arguments.check_layer_norm(x, weight, bias, eps)
+    name = backends.select(
+        "layer_norm", x.device, lambda: _kernel("layer_norm").not_supported_reasons(x, weight, bias, eps)
+    )
+    if name == "torch":
+        return reference.layer_norm(x, weight, bias, eps)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.float()
+    return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, name)[0]
+
+
+# layer_norm_linear
+
+
+def _linear_flops(x_shape, weight_shape):
+    return 2 * _rows(x_shape) * weight_shape[0] * weight_shape[1]
+
+
+def _layer_norm_linear_fake(x, ln_weight, ln_bias, eps, weight, bias, activation, backend):
+    features = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    return weight.new_empty((*x.shape[:-1], features)), *_row_stats(x)
+
+
+_register(
+    "layer_norm_linear",
+    "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
+    "(Tensor, Tensor, Tensor)",
+    (0, 1, 2, 4, 5),
+    lambda backend: (reference if backend == "torch" else _kernel("linear")).layer_norm_linear_fwd,
+    _layer_norm_linear_fake,
+    lambda grad, inputs, saved, needs: reference.layer_norm_linear_bwd(grad, *inputs, *saved),
+    lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
+)
+
+
+def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activation: str | None = None):
+    """act(LN(x) Wᵀ + b): LayerNorm and the qkv projection, or LayerNorm, fc1 and its activation.
+
+    Args:
+        x: [..., C].
+        ln_weight, ln_bias: [C] or None.
+        weight: [F, C]; for "swiglu" [2F, C], gate rows first.
+        bias: as many elements as weight has rows, or None.
+        activation: "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu" or None.
+    Returns:
+        [..., F] in the dtype of weight.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a forced backend cannot.
+    """
+    arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
+    name = backends.select(
+        "layer_norm_linear",
+        x.device,
+        lambda: _kernel("linear").layer_norm_linear_not_supported_reasons(
+            x, ln_weight, ln_bias, eps, weight, bias, activation
+        ),
+    )
+    if name == "torch":
+        return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
+    weight, bias = _autocast(x.device.type, weight, bias)
+    return torch.ops.vit_fast.layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation, name)[0]
+
+
+# linear_residual
+
+
+def _linear_residual_forward(backend):
+    run = (reference if backend == "torch" else _kernel("linear")).linear_residual
+    return lambda x, weight, bias, gamma, residual, row_scale: run(
+        x, weight, bias, gamma, residual, row_scale=row_scale
+    )
+
+
+def _linear_residual_backward(grad, inputs, saved, needs):
+    x, weight, bias, gamma, residual, row_scale = inputs
+    dx, dweight, dbias, dgamma, drow_scale = reference.linear_residual_bwd(grad, x, weight, bias, gamma, row_scale)
+    return dx, dweight, dbias, dgamma, grad.to(residual.dtype, copy=True), drow_scale
+
+
+_register(
+    "linear_residual",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale",
+    "Tensor",
+    (0, 1, 2, 3, 4, 5),
+    _linear_residual_forward,
+    lambda x, weight, bias, gamma, residual, row_scale, backend: residual.new_empty(residual.shape),
+    _linear_residual_backward,
+    lambda x, weight, *_, **__: _linear_flops(x, weight),
+)
+
+
+def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p: float = 0.0, seed=None):
+    """residual + row_scale·gamma·dropout(x Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
+
+    Args:
+        x: [B, ..., K].
+        weight: [C, K], bias [C] or None.
+        gamma: LayerScale [C] or None.
+        residual: [B, ..., C].
+        row_scale: [B] or None, the drop-path mask divided by the keep rate.
+        dropout_p: 0 ≤ p < 1; seed: int64 tensor of one element, or None for torch's generator.
+    Returns:
+        the shape and dtype of residual.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a forced backend cannot.
+    """
+    arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed)
+    name = backends.select(
+        "linear_residual",
+        x.device,
+        lambda: (
+            _dropout_reasons(dropout_p)
+            + _kernel("linear").linear_residual_not_supported_reasons(
+                x, weight, bias, gamma, residual, row_scale=row_scale
+            )
+        ),
+    )
+    if name == "torch":
+        return reference.linear_residual(
+            x, weight, bias, gamma, residual, row_scale=row_scale, dropout_p=dropout_p, seed=seed
+        )
+    weight, bias = _autocast(x.device.type, weight, bias)
+    return torch.ops.vit_fast.linear_residual_fwd(x, weight, bias, gamma, residual, row_scale, name)
+
+
+def _dropout_reasons(dropout_p):
+    return ["dropout_p is not fused"] if dropout_p else []
+
+
+# layernorm_mlp
+
+
+def _layernorm_mlp_forward(backend):
+    run = (reference if backend == "torch" else _kernel("layernorm_mlp")).layernorm_mlp_fwd
+    return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
+
+
+_register(
+    "layernorm_mlp",
+    "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "str activation, Tensor? gamma, Tensor? row_scale",
+    "(Tensor, Tensor, Tensor)",
+    (0, 1, 2, 4, 5, 6, 7, 9, 10),
+    _layernorm_mlp_forward,
+    lambda x, *_: (x.new_empty(x.shape), *_row_stats(x)),
+    lambda grad, inputs, saved, needs: reference.layernorm_mlp_bwd(grad, *inputs, *saved),
+    lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
+)
+
+
+def layernorm_mlp(
+    x,
+    ln_weight,
+    ln_bias,
+    eps: float,
+    w1,
+    b1,
+    w2,
+    b2,
+    activation: str,
+    gamma,
+    *,
+    row_scale=None,
+    dropout_p: float = 0.0,
+    seed=None,
+):
+    """x + row_scale·gamma·fc2(dropout(act(fc1(LN(x))))): the whole MLP branch of a transformer block.
+
+    Args:
+        x: [B, ..., C], also the residual.
+        w1: [F, C] ("swiglu": [2F, C], gate rows first), b1 or None; w2: [C, F], b2 [C] or None.
+        activation: "gelu", "gelu_tanh", "quick_gelu", "relu" or "swiglu".
+        gamma, row_scale, dropout_p, seed: as in ``linear_residual``; dropout acts on the hidden activations.
+    Returns:
+        the shape and dtype of x.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a forced backend cannot.
+    """
+    arguments.check_layernorm_mlp(
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed
+    )
+    name = backends.select(
+        "layernorm_mlp",
+        x.device,
+        lambda: (
+            _dropout_reasons(dropout_p)
+            + _kernel("layernorm_mlp").not_supported_reasons(
+                x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale
+            )
+        ),
+    )
+    if name == "torch":
+        return reference.layernorm_mlp(
+            x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
+            row_scale=row_scale, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+    w1, b1, w2, b2 = _autocast(x.device.type, w1, b1, w2, b2)
+    return torch.ops.vit_fast.layernorm_mlp_fwd(
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, name
+    )[0]
+
+
+# attention
+
+
+def _attention_forward(backend):
+    run = (reference if backend == "torch" else _kernel("attention")).attention_fwd
+    return lambda qkv, k, v, num_heads, scale: run(qkv, num_heads, scale, k=k, v=v)
+
+
+def _attention_fake(qkv, k, v, num_heads, scale, backend):
+    batch, tokens, width = qkv.shape
+    out = qkv.new_empty((batch, tokens, width // 3 if k is None else width))
+    return out, qkv.new_empty((batch, num_heads, tokens), dtype=_stat(qkv))
+
+
+def _attention_backward(grad, inputs, saved, needs):
+    qkv, k, v, num_heads, scale = inputs
+    return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, *saved)
+
+
+def _attention_flops(qkv, k, v, num_heads, scale, *_, **__):
+    batch, tokens, width = qkv
+    keys, width = (tokens, width // 3) if k is None else (k[1], width)
+    return 4 * batch * tokens * keys * width
+
+
+_register(
+    "attention",
+    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale",
+    "(Tensor, Tensor)",
+    (0, 1, 2),
+    _attention_forward,
+    _attention_fake,
+    _attention_backward,
+    _attention_flops,
+    save_output=True,
+)
+
+
+def _normalise_heads(x, num_heads, norm):
+    return x if norm is None else layer_norm(x.unflatten(2, (num_heads, -1)), *norm).flatten(2)
+
+
+def attention(
+    qkv,
+    num_heads: int,
+    scale: float,
+    *,
+    k=None,
+    v=None,
+    bias=None,
+    key_lengths=None,
+    cu_seqlens=None,
+    rope=None,
+    num_prefix: int = 0,
+    q_norm=None,
+    k_norm=None,
+    dropout_p: float = 0.0,
+    seed=None,
+):
+    """Per head softmax(scale·q kᵀ + bias) v.
+
+    Args:
+        qkv: packed [B, N, 3C], channels q | k | v, each head-major; with k and v given, q alone [B, Nq, C].
+        num_heads: H, C = H·D.
+        scale: any finite number, applied to the scores in float32.
+        k, v: [B, Nk, C].
+        bias: additive, broadcast to [B, H, Nq, Nk].
+        key_lengths: [B], keys from there on are ignored.
+        q_norm, k_norm: (weight [D], bias [D] or None, eps) of a LayerNorm over each head.
+        dropout_p, seed: dropout of the probabilities.
+        cu_seqlens, rope, num_prefix: reserved.
+    Returns:
+        [B, Nq, C] in the dtype of q.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a reserved option, or a forced backend that cannot.
+    Source: Dao et al., "FlashAttention", 2022.
+    """
+    arguments.check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_norm, dropout_p, seed)
+    for option, value in (("cu_seqlens", cu_seqlens), ("rope", rope), ("num_prefix", num_prefix or None)):
+        if value is not None:
+            raise UnsupportedError(f"vit_fast.attention: {option} is not supported in this version")
+
+    def not_supported():
+        options = {"bias": bias, "key_lengths": key_lengths}
+        reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
+        reasons += _dropout_reasons(dropout_p)
+        return reasons + _kernel("attention").not_supported_reasons(qkv, num_heads, k=k, v=v)
+
+    name = backends.select("attention", qkv.device, not_supported)
+    if name == "torch":
+        return reference.attention(
+            qkv, num_heads, scale, k=k, v=v, bias=bias, key_lengths=key_lengths,
+            q_norm=q_norm, k_norm=k_norm, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+    if q_norm is not None or k_norm is not None:
+        q, k, v = qkv.chunk(3, dim=-1) if k is None else (qkv, k, v)
+        qkv, k = _normalise_heads(q, num_heads, q_norm), _normalise_heads(k, num_heads, k_norm)
+    qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
+    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, name)[0]
+
+
+# patch_embed
+
+
+def _grid(images, weight, stride):
+    return tuple((images[2 + i] - weight[2 + i]) // stride[i] + 1 for i in range(2))
+
+
+def _patch_embed_fake(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std, backend):
+    rows, columns = _grid(images.shape, weight.shape, stride)
+    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    return weight.new_empty((images.shape[0], prefix + rows * columns, weight.shape[0]))
+
+
+def _patch_embed_backward(grad, inputs, saved, needs):
+    images, weight, bias, pos_embed, prefix_tokens, stride, mean, std = inputs
+    normalised = images.dtype == torch.uint8 or mean is not None or std is not None
+    pixels = reference.normalise_pixels(images, mean, std, weight.dtype) if normalised else images
+    dpixels, *grads = reference.patch_embed_bwd(
+        grad, pixels, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad=needs[0]
+    )
+    if needs[0] and std is not None:
+        dpixels = dpixels / dpixels.new_tensor(std).view(1, -1, 1, 1)
+    return None if dpixels is None else dpixels.to(images.dtype), *grads
+
+
+def _patch_embed_flops(images, weight, bias, pos_embed, prefix_tokens, stride, *_, **__):
+    rows, columns = _grid(images, weight, stride)
+    return 2 * images[0] * rows * columns * weight[0] * weight[1] * weight[2] * weight[3]
+
+
+_register(
+    "patch_embed",
+    "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[2] stride, "
+    "float[]? mean, float[]? std",
+    "Tensor",
+    (0, 1, 2, 3, 4),
+    lambda backend: (reference if backend == "torch" else _kernel("patch_embed")).patch_embed,
+    _patch_embed_fake,
+    _patch_embed_backward,
+    _patch_embed_flops,
+)
+
+
+def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+    """Patch embedding: convolution, position embedding of the patch rows, prefix tokens in front.
+
+    Args:
+        images: [B, in, H, W], any strides; float, or uint8 (pixel/255 is what mean and std refer to).
+        weight: [C, in, P, P'], bias [C] or None.
+        pos_embed: [1, N, C], patch rows only, or None; N = ⌊(H − P)/s + 1⌋·⌊(W − P')/s' + 1⌋, row-major.
+        prefix_tokens: [1 or B, K, C] as they shall stand (position embedding included), or None.
+        stride: s or (s, s').
+        mean, std: a float a channel, or None: (pixel − mean)/std before the convolution.
+    Returns:
+        [B, K + N, C] in the dtype of weight.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+        UnsupportedError: a forced backend cannot.
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020.
+    """
+    stride = arguments.check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std)
+    mean, std = (None if values is None else tuple(values) for values in (mean, std))
+    name = backends.select(
+        "patch_embed",
+        images.device,
+        lambda: _kernel("patch_embed").not_supported_reasons(
+            images, weight, bias, pos_embed, prefix_tokens, stride, mean, std
+        ),
+    )
+    if name == "torch":
+        return reference.patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std)
+    dtype = weight.dtype
+    weight, bias = _autocast(images.device.type, weight, bias)
+    out = torch.ops.vit_fast.patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std, name)
+    return out.to(dtype)

@@ -1,0 +1,70 @@
+"""Position-embedding tables of one grid resized to another.
+
+The policies differ between the programs that published weights; R1 and R2 differ materially.
+
+====  =========================================  ==========================================
+R1    Google's JAX ViT                           bilinear, corners aligned
+R2    timm ≤ 0.4.12, timm's .npz loader          bilinear
+R3    CLIP-ReID, TransReID                       bilinear
+R4    DeiT, T2T-ViT, timm 0.5–0.6                bicubic
+R5    open_clip, timm ≥ 0.8                      bicubic, antialiased
+====  =========================================  ==========================================
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+_POLICIES = {
+    "R1": dict(mode="bilinear", align_corners=True),
+    "R2": dict(mode="bilinear", align_corners=False),
+    "R3": dict(mode="bilinear", align_corners=False),
+    "R4": dict(mode="bicubic", align_corners=False),
+    "R5": dict(mode="bicubic", align_corners=False, antialias=True),
+}
+
+
+def check_policy(policy: str) -> str:
+    """The policy itself, or ``ValueError`` naming the known ones."""
+    if policy not in _POLICIES:
+        raise ValueError(f"vit_fast: pos_embed policy is {policy!r}, expected one of {', '.join(_POLICIES)}")
+    return policy
+
+
+def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_tokens: int = 0):
+    """A table of position embeddings for another grid.
+
+    Args:
+        table: [1, K + gh·gw, C] or [K + gh·gw, C], row-major; the K prefix rows stay as they are, in front.
+        old_grid: (gh, gw), or None for the square root of the count.
+        new_grid: (gh, gw).
+        policy: "R1" … "R5".
+        num_prefix_tokens: K.
+    Returns:
+        the table in the rank and dtype that came; the very tensor where the grids are equal.
+    Raises:
+        ValueError: unknown policy, or a table that does not hold the old grid.
+    """
+    check_policy(policy)
+    rows = table.shape[-2] - num_prefix_tokens
+    if old_grid is None:
+        side = math.isqrt(max(rows, 0))
+        old_grid = (side, side)
+    old_grid, new_grid = tuple(old_grid), tuple(new_grid)
+    if rows != old_grid[0] * old_grid[1] or rows < 1:
+        raise ValueError(
+            f"vit_fast.resize_pos_embed: table has {table.shape[-2]} rows, "
+            f"expected {num_prefix_tokens} prefix rows and a grid of {old_grid[0]}×{old_grid[1]}"
+        )
+    if any(size < 1 for size in new_grid):
+        raise ValueError(f"vit_fast.resize_pos_embed: new_grid is {new_grid}, expected positive sizes")
+    if old_grid == new_grid:
+        return table
+    prefix, grid = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
+    grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    if grid.dtype in (torch.float16, torch.bfloat16):
+        grid = grid.float()
+    grid = F.interpolate(grid, size=new_grid, **_POLICIES[policy])
+    grid = grid.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new_grid[0] * new_grid[1], -1).to(table.dtype)
+    return torch.cat([prefix, grid], dim=-2) if num_prefix_tokens else grid

@@ -1,0 +1,117 @@
+"""Weights from files and from timm's hub, always strict: nothing is dropped or left out silently."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from .pos_embed import resize_pos_embed
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be had, cannot be read, or does not fit the model."""
+
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def read_state_dict(path) -> dict[str, torch.Tensor]:
+    """The state_dict in a file: ``.safetensors``, or ``.pt``/``.pth``/``.bin`` read without executing anything.
+
+    Checkpoints that wrap it ("state_dict_ema", "state_dict", "model") are unwrapped, a "module." prefix is stripped.
+
+    Raises:
+        WeightsError: missing, truncated or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} does not exist")
+    if path.suffix not in _SUFFIXES:
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} ends in {path.suffix!r}, expected {_SUFFIXES}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: {error}") from error
+    except Exception as error:
+        # safetensors raises its own class, which is importable only where safetensors is installed
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: {error}") from error
+    for wrapper in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _listed(keys):
+    keys = sorted(keys)
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def load_state_dict(model, state):
+    """Strict load; mismatches of keys and shapes are listed in one ``WeightsError`` and nothing is changed."""
+    own = model.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing {_listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {_listed(unexpected)}")
+    if shapes:
+        problems.append(f"wrong shape {_listed(shapes)}")
+    if problems:
+        raise WeightsError(f"vit_fast: weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state)
+    return model
+
+
+def load_checkpoint(model, path):
+    """Loads a file in timm's keys into a ``VisionTransformer``; a position embedding of another grid is resized.
+
+    Raises:
+        WeightsError: unreadable file, or keys or shapes that do not fit (listed).
+    """
+    state = read_state_dict(path)
+    table = state.get("pos_embed")
+    if table is not None and model.pos_embed is not None and table.dim() == 3 and table.shape != model.pos_embed.shape:
+        try:
+            state["pos_embed"] = resize_pos_embed(
+                table, None, model.patch_embed.grid_size, model.pos_embed_policy, model._pos_prefix
+            )
+        except ValueError as error:
+            raise WeightsError(f"vit_fast: pos_embed of {str(path)!r} does not fit: {error}") from error
+    return load_state_dict(model, state)
+
+
+def load_pretrained(model, name, words):
+    """timm's weights for a name, adapted by timm to ``words`` (num_classes, in_chans, img_size, ...).
+
+    Raises:
+        ImportError: timm is not installed.
+        WeightsError: timm has no such weights, or they cannot be downloaded.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("vit_fast: pretrained=True needs timm: pip install vit-fast[timm]") from error
+    known = {key: words[key] for key in ("num_classes", "in_chans", "img_size", "global_pool") if key in words}
+    try:
+        source = timm.create_model(name, pretrained=True, **known)
+    except Exception as error:
+        raise WeightsError(
+            f"vit_fast.create_model: pretrained weights of {name!r} cannot be had through timm: {error}. "
+            "They are downloaded from the Hugging Face hub; without network pass checkpoint_path=FILE."
+        ) from error
+    return load_state_dict(model, source.state_dict())
