@@ -59,7 +59,7 @@ def _check_int(op, name, value, minimum=1):
 def _check_real(op, name, value):
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a float")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a finite number")
 
 

@@ -119,27 +119,6 @@ def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _online_step(
-    acc, total, top, q, k, v, first, num_keys, scale_log2,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    s = _scores(q, k, NEGATIVE, ACC, PRECISION)
-    live = (first + tl.arange(0, BLOCK_N) < num_keys)[None, :]
-    highest = tl.max(tl.where(live, s, float("-inf")) if MASKED else s, 1)
-    new_top = tl.maximum(top, highest * scale_log2)
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    s = s * scale_log2 - shift[:, None]
-    p = tl.exp2(tl.where(live, s, float("-inf")) if MASKED else s)
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(p, 1)
-    scaled = ()
-    for i in tl.static_range(len(acc)):
-        scaled = scaled + (acc[i] * decay[:, None],)
-    return _weigh(scaled, p, v, DTYPE, ACC, PRECISION), total, new_top
-
-
-@triton.jit
 def _attention_fwd_streaming_kernel(
     out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
     q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; pointers, or tensor descriptors with TMA
@@ -163,28 +142,27 @@ def _attention_fwd_streaming_kernel(
     acc = _zeros(BLOCK_M, PARTS, ACC)
     total = tl.full((BLOCK_M,), 0.0, ACC)
     top = tl.full((BLOCK_M,), float("-inf"), ACC)
-    last = (num_keys - 1) // BLOCK_N * BLOCK_N
-    for first in range(0, last, BLOCK_N):
+    for first in range(0, num_keys, BLOCK_N):
         k = _load(
             k_ptr, image, head, first, num_keys, stride_kb, stride_kn, stride_kc,
-            BLOCK_N, D, PARTS, False, TMA, UPCAST,
+            BLOCK_N, D, PARTS, True, TMA, UPCAST,
         )  # fmt: skip
+        s = _scores(q, k, NEGATIVE, ACC, PRECISION)
+        s = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+        decay = tl.exp2(top - shift)
+        top = new_top
+        total = total * decay + tl.sum(p, 1)
+        decayed = ()
+        for i in tl.static_range(len(PARTS)):
+            decayed = decayed + (acc[i] * decay[:, None],)
         v = _load(
             v_ptr, image, head, first, num_keys, stride_vb, stride_vn, stride_vc,
-            BLOCK_N, D, PARTS, False, TMA, UPCAST,
+            BLOCK_N, D, PARTS, True, TMA, UPCAST,
         )  # fmt: skip
-        acc, total, top = _online_step(
-            acc, total, top, q, k, v, first, num_keys, scale_log2, BLOCK_N, False, NEGATIVE, DTYPE, ACC, PRECISION
-        )
-    k = _load(
-        k_ptr, image, head, last, num_keys, stride_kb, stride_kn, stride_kc, BLOCK_N, D, PARTS, True, TMA, UPCAST
-    )
-    v = _load(
-        v_ptr, image, head, last, num_keys, stride_vb, stride_vn, stride_vc, BLOCK_N, D, PARTS, True, TMA, UPCAST
-    )
-    acc, total, top = _online_step(
-        acc, total, top, q, k, v, last, num_keys, scale_log2, BLOCK_N, True, NEGATIVE, DTYPE, ACC, PRECISION
-    )
+        acc = _weigh(decayed, p, v, DTYPE, ACC, PRECISION)
     _store(
         out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
         stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE,
@@ -214,13 +192,13 @@ def _attention_fwd_resident_kernel(
     for j in tl.static_range(len(CHUNKS)):
         k = k + (
             _load(
-                k_ptr[j], image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
+                k_ptr[j] if TMA else k_ptr, image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
                 CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
             ),
         )  # fmt: skip
         v = v + (
             _load(
-                v_ptr[j], image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
+                v_ptr[j] if TMA else v_ptr, image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
                 CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
             ),
         )  # fmt: skip
@@ -234,15 +212,16 @@ def _attention_fwd_resident_kernel(
         top = tl.full((BLOCK_M,), float("-inf"), ACC)
         for j in tl.static_range(len(CHUNKS)):
             chunk = _scores(q, k[j], NEGATIVE, ACC, PRECISION)
+            if j == LAST:
+                chunk = tl.where(live, chunk, float("-inf"))
             s = s + (chunk,)
-            top = tl.maximum(top, tl.max(tl.where(live, chunk, float("-inf")) if j == LAST else chunk, 1))
+            top = tl.maximum(top, tl.max(chunk, 1))
         top = top * scale_log2
         shift = tl.where(top == float("-inf"), 0.0, top)
         acc = _zeros(BLOCK_M, PARTS, ACC)
         total = tl.full((BLOCK_M,), 0.0, ACC)
         for j in tl.static_range(len(CHUNKS)):
-            shifted = s[j] * scale_log2 - shift[:, None]
-            p = tl.exp2(tl.where(live, shifted, float("-inf")) if j == LAST else shifted)
+            p = tl.exp2(s[j] * scale_log2 - shift[:, None])
             total += tl.sum(p, 1)
             acc = _weigh(acc, p, v[j], DTYPE, ACC, PRECISION)
         _store(
@@ -265,6 +244,19 @@ def _head_parts(head_size):
             parts.append((first, part))
             first += part
     return tuple(parts)
+
+
+def _key_chunks(num_keys):
+    """The keys as (first, width) of powers of two, at most 128 wide: 197 → (0, 128), (128, 64), (192, 16)."""
+    chunks, first = [], 0
+    while first < num_keys:
+        left = -(-(num_keys - first) // 16) * 16
+        width = min(128, 1 << (left.bit_length() - 1))
+        if len(chunks) == 2:
+            width = 1 << (left - 1).bit_length()
+        chunks.append((first, width))
+        first += width
+    return tuple(chunks)
 
 
 def _fits_tma(x, parts):
@@ -332,18 +324,30 @@ def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
         num_stages=config.num_stages,
     )
     blocks = triton.cdiv(num_queries, config.block_m)
-    scale_log2 = abs(scale) * _LOG2E
+    # Zero would make NaN of the −inf of masked keys; the smallest normal number leaves finite scores at zero.
+    scale_log2 = max(abs(scale) * _LOG2E, 2.0**-126)
+    sizes = (num_heads, num_queries, num_keys, scale_log2)
+    strides = [stride for x in (out, q, k, v) for stride in x.stride()]
+    if tma:
+        out_arg, q_arg = (_descriptor(x, config.block_m, head_size) for x in (out, q))
+    else:
+        out_arg, q_arg, k_arg, v_arg = out, q, k, v
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        grid = (batch * num_heads * blocks,)
-        tensors = (out, q, k, v)
-        strides = [stride for x in tensors for stride in x.stride()]
-        if tma:
-            rows = (config.block_m, config.block_m, config.block_n, config.block_n)
-            tensors = [_descriptor(x, r, head_size) for x, r in zip(tensors, rows)]
-        _attention_fwd_streaming_kernel[grid](
-            tensors[0], lse, *tensors[1:], num_heads, num_queries, num_keys, scale_log2, *strides,
-            BLOCK_N=config.block_n, **options,
-        )
+        if config.block_n:
+            if tma:
+                k_arg, v_arg = (_descriptor(x, config.block_n, head_size) for x in (k, v))
+            _attention_fwd_streaming_kernel[(batch * num_heads * blocks,)](
+                out_arg, lse, q_arg, k_arg, v_arg, *sizes, *strides, BLOCK_N=config.block_n, **options
+            )
+        else:
+            chunks = _key_chunks(num_keys)
+            if tma:
+                k_arg, v_arg = (tuple(_descriptor(x, rows, head_size) for _, rows in chunks) for x in (k, v))
+            programs = 1
+            _attention_fwd_resident_kernel[(batch * num_heads * programs,)](
+                out_arg, lse, q_arg, k_arg, v_arg, *sizes, programs, triton.cdiv(blocks, programs), *strides,
+                CHUNKS=chunks, **options,
+            )  # fmt: skip
     return out, lse
 
 

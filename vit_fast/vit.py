@@ -9,6 +9,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020.
 """
 
 import math
+import operator
 from functools import partial
 
 import torch
@@ -565,7 +566,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"vit_fast.VisionTransformer: images have {images.shape[1]} channels, expected {self.in_chans}"
             )
-        height, width = images.shape[2:]
+        # Plain ints: torch cannot differentiate a resized table under symbolic sizes, so a graph has one image size.
+        height, width = (operator.index(size) for size in images.shape[2:])
         embed = self.patch_embed
         if not self.dynamic_img_size:
             if (height, width) != embed.img_size:

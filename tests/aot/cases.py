@@ -36,6 +36,36 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def attention_cases():
+    from vit_fast.kernels.attention import attention
+
+    def call(batch, tokens, heads, head_size, dtype):
+        attention(torch.zeros(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
+
+    for dtype in DTYPES:
+        for name, (tokens, width, heads, _, _) in VITS.items():
+            yield Case(f"attention {name}", _name(dtype), lambda a=(2, tokens, heads, width // heads, dtype): call(*a))
+        yield Case("attention base batch 1", _name(dtype), lambda a=(1, 197, 12, 64, dtype): call(*a))
+        for head_size in (32, 48, 88, 96, 104, 128):
+            a = (2, 257, 8, head_size, dtype)
+            yield Case(f"attention head size {head_size}", _name(dtype), lambda a=a: call(*a))
+
+
+def layer_norm_cases():
+    from vit_fast.kernels.layer_norm import layer_norm
+
+    def call(batch, tokens, width, dtype, weight_dtype):
+        x = torch.zeros(batch, tokens, width, dtype=dtype)
+        layer_norm(x, torch.zeros(width, dtype=weight_dtype), torch.zeros(width, dtype=weight_dtype), 1e-6)
+
+    for dtype in DTYPES:
+        for name, (tokens, width, _, _, _) in VITS.items():
+            yield Case(f"layer_norm {name}", _name(dtype), lambda a=(2, tokens, width, dtype, dtype): call(*a))
+            a = (2, tokens, width, dtype, torch.float32)
+            yield Case(f"layer_norm {name} fp32 parameters", _name(dtype), lambda a=a: call(*a))
+        yield Case("layer_norm base batch 1", _name(dtype), lambda a=(1, 197, 768, dtype, dtype): call(*a))
+
+
 def patch_embed_cases():
     from vit_fast.kernels.patch_embed import patch_embed
 
@@ -63,6 +93,4 @@ def patch_embed_cases():
         )
 
 
-def all_cases():
-    for cases in (patch_embed_cases,):
-        yield from cases()
+OPERATIONS = (attention_cases, layer_norm_cases, patch_embed_cases)

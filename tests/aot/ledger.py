@@ -5,7 +5,7 @@
     python tests/aot/ledger.py --update     compile what changed, rewrite ledger.json (--all --update: everything)
 
 Options: --match TEXT (kernel, case, dtype, sm_NN), --jobs N, --archs 80,90,100. Two Triton versions are covered: the
-installed one, and one in a side folder that VIT_FAST_TRITON36 names (``pip install --no-deps --target FOLDER triton==3.6.0``).
+installed one, and one in the folder that VIT_FAST_TRITON36 names (pip install --no-deps --target FOLDER triton==3.6.0).
 Exit status 1: drift, a broken rule, or a case that does not run.
 """
 
@@ -48,7 +48,8 @@ def save(entries):
 
 
 def label(entry):
-    return f"triton {entry['triton']} sm_{entry['arch']} {entry['kernel']} {entry['dtype']} [{entry['case']}: {entry['config']}]"
+    kernel = f"{entry['kernel']} {entry['dtype']}"
+    return f"triton {entry['triton']} sm_{entry['arch']} {kernel} [{entry['case']}: {entry['config']}]"
 
 
 def _key(entry):

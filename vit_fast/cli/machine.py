@@ -1,0 +1,58 @@
+"""Facts about this machine that stand in every row of a result."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def _run(*words, timeout=10):
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit():
+    """Short hash of the checkout that this package runs from, "+" appended when it holds changes; else None."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    changed = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return head + ("+" if changed else "") if head else None
+
+
+def cpu_name():
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def name(device):
+    """Readable name of a torch device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def gpu_state(device):
+    """Driver, clocks, temperature and power of a CUDA device as nvidia-smi gives them now; empty without it."""
+    fields = {
+        "driver": "driver_version",
+        "clock_sm_mhz": "clocks.sm",
+        "clock_memory_mhz": "clocks.mem",
+        "temperature_c": "temperature.gpu",
+        "power_w": "power.draw",
+    }
+    if device.type != "cuda":
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".replace("GPU-GPU-", "GPU-")
+    query = f"--query-gpu={','.join(fields.values())}"
+    answer = _run("nvidia-smi", "-i", uuid, query, "--format=csv,noheader,nounits")
+    values = answer.splitlines()[0].split(", ") if answer else []
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}

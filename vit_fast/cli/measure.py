@@ -1,0 +1,150 @@
+"""Time, memory, arithmetic: how each figure of a benchmark is taken.
+
+On a GPU a step is timed by a pair of CUDA events, with the L2 cache overwritten before each, and all steps of a round
+are queued before one synchronisation; latency is wall-clock time from the call to the synchronisation after it. On a
+CPU a step is wall-clock time, and so is latency.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import statistics
+import time
+
+import torch
+
+_flush = {}
+
+
+def synchronize(device):
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call, device):
+    """Wall-clock seconds of one call, to its end on the device, and what it returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _cache_flusher(device):
+    if device not in _flush:
+        size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+        _flush[device] = torch.empty(size, dtype=torch.int8, device=device)
+    return _flush[device]
+
+
+def step_times(call, count, device):
+    """``count`` step times in seconds."""
+    if device.type != "cuda":
+        return [seconds(call, device)[0] for _ in range(count)]
+    flusher = _cache_flusher(device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    with torch.cuda.device(device):
+        for start, end in events:
+            flusher.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1000 for start, end in events]
+
+
+def summary(times, batch):
+    """Images per second (median, p20, p80) and milliseconds per step (median) of step times in seconds."""
+    median = statistics.median(times)
+    slow, fast = (_quantile(times, q) for q in (0.8, 0.2))
+    return {
+        "infer_samples_per_sec": batch / median,
+        "infer_samples_per_sec_p20": batch / slow,
+        "infer_samples_per_sec_p80": batch / fast,
+        "infer_step_time": 1000 * median,
+    }
+
+
+def _quantile(values, q):
+    values = sorted(values)
+    position = q * (len(values) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (position - low) * (values[high] - values[low])
+
+
+def _resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def _cpu_growth(call):
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as references:
+            references.write("5")
+        before = _resident("VmRSS:")
+        call()
+        return max(_resident("VmHWM:") - before, 0)
+    except (OSError, StopIteration):
+        call()
+        return None
+
+
+def peak_memory(call, weights, device):
+    """Bytes that one call needs at its height, the model's own weights included, and how that was found.
+
+    Args:
+        weights: bytes of the model's parameters and buffers.
+
+    Returns:
+        (bytes, or None where it cannot be measured, and the method in words).
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        method = "weights + growth of torch.cuda.max_memory_allocated in the call after the first"
+        return torch.cuda.max_memory_allocated(device) - before + weights, method
+    growth = _cpu_growth(call)
+    if growth is None:
+        return None, "not measured: this system does not tell the peak resident memory of a call"
+    return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
+
+
+def matmul_peak(dtype, device, budget=1.0):
+    """TFLOP/s of the fastest square matrix product of this dtype here, on random numbers, in about ``budget`` s."""
+    best = 0.0
+    for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        first, _ = seconds(lambda a=a, b=b: a @ b, device)
+        again, _ = seconds(lambda a=a, b=b: a @ b, device)
+        count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))
+        median = statistics.median(step_times(lambda a=a, b=b: a @ b, count, device))
+        best = max(best, 2 * size**3 / median / 1e12)
+        if again > budget:
+            break
+    return best
+
+
+def flops_per_image(model, pixels):
+    """Floating-point operations (2 per multiply-add) of one image: matrix products, convolutions and attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The mathematical form, because the counter has no formula for the CPU's fused attention and would call it free.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(pixels[:1])
+    return counter.get_total_flops()
+
+
+def weight_bytes(model):
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

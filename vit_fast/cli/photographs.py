@@ -1,0 +1,101 @@
+"""Real pixels for a benchmark: the user's photographs, or the sample photograph that matplotlib ships."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import CommandError, require
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """``pixels`` is float32 [count, channels, height, width], normalised; ``skipped`` names unreadable files."""
+
+    pixels: object
+    source: str
+    skipped: list[str]
+
+
+def _decode(path, mode):
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert(mode)
+
+
+def _folder(folder, count, mode):
+    """The first ``count`` readable images below a folder, in the order of their names, and the unreadable files."""
+    if not folder.is_dir():
+        raise CommandError(f"--images: {folder} is not a folder; wanted a folder of photographs")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    images, skipped = [], []
+    for path in files:
+        if len(images) == count:
+            break
+        try:
+            images.append(_decode(path, mode))
+        except Exception as error:
+            skipped.append(f"{path}: {type(error).__name__}: {error}")
+    if not images:
+        what = f"none of its {len(files)} files is a readable image" if files else "it is empty"
+        first = f", the first: {skipped[0]}" if skipped else ""
+        raise CommandError(f"--images: no photograph in {folder}: {what}{first}")
+    return images, skipped
+
+
+def _sample(mode):
+    cbook = require("matplotlib.cbook", "bench")
+    return _decode(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), mode)
+
+
+def _views(images, count, width, height):
+    """``count`` crops of the target's shape: the largest centred ones first, then random ones and mirror images."""
+    from PIL import Image, ImageOps
+
+    draw = random.Random(0)
+    for index in range(count):
+        image = images[index % len(images)]
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        mirrored = False
+        if index >= len(images):
+            scale *= draw.uniform(0.4, 0.95)
+            left = draw.uniform(0, image.width - scale * width)
+            top = draw.uniform(0, image.height - scale * height)
+            mirrored = draw.random() < 0.5
+        box = (left, top, left + scale * width, top + scale * height)
+        view = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        yield ImageOps.mirror(view) if mirrored else view
+
+
+def load(folder, count, height, width, mean, std):
+    """``count`` different normalised images.
+
+    Args:
+        folder: of photographs, searched with its subfolders; None takes matplotlib's sample photograph.
+        mean, std: per channel, of pixels in 0…1; their length is the number of channels (1 or 3).
+
+    Raises:
+        CommandError: no such folder, or no readable photograph in it.
+    """
+    require("PIL.Image", "bench")
+    import numpy as np
+    import torch
+
+    mode = {1: "L", 3: "RGB"}.get(len(mean))
+    if mode is None:
+        raise CommandError(f"photographs have 1 or 3 channels, the model wants {len(mean)}")
+    if folder is None:
+        images, skipped = [_sample(mode)], []
+        source = "matplotlib's sample photograph grace_hopper.jpg"
+    else:
+        images, skipped = _folder(Path(folder), count, mode)
+        source = f"{len(images)} photograph{'s' if len(images) > 1 else ''} of {folder}"
+    if len(images) < count:
+        source += f", {count} different crops and mirror images"
+    views = [np.asarray(view).reshape(height, width, len(mean)) for view in _views(images, count, width, height)]
+    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().float() / 255
+    per_channel = (1, -1, 1, 1)
+    return Photographs(
+        (pixels - torch.tensor(mean).view(per_channel)) / torch.tensor(std).view(per_channel), source, skipped
+    )
