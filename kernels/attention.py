@@ -71,12 +71,11 @@ def _load(
 def _store(
     out, lse_ptr, acc, total, top, image, head, num_heads, first, count, stride_b, stride_n, stride_c,
     ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, DTYPE: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
     """Normalises and writes ROWS rows of one head and their LSE; the LSE is kept with base 2 until here."""
     rows = first + tl.arange(0, ROWS)
     inverse = 1.0 / total
-    lse = (top + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse_ptr + (image * num_heads + head) * count + rows, lse, mask=rows < count)
     if TMA:
         tile = (acc[0] * inverse[:, None]).to(DTYPE)
         out.store([image.to(tl.int32), first, head.to(tl.int32) * D], tile.reshape(1, ROWS, D))
@@ -87,6 +86,10 @@ def _store(
             tile = (acc[i] * inverse[:, None]).to(DTYPE)
             mask = (rows < count)[:, None] & (columns < D)[None, :]
             tl.store(base + columns.to(tl.int64)[None, :] * stride_c, tile, mask=mask)
+    if LSE:
+        lse = (top + tl.log2(total)) * 0.6931471805599453
+        row_ptr = lse_ptr + (image * num_heads + head) * count
+        tl.store(row_ptr + rows, lse, mask=rows < count)
 
 
 @triton.jit
@@ -127,7 +130,7 @@ def _attention_fwd_streaming_kernel(
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
     D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(num_queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -165,20 +168,20 @@ def _attention_fwd_streaming_kernel(
         acc = _weigh(decayed, p, v, DTYPE, ACC, PRECISION)
     _store(
         out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
-        stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE,
+        stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
     )  # fmt: skip
 
 
 @triton.jit
 def _attention_fwd_resident_kernel(
     out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
-    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; pointers, or tensor descriptors with TMA (k, v: a tuple)
+    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; with TMA out and q are tensor descriptors
     num_heads, num_queries, num_keys, scale_log2, programs_per_head, blocks_per_program,
     stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
     D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
     NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     LAST: tl.constexpr = len(CHUNKS) - 1
     pid = tl.program_id(0)
@@ -192,14 +195,14 @@ def _attention_fwd_resident_kernel(
     for j in tl.static_range(len(CHUNKS)):
         k = k + (
             _load(
-                k_ptr[j] if TMA else k_ptr, image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
-                CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
+                k_ptr, image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
+                CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
             ),
         )  # fmt: skip
         v = v + (
             _load(
-                v_ptr[j] if TMA else v_ptr, image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
-                CHUNKS[j][1], D, PARTS, j == LAST, TMA, UPCAST,
+                v_ptr, image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
+                CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
             ),
         )  # fmt: skip
     live = (CHUNKS[LAST][0] + tl.arange(0, CHUNKS[LAST][1]) < num_keys)[None, :]
@@ -226,7 +229,7 @@ def _attention_fwd_resident_kernel(
             acc = _weigh(acc, p, v[j], DTYPE, ACC, PRECISION)
         _store(
             out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
-            stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE,
+            stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
         )  # fmt: skip
 
 
@@ -259,11 +262,11 @@ def _key_chunks(num_keys):
     return tuple(chunks)
 
 
-def _fits_tma(x, parts):
-    """Whether [B, N, C] can be read and written by tensor descriptors: one part, 16-byte steps, no overlap."""
+def _fits_tma(x, parts, head_size):
+    """Whether [B, N, C] can be a tensor descriptor: the head in one part without padding, 16-byte steps, no overlap."""
     size = x.element_size()
     return (
-        len(parts) == 1
+        parts == ((0, head_size),)
         and x.stride(2) == 1
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:2])
@@ -309,7 +312,6 @@ def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
             num_queries, num_keys, head_size, q.dtype, configs.arch_of(q.device)
         )
     parts = _head_parts(head_size)
-    tma = config.tma and all(_fits_tma(x, parts) for x in (out, q, k, v))
     options = dict(
         D=head_size,
         PARTS=parts,
@@ -319,7 +321,7 @@ def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
         ACC=_TRITON_DTYPE[acc_dtype],
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         UPCAST=_INTERPRETED and q.dtype == torch.bfloat16,
-        TMA=tma,
+        LSE=True,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -328,26 +330,25 @@ def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
     scale_log2 = max(abs(scale) * _LOG2E, 2.0**-126)
     sizes = (num_heads, num_queries, num_keys, scale_log2)
     strides = [stride for x in (out, q, k, v) for stride in x.stride()]
+    resident = config.block_n == 0
+    tensors = (out, q) if resident else (out, q, k, v)
+    tma = config.tma and all(_fits_tma(x, parts, head_size) for x in tensors)
     if tma:
-        out_arg, q_arg = (_descriptor(x, config.block_m, head_size) for x in (out, q))
-    else:
-        out_arg, q_arg, k_arg, v_arg = out, q, k, v
+        rows = (config.block_m, config.block_m, config.block_n, config.block_n)
+        tensors = tuple(_descriptor(x, count, head_size) for x, count in zip(tensors, rows))
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        if config.block_n:
-            if tma:
-                k_arg, v_arg = (_descriptor(x, config.block_n, head_size) for x in (k, v))
-            _attention_fwd_streaming_kernel[(batch * num_heads * blocks,)](
-                out_arg, lse, q_arg, k_arg, v_arg, *sizes, *strides, BLOCK_N=config.block_n, **options
-            )
-        else:
-            chunks = _key_chunks(num_keys)
-            if tma:
-                k_arg, v_arg = (tuple(_descriptor(x, rows, head_size) for _, rows in chunks) for x in (k, v))
+        if resident:
             programs = 1
+            out_arg, q_arg = tensors
             _attention_fwd_resident_kernel[(batch * num_heads * programs,)](
-                out_arg, lse, q_arg, k_arg, v_arg, *sizes, programs, triton.cdiv(blocks, programs), *strides,
-                CHUNKS=chunks, **options,
+                out_arg, lse, q_arg, k, v, *sizes, programs, triton.cdiv(blocks, programs), *strides,
+                CHUNKS=_key_chunks(num_keys), TMA=tma, **options,
             )  # fmt: skip
+        else:
+            out_arg, *inputs = tensors
+            _attention_fwd_streaming_kernel[(batch * num_heads * blocks,)](
+                out_arg, lse, *inputs, *sizes, *strides, BLOCK_N=config.block_n, TMA=tma, **options
+            )
     return out, lse
 
 

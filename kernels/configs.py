@@ -42,3 +42,52 @@ class LinearConfig:
     num_warps: int
     num_stages: int
     descriptors: bool  # tiles by TMA where addresses and strides allow it
+
+
+def pick_linear_config(rows, out_features, swiglu, x_dtype, weight_dtype, out_dtype, tf32, scattered, arch):
+    """swiglu has two accumulators, hence tiles half as wide; ``scattered``: loads under 16 bytes.
+
+    128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. The order of the sums over K does
+    not depend on the tile.
+    """
+    columns = out_features * 2 if swiglu else out_features
+    few = -(-rows // 128) * -(-columns // 128) < 128
+    descriptors = arch >= 90
+    if weight_dtype not in (torch.float16, torch.bfloat16) and not tf32:
+        block_m, block_n, block_k, num_warps, num_stages = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
+        descriptors = False
+    elif scattered:
+        block_m, block_n, block_k, num_warps, num_stages = (64, 64, 32, 8, 3) if few else (128, 128, 32, 8, 3)
+    elif tf32:
+        block_m, block_n, block_k, num_warps, num_stages = 64 if few else 128, 64, 32, 4, 4 if few else 3
+    elif few and x_dtype == weight_dtype:
+        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 64, 4, 4
+    elif arch >= 90:
+        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 64, 4, 3
+    else:
+        wide = out_dtype.itemsize > weight_dtype.itemsize
+        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 32, 8 if wide else 4, 4
+    return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, descriptors)
+
+
+
+@dataclass(frozen=True)
+class PatchEmbedConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_patch_embed_config(rows, width, dtype, precision):
+    """``rows`` is batch · patches. Neither tile size nor warps change the bits: only ``block_k`` orders the sums."""
+    large = -(-rows // 128) * -(-width // 128) >= 120  # a wave of 128 × 128 tiles on an A100 or H200
+    if dtype in (torch.float32, torch.float64):
+        if precision == "tf32" and large:
+            return PatchEmbedConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
+        stages = 3 if precision == "tf32" else 2
+        return PatchEmbedConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=stages)
+    if large:
+        return PatchEmbedConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+    return PatchEmbedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3)

@@ -19,6 +19,8 @@ Limits: float64 in the interpreter only; dropout is not fused.
 Source: tile order after the Triton matmul tutorial; form of t after Abramowitz and Stegun 7.1.26, coefficients ours.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -131,6 +133,8 @@ def _linear_fwd_kernel(
     SPLIT_RESIDUAL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_N: tl.constexpr,
     UPCAST: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,6 +143,15 @@ def _linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    # Triton itself sees only whether a size or stride is a multiple of 16; this tells it of 2, 4 and 8.
+    if ALIGN_K > 1 and ALIGN_K < 16:
+        in_features = in_features // ALIGN_K * ALIGN_K
+        stride_xo, stride_xi = stride_xo // ALIGN_K * ALIGN_K, stride_xi // ALIGN_K * ALIGN_K
+        stride_wn = stride_wn // ALIGN_K * ALIGN_K
+    if ALIGN_N > 1 and ALIGN_N < 16:
+        out_features = out_features // ALIGN_N * ALIGN_N
+        stride_ro, stride_ri = stride_ro // ALIGN_N * ALIGN_N, stride_ri // ALIGN_N * ALIGN_N
+
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(out_features, BLOCK_N)
@@ -216,14 +229,23 @@ def _linear_fwd_kernel(
 INTERPRETED = not isinstance(_linear_fwd_kernel, triton.JITFunction)
 
 
-def _describable(t, row_stride):
-    """Can TMA read t [rows, columns] whose rows lie row_stride apart?"""
-    return (
-        t.stride(-1) == 1
-        and row_stride >= t.shape[-1]
-        and row_stride * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
+def _vector_bytes(t, contiguous_size, row_strides):
+    """Widest aligned piece of a row that one load can take, at most 16 bytes."""
+    if t.data_ptr() % 16:
+        return t.element_size()
+    return min(16, t.element_size() * math.gcd(16, contiguous_size, *row_strides))
+
+
+def _layout(x, stride_xo, stride_xi, weight, out_features):
+    """(describable, scattered): can TMA read both operands; do pointers load them in pieces under 16 bytes?"""
+    in_features = weight.shape[1]
+    x_bytes = _vector_bytes(x, in_features, (stride_xo, stride_xi)) if x.stride(-1) == 1 else 0
+    weight_bytes = _vector_bytes(weight, in_features, (weight.stride(0),)) if weight.stride(1) == 1 else 0
+    # In a descriptor's eyes rows must not overlap.
+    describable = x_bytes == weight_bytes == 16 and stride_xi >= in_features and weight.stride(0) >= in_features
+    if weight.stride(0) == 1:
+        weight_bytes = _vector_bytes(weight, out_features, (weight.stride(1),))
+    return describable, min(x_bytes, weight_bytes) < 16
 
 
 def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None, config=None):
@@ -237,9 +259,7 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
     if rows == 0:
         return out
 
-    config = config or configs.pick_linear_config(
-        rows, out_features, in_features, x.dtype, weight.dtype, configs.arch_of(x.device), swiglu
-    )
+    rows_per_sample = rows // x.shape[0] if row_scale is not None else 0
     x, split_x, x_inner, stride_xo, stride_xi = ln.row_layout(x)
     split_residual, residual_inner, stride_ro, stride_ri, stride_rn = False, 0, 0, 0, 0
     if residual is not None:
@@ -247,32 +267,31 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
         stride_rn = residual.stride(-1)
     bias, gamma, row_scale = ln.vector(bias), ln.vector(gamma), ln.vector(row_scale)
 
-    descriptors = (
-        config.descriptors
-        and not split_x
-        and x.dtype == weight.dtype
-        and _describable(x, stride_xi)
-        and _describable(weight, weight.stride(0))
+    tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    describable, scattered = _layout(x, stride_xo, stride_xi, weight, out_features)
+    config = config or configs.pick_linear_config(
+        rows, out_features, swiglu, x.dtype, weight.dtype, out_dtype, tf32, scattered, configs.arch_of(x.device)
     )
     x_src, weight_src = x, weight
+    descriptors = config.descriptors and describable and not split_x and x.dtype == weight.dtype
     if descriptors:
         x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
         weight_src = TensorDescriptor(
             weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k]
         )
-    tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     with ln.launch_guard(x):
         _linear_fwd_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n),)](
             out, x_src, weight_src, bias, gamma, row_scale, residual,
-            rows, out_features, in_features,
-            x_inner, residual_inner, rows // x.shape[0],
+            rows, out_features, in_features, x_inner, residual_inner, rows_per_sample,
             stride_xo, stride_xi, x.stride(-1), weight.stride(0), weight.stride(1), stride_ro, stride_ri, stride_rn,
             ACTIVATION=activation,
             EXACT=weight.dtype in (torch.float32, torch.float64),
             SPLIT_X=split_x,
             SPLIT_RESIDUAL=split_residual,
             DESCRIPTORS=descriptors,
-            EVEN_K=in_features % config.block_k == 0,
+            EVEN_K=descriptors or in_features % config.block_k == 0,
+            ALIGN_K=16 if descriptors else math.gcd(16, in_features, stride_xo, stride_xi, weight.stride(0)),
+            ALIGN_N=math.gcd(16, out_features, stride_ro, stride_ri),
             UPCAST=INTERPRETED and weight.dtype == torch.bfloat16,
             ACC=ln.accumulator(weight.dtype, out_dtype),
             PRECISION="tf32" if tf32 else "ieee",

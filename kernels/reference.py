@@ -21,6 +21,11 @@ _ACTIVATION = {
 }
 
 
+def _may_overwrite():
+    """Whether a fresh intermediate may be written in place: nothing records it for a backward or a graph."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def _stat_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -120,7 +125,10 @@ def layer_norm_bwd(grad, x, weight, bias, mean, rstd):
 
 
 def layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
-    return activate(F.linear(layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype), weight, bias), activation)
+    z = F.linear(layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype), weight, bias)
+    if activation in ("gelu", "gelu_tanh") and _may_overwrite():
+        return torch.ops.aten.gelu_(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return activate(z, activation)
 
 
 def layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
@@ -151,6 +159,8 @@ def _per_sample(row_scale, like):
 
 def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p=0.0, seed=None):
     branch = dropout(F.linear(x.to(weight.dtype), weight, bias), dropout_p, seed)
+    if branch.dtype == residual.dtype and gamma is None and row_scale is None and _may_overwrite():
+        return branch.add_(residual)
     if gamma is not None:
         branch = branch * gamma
     if row_scale is not None:

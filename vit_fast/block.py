@@ -6,6 +6,8 @@ a ``BlockParams``. The canonical block is
     x = x + drop_path(gamma1 · proj(attention(qkv(LN1(x)))))        [+ v where value_skip]
     x = x + drop_path(gamma2 · fc2(act(fc1(LN2(x)))))
 
+A norm that is None is left out (post-norm layers, which normalise what a branch returns). With value_skip "only",
+v takes the place of x in the first line, so that x may have another width than v.
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .kernels.reference import attention_weights, split_heads
+from .kernels.reference import activate, attention_weights, split_heads
 
 _PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity}
 
@@ -38,12 +40,12 @@ class Norm(NamedTuple):
 class BlockParams(NamedTuple):
     """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""
 
-    norm1: Norm
+    norm1: Norm | None
     qkv_weight: torch.Tensor
     qkv_bias: torch.Tensor | None
     proj_weight: torch.Tensor
     proj_bias: torch.Tensor | None
-    norm2: Norm
+    norm2: Norm | None
     fc1_weight: torch.Tensor
     fc1_bias: torch.Tensor | None
     fc2_weight: torch.Tensor
@@ -55,7 +57,7 @@ class BlockParams(NamedTuple):
     gamma2: torch.Tensor | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    value_skip: bool = False
+    value_skip: bool | str = False
 
 
 def drop_path_scale(x, rate: float, training: bool):
@@ -102,6 +104,8 @@ def attention_probabilities(qkv, p: BlockParams, queries=None):
 
 def project_qkv(x, p: BlockParams):
     """LN1 and the qkv projection: [B, N, C] → [B, N, 3C]."""
+    if p.norm1 is None:
+        return F.linear(x.to(p.qkv_weight.dtype), p.qkv_weight, p.qkv_bias)
     return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias)
 
 
@@ -110,7 +114,10 @@ def attention_branch(x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.
     if qkv is None:
         qkv = project_qkv(x, p)
     out = attend(qkv, p, attn_drop)
-    residual = x + qkv.chunk(3, dim=-1)[2] if p.value_skip else x
+    residual = x
+    if p.value_skip:
+        value = qkv.chunk(3, dim=-1)[2]
+        residual = value if p.value_skip == "only" else x + value
     return ops.linear_residual(
         out, p.proj_weight, p.proj_bias, p.gamma1, residual, row_scale=row_scale, dropout_p=proj_drop
     )
@@ -118,10 +125,15 @@ def attention_branch(x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.
 
 def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
     """x plus the MLP branch; proj_drop acts after the activation and after fc2, as in timm."""
-    if proj_drop == 0.0:
+    if p.norm2 is None:
+        hidden = activate(F.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
+    elif proj_drop == 0.0:
         return ops.layernorm_mlp(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
             row_scale=row_scale,
         )  # fmt: skip
-    hidden = F.dropout(ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation), proj_drop)
+    else:
+        hidden = ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation)
+    if proj_drop:
+        hidden = F.dropout(hidden, proj_drop)
     return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)

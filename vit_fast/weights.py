@@ -12,11 +12,11 @@ class WeightsError(ValueError):
     """A weight file that cannot be had, cannot be read, or does not fit the model."""
 
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
 
 
 def read_state_dict(path) -> dict[str, torch.Tensor]:
-    """The state_dict in a file: ``.safetensors``, or ``.pt``/``.pth``/``.bin`` read without executing anything.
+    """The state_dict in a file: ``.safetensors``, or ``.pt``/``.pth``/``.bin``/``.tar`` read without executing anything.
 
     Checkpoints that wrap it ("state_dict_ema", "state_dict", "model") are unwrapped, a "module." prefix is stripped.
 

@@ -1,10 +1,13 @@
 """What the ahead-of-time checks launch: real operations on CPU tensors of real ViT shapes.
 
-To add a case, yield a Case from the function of your operation: a name, a dtype, and a call of the launch function.
-Only shapes, dtypes, strides and alignment matter, values do not: nothing is executed. Batch 2 stands for every batch
-(Triton specialises on 1 and on divisibility by 16 alone), batch 1 is a case of its own.
+To add a case, yield ``case(operation, shape, dtype, call, *arguments)`` from the function of your operation, where
+``call(*arguments)`` makes the tensors and calls the launch function; a new operation's function goes into OPERATIONS.
+Only shapes, dtypes, strides and alignment matter, values do not: nothing is executed, and zeros cost no memory. Batch 1
+and batch 64 stand for all (tiles may differ, and Triton specialises on 1 and on divisibility by 16).
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +35,23 @@ class Case:
     call: Callable[[], object]
 
 
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
+def case(operation, shape, dtype, call, *args, **options):
+    """A Case named after what it is called with."""
+    words = [operation, shape, *(f"{name}={value}" for name, value in options.items())]
+    if isinstance(args[0], int):
+        words.insert(2, f"batch {args[0]}")
+    name = " ".join(words).replace("torch.", "")
+    return Case(name, str(dtype).removeprefix("torch."), functools.partial(call, *args, **options))
+
+
+@contextlib.contextmanager
+def matmul_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def attention_cases():
@@ -43,12 +61,11 @@ def attention_cases():
         attention(torch.zeros(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
 
     for dtype in DTYPES:
-        for name, (tokens, width, heads, _, _) in VITS.items():
-            yield Case(f"attention {name}", _name(dtype), lambda a=(2, tokens, heads, width // heads, dtype): call(*a))
-        yield Case("attention base batch 1", _name(dtype), lambda a=(1, 197, 12, 64, dtype): call(*a))
+        for batch in (1, 64):
+            for name, (tokens, width, heads, _, _) in VITS.items():
+                yield case("attention", name, dtype, call, batch, tokens, heads, width // heads, dtype)
         for head_size in (32, 48, 88, 96, 104, 128):
-            a = (2, 257, 8, head_size, dtype)
-            yield Case(f"attention head size {head_size}", _name(dtype), lambda a=a: call(*a))
+            yield case("attention", f"head size {head_size}", dtype, call, 2, 257, 8, head_size, dtype)
 
 
 def layer_norm_cases():
@@ -59,38 +76,38 @@ def layer_norm_cases():
         layer_norm(x, torch.zeros(width, dtype=weight_dtype), torch.zeros(width, dtype=weight_dtype), 1e-6)
 
     for dtype in DTYPES:
-        for name, (tokens, width, _, _, _) in VITS.items():
-            yield Case(f"layer_norm {name}", _name(dtype), lambda a=(2, tokens, width, dtype, dtype): call(*a))
-            a = (2, tokens, width, dtype, torch.float32)
-            yield Case(f"layer_norm {name} fp32 parameters", _name(dtype), lambda a=a: call(*a))
-        yield Case("layer_norm base batch 1", _name(dtype), lambda a=(1, 197, 768, dtype, dtype): call(*a))
+        for batch in (1, 64):
+            for name, (tokens, width, _, _, _) in VITS.items():
+                yield case("layer_norm", name, dtype, call, batch, tokens, width, dtype, dtype)
+        yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 
 def patch_embed_cases():
     from vit_fast.kernels.patch_embed import patch_embed
 
-    def call(batch, dtype, pixels, width, patch, prefix, layout=torch.contiguous_format):
+    def call(batch, dtype, width, patch, prefix, pixels=None, layout=torch.contiguous_format, std=None, tf32=False):
         size = 224 // patch * patch
-        images = torch.zeros(batch, 3, size, size, dtype=pixels).to(memory_format=layout)
+        images = torch.zeros(batch, 3, size, size, dtype=pixels or dtype).to(memory_format=layout)
         weight, bias = torch.zeros(width, 3, patch, patch, dtype=dtype), torch.zeros(width, dtype=dtype)
         pos_embed = torch.zeros(1, (size // patch) ** 2, width, dtype=dtype)
         prefix_tokens = torch.zeros(1, prefix, width, dtype=dtype) if prefix else None
-        patch_embed(images, weight, bias, pos_embed, prefix_tokens, (patch, patch))
+        with matmul_precision("high" if tf32 else "highest"):
+            patch_embed(images, weight, bias, pos_embed, prefix_tokens, (patch, patch), std=std)
 
     for dtype in DTYPES:
-        for name, (_, width, _, _, patch) in VITS.items():
-            prefix = 0 if name == "so400m" else 1
-            yield Case(f"patch_embed {name}", _name(dtype), lambda a=(2, dtype, dtype, width, patch, prefix): call(*a))
-        yield Case("patch_embed base batch 1", _name(dtype), lambda a=(1, dtype, dtype, 768, 16, 1): call(*a))
-        yield Case("patch_embed base uint8", _name(dtype), lambda a=(2, dtype, torch.uint8, 768, 16, 1): call(*a))
-        yield Case(
-            "patch_embed base channels_last",
-            _name(dtype),
-            lambda a=(2, dtype, dtype, 768, 16, 5): call(*a, layout=torch.channels_last),
-        )
-        yield Case(
-            "patch_embed base fp32 images", _name(dtype), lambda a=(2, dtype, torch.float32, 768, 32, 1): call(*a)
-        )
+        for batch in (1, 64):
+            for name, (_, width, _, _, patch) in VITS.items():
+                yield case("patch_embed", name, dtype, call, batch, dtype, width, patch, 0 if patch == 14 else 1)
+            base = ("patch_embed", "base/32", dtype, call, batch, dtype, 768, 32, 5)
+            yield case(*base)
+            base = ("patch_embed", "base", dtype, call, batch, dtype, 768, 16, 1)
+            yield case(*base, pixels=torch.uint8)
+            yield case(*base, pixels=torch.float32, std=(0.2, 0.2, 0.2))
+            yield case(*base, layout=torch.channels_last)
+            yield case(*base, pixels=torch.uint8, layout=torch.channels_last)
+        yield case("patch_embed", "huge", dtype, call, 64, dtype, 1280, 14, 1, pixels=torch.uint8)
+    yield case("patch_embed", "base", torch.float32, call, 1, torch.float32, 768, 16, 1, tf32=True)
+    yield case("patch_embed", "base", torch.float32, call, 64, torch.float32, 768, 16, 1, tf32=True)
 
 
 OPERATIONS = (attention_cases, layer_norm_cases, patch_embed_cases)

@@ -174,13 +174,14 @@ def plan(archs):
     return requests, problems
 
 
-def _needs_tensor_core(ttir):
-    """Does a dot of this module multiply fp16, bf16 or fp8, or ask for tf32?"""
+def _wanted_units(ttir):
+    """What the dots of a module ask for: "tensor" (fp16, bf16, fp8, tf32), "ieee" (fp32 as it is), both, or neither."""
+    units = set()
     for line in ttir.splitlines():
         if re.search(r"\btt\.dot(_scaled)?\b", line):
-            if "tf32" in line or re.search(r"tensor<[0-9x]*x(f16|bf16|f8\w*)[,>]", line.rsplit(":", 1)[-1]):
-                return True
-    return False
+            low = "tf32" in line or re.search(r"tensor<[0-9x]*x(f16|bf16|f8\w*)[,>]", line.rsplit(" : ", 1)[-1])
+            units.add("tensor" if low else "ieee")
+    return "+".join(sorted(units))
 
 
 def _compile(request):
@@ -206,7 +207,7 @@ def _compile(request):
         "spill": number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes spill"),
         "shared": kernel.metadata.shared,
         "mma": "+".join(name for name, pattern in instructions.items() if re.search(pattern, ptx)),
-        "needs_mma": _needs_tensor_core(kernel.asm["ttir"]),
+        "dots": _wanted_units(kernel.asm["ttir"]),
         "serialised": "serialized" in log,
         "ptxas": " ".join(sorted(set(re.findall(r"C75\d\d", log)))),
         "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
@@ -274,8 +275,10 @@ def violations(entry, allowed_spills):
         found.append(f"needs {entry['shared']} bytes of shared memory, limit {SHARED_LIMIT[entry['arch']]}")
     if entry["tensor_memory"] > TENSOR_MEMORY_LIMIT:
         found.append(f"needs {entry['tensor_memory']} columns of tensor memory, limit {TENSOR_MEMORY_LIMIT}")
-    if entry["needs_mma"] and not entry["mma"]:
+    if "tensor" in entry["dots"] and not entry["mma"]:
         found.append("has no tensor-core instruction")
+    if entry["dots"] == "ieee" and entry["mma"]:
+        found.append(f"multiplies fp32 as TF32 ({entry['mma']}) though IEEE is asked for")
     if entry["serialised"]:
         found.append(f"ptxas serialises wgmma ({entry['ptxas']})")
     return found

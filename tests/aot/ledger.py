@@ -24,7 +24,6 @@ import cases
 import harness
 
 PATH = Path(__file__).with_name("ledger.json")
-COMPILED = ("regs", "spill", "shared", "mma", "needs_mma", "serialised", "ptxas", "tensor_memory")
 
 
 @dataclass

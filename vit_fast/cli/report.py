@@ -1,0 +1,197 @@
+"""What a benchmark shows and leaves behind: progress, a table, sentences, CSV, JSON, a plot."""
+
+import contextlib
+import csv
+import json
+import sys
+
+# The first columns of a file, timm's names before ours; what a row has beyond them follows in its own order.
+COLUMNS = (
+    "model",
+    "provider",
+    "infer_samples_per_sec",
+    "infer_step_time",
+    "infer_batch_size",
+    "infer_img_size",
+    "infer_gmacs",
+    "param_count",
+    "status",
+    "infer_samples_per_sec_p20",
+    "infer_samples_per_sec_p80",
+    "latency_ms",
+    "first_call_s",
+    "peak_memory_mib",
+    "achieved_tflops",
+    "percent_of_peak",
+)
+
+
+@contextlib.contextmanager
+def progress():
+    """Yields ``tell(text, fraction)``, with ``tell.warn(text)``: a bar on standard error if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def tell(text, fraction):
+            bar.update(task, description=text, completed=fraction)
+
+        def warn(text):
+            bar.console.print(f"vit-fast: warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+        tell.warn = warn
+        yield tell
+
+
+def _number(row, key, form):
+    value = row.get(key)
+    return "" if value is None else format(value, form)
+
+
+def _cells(row, rivals):
+    if row["status"] != "ok":
+        return [str(row["infer_batch_size"]), row["provider"], row["status"]]
+    spread = f"{row['infer_samples_per_sec_p20']:.4g}…{row['infer_samples_per_sec_p80']:.4g}"
+    return [
+        str(row["infer_batch_size"]),
+        row["provider"],
+        _number(row, "infer_samples_per_sec", ".4g"),
+        spread,
+        _number(row, "infer_step_time", ".4g"),
+        _number(row, "latency_ms", ".4g"),
+        _number(row, "first_call_s", ".2f"),
+        _number(row, "peak_memory_mib", ".0f"),
+        _number(row, "achieved_tflops", ".3g"),
+        _number(row, "percent_of_peak", ".1f"),
+        *(_number(row, f"speedup_vs_{rival.replace('-', '_')}", ".2f") for rival in rivals),
+        f"{row['parity_error']:.1e}",
+    ]
+
+
+def print_table(rows, rivals):
+    """The rows for reading: rich's table on a terminal, columns of plain text elsewhere."""
+    heads = ["batch", "provider", "images/s", "p20…p80", "ms/step", "latency ms", "first call s", "peak MiB"]
+    heads += ["TFLOP/s", "% of peak", *(f"× {rival.removeprefix('compile-')}" for rival in rivals), "max error"]
+    lines = [_cells(row, rivals) for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*heads)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
+        return
+    full = [heads, *(line for line in lines if len(line) == len(heads))]
+    widths = [max(len(line[i]) for line in (full if i > 1 else [heads, *lines])) for i in range(len(heads))]
+    for batch, provider, *cells in [heads, *lines]:
+        if len(cells) > 1:
+            cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
+        print("  ".join([f"{batch:>{widths[0]}}", f"{provider:<{widths[1]}}", *cells]).rstrip())
+
+
+def _sentences(rows, settings, seconds):
+    row = rows[0]
+    kind = "GPU" if settings.device.type == "cuda" else "CPU"
+    dtype = f"autocast to {settings.amp_dtype}" if settings.amp_dtype else settings.precision
+    yield (
+        f"{row['model']}, {row['infer_img_size']} pixels a side, {dtype}, {row['weights']} weights, "
+        f"{row['infer_gmacs']:.2f} GMAC an image, {row['param_count']:.2f} M parameters; pixels: {row['images']}."
+    )
+    threads = "" if kind == "GPU" else f", {row['cpu_threads']} threads"
+    used = {row["vit_fast_backend"] for row in rows if row.get("vit_fast_backend")}
+    reasons = dict.fromkeys(row["vit_fast_reasons"] for row in rows if row.get("vit_fast_reasons"))
+    ran = f"vit_fast ran on its backend {', '.join(sorted(used))}" if used else "vit_fast did not run"
+    yield (
+        f"Ran on {settings.device}, the {kind} {row['device_name']}{threads}; {ran}"
+        f"{' (' + '; '.join(reasons) + ')' if reasons else ''}."
+    )
+    if kind == "CPU":
+        yield "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
+    yield (
+        f"Peak: a matrix product of the same dtype reached {row['matmul_peak_tflops']:.3g} TFLOP/s in this run. "
+        "First call includes compilation. Max error is against float64."
+    )
+    verdicts = [row for row in rows if row["provider"] == "vit_fast" and "parity_passed" in row]
+    if verdicts:
+        worst = max(verdicts, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
+        yield (
+            f"Parity with timm eager {'holds' if all(row['parity_passed'] for row in verdicts) else 'FAILS'}: "
+            f"error {worst['parity_error']:.2e}, allowed {worst['parity_allowed']:.2e}, eager's own "
+            f"{worst['parity_eager_error']:.2e}; against eager max-abs {worst['parity_max_abs']:.2e}, "
+            f"cosine {worst['parity_cosine']:.7f}, top-1 agreement {worst['parity_top1']:.1%}."
+        )
+    methods = dict.fromkeys(row["peak_memory_method"] for row in rows if row.get("peak_memory_method"))
+    if methods:
+        yield f"Peak memory: {'; '.join(methods)}."
+    done = sorted({row["num_bench_iter"] for row in rows if row.get("num_bench_iter")})
+    if done and done[0] < settings.bench_iterations:
+        yield (
+            f"Timed calls: {', '.join(map(str, done))} of {settings.bench_iterations}, to keep to the time budget of "
+            f"{seconds:.0f} s (--time-budget 0 lifts it)."
+        )
+
+
+def print_report(rows, settings, seconds):
+    """The table and what has to be known to read it."""
+    print_table(rows, settings.rivals)
+    print()
+    for sentence in _sentences(rows, settings, seconds):
+        print(sentence)
+
+
+def write_rows(rows, path, file_format):
+    """The rows as a JSON list or as CSV, one row a provider and batch size."""
+    names = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if file_format == "json":
+            json.dump(rows, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        else:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def draw(rows, path):
+    """Images per second by batch size and provider, with bars from p20 to p80."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["status"] == "ok"] or None
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if rows is None:
+        axes.text(0.5, 0.5, "no row was timed", ha="center")
+        figure.savefig(path, dpi=150)
+        return
+    batches = sorted({row["infer_batch_size"] for row in rows})
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    width = 0.8 / len(providers)
+    for index, provider in enumerate(providers):
+        own = [row for row in rows if row["provider"] == provider]
+        places = [batches.index(row["infer_batch_size"]) + (index - (len(providers) - 1) / 2) * width for row in own]
+        median = [row["infer_samples_per_sec"] for row in own]
+        below = [row["infer_samples_per_sec"] - row["infer_samples_per_sec_p20"] for row in own]
+        above = [row["infer_samples_per_sec_p80"] - row["infer_samples_per_sec"] for row in own]
+        label = provider if provider == "vit_fast" else f"timm {provider}"
+        bars = axes.bar(places, median, width, yerr=[below, above], capsize=2, label=label)
+        axes.bar_label(bars, [f"{value:.3g}" for value in median], fontsize=7, padding=2)
+    speeds = [row["infer_samples_per_sec"] for row in rows]
+    if max(speeds) > 20 * min(speeds):
+        axes.set_yscale("log")
+    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("images / s (median; bars p20 to p80)")
+    row = rows[0]
+    dtype = f"autocast {row['amp_dtype']}" if row["amp_dtype"] else row["precision"]
+    axes.set_title(f"{row['model']}, {dtype}, {row['device_name']}, torch {row['torch']}, {row['date'][:10]}", size=10)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

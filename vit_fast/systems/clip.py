@@ -1,0 +1,423 @@
+"""CLIP's image tower, and the same tower as CLIP-ReID, open_clip and the plain ReID page have it.
+
+    x = [class_embedding (+ cv_emb); conv1(image)] + positional_embedding;  x = ln_pre(x)
+    block:  x = x + out_proj(attention(in_proj(ln_1(x))));  x = x + c_proj(act(c_fc(ln_2(x))))      LayerNorm eps 1e-5
+
+======== ============================ ==============================================================================
+variant  sizes are given as           forward returns (B images, N = 1 + patches, D width)
+======== ============================ ==============================================================================
+openai   input_resolution             ln_post(x[:, 0]) @ proj: [B, output_dim], or [B, D] without a projection
+plain    num_patches                  the same
+clip_reid h_resolution, w_resolution  (input of the last block [B, N, D], ln_post(x) [B, N, D], ln_post(x) @ proj)
+         (the grid)
+open_clip image_size                  pooled [B, output_dim]; with output_tokens (pooled, patch tokens [B, N − 1, D])
+======== ============================ ==============================================================================
+
+Training and evaluation give the same, but for open_clip's patch_dropout. State_dict keys are the originals', without
+the prefix "visual.". In 16 bits ``convert_weights`` keeps LayerNorms and embeddings in float32, as OpenAI does.
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021 (OpenAI CLIP);
+Li et al., "CLIP-ReID", 2023; open_clip.
+"""
+
+import math
+import operator
+import os
+import warnings
+import zipfile
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vit_fast import ops
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.vit import LayerScale
+from vit_fast.weights import WeightsError, load_state_dict
+
+from . import checks, files, words
+
+VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
+
+
+def _openai(resolution, patch, width, layers, out):
+    return dict(
+        variant="openai", input_resolution=resolution, patch_size=patch, width=width, layers=layers,
+        heads=width // 64, output_dim=out,
+    )  # fmt: skip
+
+
+def _open_clip(width, layers, out, mlp_ratio=4.0):
+    return dict(
+        variant="open_clip", image_size=224, patch_size=14, width=width, layers=layers, heads=16,
+        mlp_ratio=mlp_ratio, output_dim=out,
+    )  # fmt: skip
+
+
+def _reid(grid, stride):
+    return dict(
+        variant="clip_reid", h_resolution=grid[0], w_resolution=grid[1], patch_size=16, stride_size=stride,
+        width=768, layers=12, heads=12, output_dim=512, mean=(0.5,) * 3, std=(0.5,) * 3,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "ViT-B/32": _openai(224, 32, 768, 12, 512),
+    "ViT-B/16": _openai(224, 16, 768, 12, 512),
+    "ViT-L/14": _openai(224, 14, 1024, 24, 768),
+    "ViT-L/14@336px": _openai(336, 14, 1024, 24, 768),
+    "ViT-H-14": _open_clip(1280, 32, 1024),
+    "ViT-g-14": _open_clip(1408, 40, 1024, 4.3637),
+    "ViT-bigG-14": _open_clip(1664, 48, 1280, 4.9231),
+    "clip_reid_vit_b16_s16_256x128": _reid((16, 8), 16),
+    "clip_reid_vit_b16_s12_256x128": _reid((21, 10), 12),
+}
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm block over weights under CLIP's names: [B, N, D] → [B, N, D]."""
+
+    def __init__(self, width, heads, hidden, activation, eps, ls_init_value, dd):
+        super().__init__()
+        self.activation = activation
+        self.ln_1 = nn.LayerNorm(width, eps=eps, **dd)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True, **dd)
+        self.ls_1 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
+        self.ln_2 = nn.LayerNorm(width, eps=eps, **dd)
+        layers = [("c_fc", nn.Linear(width, hidden, **dd)), ("c_proj", nn.Linear(hidden, width, **dd))]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them; the MultiheadAttention only holds its own."""
+        attn, mlp = self.attn, self.mlp
+        return BlockParams(
+            norm1=Norm(self.ln_1.weight, self.ln_1.bias, self.ln_1.eps),
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            proj_weight=attn.out_proj.weight,
+            proj_bias=attn.out_proj.bias,
+            norm2=Norm(self.ln_2.weight, self.ln_2.bias, self.ln_2.eps),
+            fc1_weight=mlp.c_fc.weight,
+            fc1_bias=mlp.c_fc.bias,
+            fc2_weight=mlp.c_proj.weight,
+            fc2_bias=mlp.c_proj.bias,
+            num_heads=attn.num_heads,
+            scale=attn.head_dim**-0.5,
+            activation=self.activation,
+            gamma1=getattr(self.ls_1, "gamma", None),
+            gamma2=getattr(self.ls_2, "gamma", None),
+        )
+
+    def forward(self, x):
+        p = self.params()
+        return mlp_branch(attention_branch(x, p), p)
+
+
+class Transformer(nn.Module):
+    """The blocks: [B, N, D] → [B, N, D]."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.resblocks = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.run(x)[1]
+
+    def run(self, x):
+        """(the input of the last block, its output)."""
+        for block in self.resblocks:
+            last = x
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return last, x
+
+
+def _fail_size(subject, size, wanted):
+    raise ValueError(f"vit_fast.systems.clip: {subject} {size[0]}×{size[1]}, expected {wanted}")
+
+
+class ImageTower(nn.Module):
+    """The tower; ``build`` describes the words, the head of this file the outputs."""
+
+    def __init__(
+        self, variant, *, patch_size, width, stride_size=None, layers=12, heads=None, output_dim=None, in_chans=3,
+        mlp_ratio=4.0, activation="quick_gelu", img_size=None, image_size=None, input_resolution=None,
+        h_resolution=None, w_resolution=None, num_patches=None, dynamic_img_size=False, allow_floor=False,
+        pos_embed_policy=None, ls_init_value=None, patch_dropout=0.0, no_ln_pre=False, pool_type="tok",
+        final_ln_after_pool=False, output_tokens=False, act_layer=None, norm_layer=None, mean=MEAN, std=STD,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.variant = checks.one_of("clip", "variant", variant, VARIANTS)
+        self.patch_size = checks.sizes("clip", "patch_size", patch_size, 2)
+        stride = patch_size if stride_size is None else stride_size
+        self.stride_size = checks.sizes("clip", "stride_size", stride, 2)
+        self.width = width = checks.integer("clip", "width", width)
+        layers = checks.integer("clip", "layers", layers)
+        if heads is None and width // 64 == 0:
+            checks.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
+        heads = checks.integer("clip", "heads", width // 64 if heads is None else heads)
+        checks.divisor("clip", "heads", heads, "width", width)
+        self.in_chans = in_chans = checks.integer("clip", "in_chans", in_chans)
+        self.output_dim = output_dim = None if output_dim is None else checks.integer("clip", "output_dim", output_dim)
+        hidden = int(width * words.positive("clip", "mlp_ratio", mlp_ratio))
+        activation = activation if act_layer is None else act_layer
+        self.activation = words.activation_word("clip", "activation", activation)
+        if self.activation is None:
+            checks.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
+        eps = words.norm_eps("clip", "norm_layer", norm_layer, 1e-5)
+        if variant != "open_clip" and (pool_type != "tok" or final_ln_after_pool or output_tokens):
+            checks.fail("clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens")
+        self.pool_type = checks.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
+        self.final_ln_after_pool, self.output_tokens = final_ln_after_pool, output_tokens
+        self.patch_dropout = checks.rate("clip", "patch_dropout", patch_dropout)
+        self.dynamic_img_size, self.allow_floor = dynamic_img_size, allow_floor
+        self.pos_embed_policy = check_policy(pos_embed_policy or ("R5" if variant == "open_clip" else "R3"))
+        sizes = [size for size in (img_size, image_size, input_resolution) if size is not None]
+        self._set_sizes(sizes, h_resolution, w_resolution, num_patches)
+        self.default_cfg = dict(mean=tuple(mean), std=tuple(std), num_classes=output_dim or 0)
+        if self.grid_size is not None:
+            parts = zip(self.grid_size, self.patch_size, self.stride_size)
+            nominal = self.img_size or tuple((grid - 1) * stride + patch for grid, patch, stride in parts)
+            self.default_cfg["input_size"] = (self.in_chans, *nominal)
+
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(in_chans, width, self.patch_size, self.stride_size, bias=False, **dd)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width, **dd))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + self.num_patches, width, **dd))
+        self.ln_pre = nn.Identity() if no_ln_pre else nn.LayerNorm(width, eps=eps, **dd)
+        blocks = (
+            ResidualAttentionBlock(width, heads, hidden, self.activation, eps, ls_init_value, dd) for _ in range(layers)
+        )
+        self.transformer = Transformer(blocks)
+        self.ln_post = nn.LayerNorm(width, eps=eps, **dd)
+        self.proj = None if output_dim is None else nn.Parameter(scale * torch.randn(width, output_dim, **dd))
+
+    def _set_sizes(self, sizes, h_resolution, w_resolution, num_patches):
+        """img_size, grid_size and num_patches; the words may leave the first or the first two open (None)."""
+        if len(sizes) > 1:
+            checks.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
+        self.img_size = checks.sizes("clip", "img_size", sizes[0], 2) if sizes else None
+        self.grid_size = self._grid(self.img_size, "img_size is") if sizes else None
+        if h_resolution is not None or w_resolution is not None:
+            grid = checks.sizes("clip", "(h_resolution, w_resolution)", (h_resolution, w_resolution), 2)
+            if self.grid_size not in (None, grid):
+                checks.fail("clip", "(h_resolution, w_resolution)", grid, f"{self.grid_size}, the grid of img_size")
+            self.grid_size = grid
+        if self.grid_size is None and num_patches is None:
+            checks.fail("clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches")
+        self.num_patches = math.prod(self.grid_size) if num_patches is None else num_patches
+        self.num_patches = checks.integer("clip", "num_patches", self.num_patches)
+        if self.grid_size is not None and math.prod(self.grid_size) != self.num_patches:
+            checks.fail("clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}")
+
+    def _grid(self, size, subject):
+        """The grid (size − patch) // stride + 1. Overlapping patches leave rest pixels out by the originals' own rule;
+        with patches side by side they are an error unless allow_floor."""
+        parts = list(zip(size, self.patch_size, self.stride_size, strict=True))
+        if any(pixels < patch for pixels, patch, _ in parts):
+            _fail_size(subject, size, f"at least one patch of {self.patch_size[0]}×{self.patch_size[1]}")
+        if not self.allow_floor and any(patch == stride and pixels % patch for pixels, patch, stride in parts):
+            patch = f"{self.patch_size[0]}×{self.patch_size[1]}"
+            _fail_size(subject, size, f"multiples of the patch {patch}; allow_floor=True leaves the rest out")
+        return tuple((pixels - patch) // stride + 1 for pixels, patch, stride in parts)
+
+    def _check_images(self, images):
+        """The grid of the images, after every check."""
+        checks.images("clip", images, self.in_chans)
+        size = tuple(operator.index(side) for side in images.shape[2:])
+        hint = "dynamic_img_size=True resizes the position embedding"
+        if self.img_size is not None and size != self.img_size and not (self.dynamic_img_size or self.allow_floor):
+            _fail_size("images are", size, f"{self.img_size[0]}×{self.img_size[1]}; {hint}")
+        grid = self._grid(size, "images are")
+        if self.dynamic_img_size:
+            return grid
+        if self.grid_size is not None and grid != self.grid_size:
+            wanted = f"a grid of {self.grid_size[0]}×{self.grid_size[1]} patches, got {grid[0]}×{grid[1]}"
+            _fail_size("images are", size, f"{wanted}; {hint}")
+        if math.prod(grid) != self.num_patches:
+            _fail_size("images are", size, f"{self.num_patches} patches, got {grid[0]}×{grid[1]}; {hint}")
+        return grid
+
+    def _embed(self, images, cv_emb):
+        grid = self._check_images(images)
+        table = self.positional_embedding
+        if grid != self.grid_size and (self.grid_size is not None or math.prod(grid) != self.num_patches):
+            table = resize_pos_embed(table, self.grid_size, grid, self.pos_embed_policy, 1)
+        dtype = self.conv1.weight.dtype
+        table = table.to(dtype)
+        prefix = self.class_embedding.to(dtype).expand(1, 1, -1)
+        if cv_emb is not None:
+            if cv_emb.shape != (images.shape[0], self.width):
+                got, wanted = tuple(cv_emb.shape), (images.shape[0], self.width)
+                raise ValueError(f"vit_fast.systems.clip: cv_emb has shape {got}, expected {wanted}")
+            prefix = prefix + cv_emb.to(dtype)[:, None]
+        x = ops.patch_embed(
+            images, self.conv1.weight, None, table[None, 1:], prefix + table[:1], self.stride_size
+        )  # fmt: skip
+        if self.training and self.patch_dropout:
+            x = self._drop_patches(x)
+        return self._norm(self.ln_pre, x)
+
+    def _drop_patches(self, x):
+        """A random subset of each image's patch tokens, the class token in front."""
+        keep = max(1, int((x.shape[1] - 1) * (1.0 - self.patch_dropout)))
+        chosen = torch.rand((x.shape[0], x.shape[1] - 1), device=x.device).topk(keep, dim=1).indices[..., None] + 1
+        return torch.cat([x[:, :1], x.gather(1, chosen.expand(-1, -1, x.shape[2]))], dim=1)
+
+    @staticmethod
+    def _norm(module, x):
+        if isinstance(module, nn.Identity):
+            return x
+        return ops.layer_norm(x, module.weight, module.bias, module.eps)
+
+    def _project(self, x):
+        return None if self.proj is None else x @ self.proj.to(x.dtype)
+
+    def _pool(self, x):
+        """open_clip's (pooled, tokens)."""
+        if not self.final_ln_after_pool:
+            x = self._norm(self.ln_post, x)
+        if self.pool_type == "none":
+            pooled = tokens = x
+        else:
+            tokens = x[:, 1:]
+            pooled = x[:, 0] if self.pool_type == "tok" else tokens.mean(dim=1)
+        return (self._norm(self.ln_post, pooled) if self.final_ln_after_pool else pooled), tokens
+
+    def forward(self, images, cv_emb=None):
+        """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
+        if cv_emb is not None and self.variant != "clip_reid":
+            checks.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
+        last, x = self.transformer.run(self._embed(images, cv_emb))
+        if self.variant == "clip_reid":
+            x = self._norm(self.ln_post, x)
+            return last, x, self._project(x)
+        if self.variant == "open_clip" and (self.output_tokens or self.pool_type != "tok"):
+            pooled, tokens = self._pool(x)
+        else:
+            pooled, tokens = self._norm(self.ln_post, x[:, 0]), None
+        pooled = pooled if self.proj is None else self._project(pooled)
+        return (pooled, tokens) if self.output_tokens else pooled
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        return {"positional_embedding", "class_embedding"}
+
+    def set_grad_checkpointing(self, enable: bool = True):
+        """Recomputes each block in the backward instead of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
+
+
+def build(variant: str = "openai", **constructor_words) -> ImageTower:
+    """An image tower under the words of one of its originals; every variant takes all of them.
+
+    Args:
+        variant: "openai", "clip_reid", "open_clip" or "plain".
+        patch_size, width: P (int or pair) and D; no defaults.
+        img_size, image_size or input_resolution: pixels, int or (height, width); h_resolution and w_resolution: the
+            grid instead; num_patches: only its number of patches.
+        stride_size: default patch_size; the grid is (size − patch) // stride + 1.
+        layers, heads, mlp_ratio: 12, width // 64, 4.
+        output_dim: width of the projection, None for none; 512 for open_clip.
+        in_chans: channels of the images.
+        activation: "quick_gelu" ("gelu" for open_clip), "gelu", "gelu_tanh" or "relu"; or act_layer, a class.
+        norm_layer: a LayerNorm class or partial, of which eps counts (1e-5).
+        ls_init_value, patch_dropout, no_ln_pre: LayerScale, patch dropout in training, no ln_pre.
+        pool_type ("tok", "avg", "none"), final_ln_after_pool, output_tokens: open_clip alone.
+        dynamic_img_size: takes any size and resizes positional_embedding by pos_embed_policy ("R5" for open_clip,
+            else "R3"). allow_floor: leaves pixels out that do not fill a patch, as the originals do silently.
+    Raises:
+        TypeError, ValueError: bad words, named with what came and what is wanted.
+    """
+    if variant == "open_clip":
+        constructor_words.setdefault("output_dim", 512)
+        constructor_words.setdefault("activation", "gelu")
+    return ImageTower(variant, **constructor_words)
+
+
+def read(source):
+    """The tensors of a checkpoint of any of the originals, TorchScript archives included."""
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                source = torch.jit.load(source, map_location="cpu").state_dict()
+    state = files.read(source)
+    return {key: value for key, value in state.items() if key not in _ARCHIVE_SCALARS}
+
+
+def tower_state(state):
+    """The tower's own keys: what follows "visual." or "image_encoder.", or all keys where there is no such prefix."""
+    for prefix in ("visual.", "image_encoder."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if "conv1.weight" in state and "class_embedding" not in state:
+        raise WeightsError("vit_fast.systems.clip: weights are of a ResNet tower, expected a ViT's")
+    return state
+
+
+def infer_words(source) -> dict:
+    """The words for ``build`` ("openai"; a square image of side patch · grid) that a checkpoint asks for."""
+    state = tower_state(read(source))
+    try:
+        conv, table = state["conv1.weight"], state["positional_embedding"]
+        hidden = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    except KeyError as error:
+        raise WeightsError(f"vit_fast.systems.clip: weights lack {error}, expected a CLIP image tower") from error
+    width, in_chans, patch = conv.shape[0], conv.shape[1], conv.shape[-1]
+    proj = state.get("proj")
+    return dict(
+        input_resolution=patch * round(math.sqrt(table.shape[0] - 1)), patch_size=patch, width=width,
+        layers=sum(key.endswith(".attn.in_proj_weight") for key in state), heads=width // 64,
+        output_dim=None if proj is None else proj.shape[1], in_chans=in_chans, mlp_ratio=hidden / width,
+    )  # fmt: skip
+
+
+def fit_table(state, key, tower, old_grid):
+    """Resizes a position table of another grid in place; its own count stays as it is unless old_grid says otherwise."""
+    table = state.get(key)
+    if table is None or table.dim() != 2 or tower.grid_size is None:
+        return
+    if old_grid is None and table.shape[0] == 1 + tower.num_patches:
+        return
+    try:
+        state[key] = resize_pos_embed(table, old_grid, tower.grid_size, tower.pos_embed_policy, 1)
+    except ValueError as error:
+        raise WeightsError(f"vit_fast.systems.clip: {key} does not fit: {error}") from error
+
+
+def load(model, source, old_grid=None):
+    """Loads weights of the originals, strictly; returns the model.
+
+    Args:
+        model: of ``build``.
+        source: a state_dict, a checkpoint around one, or a file: ``.pt``, ``.pth``, ``.safetensors``, ``.npz``. Keys of
+            a whole CLIP (or CLIP-ReID) are reduced to those behind "visual." ("image_encoder."). OpenAI's TorchScript
+            archives are read by ``torch.jit.load``: take them from a source that you trust.
+        old_grid: the (rows, columns) of the weights' positional_embedding; default the model's own grid where the count
+            is the same, else a square. Another grid is resized by the model's pos_embed_policy.
+    Raises:
+        WeightsError: unreadable file, or keys and shapes that do not fit (listed).
+    """
+    state = tower_state(read(source))
+    fit_table(state, "positional_embedding", model, old_grid)
+    return load_state_dict(model, state)
+
+
+def convert_weights(model, dtype=torch.float16):
+    """OpenAI's mixed precision, in place: convolution, linear layers and projection in 16 bits; LayerNorms and
+    embeddings stay as they are. CLIP-ReID's function of this name converts to float32."""
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        if leaf in ("conv1", "attn", "out_proj", "c_fc", "c_proj") or name.rpartition(".")[2] == "proj":
+            parameter.data = parameter.data.to(dtype)
+    return model

@@ -1,0 +1,64 @@
+"""torch's TransformerEncoderLayer, its parameters and initialisation, run through the fused branches of ``block.py``.
+
+Post-norm (torch's default):  x = LN(x + drop(out_proj(attention(in_proj(x)))));  x = LN(x + drop(linear2(drop(act(linear1(x))))))
+Pre-norm: LN in front of each branch instead. Attention is over axis 1 of [B, N, C].
+Source: Vaswani et al., "Attention Is All You Need", 2017.
+"""
+
+from torch import nn
+
+from .. import ops
+from ..block import BlockParams, Norm, attention_branch, mlp_branch
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """[B, N, C] → [B, N, C]; activation is one of the words of ``ops.layernorm_mlp`` except "swiglu"."""
+
+    def __init__(self, dim, num_heads, hidden, dropout=0.1, activation="relu", eps=1e-5, pre_norm=False):
+        super().__init__(dim, num_heads, hidden, dropout, layer_norm_eps=eps, batch_first=True, norm_first=pre_norm)
+        self.activation_word = activation
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them."""
+        attn = self.self_attn
+        norms = [Norm(m.weight, m.bias, m.eps) if self.norm_first else None for m in (self.norm1, self.norm2)]
+        return BlockParams(
+            norm1=norms[0],
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            proj_weight=attn.out_proj.weight,
+            proj_bias=attn.out_proj.bias,
+            norm2=norms[1],
+            fc1_weight=self.linear1.weight,
+            fc1_bias=self.linear1.bias,
+            fc2_weight=self.linear2.weight,
+            fc2_bias=self.linear2.bias,
+            num_heads=attn.num_heads,
+            scale=attn.head_dim**-0.5,
+            activation=self.activation_word,
+        )
+
+    def forward(self, x):
+        p = self.params()
+        drop = self.dropout.p if self.training else 0.0
+        x = attention_branch(x, p, attn_drop=drop, proj_drop=drop)
+        if not self.norm_first:
+            x = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        x = mlp_branch(x, p, proj_drop=drop)
+        if not self.norm_first:
+            x = ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        return x
+
+
+class Encoder(nn.Module):
+    """Layers and an optional final LayerNorm under the names of ``nn.TransformerEncoder``: [B, N, C] → [B, N, C]."""
+
+    def __init__(self, layers, norm=None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.norm is None else ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)

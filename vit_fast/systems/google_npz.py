@@ -1,0 +1,266 @@
+"""Google's .npz checkpoints (JAX) in timm's keys.
+
+Understood: google-research/vision_transformer, old ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+and newer ("_0", "_1", "_0") names, prefix "opt/target/" or none; big_vision, prefix "params/" or "params/img/", the
+position table at "pos_embedding", MAP head, and blocks stacked along a leading layer axis; hybrids
+("conv_root", "block1/unit1/…").
+
+    conv kernels [kh, kw, in, out] → [out, in, kh, kw]; dense kernels [in, out] → [out, in]
+    query, key, value [C, H, D] → rows of qkv [3C, C]; out [H, D, C] → proj [C, C]; biases flattened
+
+Hybrids become timm's hybrid keys (patch_embed.backbone.…).
+"""
+
+import logging
+import math
+import re
+
+import torch
+
+from .. import convert
+from ..pos_embed import resize_pos_embed
+from ..weights import MissingKeyError, WeightsError
+
+_PREFIXES = ("", "opt/target/", "params/", "params/img/")
+
+
+def is_google(state) -> bool:
+    """Whether a mapping holds Google's names."""
+    return any(f"{prefix}embedding/kernel" in state for prefix in _PREFIXES)
+
+
+class _Reader:
+    """Reads keys under the file's prefix and notes which were used."""
+
+    def __init__(self, state):
+        self.prefix = next(prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in state)
+        self.state = {key: torch.as_tensor(value) for key, value in state.items() if key.startswith(self.prefix)}
+        self.used, self.log = set(), []
+
+    def has(self, key):
+        return self.prefix + key in self.state
+
+    def get(self, key):
+        key = self.prefix + key
+        if key not in self.state:
+            raise MissingKeyError(f"vit_fast: Google checkpoint lacks {key!r}")
+        self.used.add(key)
+        return self.state[key]
+
+    def layers(self):
+        """How many blocks, and how many of them are stacked in one array."""
+        if self.has("Transformer/encoderblock/LayerNorm_0/scale"):
+            depth = self.state[f"{self.prefix}Transformer/encoderblock/LayerNorm_0/scale"].shape[0]
+            return depth, True
+        pattern = re.compile(re.escape(self.prefix) + r"Transformer/encoderblock_(\d+)/")
+        found = [int(match[1]) for match in map(pattern.match, self.state) if match]
+        return max(found, default=-1) + 1, False
+
+
+def _dense(kernel):
+    return kernel.t()
+
+
+def _conv(kernel):
+    return kernel.permute(3, 2, 0, 1)
+
+
+def _heads_in(kernel):
+    return kernel.reshape(kernel.shape[0], -1).t()
+
+
+def _heads_out(kernel):
+    return kernel.reshape(-1, kernel.shape[-1]).t()
+
+
+def to_timm(state):
+    """Google's arrays in timm's keys.
+
+    Args:
+        state: mapping of names to arrays or tensors, as ``numpy.load`` or ``vit_fast.weights.read_state_dict`` give.
+    Returns:
+        (state_dict, log, dropped): contiguous float tensors; a list of (Google names, timm key); the names left over
+        ("pre_logits" is mapped to "pre_logits.fc").
+    Raises:
+        MissingKeyError: a block or the stem lacks a key (named).
+    """
+    read, out = _Reader(state), {}
+
+    def put(target, sources, *convert, layer=None):
+        """target = the sources, converted one by one and stacked along the rows."""
+        sources = [sources] if isinstance(sources, str) else sources
+        parts = [read.get(source) for source in sources]
+        if layer is not None:
+            parts = [part[layer] for part in parts]
+        for function in convert:
+            parts = [function(part) for part in parts]
+        out[target] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
+        read.log.append((tuple(read.prefix + source for source in sources), target))
+
+    def norm(target, source, layer=None):
+        put(f"{target}.weight", f"{source}/scale", torch.flatten, layer=layer)
+        put(f"{target}.bias", f"{source}/bias", torch.flatten, layer=layer)
+
+    def dense(target, source, layer=None):
+        put(f"{target}.weight", f"{source}/kernel", _dense, layer=layer)
+        put(f"{target}.bias", f"{source}/bias", layer=layer)
+
+    if read.has("conv_root/kernel"):
+        _stem(read, put, norm)
+    if read.state[f"{read.prefix}embedding/kernel"].dim() != 4:
+        raise WeightsError("vit_fast: Google checkpoint's embedding/kernel is not a convolution, expected 4 dimensions")
+    put("patch_embed.proj.weight", "embedding/kernel", _conv)
+    put("patch_embed.proj.bias", "embedding/bias")
+    if read.has("cls"):
+        put("cls_token", "cls")
+    table = "pos_embedding" if read.has("pos_embedding") else "Transformer/posembed_input/pos_embedding"
+    put("pos_embed", table)
+    depth, stacked = read.layers()
+    for i in range(depth):
+        source, layer = (("Transformer/encoderblock", i) if stacked else (f"Transformer/encoderblock_{i}", None))
+        _block(read, put, norm, dense, f"blocks.{i}", source, layer)
+    norm("norm", "Transformer/encoder_norm")
+    if read.has("MAPHead_0/probe"):
+        _map_head(read, put, norm, dense)
+    for name, target in (("pre_logits", "pre_logits.fc"), ("head", "head")):
+        if read.has(f"{name}/kernel"):
+            dense(target, name)
+    return out, read.log, sorted(set(state) - read.used)
+
+
+def _attention(put, target, source, layer, projections):
+    for key, names in projections.items():
+        kernels = [f"{source}/{name}/kernel" for name in names]
+        put(f"{target}.{key}.weight", kernels, _heads_in, layer=layer)
+        put(f"{target}.{key}.bias", [f"{source}/{name}/bias" for name in names], torch.flatten, layer=layer)
+    put(f"{target}.proj.weight", f"{source}/out/kernel", _heads_out, layer=layer)
+    put(f"{target}.proj.bias", f"{source}/out/bias", layer=layer)
+
+
+def _block(read, put, norm, dense, target, source, layer):
+    old = read.has(f"{source}/MultiHeadDotProductAttention_1/query/kernel")
+    attention = "MultiHeadDotProductAttention_1" if old else "MultiHeadDotProductAttention_0"
+    norm2 = "LayerNorm_2" if read.has(f"{source}/LayerNorm_2/scale") else "LayerNorm_1"
+    mlp = "MlpBlock_3" if read.has(f"{source}/MlpBlock_3/Dense_0/kernel") else "MlpBlock_0"
+    norm(f"{target}.norm1", f"{source}/LayerNorm_0", layer)
+    _attention(put, f"{target}.attn", f"{source}/{attention}", layer, {"qkv": ("query", "key", "value")})
+    norm(f"{target}.norm2", f"{source}/{norm2}", layer)
+    dense(f"{target}.mlp.fc1", f"{source}/{mlp}/Dense_0", layer)
+    dense(f"{target}.mlp.fc2", f"{source}/{mlp}/Dense_1", layer)
+
+
+def _map_head(read, put, norm, dense):
+    """big_vision's attention pooling (SigLIP)."""
+    source = "MAPHead_0/MultiHeadDotProductAttention_0"
+    put("attn_pool.latent", "MAPHead_0/probe")
+    _attention(put, "attn_pool", source, None, {"q": ("query",), "kv": ("key", "value")})
+    norm("attn_pool.norm", "MAPHead_0/LayerNorm_0")
+    dense("attn_pool.mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0")
+    dense("attn_pool.mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1")
+
+
+def _stem(read, put, norm):
+    backbone = "patch_embed.backbone"
+    stem = f"{backbone}.stem" if read.has("block1/unit1/conv1/kernel") else backbone
+    put(f"{stem}.conv.weight", "conv_root/kernel", _conv)
+    norm(f"{stem}.norm", "gn_root")
+    block = 1
+    while read.has(f"block{block}/unit1/conv1/kernel"):
+        unit = 1
+        while read.has(f"block{block}/unit{unit}/conv1/kernel"):
+            source, target = f"block{block}/unit{unit}", f"{backbone}.stages.{block - 1}.blocks.{unit - 1}"
+            for r in (1, 2, 3):
+                put(f"{target}.conv{r}.weight", f"{source}/conv{r}/kernel", _conv)
+                norm(f"{target}.norm{r}", f"{source}/gn{r}")
+            if read.has(f"{source}/conv_proj/kernel"):
+                put(f"{target}.downsample.conv.weight", f"{source}/conv_proj/kernel", _conv)
+                norm(f"{target}.downsample.norm", f"{source}/gn_proj")
+            unit += 1
+        block += 1
+
+
+def adapt_in_chans(kernel, in_chans: int):
+    """A first convolution [out, c, kh, kw] for another number of channels: summed for one, else tiled · c/in_chans."""
+    have = kernel.shape[1]
+    if have == in_chans:
+        return kernel
+    if in_chans == 1:
+        return kernel.sum(1, keepdim=True)
+    repeat = math.ceil(in_chans / have)
+    return kernel.repeat(1, repeat, 1, 1)[:, :in_chans] * (have / in_chans)
+
+
+def _square(count):
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _fit_table(state, num_prefix, grid, policy):
+    """pos_embed of a state in timm's keys for a grid, in place; num_prefix rows stand for prefix tokens.
+
+    A class row that the model has no place for is added to the class token, one that the file lacks is a row of zeros:
+    both leave the result as it was. Google's grids are square; others are taken as the model's where the count fits.
+    """
+    table = state["pos_embed"]
+    if table.dim() == 2:
+        table = table[None]
+    rows, count = table.shape[1], grid[0] * grid[1]
+    owns = [own for own in (num_prefix, 1, 0) if _square(rows - own)]
+    if rows - num_prefix == count and not _square(count):
+        own, old_grid = num_prefix, grid
+    elif owns:
+        own, old_grid = owns[0], None
+    else:
+        raise WeightsError(
+            f"vit_fast: position table of the Google checkpoint has {rows} rows, "
+            f"expected a square grid or {grid[0]}×{grid[1]}, with or without a class row"
+        )
+    if own < num_prefix:
+        zeros = torch.zeros_like(table[:, :1]).expand(-1, num_prefix - own, -1)
+        table = torch.cat([table[:, :own], zeros, table[:, own:]], dim=1)
+    elif own > num_prefix:
+        if "cls_token" in state:
+            state["cls_token"] = state["cls_token"] + table[:, :1]
+        table = table[:, own:]
+    state["pos_embed"] = resize_pos_embed(table, old_grid, grid, policy, num_prefix)
+
+
+def for_model(model, state):
+    """Google's arrays in a model's own keys, fitted to its image size and channels.
+
+    The model has timm's or jeonsworld's keys; its position table is resized by ``model.google_policy`` (default "R2",
+    as timm's loader). What the model has no place for because of its words
+    (head with num_classes=0, pre_logits, class token) is left out with one logged warning; a head is zeroed where
+    ``model.zero_head`` is set.
+
+    Raises:
+        MissingKeyError, WeightsError: a key is missing, or the model is of another family.
+    """
+    own = {key: value.to("meta") for key, value in model.state_dict().items()}
+    foreign = convert.is_jeonsworld(own)
+    own = convert.jeonsworld_to_timm(own)[0] if foreign else own
+    if "patch_embed.proj.weight" not in own:
+        raise WeightsError(
+            f"vit_fast: {type(model).__name__} takes no Google checkpoint, expected a model in timm's keys or hybrid"
+        )
+    state = to_timm(state)[0]
+    for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
+        if key in state and key in own:
+            state[key] = adapt_in_chans(state[key], own[key].shape[1])
+            break
+    if "pos_embed" in own:
+        holder = model if hasattr(model, "grid_size") else model.patch_embed
+        num_prefix = own["pos_embed"].shape[1] - holder.grid_size[0] * holder.grid_size[1]
+        _fit_table(state, num_prefix, tuple(holder.grid_size), getattr(model, "google_policy", "R2"))
+    optional = ("head.", "pre_logits.", "attn_pool.", "cls_token", "pos_embed")
+    dropped = [key for key in state if key not in own and key.startswith(optional)]
+    for part in optional:
+        if any(key.startswith(part) for key in own):
+            dropped = [key for key in dropped if not key.startswith(part)]
+    if dropped:
+        logging.getLogger("vit_fast").warning(
+            "Google checkpoint: %s has no place for %s; left out", type(model).__name__, ", ".join(dropped)
+        )
+    state = {key: value for key, value in state.items() if key not in dropped}
+    if getattr(model, "zero_head", False):
+        state |= {key: torch.zeros(own[key].shape) for key in ("head.weight", "head.bias") if key in own}
+    return convert.timm_to_jeonsworld(state)[0] if foreign else state

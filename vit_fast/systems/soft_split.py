@@ -1,0 +1,39 @@
+"""Pieces of the two T2T-ViTs and the LANL ViT: overlapping windows as tokens, and the sinusoid position table.
+
+Source: Yuan et al., "Tokens-to-Token ViT", 2021; Vaswani et al., "Attention Is All You Need", 2017.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def sinusoid_table(tokens: int, width: int) -> torch.Tensor:
+    """[1, tokens, width] float32: sin (even channels) and cos (odd) of position / 10000^(2·⌊channel/2⌋/width).
+
+    Computed in float64; any width; row 0 is 0, 1, 0, 1, ...
+    """
+    channel = torch.arange(width)
+    position = torch.arange(tokens, dtype=torch.float64)
+    exponent = (channel // 2 * 2).to(torch.float64) / width
+    angle = position[:, None] / torch.pow(10000.0, exponent)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).to(torch.float32)[None]
+
+
+def split_grid(size: tuple[int, int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """(rows, columns) of windows: ⌊(size + 2·padding − kernel)/stride⌋ + 1 each; below 1 where none fits."""
+    return tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
+
+
+def soft_split(images, kernel: int, stride: int, padding: int):
+    """Zero-padded windows as tokens: [B, C, H, W] → [B, rows·columns, C·kernel²], contiguous.
+
+    Tokens are row-major; inside a token the channel is outermost, then window row, then window column.
+    """
+    padded = F.pad(images, (padding, padding, padding, padding)) if padding else images
+    windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def as_image(tokens, grid: tuple[int, int]):
+    """Tokens back on their grid: [B, rows·columns, C] → [B, C, rows, columns], a view."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
