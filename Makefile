@@ -1,5 +1,5 @@
-# Every target does its own set-up. Other interpreter: make test PYTHON=python3.12. More words for the benchmark:
-# make bench ARGS="--model vit_large_patch16_224 --batch-size 1,64".
+# Every target does its own set-up, on a fresh machine too. Another interpreter: make test PYTHON=python3.12.
+# More words for a command: make bench ARGS="--model vit_large_patch16_224 --batch-size 1,64".
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -12,8 +12,8 @@ TRITON36 := $(VENV)/triton-3.6.0
 
 help:
 	@echo "make bench   benchmark vit_fast against timm eager and torch.compile on this machine; results in out/"
-	@echo "make test    all tests: plain, interpreted kernels, kernels compiled ahead of time"
-	@echo "make aot     the ahead-of-time compilations only"
+	@echo "make test    all tests: plain and GPU, interpreted kernels, kernels compiled ahead of time"
+	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make setup   only the virtual environment, $(VENV)"
 	@echo "make clean   remove $(VENV), out/ and caches"
@@ -37,7 +37,8 @@ test: $(READY) $(TRITON36)/.setup
 	@PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
 
 aot: $(READY) $(TRITON36)/.setup
-	$(RUN) pytest -m aot
+	VIT_FAST_TRITON36="$$([ -d $(TRITON36)/triton ] && echo $(CURDIR)/$(TRITON36))" \
+	    $(VENV)/bin/python -P tests/aot/ledger.py --all $(ARGS)
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -172,7 +172,7 @@ def _attention_fwd_streaming_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs_per_head", "blocks_per_program"])
 def _attention_fwd_resident_kernel(
     out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
     q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; with TMA out and q are tensor descriptors
@@ -273,11 +273,6 @@ def _fits_tma(x, parts, head_size):
     )
 
 
-def _heads(qkv, k, v):
-    """q, k, v as [B, N, C] views."""
-    return qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
-
-
 def not_supported_reasons(qkv, num_heads, *, k=None, v=None):
     """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
     reasons = []
@@ -297,61 +292,80 @@ def _descriptor(x, rows, head_size):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, head_size])
 
 
-def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
-    """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``."""
-    q, k, v = _heads(qkv, k, v)
+def _launch(out, lse, q, k, v, num_heads, scale, config):
     batch, num_queries, width = q.shape
     num_keys, head_size = k.shape[1], width // num_heads
-    out = torch.empty(batch, num_queries, width, dtype=q.dtype, device=q.device)
-    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(batch, num_heads, num_queries, dtype=acc_dtype, device=q.device)
-    if out.numel() == 0:
-        return out, lse
-    if config is None:
-        config = configs.pick_attention_config(
-            num_queries, num_keys, head_size, q.dtype, configs.arch_of(q.device)
-        )
-    parts = _head_parts(head_size)
+    resident, parts = config.block_n == 0, _head_parts(head_size)
+    tensors = (out, q) if resident else (out, q, k, v)
+    tma = config.tma and all(_fits_tma(x, parts, head_size) for x in tensors)
+    if tma:
+        rows = (config.block_m, config.block_m, config.block_n, config.block_n)
+        tensors = tuple(_descriptor(x, count, head_size) for x, count in zip(tensors, rows))
+    # Zero would make NaN of the −inf of masked keys; the smallest normal number leaves finite scores at zero.
+    scale_log2 = max(abs(scale) * _LOG2E, 2.0**-126)
+    sizes = (num_heads, num_queries, num_keys, scale_log2)
+    strides = [stride for x in (out, q, k, v) for stride in x.stride()]
     options = dict(
         D=head_size,
         PARTS=parts,
         BLOCK_M=config.block_m,
         NEGATIVE=scale < 0,
         DTYPE=_TRITON_DTYPE[q.dtype],
-        ACC=_TRITON_DTYPE[acc_dtype],
+        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         UPCAST=_INTERPRETED and q.dtype == torch.bfloat16,
-        LSE=True,
+        TMA=tma,
+        LSE=lse is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    blocks = triton.cdiv(num_queries, config.block_m)
-    # Zero would make NaN of the −inf of masked keys; the smallest normal number leaves finite scores at zero.
-    scale_log2 = max(abs(scale) * _LOG2E, 2.0**-126)
-    sizes = (num_heads, num_queries, num_keys, scale_log2)
-    strides = [stride for x in (out, q, k, v) for stride in x.stride()]
-    resident = config.block_n == 0
-    tensors = (out, q) if resident else (out, q, k, v)
-    tma = config.tma and all(_fits_tma(x, parts, head_size) for x in tensors)
-    if tma:
-        rows = (config.block_m, config.block_m, config.block_n, config.block_n)
-        tensors = tuple(_descriptor(x, count, head_size) for x, count in zip(tensors, rows))
+    blocks, pairs = triton.cdiv(num_queries, config.block_m), batch * num_heads
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if resident:
-            programs = 1
             out_arg, q_arg = tensors
-            _attention_fwd_resident_kernel[(batch * num_heads * programs,)](
-                out_arg, lse, q_arg, k, v, *sizes, programs, triton.cdiv(blocks, programs), *strides,
-                CHUNKS=_key_chunks(num_keys), TMA=tma, **options,
+            wanted = triton.cdiv(2 * configs.multiprocessors_of(q.device), pairs)
+            blocks_per_program = triton.cdiv(blocks, min(wanted, blocks))
+            programs = triton.cdiv(blocks, blocks_per_program)
+            _attention_fwd_resident_kernel[(pairs * programs,)](
+                out_arg, lse, q_arg, k, v, *sizes, programs, blocks_per_program, *strides,
+                CHUNKS=_key_chunks(num_keys), **options,
             )  # fmt: skip
         else:
-            out_arg, *inputs = tensors
-            _attention_fwd_streaming_kernel[(batch * num_heads * blocks,)](
-                out_arg, lse, *inputs, *sizes, *strides, BLOCK_N=config.block_n, TMA=tma, **options
+            out_arg, q_arg, k_arg, v_arg = tensors
+            _attention_fwd_streaming_kernel[(pairs * blocks,)](
+                out_arg, lse, q_arg, k_arg, v_arg, *sizes, *strides, BLOCK_N=config.block_n, **options
             )
+
+
+def _forward(qkv, num_heads, scale, k, v, config, with_lse):
+    q, k, v = qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
+    batch, num_queries, width = q.shape
+    out = torch.empty(batch, num_queries, width, dtype=q.dtype, device=q.device)
+    lse = None
+    if with_lse:
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.empty(batch, num_heads, num_queries, dtype=acc_dtype, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if config is None:
+        arch = configs.arch_of(q.device)
+        config = configs.pick_attention_config(num_queries, k.shape[1], width // num_heads, q.dtype, arch)
+    images = max(1, _MAX_PROGRAMS // (num_heads * triton.cdiv(num_queries, config.block_m)))
+    if batch <= images:
+        _launch(out, lse, q, k, v, num_heads, scale, config)
+    else:
+        for first in range(0, batch, images):
+            part = slice(first, first + images)
+            lse_part = lse[part] if with_lse else None
+            _launch(out[part], lse_part, q[part], k[part], v[part], num_heads, scale, config)
     return out, lse
+
+
+def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
+    """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``."""
+    return _forward(qkv, num_heads, scale, k, v, config, with_lse=True)
 
 
 def attention(qkv, num_heads, scale, *, k=None, v=None):
     """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C]."""
-    return attention_fwd(qkv, num_heads, scale, k=k, v=v)[0]
+    return _forward(qkv, num_heads, scale, k, v, None, with_lse=False)[0]

@@ -59,7 +59,7 @@ def pick_linear_config(rows, out_features, swiglu, x_dtype, weight_dtype, out_dt
     elif scattered:
         block_m, block_n, block_k, num_warps, num_stages = (64, 64, 32, 8, 3) if few else (128, 128, 32, 8, 3)
     elif tf32:
-        block_m, block_n, block_k, num_warps, num_stages = 64 if few else 128, 64, 32, 4, 4 if few else 3
+        block_m, block_n, block_k, num_warps, num_stages = 64 if few and arch < 100 else 128, 64, 32, 4, 3
     elif few and x_dtype == weight_dtype:
         block_m, block_n, block_k, num_warps, num_stages = 64, 64, 64, 4, 4
     elif arch >= 90:
@@ -91,3 +91,44 @@ def pick_patch_embed_config(rows, width, dtype, precision):
     if large:
         return PatchEmbedConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
     return PatchEmbedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    block_m: int  # queries per step
+    block_n: int  # keys per step; 0: one program keeps all keys of a head on chip
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # tensor descriptors, where the layout allows them
+
+
+# sm_90, sm_100, 64 queries by 4 warps: the most keys that stay on chip without a spill, by padded head size.
+_RESIDENT_KEYS = {16: 272, 32: 272, 48: 208, 64: 272, 80: 208}
+
+
+def multiprocessors_of(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def pick_attention_config(num_queries, num_keys, head_size, dtype, arch):
+    """Does not see the batch, so that the bits of an image cannot depend on its batch mates."""
+    width = -(-head_size // 16) * 16
+    if dtype in (torch.float32, torch.float64):
+        if width > 128:
+            return AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+        return AttentionConfig(block_m=64 if width <= 80 else 32, block_n=32, num_warps=8, num_stages=1)
+    # Consumer Blackwell (120) has the MMA and the shared memory of sm_80 and sm_86.
+    wgmma = 90 <= arch < 120
+    if num_queries <= 16:
+        return AttentionConfig(block_m=16, block_n=32 if width <= 128 else 16, num_warps=4, num_stages=2)
+    if width <= 128 and num_keys <= (_RESIDENT_KEYS.get(width, 128) if wgmma else 128):
+        return AttentionConfig(block_m=64, block_n=0, num_warps=4, num_stages=1, tma=wgmma)
+    if wgmma:
+        if width > 160:
+            return AttentionConfig(block_m=128, block_n=32, num_warps=8, num_stages=2, tma=True)
+        if num_queries > 512:
+            return AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True)
+        return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, tma=True)
+    if width > 128:
+        return AttentionConfig(block_m=32, block_n=16, num_warps=4, num_stages=2)
+    return AttentionConfig(block_m=64, block_n=64 if width <= 96 else 32, num_warps=4, num_stages=2)

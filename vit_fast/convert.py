@@ -9,8 +9,6 @@ canonical keys are timm's with the block spelled ln1, qkv, out, ln2, fc1, fc2, g
 stands in the file's metadata. timm's keys are refused to families whose block timm has not (post-norm, value skip).
 """
 
-import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .pos_embed import resize_pos_embed
-from .weights import WeightsError, read_state_dict, unwrap
+from .weights import WeightsError, read_state_dict
 
 TARGETS = ("timm", "canonical", "jeonsworld")
 
@@ -33,6 +31,83 @@ FAMILIES = {
     "lanl": dict(eps=1e-5, activation="gelu", pre_norm=True, value_skip=True, policy="R4"),
     "torch": dict(eps=1e-5, activation="relu", pre_norm=False, value_skip=False, policy="R4"),
 }
+
+# (the family's key, timm's key): {} is an index, {+} one that counts from 1; a trailing dot stands for all below.
+_CLIP = (
+    ("conv1.weight", "patch_embed.proj.weight"),
+    ("class_embedding", "cls_token"),
+    ("positional_embedding", "pos_embed"),
+    ("proj", "head.weight"),
+    ("ln_pre.", "norm_pre."),
+    ("ln_post.", "norm."),
+    ("transformer.resblocks.{}.ln_1.", "blocks.{}.norm1."),
+    ("transformer.resblocks.{}.ln_2.", "blocks.{}.norm2."),
+    ("transformer.resblocks.{}.ls_1.gamma", "blocks.{}.ls1.gamma"),
+    ("transformer.resblocks.{}.ls_2.gamma", "blocks.{}.ls2.gamma"),
+    ("transformer.resblocks.{}.attn.in_proj_weight", "blocks.{}.attn.qkv.weight"),
+    ("transformer.resblocks.{}.attn.in_proj_bias", "blocks.{}.attn.qkv.bias"),
+    ("transformer.resblocks.{}.attn.out_proj.", "blocks.{}.attn.proj."),
+    ("transformer.resblocks.{}.mlp.c_fc.", "blocks.{}.mlp.fc1."),
+    ("transformer.resblocks.{}.mlp.c_proj.", "blocks.{}.mlp.fc2."),
+)
+_CANONICAL = (
+    ("blocks.{}.ln1.", "blocks.{}.norm1."),
+    ("blocks.{}.qkv.", "blocks.{}.attn.qkv."),
+    ("blocks.{}.out.", "blocks.{}.attn.proj."),
+    ("blocks.{}.ln2.", "blocks.{}.norm2."),
+    ("blocks.{}.fc1.", "blocks.{}.mlp.fc1."),
+    ("blocks.{}.fc2.", "blocks.{}.mlp.fc2."),
+    ("blocks.{}.gamma1", "blocks.{}.ls1.gamma"),
+    ("blocks.{}.gamma2", "blocks.{}.ls2.gamma"),
+)
+_LANL = (
+    ("backbone.blocks.{}.neuralnet.", "blocks.{}.mlp."),
+    ("vit_backbone.blocks.{}.neuralnet.", "blocks.{}.mlp."),
+    ("backbone.", ""),
+    ("vit_backbone.", ""),
+)
+_TORCH = (
+    *(
+        (f"{stack}.{{}}.{theirs}", f"blocks.{{}}.{ours}")
+        for stack in ("transformer_encoder.layers", "blocks")
+        for theirs, ours in (
+            ("self_attn.in_proj_weight", "attn.qkv.weight"),
+            ("self_attn.in_proj_bias", "attn.qkv.bias"),
+            ("self_attn.out_proj.", "attn.proj."),
+            ("linear1.", "mlp.fc1."),
+            ("linear2.", "mlp.fc2."),
+            ("norm1.", "norm1."),
+            ("norm2.", "norm2."),
+        )
+    ),
+    ("cls_token_embedding", "cls_token"),
+    ("position_embedding_table", "pos_embed"),
+    ("linear_layer.", "head."),
+    ("patch_embed.weight", "patch_embed.proj.weight"),
+    ("patch_embed.bias", "patch_embed.proj.bias"),
+    ("pre_logits.0.", "pre_logits.fc."),
+)
+_LAYER, _STEM = "transformer.encoder.layer.{}", "transformer.embeddings.hybrid_model"
+_UNIT, _TIMM_UNIT = f"{_STEM}.body.block{{+}}.unit{{+}}", "patch_embed.backbone.stages.{}.blocks.{}"
+_JEONSWORLD = (
+    ("transformer.embeddings.position_embeddings", "pos_embed"),
+    ("transformer.embeddings.cls_token", "cls_token"),
+    ("transformer.embeddings.patch_embeddings.", "patch_embed.proj."),
+    ("transformer.encoder.encoder_norm.", "norm."),
+    (f"{_LAYER}.attention_norm.", "blocks.{}.norm1."),
+    (f"{_LAYER}.ffn_norm.", "blocks.{}.norm2."),
+    (f"{_LAYER}.ffn.", "blocks.{}.mlp."),
+    (f"{_LAYER}.attn.out.", "blocks.{}.attn.proj."),
+    (f"{_STEM}.root.conv.", "patch_embed.backbone.stem.conv."),
+    (f"{_STEM}.root.gn.", "patch_embed.backbone.stem.norm."),
+    (f"{_STEM}.root.conv.", "patch_embed.backbone.conv."),
+    (f"{_STEM}.root.gn.", "patch_embed.backbone.norm."),
+    *((f"{_UNIT}.conv{r}.", f"{_TIMM_UNIT}.conv{r}.") for r in (1, 2, 3)),
+    *((f"{_UNIT}.gn{r}.", f"{_TIMM_UNIT}.norm{r}.") for r in (1, 2, 3)),
+    (f"{_UNIT}.downsample.", f"{_TIMM_UNIT}.downsample.conv."),
+    (f"{_UNIT}.gn_proj.", f"{_TIMM_UNIT}.downsample.norm."),
+)
+_QKV = re.compile(r"transformer\.encoder\.layer\.(\d+)\.attn\.(query|key|value)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -56,96 +131,318 @@ class Report(list):
         lines = []
         for entry in self:
             source, arrow = " + ".join(entry.sources), " → " if entry.sources and entry.target else ""
-            text = source if entry.action == "kept" else source + arrow + entry.target
+            text = source if entry.sources == (entry.target,) else source + arrow + entry.target
             lines.append(f"{entry.action:<8} {text}{f'  ({entry.note})' if entry.note else ''}")
         actions = ("kept", "mapped", "resized", "added", "dropped")
         lines.append(", ".join(f"{self.count(action)} {action}" for action in actions))
         return "\n".join(lines)
 
 
-def _compiled(rules):
-    return [(re.compile(pattern), target) for pattern, target in rules]
+def _rules(pairs, reverse=False):
+    """(pattern, template, shifts of the indices) of pairs, from the first key to the second."""
+    rules = []
+    for source, target in ((b, a) for a, b in pairs) if reverse else pairs:
+        parts = re.split(r"(\{\+?\})", source)
+        pattern = "".join(r"(\d+)" if part in ("{}", "{+}") else re.escape(part) for part in parts)
+        shifts = [
+            (new == "{+}") - (old == "{+}")
+            for old, new in zip(re.findall(r"\{\+?\}", source), re.findall(r"\{\+?\}", target), strict=True)
+        ]
+        whole = "" if source.endswith(".") else "$"
+        rules.append((re.compile(pattern + whole), target.replace("{+}", "{}"), shifts))
+    return rules
 
 
-_CLIP = _compiled(
-    [
-        (r"conv1\.weight$", "patch_embed.proj.weight"),
-        (r"class_embedding$", "cls_token"),
-        (r"positional_embedding$", "pos_embed"),
-        (r"proj$", "head.weight"),
-        (r"ln_pre\.", "norm_pre."),
-        (r"ln_post\.", "norm."),
-        (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
-        (r"transformer\.resblocks\.(\d+)\.ls_([12])\.", r"blocks.\1.ls\2."),
-        (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."),
-        (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
-        (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
-        (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
-    ]
-)
-_TORCH = _compiled(
-    [
-        (r"(?:transformer_encoder\.layers|blocks)\.(\d+)\.self_attn\.in_proj_", r"blocks.\1.attn.qkv."),
-        (r"(?:transformer_encoder\.layers|blocks)\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
-        (r"(?:transformer_encoder\.layers|blocks)\.(\d+)\.linear([12])\.", r"blocks.\1.mlp.fc\2."),
-        (r"transformer_encoder\.layers\.(\d+)\.norm([12])\.", r"blocks.\1.norm\2."),
-        (r"cls_token_embedding$", "cls_token"),
-        (r"position_embedding_table$", "pos_embed"),
-        (r"linear_layer\.", "head."),
-        (r"patch_embed\.(weight|bias)$", r"patch_embed.proj.\1"),
-        (r"pre_logits\.0\.", "pre_logits.fc."),
-    ]
-)
-_LANL = _compiled(
-    [
-        (r"(?:vit_)?backbone\.blocks\.(\d+)\.neuralnet\.", r"blocks.\1.mlp."),
-        (r"(?:vit_)?backbone\.", ""),
-    ]
-)
-_CANONICAL = _compiled(
-    [
-        (r"blocks\.(\d+)\.norm([12])\.", r"blocks.\1.ln\2."),
-        (r"blocks\.(\d+)\.attn\.qkv\.", r"blocks.\1.qkv."),
-        (r"blocks\.(\d+)\.attn\.proj\.", r"blocks.\1.out."),
-        (r"blocks\.(\d+)\.mlp\.fc([12])\.", r"blocks.\1.fc\2."),
-        (r"blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma\2"),
-    ]
-)
-_FROM_CANONICAL = _compiled(
-    [
-        (r"blocks\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-        (r"blocks\.(\d+)\.qkv\.", r"blocks.\1.attn.qkv."),
-        (r"blocks\.(\d+)\.out\.", r"blocks.\1.attn.proj."),
-        (r"blocks\.(\d+)\.fc([12])\.", r"blocks.\1.mlp.fc\2."),
-        (r"blocks\.(\d+)\.gamma([12])$", r"blocks.\1.ls\2.gamma"),
-    ]
-)
-_STEM = r"transformer\.embeddings\.hybrid_model"
-_JEONSWORLD = _compiled(
-    [
-        (r"transformer\.embeddings\.position_embeddings$", "pos_embed"),
-        (r"transformer\.embeddings\.cls_token$", "cls_token"),
-        (r"transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
-        (r"transformer\.encoder\.encoder_norm\.", "norm."),
-        (r"transformer\.encoder\.layer\.(\d+)\.attention_norm\.", r"blocks.\1.norm1."),
-        (r"transformer\.encoder\.layer\.(\d+)\.ffn_norm\.", r"blocks.\1.norm2."),
-        (r"transformer\.encoder\.layer\.(\d+)\.ffn\.", r"blocks.\1.mlp."),
-        (r"transformer\.encoder\.layer\.(\d+)\.attn\.out\.", r"blocks.\1.attn.proj."),
-        (_STEM + r"\.root\.conv\.", "patch_embed.backbone.stem.conv."),
-        (_STEM + r"\.root\.gn\.", "patch_embed.backbone.stem.norm."),
-        (_STEM + r"\.body\.block(\d+)\.unit(\d+)\.", lambda m: _unit(m)),
-    ]
-)
-_FROM_JEONSWORLD_UNIT = {"downsample.": "downsample.conv.", "gn_proj.": "downsample.norm.", "gn": "norm"}
-_TO_JEONSWORLD = _compiled(
-    [
-        (r"pos_embed$", "transformer.embeddings.position_embeddings"),
-        (r"cls_token$", "transformer.embeddings.cls_token"),
-        (r"patch_embed\.proj\.", "transformer.embeddings.patch_embeddings."),
-        (r"norm\.", "transformer.encoder.encoder_norm."),
-        (r"blocks\.(\d+)\.norm1\.", r"transformer.encoder.layer.\1.attention_norm."),
-        (r"blocks\.(\d+)\.norm2\.", r"transformer.encoder.layer.\1.ffn_norm."),
-        (r"blocks\.(\d+)\.mlp\.", r"transformer.encoder.layer.\1.ffn."),
-        (r"blocks\.(\d+)\.attn\.proj\.", r"transformer.encoder.layer.\1.attn.out."),
-    ]
-)
+def _rename(key, rules):
+    """The key under the first rule that fits, or None."""
+    for pattern, target, shifts in rules:
+        match = pattern.match(key)
+        if match:
+            return target.format(*(int(n) + s for n, s in zip(match.groups(), shifts))) + key[match.end() :]
+    return None
+
+
+def _renamed(state, rules, keep=True):
+    """(state, log, dropped) with every key renamed; keys without a rule stay, or are dropped."""
+    out, log, dropped = {}, [], []
+    for key, value in state.items():
+        new = _rename(key, rules)
+        if new is None and not keep:
+            dropped.append(key)
+            continue
+        out[new or key] = value
+        log.append(((key,), new or key))
+    return out, log, dropped
+
+
+def is_jeonsworld(state) -> bool:
+    """Whether a mapping has the names of jeonsworld's ViT-pytorch."""
+    return "transformer.embeddings.patch_embeddings.weight" in state
+
+
+def is_canonical(state) -> bool:
+    """Whether a mapping has canonical names."""
+    return "blocks.0.ln1.weight" in state and "blocks.0.qkv.weight" in state
+
+
+def jeonsworld_to_timm(state):
+    """(state, log, dropped): query, key and value become rows of qkv; hybrids get timm's hybrid keys."""
+    stages = any(key.startswith(f"{_STEM}.body.") for key in state)
+    pairs = [pair for pair in _JEONSWORLD if stages == (".stem." in pair[1]) or ".root." not in pair[0]]
+    rest = {key: value for key, value in state.items() if not _QKV.match(key)}
+    out, log, dropped = _renamed(rest, _rules(pairs))
+    packed = {}
+    for key in state:
+        match = _QKV.match(key)
+        if match:
+            packed.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = key
+    for target, names in packed.items():
+        missing = [name for name in ("query", "key", "value") if name not in names]
+        if missing:
+            raise WeightsError(f"vit_fast.convert: {target} lacks {', '.join(missing)}, expected query, key and value")
+        sources = tuple(names[name] for name in ("query", "key", "value"))
+        out[target] = torch.cat([state[source] for source in sources])
+        log.append((sources, target))
+    return out, log, dropped
+
+
+def timm_to_jeonsworld(state):
+    """(state, log, dropped): rows of qkv become query, key and value; pre_logits and head keep their names."""
+    rest = {key: value for key, value in state.items() if ".attn.qkv." not in key}
+    out, log, dropped = _renamed(rest, _rules(_JEONSWORLD, reverse=True))
+    for key, value in state.items():
+        if key not in rest:
+            layer, kind = key.split(".")[1], key.rsplit(".", 1)[1]
+            for name, part in zip(("query", "key", "value"), value.chunk(3)):
+                target = f"{_LAYER.format(layer)}.attn.{name}.{kind}"
+                out[target] = part.contiguous()
+                log.append(((key,), target))
+    return out, log, dropped
+
+
+def canonical_to_timm(state):
+    """(state, log, dropped)."""
+    return _renamed(state, _rules(_CANONICAL))
+
+
+def timm_to_canonical(state):
+    """(state, log, dropped)."""
+    return _renamed(state, _rules(_CANONICAL, reverse=True))
+
+
+def _clip_to_timm(state):
+    """(state, log, dropped): the image tower alone; the projection becomes the head's weight with a bias of zeros."""
+    prefix = "visual." if "visual.conv1.weight" in state else ""
+    rules = _rules(_CLIP)
+    out, log, dropped = {}, [], []
+    for key, value in state.items():
+        new = _rename(key.removeprefix(prefix), rules) if key.startswith(prefix) else None
+        if new is None:
+            dropped.append(key)
+            continue
+        if key == f"{prefix}proj":
+            value = value.t().contiguous()
+        elif new in ("cls_token", "pos_embed"):
+            value = value.reshape(1, -1, value.shape[-1])
+        out[new] = value
+        log.append(((key,), new))
+    if "head.weight" in out:
+        out["head.bias"] = out["head.weight"].new_zeros(out["head.weight"].shape[0])
+        log.append(((), "head.bias"))
+    return out, log, dropped
+
+
+def _torch_to_timm(state):
+    out, log, dropped = _renamed(state, _rules(_TORCH))
+    if out.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
+        out["pos_embed"] = out["pos_embed"][None]
+    return out, log, dropped
+
+
+def _google_to_timm(state):
+    from .systems.google_npz import to_timm
+
+    return to_timm(state)
+
+
+_READ = {
+    "timm": lambda state: (dict(state), [((key,), key) for key in state], []),
+    "canonical": canonical_to_timm,
+    "clip": _clip_to_timm,
+    "jeonsworld": jeonsworld_to_timm,
+    "google": _google_to_timm,
+    "lanl": lambda state: _renamed(state, _rules(_LANL)),
+    "torch": _torch_to_timm,
+}
+_WRITE = {
+    "timm": lambda state: (state, [((key,), key) for key in state], []),
+    "canonical": timm_to_canonical,
+    "jeonsworld": timm_to_jeonsworld,
+}
+
+
+def family_of(state) -> str:
+    """The family whose names a state_dict has.
+
+    Raises:
+        WeightsError: none of them.
+    """
+    from .systems.google_npz import is_google
+
+    if is_google(state):
+        return "google"
+    if is_jeonsworld(state):
+        return "jeonsworld"
+    if is_canonical(state):
+        return "canonical"
+    for prefix in ("visual.", ""):
+        if f"{prefix}conv1.weight" in state and f"{prefix}class_embedding" in state:
+            return "clip"
+    for key in state:
+        if re.match(r"(vit_)?backbone\.blocks\.\d+\.neuralnet\.", key):
+            return "lanl"
+        if re.match(r"(transformer_encoder\.layers|blocks)\.\d+\.self_attn\.in_proj_weight$", key):
+            return "torch"
+        if re.match(r"blocks\.\d+\.attn\.qkv\.weight$", key):
+            return "timm"
+    raise WeightsError(
+        f"vit_fast.convert: keys such as {', '.join(sorted(state)[:4])} belong to no known family, "
+        f"expected one of {', '.join(FAMILIES)}"
+    )
+
+
+def _joined(first, second):
+    """The log of two conversions, one after the other."""
+    origin = {target: sources for sources, target in first}
+    return [(tuple(name for source in sources for name in origin[source]), target) for sources, target in second]
+
+
+def _fit_table(state, grid, old_grid, policy):
+    """Resizes pos_embed in place; returns a note, or None where nothing changed."""
+    table = state.get("pos_embed")
+    if table is None or table.dim() != 3:
+        raise WeightsError("vit_fast.convert: grid is given, expected a checkpoint with a table pos_embed [1, N, C]")
+    prefix = sum(state[name].shape[-2] for name in ("cls_token", "dist_token", "reg_token") if name in state)
+    rows = table.shape[1]
+    for count in (prefix, 0):
+        try:
+            resized = resize_pos_embed(table, old_grid, grid, policy, count)
+        except ValueError as error:
+            problem = error
+            continue
+        state["pos_embed"] = resized
+        return None if resized is table else f"{rows} → {resized.shape[1]} rows, {policy}"
+    raise WeightsError(f"vit_fast.convert: pos_embed does not fit: {problem}")
+
+
+def _fit_channels(state, in_chans):
+    from .systems.google_npz import adapt_in_chans
+
+    for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
+        if key in state:
+            have = state[key].shape[1]
+            state[key] = adapt_in_chans(state[key], in_chans)
+            return key, None if have == in_chans else f"{have} → {in_chans} channels"
+    raise WeightsError("vit_fast.convert: in_chans is given, expected a checkpoint with a first convolution")
+
+
+def convert_state_dict(
+    state: Mapping,
+    to: str = "timm",
+    *,
+    family: str | None = None,
+    grid: tuple[int, int] | None = None,
+    old_grid: tuple[int, int] | None = None,
+    policy: str | None = None,
+    in_chans: int | None = None,
+    drop_head: bool = False,
+) -> tuple[dict[str, torch.Tensor], Report]:
+    """A state_dict in other keys.
+
+    Args:
+        state: names to tensors or arrays, of any family that the head of this file names.
+        to: "timm", "canonical" or "jeonsworld".
+        family: the family of ``state``; None recognises it.
+        grid, old_grid, policy: the position table is resized to ``grid`` (rows, columns) by ``policy`` (the family's
+            own where None); ``old_grid`` None takes a square.
+        in_chans: channels of the first convolution: summed for one, tiled otherwise.
+        drop_head: leaves out head, head_dist and pre_logits.
+    Returns:
+        (state_dict, report).
+    Raises:
+        ValueError: unknown words, or timm's keys asked for a family whose block timm has not.
+        WeightsError: keys of no known family, or missing ones.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"vit_fast.convert: to is {to!r}, expected one of {', '.join(TARGETS)}")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"vit_fast.convert: family is {family!r}, expected one of {', '.join(FAMILIES)}")
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    family = family or family_of(state)
+    facts = FAMILIES[family]
+    if to != "canonical" and (facts["value_skip"] or not facts["pre_norm"]):
+        raise ValueError(
+            f"vit_fast.convert: to is {to!r}, expected 'canonical' for family {family!r}: its blocks "
+            f"{'add the values to their output' if facts['value_skip'] else 'are post-norm'}, {to}'s do not"
+        )
+    state, log, dropped = _READ[family](state)
+    dropped = [(key, "no place") for key in dropped]
+    notes = {}
+    old = state.get("patch_embed.proj.weight")
+    if old is not None and old.dim() == 2:
+        side = int((old.shape[1] // 3) ** 0.5)
+        state["patch_embed.proj.weight"] = old.reshape(old.shape[0], 3, side, side)
+        notes["patch_embed.proj.weight"] = f"{old.shape[1]} columns → 3×{side}×{side}"
+    if in_chans is not None:
+        key, note = _fit_channels(state, in_chans)
+        notes |= {key: note} if note else {}
+    if grid is not None:
+        note = _fit_table(state, tuple(grid), old_grid, policy or facts["policy"])
+        notes |= {"pos_embed": note} if note else {}
+    if drop_head:
+        origin = {target: sources for sources, target in log}
+        for key in [key for key in state if key.split(".")[0] in ("head", "head_dist", "pre_logits")]:
+            del state[key]
+            dropped += [(source, "head") for source in origin[key]]
+    resized = {id(state[key]): note for key, note in notes.items()}
+    state, second, _ = _WRITE[to](state)
+    report = Report()
+    for sources, target in _joined(log, second):
+        note = resized.get(id(state[target]), "")
+        kept = sources == (target,)
+        action = "resized" if note else "added" if not sources else "kept" if kept else "mapped"
+        report.append(Entry(action, sources, target, note))
+    report += [Entry("dropped", (key,), "", why) for key, why in dropped]
+    return {key: value.contiguous() for key, value in state.items()}, report
+
+
+def convert_file(source, target, to: str = "timm", **words) -> Report:
+    """Converts a file (.pth, .pt, .bin, .safetensors, .npz) into a ``.safetensors`` file; words as in
+    ``convert_state_dict``. Metadata of the target: the keys, the family, and what its blocks do.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError, WeightsError: see ``convert_state_dict``; nothing is written then.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"vit_fast.convert: target is {str(target)!r}, expected a file name ending in .safetensors")
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    state, metadata = read_state_dict(source), {}
+    if Path(source).suffix == ".safetensors":
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata() or {}
+    found = words.get("family") or family_of(state)
+    if found == "canonical" and metadata.get("vit_fast.family") in FAMILIES:
+        origin = metadata["vit_fast.family"]
+        facts = FAMILIES[origin]
+        if to != "canonical" and (facts["value_skip"] or not facts["pre_norm"]):
+            raise ValueError(f"vit_fast.convert: to is {to!r}, expected 'canonical': the file is of family {origin!r}")
+    else:
+        origin = found
+    state, report = convert_state_dict(state, to, **words)
+    facts = {f"vit_fast.{name}": str(value) for name, value in FAMILIES[origin].items() if name != "policy"}
+    save_file(state, target, {"format": "pt", "vit_fast.keys": to, "vit_fast.family": origin, **facts})
+    return report

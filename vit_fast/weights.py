@@ -1,6 +1,7 @@
 """Weights from files and from timm's hub, always strict: nothing is dropped or left out silently."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -12,11 +13,32 @@ class WeightsError(ValueError):
     """A weight file that cannot be had, cannot be read, or does not fit the model."""
 
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
+class MissingKeyError(WeightsError, KeyError):
+    """A key that a checkpoint of a known format lacks."""
+
+    __str__ = Exception.__str__
+
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz")
+
+
+def _read_npz(path):
+    """Arrays by name; bfloat16, which numpy holds as raw two-byte values, becomes float32."""
+    import numpy as np
+
+    state = {}
+    with np.load(path, allow_pickle=False) as file:
+        for name in file.files:
+            array = file[name]
+            if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+                state[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
+            else:
+                state[name] = torch.from_numpy(array)
+    return state
 
 
 def read_state_dict(path) -> dict[str, torch.Tensor]:
-    """The state_dict in a file: ``.safetensors``, or ``.pt``/``.pth``/``.bin``/``.tar`` read without executing anything.
+    """The state_dict in a file: .safetensors, .npz, or .pt/.pth/.bin/.tar; reading it executes nothing.
 
     Checkpoints that wrap it ("state_dict_ema", "state_dict", "model") are unwrapped, a "module." prefix is stripped.
 
@@ -33,6 +55,8 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             state = load_file(path)
+        elif path.suffix == ".npz":
+            state = _read_npz(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
@@ -56,7 +80,18 @@ def _listed(keys):
 
 
 def load_state_dict(model, state):
-    """Strict load; mismatches of keys and shapes are listed in one ``WeightsError`` and nothing is changed."""
+    """Strict load; mismatches of keys and shapes are listed in one ``WeightsError`` and nothing is changed.
+
+    Names of Google's .npz files and canonical ones (``vit_fast.convert``) are translated first.
+    """
+    from . import convert
+    from .systems import google_npz
+
+    google = google_npz.is_google(state)
+    if google:
+        state = google_npz.for_model(model, state)
+    elif convert.is_canonical(state):
+        state = convert.canonical_to_timm(state)[0]
     own = model.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [
@@ -74,15 +109,23 @@ def load_state_dict(model, state):
     if problems:
         raise WeightsError(f"vit_fast: weights do not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state)
+    if google and hasattr(model, "google_weights_loaded"):
+        model.google_weights_loaded()
     return model
 
 
 def load_checkpoint(model, path):
-    """Loads a file in timm's keys into a ``VisionTransformer``; a position embedding of another grid is resized.
+    """Loads a file into a model; a position embedding of another grid is resized.
+
+    ``VisionTransformer``: timm's keys, Google's .npz or canonical ones. A model of ``vit_fast.systems``: what the
+    ``load`` of its family takes.
 
     Raises:
         WeightsError: unreadable file, or keys or shapes that do not fit (listed).
     """
+    family = type(model).__module__
+    if family.startswith("vit_fast.systems."):
+        return sys.modules[family].load(model, path)
     state = read_state_dict(path)
     table = state.get("pos_embed")
     if table is not None and model.pos_embed is not None and table.dim() == 3 and table.shape != model.pos_embed.shape:

@@ -13,7 +13,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 FORMATS = ("csv", "json")
 BATCH_SIZES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
-TIME_BUDGET = {"cuda": 0.0, "cpu": 180.0}
+TIME_BUDGET = {"cuda": 0.0, "cpu": 150.0}
 
 
 def _wrong(flag, got, wanted):
@@ -142,7 +142,7 @@ def bench(
     num_bench_iter: Annotated[int, typer.Option(help="Timed calls, per provider and batch size.")] = 40,
     time_budget: Annotated[
         float | None,
-        typer.Option(help="Seconds: fewer calls where time is short; 0 is no limit. [default: GPU 0, CPU 180]"),
+        typer.Option(help="Seconds: fewer calls where time is short; 0 is no limit. [default: GPU 0, CPU 150]"),
     ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write the rows here, .csv or .json.")] = None,
     results_format: Annotated[str | None, typer.Option(help="csv or json. [default: as --results-file ends]")] = None,

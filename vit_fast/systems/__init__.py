@@ -1,13 +1,26 @@
-"""Model families under their originals' words and parameter names."""
+"""Model families: the constructor words, outputs, parameter names and weight files of published ViT programs.
 
-import importlib
+clip       CLIP's image tower: OpenAI, CLIP-ReID, open_clip, and a plain one          clip_reid  its ReID classifier
+deit       DeiT and timm's older ViT: distillation, pre-logits
+hybrid     the config-driven ViT (jeonsworld, Google) and its ResNetV2 hybrids        resnetv2   their ResNet
+scratch    a ViT around torch's TransformerEncoder
+lanl       LANL's ViT and T2T-ViT
+t2t        T2T-ViT
 
-from ..pos_embed import resize_pos_embed
+Shared: encoder_layer (torch's encoder layer on fused branches), soft_split (overlapping windows, sinusoid table),
+google_npz (Google's checkpoints in timm's keys), words (checks of words and images, state_dicts as they come).
 
-__all__ = ["clip", "deit", "hybrid", "lanl", "resize_pos_embed", "scratch", "t2t"]
+A family has ``build(**the words of the original)``, ``load(model, state_dict or path)`` and ``PRESETS``; presets are models
+of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
+"""
 
+from vit_fast.pos_embed import resize_pos_embed
+from vit_fast.registry import register
 
-def __getattr__(name):
-    if name in __all__:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+from . import clip, clip_reid, deit, hybrid, lanl, scratch, t2t
+
+__all__ = ["clip", "clip_reid", "deit", "hybrid", "lanl", "resize_pos_embed", "scratch", "t2t"]
+
+for _family in (clip, deit, hybrid, lanl, scratch, t2t):
+    for _name, _words in _family.PRESETS.items():
+        register(_name, build=_family.build, **_words)

@@ -36,7 +36,7 @@ from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
 from vit_fast.weights import WeightsError, load_state_dict
 
-from . import checks, files, words
+from . import words
 
 VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -154,29 +154,29 @@ class ImageTower(nn.Module):
     ):  # fmt: skip
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.variant = checks.one_of("clip", "variant", variant, VARIANTS)
-        self.patch_size = checks.sizes("clip", "patch_size", patch_size, 2)
+        self.variant = words.one_of("clip", "variant", variant, VARIANTS)
+        self.patch_size = words.pair("clip", "patch_size", patch_size)
         stride = patch_size if stride_size is None else stride_size
-        self.stride_size = checks.sizes("clip", "stride_size", stride, 2)
-        self.width = width = checks.integer("clip", "width", width)
-        layers = checks.integer("clip", "layers", layers)
+        self.stride_size = words.pair("clip", "stride_size", stride)
+        self.width = width = words.integer("clip", "width", width)
+        layers = words.integer("clip", "layers", layers)
         if heads is None and width // 64 == 0:
-            checks.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
-        heads = checks.integer("clip", "heads", width // 64 if heads is None else heads)
-        checks.divisor("clip", "heads", heads, "width", width)
-        self.in_chans = in_chans = checks.integer("clip", "in_chans", in_chans)
-        self.output_dim = output_dim = None if output_dim is None else checks.integer("clip", "output_dim", output_dim)
+            words.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
+        heads = words.integer("clip", "heads", width // 64 if heads is None else heads)
+        words.check_heads("clip", "heads", heads, "width", width)
+        self.in_chans = in_chans = words.integer("clip", "in_chans", in_chans)
+        self.output_dim = output_dim = None if output_dim is None else words.integer("clip", "output_dim", output_dim)
         hidden = int(width * words.positive("clip", "mlp_ratio", mlp_ratio))
         activation = activation if act_layer is None else act_layer
         self.activation = words.activation_word("clip", "activation", activation)
         if self.activation is None:
-            checks.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
+            words.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
         eps = words.norm_eps("clip", "norm_layer", norm_layer, 1e-5)
         if variant != "open_clip" and (pool_type != "tok" or final_ln_after_pool or output_tokens):
-            checks.fail("clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens")
-        self.pool_type = checks.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
+            words.fail("clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens")
+        self.pool_type = words.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
         self.final_ln_after_pool, self.output_tokens = final_ln_after_pool, output_tokens
-        self.patch_dropout = checks.rate("clip", "patch_dropout", patch_dropout)
+        self.patch_dropout = words.rate("clip", "patch_dropout", patch_dropout)
         self.dynamic_img_size, self.allow_floor = dynamic_img_size, allow_floor
         self.pos_embed_policy = check_policy(pos_embed_policy or ("R5" if variant == "open_clip" else "R3"))
         sizes = [size for size in (img_size, image_size, input_resolution) if size is not None]
@@ -202,20 +202,20 @@ class ImageTower(nn.Module):
     def _set_sizes(self, sizes, h_resolution, w_resolution, num_patches):
         """img_size, grid_size and num_patches; the words may leave the first or the first two open (None)."""
         if len(sizes) > 1:
-            checks.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
-        self.img_size = checks.sizes("clip", "img_size", sizes[0], 2) if sizes else None
+            words.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
+        self.img_size = words.pair("clip", "img_size", sizes[0]) if sizes else None
         self.grid_size = self._grid(self.img_size, "img_size is") if sizes else None
         if h_resolution is not None or w_resolution is not None:
-            grid = checks.sizes("clip", "(h_resolution, w_resolution)", (h_resolution, w_resolution), 2)
+            grid = words.pair("clip", "(h_resolution, w_resolution)", (h_resolution, w_resolution))
             if self.grid_size not in (None, grid):
-                checks.fail("clip", "(h_resolution, w_resolution)", grid, f"{self.grid_size}, the grid of img_size")
+                words.fail("clip", "(h_resolution, w_resolution)", grid, f"{self.grid_size}, the grid of img_size")
             self.grid_size = grid
         if self.grid_size is None and num_patches is None:
-            checks.fail("clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches")
+            words.fail("clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches")
         self.num_patches = math.prod(self.grid_size) if num_patches is None else num_patches
-        self.num_patches = checks.integer("clip", "num_patches", self.num_patches)
+        self.num_patches = words.integer("clip", "num_patches", self.num_patches)
         if self.grid_size is not None and math.prod(self.grid_size) != self.num_patches:
-            checks.fail("clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}")
+            words.fail("clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}")
 
     def _grid(self, size, subject):
         """The grid (size − patch) // stride + 1. Overlapping patches leave rest pixels out by the originals' own rule;
@@ -230,7 +230,8 @@ class ImageTower(nn.Module):
 
     def _check_images(self, images):
         """The grid of the images, after every check."""
-        checks.images("clip", images, self.in_chans)
+        words.check_images("clip", images, self.in_chans)
+        words.check_float("clip", images)
         size = tuple(operator.index(side) for side in images.shape[2:])
         hint = "dynamic_img_size=True resizes the position embedding"
         if self.img_size is not None and size != self.img_size and not (self.dynamic_img_size or self.allow_floor):
@@ -258,9 +259,7 @@ class ImageTower(nn.Module):
                 got, wanted = tuple(cv_emb.shape), (images.shape[0], self.width)
                 raise ValueError(f"vit_fast.systems.clip: cv_emb has shape {got}, expected {wanted}")
             prefix = prefix + cv_emb.to(dtype)[:, None]
-        x = ops.patch_embed(
-            images, self.conv1.weight, None, table[None, 1:], prefix + table[:1], self.stride_size
-        )  # fmt: skip
+        x = ops.patch_embed(images, self.conv1.weight, None, table[None, 1:], prefix + table[:1], self.stride_size)
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)
         return self._norm(self.ln_pre, x)
@@ -294,7 +293,7 @@ class ImageTower(nn.Module):
     def forward(self, images, cv_emb=None):
         """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
         if cv_emb is not None and self.variant != "clip_reid":
-            checks.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
+            words.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
         last, x = self.transformer.run(self._embed(images, cv_emb))
         if self.variant == "clip_reid":
             x = self._norm(self.ln_post, x)
@@ -351,7 +350,7 @@ def read(source):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 source = torch.jit.load(source, map_location="cpu").state_dict()
-    state = files.read(source)
+    state = words.state_of("clip", source)
     return {key: value for key, value in state.items() if key not in _ARCHIVE_SCALARS}
 
 
@@ -383,7 +382,7 @@ def infer_words(source) -> dict:
 
 
 def fit_table(state, key, tower, old_grid):
-    """Resizes a position table of another grid in place; its own count stays as it is unless old_grid says otherwise."""
+    """Resizes a position table of another grid in place; a table of the own count stays unless old_grid is given."""
     table = state.get(key)
     if table is None or table.dim() != 2 or tower.grid_size is None:
         return
@@ -403,8 +402,8 @@ def load(model, source, old_grid=None):
         source: a state_dict, a checkpoint around one, or a file: ``.pt``, ``.pth``, ``.safetensors``, ``.npz``. Keys of
             a whole CLIP (or CLIP-ReID) are reduced to those behind "visual." ("image_encoder."). OpenAI's TorchScript
             archives are read by ``torch.jit.load``: take them from a source that you trust.
-        old_grid: the (rows, columns) of the weights' positional_embedding; default the model's own grid where the count
-            is the same, else a square. Another grid is resized by the model's pos_embed_policy.
+        old_grid: the (rows, columns) of the weights' positional_embedding; default the model's own grid where the
+            count is the same, else a square. Another grid is resized by the model's pos_embed_policy.
     Raises:
         WeightsError: unreadable file, or keys and shapes that do not fit (listed).
     """

@@ -11,7 +11,7 @@ from torch import nn
 
 from vit_fast.weights import load_state_dict
 
-from . import checks, clip
+from . import clip, words
 
 _TEXT_SIDE = ("text_encoder.", "prompt_learner.")
 
@@ -26,12 +26,12 @@ class ReID(nn.Module):
 
     def __init__(self, tower, num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before"):
         super().__init__()
-        self.neck_feat = checks.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
+        self.neck_feat = words.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
         if tower.variant != "clip_reid" or tower.proj is None:
-            checks.fail("clip_reid", "tower", tower.variant, "'clip_reid' with an output_dim")
-        num_classes = checks.integer("clip_reid", "num_classes", num_classes)
-        self.camera_num = checks.integer("clip_reid", "camera_num", camera_num, 0)
-        self.view_num = checks.integer("clip_reid", "view_num", view_num, 0)
+            words.fail("clip_reid", "tower", tower.variant, "'clip_reid' with an output_dim")
+        num_classes = words.integer("clip_reid", "num_classes", num_classes)
+        self.camera_num = words.integer("clip_reid", "camera_num", camera_num, 0)
+        self.view_num = words.integer("clip_reid", "view_num", view_num, 0)
         self.sie_coe = sie_coe
         like = {"device": tower.proj.device, "dtype": tower.class_embedding.dtype}
         self.classifier = nn.Linear(tower.width, num_classes, bias=False, **like)
@@ -54,7 +54,7 @@ class ReID(nn.Module):
             ("view_label", view_label, self.view_num),
         ):
             if (label is not None) != (number > 0):
-                checks.fail("clip_reid", name, label, "labels" if number else "None (the model has no table for them)")
+                words.fail("clip_reid", name, label, "labels" if number else "None (the model has no table for them)")
             if number:
                 index = index * number + label
         if self.cv_embed is None:

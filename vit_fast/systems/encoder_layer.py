@@ -1,14 +1,16 @@
 """torch's TransformerEncoderLayer, its parameters and initialisation, run through the fused branches of ``block.py``.
 
-Post-norm (torch's default):  x = LN(x + drop(out_proj(attention(in_proj(x)))));  x = LN(x + drop(linear2(drop(act(linear1(x))))))
+Post-norm (torch's default):
+    x = LN(x + drop(out_proj(attention(in_proj(x)))))
+    x = LN(x + drop(linear2(drop(act(linear1(x))))))
 Pre-norm: LN in front of each branch instead. Attention is over axis 1 of [B, N, C].
 Source: Vaswani et al., "Attention Is All You Need", 2017.
 """
 
 from torch import nn
 
-from .. import ops
-from ..block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast import ops
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):

@@ -17,9 +17,9 @@ import re
 
 import torch
 
-from .. import convert
-from ..pos_embed import resize_pos_embed
-from ..weights import MissingKeyError, WeightsError
+from vit_fast import convert
+from vit_fast.pos_embed import resize_pos_embed
+from vit_fast.weights import MissingKeyError, WeightsError
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 
@@ -117,7 +117,7 @@ def to_timm(state):
     put("pos_embed", table)
     depth, stacked = read.layers()
     for i in range(depth):
-        source, layer = (("Transformer/encoderblock", i) if stacked else (f"Transformer/encoderblock_{i}", None))
+        source, layer = ("Transformer/encoderblock", i) if stacked else (f"Transformer/encoderblock_{i}", None)
         _block(read, put, norm, dense, f"blocks.{i}", source, layer)
     norm("norm", "Transformer/encoder_norm")
     if read.has("MAPHead_0/probe"):

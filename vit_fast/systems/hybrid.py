@@ -22,7 +22,6 @@ Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020; jeonsworld/V
 google-research/vision_transformer (Apache-2.0).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 
@@ -30,153 +29,72 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops, weights
-from ..block import (
+from vit_fast import ops
+from vit_fast.block import (
     BlockParams,
     Norm,
     attention_branch,
     attention_probabilities,
     is_plain,
     mlp_branch,
+    plain,
     project_qkv,
 )
-from ..kernels.reference import activate
-from ..pos_embed import resize_pos_embed
-from ..registry import register
-from .resnetv2 import MODES, ResNetV2
+from vit_fast.kernels.reference import activate, attention_weights
+from vit_fast.pos_embed import resize_pos_embed
+from vit_fast.registry import register
+from vit_fast.weights import WeightsError, load_state_dict
 
+from .hybrid_config import CONFIGS, Config, read
+from .resnetv2 import MODES, ResNetV2
+from .words import check_float, check_heads, check_images, fail, fail_images, integer, one_of, pair, rate, state_of
+
+__all__ = ["CONFIGS", "PRESETS", "Config", "ResNetV2", "VisionTransformer", "build", "load"]
+
+_FAMILY = "hybrid"
 _CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
 _ACTIVATIONS = ("gelu", "gelu_tanh")
-_WHO = "vit_fast.systems.hybrid"
-
-
-class Config(dict):
-    """A dict whose entries are attributes too, all the way down."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for key, value in self.items():
-            if isinstance(value, dict) and not isinstance(value, Config):
-                self[key] = Config(value)
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __setattr__(self, name, value):
-        self[name] = value
-
-    def __deepcopy__(self, memo):
-        return Config({key: copy.deepcopy(value, memo) for key, value in self.items()})
-
-
-def _config(hidden_size, mlp_dim, num_heads, num_layers, dropout_rate=0.1, resnet=None, **patches):
-    config = Config(
-        patches=patches,
-        hidden_size=hidden_size,
-        transformer=dict(
-            mlp_dim=mlp_dim,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            attention_dropout_rate=0.0,
-            dropout_rate=dropout_rate,
-        ),
-        classifier="token",
-        representation_size=None,
-    )
-    if resnet is not None:
-        config.resnet = Config(num_layers=resnet, width_factor=1)
-    return config
-
-
-_TI, _S, _B = (192, 768, 3, 12), (384, 1536, 6, 12), (768, 3072, 12, 12)
-_L, _H = (1024, 4096, 16, 24), (1280, 5120, 16, 32)
-
-CONFIGS: dict[str, Config] = {
-    "testing": _config(1, 1, 1, 1, size=(16, 16)),
-    "ViT-Ti_16": _config(*_TI, size=(16, 16)),
-    "ViT-S_16": _config(*_S, size=(16, 16)),
-    "ViT-S_32": _config(*_S, size=(32, 32)),
-    "ViT-B_8": _config(*_B, size=(8, 8)),
-    "ViT-B_16": _config(*_B, size=(16, 16)),
-    "ViT-B_32": _config(*_B, size=(32, 32)),
-    "ViT-L_16": _config(*_L, size=(16, 16)),
-    "ViT-L_32": _config(*_L, size=(32, 32)),
-    "ViT-H_14": _config(*_H, size=(14, 14)),
-    "R50-ViT-B_16": _config(*_B, resnet=(3, 4, 9), grid=(14, 14)),
-    "R+ViT-Ti_16": _config(*_TI, 0.0, resnet=(), size=(8, 8)),
-    "R26+ViT-S_32": _config(*_S, 0.0, resnet=(2, 2, 2, 2), size=(1, 1)),
-    "R26+ViT-B_32": _config(*_B, 0.0, resnet=(2, 2, 2, 2), size=(1, 1)),
-    "R50+ViT-B_16": _config(*_B, 0.1, resnet=(3, 4, 9), size=(1, 1)),
-    "R50+ViT-L_32": _config(*_L, 0.1, resnet=(3, 4, 6, 3), size=(1, 1)),
-}
 
 PRESETS: dict[str, dict] = {
     name: dict(config=config, variant="google") if "+" in name else dict(config=config)
     for name, config in CONFIGS.items()
 }
 
-_REQUIRED = object()
 
-
-def _read(config, path, default=_REQUIRED):
-    """An entry of a config of dicts, objects or both; ``default`` where it is absent or None."""
-    value = config
-    for name in path.split("."):
-        if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
-            value = value[name] if name in value.keys() else None
-        else:
-            value = getattr(value, name, None)
-        if value is None:
-            if default is _REQUIRED:
-                raise ValueError(f"{_WHO}: config has no {path}, expected one")
-            return default
-    return value
-
-
-def _int(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{_WHO}: {name} is {value!r}, expected an int of 1 or more")
-    return value
-
-
-def _pair(name, value):
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{_WHO}: {name} has {len(pair)} elements, expected an int or a pair")
-    return tuple(_int(name, size) for size in pair)
-
-
-def _rate(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{_WHO}: {name} is {value!r}, expected 0 ≤ rate < 1")
-    return float(value)
-
-
-def _choice(name, value, words):
-    if value not in words:
-        raise ValueError(f"{_WHO}: {name} is {value!r}, expected one of {', '.join(words)}")
-    return value
-
-
+@plain
 class Attention(nn.Module):
-    """Holds query, key, value and out; alone it maps normalised tokens [B, N, C] to (output, probabilities)."""
+    """Self-attention of normalised tokens: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, attn_drop, out_drop, vis):
         super().__init__()
-        self.num_heads = self.num_attention_heads = num_heads
+        self.num_heads, self.scale, self.vis = num_heads, (dim // num_heads) ** -0.5, vis
+        self.attn_drop, self.out_drop = attn_drop, out_drop
         for name in ("query", "key", "value", "out"):
             setattr(self, name, nn.Linear(dim, dim))
 
+    def forward(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        probabilities = None
+        if self.vis:
+            heads = [t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k)]
+            probabilities = attention_weights(*heads, self.scale)
+        drop = self.attn_drop if self.training else 0.0
+        x = ops.attention(q, self.num_heads, self.scale, k=k, v=v, dropout_p=drop)
+        return F.dropout(self.out(x), self.out_drop, self.training), probabilities
 
+
+@plain
 class Mlp(nn.Module):
-    """Holds fc1 and fc2."""
+    """fc2(act(fc1(x))): [B, N, C] → [B, N, C]."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, drop, activation):
         super().__init__()
+        self.drop, self.activation = drop, activation
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        x = F.dropout(activate(self.fc1(x), self.activation), self.drop, self.training)
+        return F.dropout(self.fc2(x), self.drop, self.training)
 
 
 class Block(nn.Module):
@@ -184,11 +102,10 @@ class Block(nn.Module):
 
     def __init__(self, dim, hidden, num_heads, attn_drop, out_drop, drop, activation, vis):
         super().__init__()
-        self.attn_drop, self.out_drop, self.drop, self.activation, self.vis = attn_drop, out_drop, drop, activation, vis
         self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = Mlp(dim, hidden)
-        self.attn = Attention(dim, num_heads)
+        self.ffn = Mlp(dim, hidden, drop, activation)
+        self.attn = Attention(dim, num_heads, attn_drop, out_drop, vis)
 
     def params(self) -> BlockParams:
         """The weights as the fused branches take them; query, key and value are packed at each call."""
@@ -206,41 +123,29 @@ class Block(nn.Module):
             fc2_weight=ffn.fc2.weight,
             fc2_bias=ffn.fc2.bias,
             num_heads=attn.num_heads,
-            scale=(attn.query.weight.shape[0] // attn.num_heads) ** -0.5,
-            activation=self.activation,
+            scale=attn.scale,
+            activation=ffn.activation,
         )
 
     def is_fused(self) -> bool:
         """Whether the block runs as fused branches: nothing in it carries a hook or was replaced."""
         attn, ffn = self.attn, self.ffn
-        return is_plain(self.attention_norm, attn.query, attn.key, attn.value, attn.out) and is_plain(
-            self.ffn_norm, ffn.fc1, ffn.fc2
+        return is_plain(self.attention_norm, attn, self.ffn_norm, ffn) and is_plain(
+            attn.query, attn.key, attn.value, attn.out, ffn.fc1, ffn.fc2
         )
 
     def forward(self, x):
-        rates = (self.attn_drop, self.out_drop, self.drop) if self.training else (0.0, 0.0, 0.0)
-        attn_drop, out_drop, drop = rates
+        attn, ffn = self.attn, self.ffn
         if not self.is_fused():
-            return self._unfused(x, attn_drop, out_drop, drop)
+            y, probabilities = attn(self.attention_norm(x))
+            x = x + y
+            return x + ffn(self.ffn_norm(x)), probabilities
+        attn_drop, out_drop, drop = (attn.attn_drop, attn.out_drop, ffn.drop) if self.training else (0.0, 0.0, 0.0)
         p = self.params()
         qkv = project_qkv(x, p)
-        probabilities = attention_probabilities(qkv, p) if self.vis else None
+        probabilities = attention_probabilities(qkv, p) if attn.vis else None
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=out_drop, qkv=qkv)
         return mlp_branch(x, p, proj_drop=drop), probabilities
-
-    def _unfused(self, x, attn_drop, out_drop, drop):
-        attn, ffn = self.attn, self.ffn
-        y = self.attention_norm(x)
-        q, k, v = attn.query(y), attn.key(y), attn.value(y)
-        scale = (q.shape[-1] // attn.num_heads) ** -0.5
-        probabilities = None
-        if self.vis:
-            heads = [t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k)]
-            probabilities = torch.softmax(heads[0] @ heads[1].mT * scale, dim=-1)
-        y = ops.attention(q, attn.num_heads, scale, k=k, v=v, dropout_p=attn_drop)
-        x = x + F.dropout(attn.out(y), out_drop)
-        y = F.dropout(activate(ffn.fc1(self.ffn_norm(x)), self.activation), drop)
-        return x + F.dropout(ffn.fc2(y), drop), probabilities
 
 
 class Embeddings(nn.Module):
@@ -341,39 +246,36 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         if isinstance(config, str):
-            config = CONFIGS[_choice("config", config, CONFIGS)]
-        google = variant is not None and _choice("variant", variant, MODES) == "google"
+            config = CONFIGS[one_of(_FAMILY, "config", config, tuple(CONFIGS))]
+        google = variant is not None and one_of(_FAMILY, "variant", variant, MODES) == "google"
         self._follows_weights = variant is None and hybrid_mode is None
-        hybrid_mode = _choice("hybrid_mode", hybrid_mode or ("google" if google else "jeonsworld"), MODES)
-        activation = _choice("activation", activation or ("gelu_tanh" if google else "gelu"), _ACTIVATIONS)
-        self.classifier = _choice("classifier", _read(config, "classifier", "token"), _CLASSIFIERS)
+        hybrid_mode = one_of(_FAMILY, "hybrid_mode", hybrid_mode or ("google" if google else "jeonsworld"), MODES)
+        activation = one_of(_FAMILY, "activation", activation or ("gelu_tanh" if google else "gelu"), _ACTIVATIONS)
+        self.classifier = one_of(_FAMILY, "classifier", read(config, "classifier", "token"), _CLASSIFIERS)
         if self.classifier != "token" and not google:
-            raise ValueError(f"{_WHO}: classifier is {self.classifier!r}, expected 'token' (others: variant='google')")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"{_WHO}: num_classes is {num_classes!r}, expected an int of 0 or more")
+            fail(_FAMILY, "classifier", self.classifier, "'token' (the others belong to variant='google')")
+        num_classes = integer(_FAMILY, "num_classes", num_classes, 0)
         self.config, self.num_classes, self.zero_head, self.vis = config, num_classes, zero_head, vis
-        self.img_size, self.in_chans = _pair("img_size", img_size), _int("in_chans", in_chans)
-        dim = self.embed_dim = _int("hidden_size", _read(config, "hidden_size"))
-        heads = _int("transformer.num_heads", _read(config, "transformer.num_heads"))
-        if dim % heads:
-            raise ValueError(f"{_WHO}: hidden_size is {dim}, expected a multiple of num_heads {heads}")
+        self.img_size, self.in_chans = pair(_FAMILY, "img_size", img_size), integer(_FAMILY, "in_chans", in_chans)
+        dim = self.embed_dim = integer(_FAMILY, "hidden_size", read(config, "hidden_size"))
+        heads = integer(_FAMILY, "transformer.num_heads", read(config, "transformer.num_heads"))
+        check_heads(_FAMILY, "num_heads", heads, "hidden_size", dim)
         attn_drop, drop = (
-            _rate(name, _read(config, f"transformer.{name}", 0.0)) for name in ("attention_dropout_rate", "dropout_rate")
+            rate(_FAMILY, name, read(config, f"transformer.{name}", 0.0))
+            for name in ("attention_dropout_rate", "dropout_rate")
         )
         stem = None
-        if _read(config, "resnet", None) is not None:
-            layers, width = _read(config, "resnet.num_layers"), _read(config, "resnet.width_factor", 1)
+        if read(config, "resnet", None) is not None:
+            layers, width = read(config, "resnet.num_layers"), read(config, "resnet.width_factor", 1)
             stem = ResNetV2(self.in_chans, layers, width, hybrid_mode)
         self._stem_layers = None if stem is None else stem.num_layers
         self._set_patches(hybrid_mode)
         self.transformer = Transformer(
-            Embeddings(
-                stem, self.in_chans, dim, self.patch_size, self.grid_size, "token" in self.classifier, drop
-            ),
+            Embeddings(stem, self.in_chans, dim, self.patch_size, self.grid_size, "token" in self.classifier, drop),
             Encoder(
                 dim,
-                _int("transformer.num_layers", _read(config, "transformer.num_layers")),
-                hidden=_int("transformer.mlp_dim", _read(config, "transformer.mlp_dim")),
+                integer(_FAMILY, "transformer.num_layers", read(config, "transformer.num_layers")),
+                hidden=integer(_FAMILY, "transformer.mlp_dim", read(config, "transformer.mlp_dim")),
                 num_heads=heads,
                 attn_drop=attn_drop,
                 out_drop=drop if google else attn_drop,
@@ -382,10 +284,10 @@ class VisionTransformer(nn.Module):
                 vis=vis,
             ),
         )
-        size = _read(config, "representation_size", None) if google else None
+        size = read(config, "representation_size", None) if google else None
         if size is not None:
             self.pre_logits = nn.Sequential()
-            self.pre_logits.fc = nn.Linear(dim, _int("representation_size", size))
+            self.pre_logits.fc = nn.Linear(dim, integer(_FAMILY, "representation_size", size))
         self.head = nn.Linear(size or dim, num_classes) if num_classes else nn.Identity()
         self._init_google() if google else self._init_jeonsworld()
         half = (0.5,) * self.in_chans
@@ -401,17 +303,17 @@ class VisionTransformer(nn.Module):
     def _set_patches(self, mode):
         """patch_size and grid_size from the config and the size of what the patches are cut from."""
         size = self._feature_size(mode)
-        grid, patch = (_read(self.config, f"patches.{name}", None) for name in ("grid", "size"))
+        grid, patch = (read(self.config, f"patches.{name}", None) for name in ("grid", "size"))
         if grid is None and patch is None:
-            raise ValueError(f"{_WHO}: config.patches has neither size nor grid, expected one")
+            raise ValueError("vit_fast.systems.hybrid: config.patches has neither size nor grid, expected one")
         if grid is not None:
-            patch = tuple(max(1, n // g) for n, g in zip(size, _pair("patches.grid", grid)))
-        self.patch_size = _pair("patches.size", patch)
+            patch = tuple(max(1, n // g) for n, g in zip(size, pair(_FAMILY, "patches.grid", grid)))
+        self.patch_size = pair(_FAMILY, "patches.size", patch)
         self.grid_size = tuple(n // p for n, p in zip(size, self.patch_size))
         if not all(self.grid_size):
             raise ValueError(
-                f"{_WHO}: img_size is {self.img_size[0]}×{self.img_size[1]} (patches are cut from {size[0]}×{size[1]}), "
-                f"expected at least one patch of {self.patch_size[0]}×{self.patch_size[1]}"
+                f"vit_fast.systems.hybrid: img_size is {self.img_size[0]}×{self.img_size[1]}, expected at least one "
+                f"patch of {self.patch_size[0]}×{self.patch_size[1]} on {size[0]}×{size[1]}"
             )
 
     @torch.no_grad()
@@ -448,14 +350,14 @@ class VisionTransformer(nn.Module):
 
     def set_hybrid_mode(self, mode: str):
         """Switches the arithmetic of the ResNet; the grid of tokens must stay."""
-        _choice("hybrid_mode", mode, MODES)
+        one_of(_FAMILY, "hybrid_mode", mode, MODES)
         if self._stem_layers is None:
-            raise ValueError(f"{_WHO}: hybrid_mode is {mode!r}, expected a config with a resnet")
+            fail(_FAMILY, "hybrid_mode", mode, "a config with a resnet for it")
         old, new = self._feature_size(self.hybrid_mode), self._feature_size(mode)
         if old != new:
             raise ValueError(
-                f"{_WHO}: feature map is {new[0]}×{new[1]} in hybrid_mode {mode!r}, expected {old[0]}×{old[1]}; "
-                f"build with hybrid_mode={mode!r}"
+                f"vit_fast.systems.hybrid: feature map is {new[0]}×{new[1]} in hybrid_mode {mode!r}, "
+                f"expected {old[0]}×{old[1]}; build with hybrid_mode={mode!r}"
             )
         self.transformer.embeddings.hybrid_model.set_mode(mode)
 
@@ -469,23 +371,20 @@ class VisionTransformer(nn.Module):
         load(self, weights)
 
     def _check_images(self, images):
-        if not isinstance(images, torch.Tensor):
-            raise TypeError(f"{_WHO}: images are {type(images).__name__}, expected a torch.Tensor")
-        wanted = (self.in_chans, *self.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(
-                f"{_WHO}: images have shape {list(images.shape)}, expected [B, {wanted[0]}, {wanted[1]}, {wanted[2]}]"
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"{_WHO}: images have dtype {images.dtype}, expected a floating point dtype")
+        check_images(_FAMILY, images, self.in_chans)
+        check_float(_FAMILY, images)
+        if tuple(images.shape[2:]) != self.img_size:
+            fail_images(_FAMILY, images, f"{self.img_size[0]}×{self.img_size[1]}")
 
     def _loss(self, logits, labels):
+        if not self.num_classes:
+            fail(_FAMILY, "num_classes", 0, "1 or more for labels")
         rows = logits.reshape(-1, self.num_classes)
         if not isinstance(labels, torch.Tensor):
-            raise TypeError(f"{_WHO}: labels are {type(labels).__name__}, expected a torch.Tensor")
+            raise TypeError(f"vit_fast.systems.hybrid: labels are {type(labels).__name__}, expected a torch.Tensor")
         if labels.numel() != rows.shape[0] or labels.is_floating_point():
             raise ValueError(
-                f"{_WHO}: labels have shape {list(labels.shape)} and dtype {labels.dtype}, "
+                f"vit_fast.systems.hybrid: labels have shape {list(labels.shape)} and dtype {labels.dtype}, "
                 f"expected {rows.shape[0]} integers"
             )
         return F.cross_entropy(rows, labels.reshape(-1).long())
@@ -509,28 +408,32 @@ def build(config="ViT-B_16", **words) -> VisionTransformer:
     return VisionTransformer(config, **words)
 
 
-def load(model: VisionTransformer, source) -> VisionTransformer:
+def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
     """Loads jeonsworld's or Google's weights.
 
     Args:
         source: a path (.pth, .pt, .bin, .safetensors, .npz), a state_dict, or what ``numpy.load`` gives of an .npz.
             A position table of another grid is resized by R1 (bilinear, corners aligned).
+        old_grid: the (rows, columns) of the weights' table (not of an .npz); default the model's own grid where the
+            count is the same, else a square.
     Returns:
         the model.
     Raises:
         WeightsError: unreadable file, missing or unexpected keys, wrong shapes; nothing is changed then. A key that a
             Google checkpoint lacks raises a ``WeightsError`` that is a ``KeyError`` too.
     """
-    state = dict(source) if isinstance(source, Mapping) else weights.read_state_dict(source)
-    state = weights.unwrap(state)
+    if isinstance(source, Mapping):
+        source = {name: torch.as_tensor(value) if hasattr(value, "dtype") else value for name, value in source.items()}
+    state = state_of(_FAMILY, source)
     key = "transformer.embeddings.position_embeddings"
-    if key in state and state[key].shape != model.state_dict()[key].shape:
+    own = model.transformer.embeddings.position_embeddings
+    if key in state and (old_grid is not None or state[key].shape != own.shape):
         prefix = int(model.transformer.embeddings.cls_token is not None)
         try:
-            state[key] = resize_pos_embed(state[key], None, model.grid_size, model.google_policy, prefix)
+            state[key] = resize_pos_embed(state[key], old_grid, model.grid_size, model.google_policy, prefix)
         except ValueError as error:
-            raise weights.WeightsError(f"{_WHO}: {key} does not fit: {error}") from error
-    return weights.load_state_dict(model, state)
+            raise WeightsError(f"vit_fast.systems.hybrid: {key} does not fit: {error}") from error
+    return load_state_dict(model, state)
 
 
 for _name, _words in PRESETS.items():

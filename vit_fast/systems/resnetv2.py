@@ -121,7 +121,9 @@ class ResNetV2(nn.Module):
                 "expected a width of a multiple of 32"
             )
         if any(isinstance(units, bool) or not isinstance(units, int) or units < 1 for units in num_layers):
-            raise ValueError(f"vit_fast.systems.hybrid: resnet.num_layers is {num_layers}, expected counts of 1 or more")
+            raise ValueError(
+                f"vit_fast.systems.hybrid: resnet.num_layers is {num_layers}, expected counts of 1 or more"
+            )
         self.num_layers, self.out_chans = num_layers, width
         self.root = Root(in_chans, width)
         blocks = OrderedDict()

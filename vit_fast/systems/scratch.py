@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
-from ..kernels.arguments import ACTIVATIONS
-from ..pos_embed import check_policy, resize_pos_embed
-from ..registry import register
-from ..weights import WeightsError, load_state_dict
+from vit_fast import ops
+from vit_fast.kernels.arguments import ACTIVATIONS
+from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.registry import register
+from vit_fast.weights import WeightsError, load_state_dict
+
 from . import words
 from .encoder_layer import Encoder, EncoderLayer
 
@@ -97,6 +98,7 @@ class ScratchViT(nn.Module):
 
     def _check(self, image):
         words.check_images(FAMILY, image, self.in_chans)
+        words.check_float(FAMILY, image)
         size = tuple(operator.index(side) for side in image.shape[2:])
         if not self.dynamic_img_size and size != self.image_size:
             words.fail_images(FAMILY, image, f"{self.image_size[0]}×{self.image_size[1]} or dynamic_img_size=True")

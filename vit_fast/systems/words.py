@@ -1,21 +1,51 @@
-"""Constructor words that come in several forms: two spellings, an activation or a LayerNorm as a word or as a class."""
+"""What the families share beside the block: checks of constructor words and images, and state_dicts as they come.
+
+Messages are ``vit_fast.systems.<family>: <word> is <what came>, expected <what is wanted>``.
+"""
 
 import math
-from numbers import Real
+import os
+from collections.abc import Mapping
+from numbers import Integral, Real
 
+import torch
 from torch import nn
 
-from . import checks
+from vit_fast.weights import WeightsError, read_state_dict
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
+_WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 
-def one_spelling(family, name, value, other_name, other_value, default):
-    """The value of a word with two spellings; None is not given, two different values are an error."""
-    if value is not None and other_value is not None and value != other_value:
-        checks.fail(family, other_name, other_value, f"{value!r} (as {name}, the same word)")
-    chosen = other_value if value is None else value
-    return default if chosen is None else chosen
+def fail(family, name, value, wanted):
+    """Raises ``ValueError`` for a constructor word."""
+    raise ValueError(f"vit_fast.systems.{family}: {name} is {value!r}, expected {wanted}")
+
+
+def integer(family, name, value, minimum=1):
+    """An int; a float that holds a whole number passes, as several originals compute sizes with ``/``."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, float)):
+        raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected an int")
+    if not float(value).is_integer() or value < minimum:
+        fail(family, name, value, f"a whole number, {minimum} or more")
+    return int(value)
+
+
+def pair(family, name, value, minimum=1):
+    """An int or a pair (list or tuple) of ints as a pair."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2:
+        fail(family, name, value, "an int or a pair of ints")
+    return tuple(integer(family, name, size, minimum) for size in values)
+
+
+def rate(family, name, value):
+    """A drop rate, 0 ≤ rate < 1."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a float")
+    if not 0.0 <= value < 1.0:
+        fail(family, name, value, "0 ≤ rate < 1")
+    return float(value)
 
 
 def positive(family, name, value):
@@ -23,17 +53,32 @@ def positive(family, name, value):
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a number")
     if not 0.0 < value < math.inf:
-        checks.fail(family, name, value, "a finite number above 0")
+        fail(family, name, value, "a finite number above 0")
     return value
+
+
+def one_of(family, name, value, choices):
+    """The value itself where it is among the choices."""
+    if value not in choices:
+        fail(family, name, value, f"one of {', '.join(repr(choice) for choice in choices)}")
+    return value
+
+
+def one_spelling(family, name, value, other_name, other_value, default):
+    """The value of a word with two spellings; None is not given, two different values are an error."""
+    if value is not None and other_value is not None and value != other_value:
+        fail(family, other_name, other_value, f"{value!r} (as {name}, the same word)")
+    chosen = other_value if value is None else value
+    return default if chosen is None else chosen
 
 
 def activation_word(family, name, value):
     """The library's word for an activation word, class or partial; None for the class of another activation."""
     if isinstance(value, str):
-        return checks.one_of(family, name, value, tuple(_ACTIVATIONS.values()))
+        return one_of(family, name, value, tuple(_ACTIVATIONS.values()))
     module = value() if callable(value) else None
     if not isinstance(module, nn.Module):
-        checks.fail(family, name, value, "the word or the class of an activation")
+        fail(family, name, value, "the word or the class of an activation")
     word = _ACTIVATIONS.get(type(module).__name__)
     return "gelu_tanh" if word == "gelu" and getattr(module, "approximate", "none") == "tanh" else word
 
@@ -44,5 +89,58 @@ def norm_eps(family, name, norm_layer, default):
         return default
     norm = norm_layer(1) if callable(norm_layer) else None
     if not isinstance(norm, nn.LayerNorm):
-        checks.fail(family, name, norm_layer, "a LayerNorm class")
+        fail(family, name, norm_layer, "a LayerNorm class")
     return norm.eps
+
+
+def check_heads(family, heads_name, heads, width_name, width):
+    """``ValueError`` unless the heads divide the width."""
+    if width % heads:
+        fail(family, heads_name, heads, f"a divisor of {width_name} {width}")
+
+
+def check_images(family, images, in_chans):
+    """``TypeError`` or ``ValueError`` unless images are a tensor [B, in_chans, H, W]."""
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"vit_fast.systems.{family}: images are {type(images).__name__}, expected a torch.Tensor")
+    if images.dim() != 4:
+        raise ValueError(
+            f"vit_fast.systems.{family}: images have {images.dim()} dimensions, expected 4 [B, {in_chans}, H, W]"
+        )
+    if images.shape[1] != in_chans:
+        raise ValueError(f"vit_fast.systems.{family}: images have {images.shape[1]} channels, expected {in_chans}")
+
+
+def check_float(family, images):
+    """``ValueError`` unless the images are of a floating dtype."""
+    if not images.is_floating_point():
+        raise ValueError(f"vit_fast.systems.{family}: images have dtype {images.dtype}, expected floating point")
+
+
+def fail_images(family, images, wanted):
+    """Raises ``ValueError`` for an image size."""
+    raise ValueError(f"vit_fast.systems.{family}: images are {images.shape[2]}×{images.shape[3]}, expected {wanted}")
+
+
+def state_of(family, source):
+    """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``weights.read_state_dict``.
+
+    Unwraps "state_dict_ema", "state_dict" and "model" and strips a "module." prefix.
+
+    Raises:
+        TypeError: neither a mapping nor a path.
+        WeightsError: unreadable file, or something else than tensors inside.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_state_dict(source)
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            f"vit_fast.systems.{family}: weights are {type(source).__name__}, expected a state_dict or a path"
+        )
+    for wrapper in _WRAPPERS:
+        if isinstance(source.get(wrapper), Mapping):
+            source = source[wrapper]
+    foreign = [str(key) for key, value in source.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise WeightsError(f"vit_fast.systems.{family}: weights hold {foreign[0]!r}, expected tensors only")
+    return {key.removeprefix("module."): value for key, value in source.items()}

@@ -1,0 +1,141 @@
+"""What the benchmarks of single operations share: shapes, a timer that waits for the device, the check before it.
+
+GB/s counts compulsory traffic (every input read once, every output written once), so that it can be held against the
+memory's copy speed; TFLOP/s counts matrix products. On a GPU the inputs rotate through copies that together exceed
+the L2 cache twice, and the timer synchronises before it reads the clock, so that a round is whole launches.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vit_fast import backends
+from vit_fast.cli import machine, measure, parity
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One transformer at one batch size: B batch, N tokens, C width, H heads, F hidden width, P patch, side pixels."""
+
+    name: str
+    B: int
+    N: int
+    C: int
+    H: int
+    F: int
+    P: int
+    side: int
+
+    def __str__(self):
+        return f"{self.name}-b{self.B}"
+
+    def random(self, *size, scale=1.0):
+        """Random numbers of the benchmark's dtype on its device."""
+        return (torch.randn(size, device=DEVICE) * scale).to(DTYPE)
+
+
+def _shapes():
+    towers = {
+        "vit_small_16": (197, 384, 6, 1536, 16, 224),
+        "vit_base_16": (197, 768, 12, 3072, 16, 224),
+        "vit_large_16": (197, 1024, 16, 4096, 16, 224),
+        "vit_huge_14": (257, 1280, 16, 5120, 14, 224),
+    }
+    if not ON_GPU:
+        return [Shape(name, 1, *towers[name]) for name in ("vit_small_16", "vit_base_16")]
+    return [Shape(name, batch, *tower) for name, tower in towers.items() for batch in (1, 8, 64, 256)]
+
+
+def pytest_report_header(config):
+    if ON_GPU:
+        return f"benchmarks: {machine.name(DEVICE)}, {DTYPE}"
+    return f"benchmarks: CPU {machine.name(DEVICE)}, {DTYPE}, the torch backend; these say nothing about a GPU"
+
+
+def _waiting_clock():
+    measure.synchronize(DEVICE)
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=_waiting_clock))
+
+
+@pytest.fixture(params=_shapes(), ids=str)
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def peak():
+    """TFLOP/s of a matrix product of the same dtype, measured in this run."""
+    return measure.matmul_peak(DTYPE, DEVICE)
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _bytes(values):
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def _rotation(make):
+    first = make()
+    if not ON_GPU:
+        return [first]
+    wanted = 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return [first, *(make() for _ in range(min(16, math.ceil(wanted / max(_bytes(first), 1)))))]
+
+
+@pytest.fixture
+def compare(benchmark, peak):
+    """``compare(title, providers, provider, make, flops)``: checks one provider against float64, then times it.
+
+    ``providers`` maps names to functions of the same arguments, "eager" among them; ``make`` draws those arguments.
+    """
+
+    def run(title, providers, provider, make, flops):
+        call = providers[provider]
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            inputs = _rotation(make)
+            with backends.recording() as choices:
+                output = call(*inputs[0])
+            golden = providers["eager"](*map(_double, inputs[0]))
+            verdict = parity.compare(output, providers["eager"](*inputs[0]), golden, DTYPE)
+            assert verdict.passed, f"{provider} is out of budget, so it is not timed: {verdict}"
+            turn = itertools.cycle(inputs)
+            benchmark.group = title
+            benchmark(lambda: call(*next(turn)))
+        moved = _bytes(inputs[0]) + _bytes([output])
+        facts = {
+            "provider": provider,
+            "backend": "+".join(sorted({chosen for _, chosen, _ in choices})) or None,
+            "device": machine.name(DEVICE),
+            "dtype": str(DTYPE),
+            "bytes": moved,
+            "flops": flops,
+            "max_error": verdict.error,
+            "max_error_eager": verdict.eager_error,
+            "torch": torch.__version__,
+            "triton": backends.status(DEVICE).versions.get("triton"),
+            "commit": machine.commit(),
+            **machine.gpu_state(DEVICE),
+        }
+        if benchmark.stats is not None:
+            seconds = benchmark.stats.stats.median
+            facts |= {"gb_per_s": moved / seconds / 1e9, "tflops": flops / seconds / 1e12}
+            facts["percent_of_matmul_peak"] = 100 * facts["tflops"] / peak
+        benchmark.extra_info.update(facts)
+
+    return run

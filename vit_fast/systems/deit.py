@@ -1,0 +1,412 @@
+"""DeiT and the ViT classes derived from timm 0.4: distillation token, pre-logits, and the page's literal variant.
+
+    x = dropout([cls_token, (dist_token), patch_embed(image)] + pos_embed)
+    block: x = x + drop_path(dropout(proj(attention(qkv(norm1(x))))))
+           x = x + drop_path(dropout(fc2(dropout(act(fc1(norm2(x)))))))                          LayerNorm eps 1e-6
+    x = norm(x)
+
+forward: images [B, in_c, H, W] → head(f) [B, num_classes], f = x[:, 0] or tanh(fc(x[:, 0])) with pre-logits.
+Distilled, a = head(x[:, 0]) and b = head_dist(x[:, 1]): the tuple (a, b) in training, (a + b)/2 in evaluation. timm of
+today averages in training too unless told otherwise: ``set_distilled_training(False)``.
+
+A page of this class feeds [B, N, D] to torch's encoder layers without batch_first: attention then runs over the batch,
+and the logits do not depend on the image. ``compat="literal"`` keeps that arithmetic; the default is what the class is
+meant to be. State_dict keys are timm's; in literal mode the page's (patch_embed.weight, pre_logits.0.*, blocks.{i} as
+torch's TransformerEncoderLayer).
+Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", 2021; timm 0.4.
+"""
+
+import inspect
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import is_plain
+from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.vit import PatchEmbed, VisionTransformer
+from vit_fast.weights import WeightsError, load_state_dict
+
+from . import google_npz, words
+from .encoder_layer import EncoderLayer
+
+_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+_INITS = ("", "jax", "jax_nlhb", "moco", "wz", "skip")
+
+
+def _presets():
+    presets = {}
+    for size, (width, heads) in _WIDTHS.items():
+        for image in (224, 384) if size == "base" else (224,):
+            for distilled in ("", "_distilled"):
+                preset = dict(
+                    img_size=image, patch_size=16, embed_dim=width, depth=12, num_heads=heads,
+                    distilled=bool(distilled), **_IMAGENET,
+                )  # fmt: skip
+                presets[f"deit_{size}{distilled}" + ("_384" if image == 384 else "")] = preset
+                presets[f"deit_{size}{distilled}_patch16_{image}"] = preset
+    for size, patch, width, depth, heads in (
+        ("base", 16, 768, 12, 12), ("base", 32, 768, 12, 12), ("large", 16, 1024, 24, 16), ("large", 32, 1024, 24, 16)
+    ):  # fmt: skip
+        presets[f"vit_{size}_patch{patch}_224_in21k"] = dict(
+            patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, representation_size=width,
+            num_classes=21843,
+        )  # fmt: skip
+    return presets
+
+
+PRESETS = _presets()
+
+
+class OpenMlp(nn.Module):
+    """fc2(act(fc1(x))) with any activation module; its block runs unfused."""
+
+    def __init__(self, dim, hidden, act, drop, dd):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.act, self.drop = act, drop
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x):
+        hidden = F.dropout(self.act(self.fc1(x)), self.drop, self.training)
+        return F.dropout(self.fc2(hidden), self.drop, self.training)
+
+
+class _Heads:
+    """Heads and outputs, which both classes share."""
+
+    distilled_training = True
+
+    def _make_heads(self, w, dd):
+        width, self.num_classes = w["embed_dim"], w["num_classes"]
+        self.num_tokens = 2 if w["distilled"] else 1
+        size = w["representation_size"]
+        self.has_logits = bool(size) and not w["distilled"]
+        self.num_features = size if self.has_logits else width
+        self.pre_logits = nn.Identity()
+        if self.has_logits:
+            layers = [("fc", nn.Linear(width, size, **dd)), ("act", nn.Tanh())]
+            self.pre_logits = nn.Sequential(*(layer for _, layer in layers) if w["literal"] else (OrderedDict(layers),))
+        self.head = self._make_head(dd)
+        self.head_dist = self._make_head(dd) if w["distilled"] else None
+
+    def _make_head(self, dd):
+        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
+
+    def forward_head(self, features, pre_logits: bool = False):
+        """What ``forward_features`` returns → the output; ``pre_logits`` returns it as it is."""
+        if pre_logits:
+            return features
+        if self.head_dist is None:
+            return self.head(features)
+        outputs = self.head(features[0]), self.head_dist(features[1])
+        return outputs if self.training and self.distilled_training else (outputs[0] + outputs[1]) / 2
+
+    def set_distilled_training(self, enable: bool = True):
+        """Whether a distilled model returns the tuple of both heads in training; it does by default."""
+        self.distilled_training = enable
+
+    def get_classifier(self):
+        """head, or (head, head_dist)."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None):
+        """New heads, freshly initialised; 0 for none. ``global_pool`` can only be "token"."""
+        words.one_of("deit", "global_pool", global_pool, (None, "token"))
+        self.num_classes = words.integer("deit", "num_classes", num_classes, 0)
+        dd = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = self._make_head(dd).train(self.training)
+        if self.head_dist is not None:
+            self.head_dist = self._make_head(dd).train(self.training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        return {"pos_embed", "cls_token", "dist_token"}
+
+    def _prefix(self):
+        return self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
+
+
+class DeiT(_Heads, VisionTransformer):
+    """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, words and initialisation."""
+
+    def __init__(self, w, dd):
+        rates = dict(
+            pos_drop_rate=w["drop_ratio"], proj_drop_rate=w["drop_ratio"], attn_drop_rate=w["attn_drop_ratio"],
+            drop_path_rate=w["drop_path_ratio"],
+        )  # fmt: skip
+        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+        names += ("mean", "std", "dynamic_img_size", "pos_embed_policy")
+        act = w["act_layer"]
+        activation = words.activation_word("deit", "act_layer", "gelu" if act is None else act)
+        super().__init__(
+            in_chans=w["in_c"], num_classes=0, act_layer=activation, weight_init="skip", **rates, **dd,
+            **{name: w[name] for name in names},
+        )  # fmt: skip
+        width = self.embed_dim
+        if w["embed_layer"] not in (None, PatchEmbed):
+            self.patch_embed = _make_embed(w)
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width, **dd)) if w["distilled"] else None
+        self._make_heads(w, dd)
+        self.num_prefix_tokens = self.num_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens + self.patch_embed.num_patches, width, **dd))
+        for block in self.blocks:
+            block.attn.scale = w["qk_scale"] or block.attn.head_dim**-0.5
+            if activation is None:
+                block.mlp = OpenMlp(width, block.mlp.fc1.out_features, act(), w["drop_ratio"], dd)
+            if w["norm_layer"] is not None:
+                block.norm1, block.norm2 = (_make_norm(w, dd) for _ in range(2))
+        if w["norm_layer"] is not None:
+            self.norm = _make_norm(w, dd)
+        self.default_cfg = dict(
+            input_size=(self.in_chans, *w["img_size"]), mean=self.mean, std=self.std, num_classes=self.num_classes
+        )
+        if w["weight_init"] != "skip":
+            self.init_weights(w["weight_init"])
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = ""):
+        """Initialises the parameters: "" as DeiT, "wz" as the rewrite, timm's "jax" and "jax_nlhb", "moco"."""
+        super().init_weights(mode)
+        for token in (self.cls_token, self.dist_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        if mode.startswith("jax"):
+            nn.init.zeros_(self.cls_token)
+        for module in self.modules() if mode == "wz" else ():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _init_linear(self, name, module, mode):
+        super()._init_linear("head" if name.startswith("head") else name, module, mode)
+        if mode == "wz":
+            nn.init.trunc_normal_(module.weight, std=0.01)
+        elif mode.startswith("jax") and name.startswith("pre_logits"):
+            nn.init.trunc_normal_(module.weight, std=math.sqrt(1 / module.in_features) / 0.87962566103423978)
+
+    def _check_images(self, images):
+        words.check_images("deit", images, self.in_chans)
+        size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
+        if not self.dynamic_img_size and size != expected:
+            words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
+        return super()._check_images(images)
+
+    def _embed(self, images):
+        if not isinstance(self.patch_embed, PatchEmbed):
+            x = self.patch_embed(images)
+            x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+            return F.dropout(x, self.pos_drop_rate, self.training)
+        images, grid = self._check_images(images)
+        table = self._pos_table(grid)
+        prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
+        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
+        proj = self.patch_embed.proj
+        x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
+        return F.dropout(x, self.pos_drop_rate, self.training)
+
+    def forward_tokens(self, images):
+        """Images → normalised tokens [B, num_tokens + N, D]."""
+        return super().forward_features(images)
+
+    def forward_features(self, images):
+        """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
+        x = self._embed(images)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
+            x = x[:, : self.num_tokens]
+        x = self._norm(self.norm, x)
+        return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that group parameters by depth, for layer-wise learning rates."""
+        return dict(
+            stem=r"^cls_token|dist_token|pos_embed|patch_embed",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
+
+class LiteralDeiT(_Heads, nn.Module):
+    """The page's arithmetic to the letter: post-norm ReLU layers whose attention runs over the batch; see the head."""
+
+    def __init__(self, w, dd):
+        super().__init__()
+        self.embed_dim, self.in_chans, self.img_size = w["embed_dim"], w["in_c"], w["img_size"]
+        self.grid_size = tuple(size // patch for size, patch in zip(w["img_size"], w["patch_size"], strict=True))
+        self.drop, self.pos_embed_policy = w["drop_ratio"], w["pos_embed_policy"]
+        width, hidden = self.embed_dim, int(w["embed_dim"] * w["mlp_ratio"])
+        self.patch_embed = nn.Conv2d(self.in_chans, width, w["patch_size"], w["patch_size"], **dd)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **dd))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width, **dd)) if w["distilled"] else None
+        self._make_heads(w, dd)
+        rows = self.num_tokens + math.prod(self.grid_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, rows, width, **dd))
+        self.blocks = nn.Sequential(
+            *(EncoderLayer(width, w["num_heads"], hidden, w["drop_ratio"]) for _ in range(w["depth"]))
+        ).to(**dd)
+        self.norm = _make_norm(w, dd) if w["norm_layer"] else nn.LayerNorm(width, eps=1e-5, **dd)
+        self.default_cfg = dict(input_size=(self.in_chans, *self.img_size), num_classes=self.num_classes)
+        if w["weight_init"] != "skip":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """trunc_normal 0.02 for tokens, table and linear weights, but xavier_uniform for the packed qkv projection."""
+        for token in (self.cls_token, self.dist_token, self.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, images):
+        """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
+        words.check_images("deit", images, self.in_chans)
+        words.check_float("deit", images)
+        if tuple(images.shape[2:]) != self.img_size:
+            words.fail_images("deit", images, f"{self.img_size[0]}×{self.img_size[1]}")
+        embed, table = self.patch_embed, self.pos_embed
+        prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
+        x = ops.patch_embed(images, embed.weight, embed.bias, table, prefix, embed.stride)
+        x = F.dropout(x, self.drop, self.training).transpose(0, 1)
+        x = self.norm(self.blocks(x).transpose(0, 1))
+        return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+def _make_norm(w, dd):
+    return w["norm_layer"](w["embed_dim"]).to(**dd)
+
+
+def _make_embed(w):
+    """A caller's own patch embedding: images → tokens [B, num_patches, D]."""
+    channels = "in_c" if "in_c" in inspect.signature(w["embed_layer"]).parameters else "in_chans"
+    sizes = {name: w[name] for name in ("img_size", "patch_size", "embed_dim")}
+    embed = w["embed_layer"](**{channels: w["in_c"]}, **sizes)
+    if not isinstance(getattr(embed, "num_patches", None), int):
+        words.fail("deit", "embed_layer", w["embed_layer"], "a module with num_patches")
+    return embed
+
+
+def _check(w):
+    """Checks the words and makes them plain: pairs, ints, floats."""
+    for name in ("img_size", "patch_size"):
+        w[name] = words.pair("deit", name, w[name])
+    for name in ("in_c", "embed_dim", "depth", "num_heads"):
+        w[name] = words.integer("deit", name, w[name])
+    w["num_classes"] = words.integer("deit", "num_classes", w["num_classes"], 0)
+    w["representation_size"] = words.integer("deit", "representation_size", w["representation_size"] or 0, 0)
+    words.check_heads("deit", "num_heads", w["num_heads"], "embed_dim", w["embed_dim"])
+    if int(w["embed_dim"] * words.positive("deit", "mlp_ratio", w["mlp_ratio"])) < 1:
+        words.fail("deit", "mlp_ratio", w["mlp_ratio"], f"a hidden width of 1 or more for embed_dim {w['embed_dim']}")
+    for name in ("drop_ratio", "attn_drop_ratio", "drop_path_ratio"):
+        w[name] = words.rate("deit", name, w[name])
+    if w["qk_scale"] and not math.isfinite(w["qk_scale"]):
+        words.fail("deit", "qk_scale", w["qk_scale"], "a finite number")
+    if any(size < patch for size, patch in zip(w["img_size"], w["patch_size"], strict=True)):
+        words.fail("deit", "img_size", w["img_size"], f"at least one patch of {w['patch_size']}")
+    for name in ("embed_layer", "norm_layer"):
+        if w[name] is not None and not callable(w[name]):
+            words.fail("deit", name, w[name], "a class")
+    words.one_of("deit", "weight_init", w["weight_init"], _INITS)
+    check_policy(w["pos_embed_policy"])
+    return w
+
+
+def build(
+    img_size=224, patch_size=16, in_c=None, num_classes=1000, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+    qkv_bias=True, qk_scale=None, representation_size=None, distilled=False, drop_ratio=None, attn_drop_ratio=None,
+    drop_path_ratio=None, embed_layer=None, norm_layer=None, act_layer=None, *, in_chans=None, drop_rate=None,
+    attn_drop_rate=None, drop_path_rate=None, weight_init="", compat=None, dynamic_img_size=False,
+    pos_embed_policy="R4", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), device=None, dtype=None,
+) -> DeiT | LiteralDeiT:  # fmt: skip
+    """A DeiT, under the words of the page (in_c, drop_ratio, ...) or of timm (in_chans, drop_rate, ...).
+
+    Args:
+        img_size, patch_size: int or (height, width).
+        in_c or in_chans, num_classes: 3; 0 classes for no head.
+        embed_dim, depth, num_heads, mlp_ratio: D, blocks, heads, hidden width / D.
+        qkv_bias, qk_scale: the scale multiplies q·k; None or 0 is head_size ** −0.5.
+        representation_size: width of tanh pre-logits; ignored when distilled.
+        distilled: distillation token and second head.
+        drop_ratio, attn_drop_ratio, drop_path_ratio (or *_rate): training only.
+        embed_layer: a class of (img_size, patch_size, in_c or in_chans, embed_dim) that gives tokens and num_patches.
+        norm_layer: a class or partial of one width; default LayerNorm with eps 1e-6. Not a LayerNorm: unfused.
+        act_layer: the class or word of the activation, default exact GELU; one without a kernel runs unfused.
+        weight_init: "", "wz", "jax", "jax_nlhb", "moco" or "skip".
+        compat: None, or "literal" for the page's own arithmetic (attn_drop_ratio, drop_path_ratio, qkv_bias, qk_scale,
+            act_layer and embed_layer are then ignored, as there; norm_layer is the final norm's, default eps 1e-5).
+        dynamic_img_size: any size on the patch grid, pos_embed resized by pos_embed_policy; not in literal mode.
+        mean, std: normalisation of uint8 images.
+    Returns:
+        a model with attributes num_classes, embed_dim, num_features, num_tokens, has_logits, in training mode.
+    Raises:
+        TypeError, ValueError: bad words, named with what came and what is wanted.
+    """
+    one = words.one_spelling
+    in_c = one("deit", "in_c", in_c, "in_chans", in_chans, 3)
+    drop_ratio = one("deit", "drop_ratio", drop_ratio, "drop_rate", drop_rate, 0.0)
+    attn_drop_ratio = one("deit", "attn_drop_ratio", attn_drop_ratio, "attn_drop_rate", attn_drop_rate, 0.0)
+    drop_path_ratio = one("deit", "drop_path_ratio", drop_path_ratio, "drop_path_rate", drop_path_rate, 0.0)
+    literal = words.one_of("deit", "compat", compat, (None, "literal")) == "literal"
+    if in_c != 3 and mean == std == (0.5,) * 3:
+        mean = std = (0.5,) * in_c
+    dd = {"device": device, "dtype": dtype}
+    w = _check({name: value for name, value in locals().items() if name not in ("dd", "one")})
+    return LiteralDeiT(w, dd) if literal else DeiT(w, dd)
+
+
+def _fit_keys(model, state):
+    """Older spellings of keys, in place: pre_logits.0, nested blocks, patch weights as a matrix."""
+    literal = isinstance(model, LiteralDeiT)
+    for key in list(state):
+        new = key.replace("blocks.layers.", "blocks.") if literal else key.replace("pre_logits.0.", "pre_logits.fc.")
+        state[new] = state.pop(key)
+    key = "patch_embed.weight" if literal else "patch_embed.proj.weight"
+    own = model.state_dict().get(key)
+    if key in state and state[key].dim() == 2 and own is not None and state[key].numel() == own.numel():
+        state[key] = state[key].reshape(own.shape)
+
+
+def load(model, source, fine_tune: bool = False, old_grid=None):
+    """Loads weights of DeiT, timm, the rewrite, the page (literal models) or Google (.npz), strictly.
+
+    Args:
+        model: of ``build``.
+        source: a state_dict, a checkpoint around one, or a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file.
+        fine_tune: leaves the model's heads as they are where those of the weights do not fit.
+        old_grid: the (rows, columns) of the weights' pos_embed; default the model's own grid where the count is the
+            same, else a square. Another grid is resized by the model's pos_embed_policy (Google's by "R2").
+    Returns:
+        the model.
+    Raises:
+        WeightsError: unreadable file, or keys and shapes that do not fit (listed).
+    """
+    state = words.state_of("deit", source)
+    if google_npz.is_google(state):
+        state = google_npz.for_model(model, state)
+    _fit_keys(model, state)
+    own, table = model.state_dict(), state.get("pos_embed")
+    grid = model.grid_size if isinstance(model, LiteralDeiT) else model.patch_embed.grid_size
+    if table is not None and table.dim() == 3 and (old_grid is not None or table.shape != own["pos_embed"].shape):
+        try:
+            state["pos_embed"] = resize_pos_embed(table, old_grid, grid, model.pos_embed_policy, model.num_tokens)
+        except ValueError as error:
+            raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
+    if fine_tune:
+        state = {key: v for key, v in state.items() if not key.startswith("head") or _fits(own.get(key), v)}
+        state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}
+    return load_state_dict(model, state)
+
+
+def _fits(own, value):
+    return own is not None and own.shape == value.shape

@@ -1,0 +1,407 @@
+"""The ViT and the T2T-ViT of the Los Alamos tutorials: any image shape (C, H, W), sinusoid positions, a value skip.
+
+Attention here returns v + proj(softmax(scale·q kᵀ) v), and that skip by v is part of the module:
+
+    Encoding:          x = x + v + proj(attention(norm1(x)));   x = x + neuralnet(norm2(x))
+    TokenTransformer:  x = v + proj(attention(norm1(x)));       x = x + neuralnet(norm2(x))
+
+The scale is (chan/num_heads)^-0.5 (T2T-ViT's own token transformer takes the input width, ``t2t.py``: weights are not
+interchangeable). No dropout, no drop path; train and eval mode give the same output. LayerNorm eps 1e-5, exact GELU.
+Classes keep the originals' names and order of arguments, modules the originals' ``state_dict`` keys. A block runs as
+fused branches while its norms are LayerNorm and its activation is one that the kernels know; other classes run unfused.
+Source: S. Callis, "Vision Transformers Explained", Los Alamos National Laboratory; Yuan et al., "Tokens-to-Token ViT".
+"""
+
+import torch
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import BlockParams, Norm, attention_branch, is_plain, mlp_branch, plain
+from vit_fast.registry import register
+from vit_fast.weights import load_state_dict
+
+from . import words
+from .soft_split import as_image, sinusoid_table, soft_split, split_grid
+
+FAMILY = "lanl"
+
+
+def _whole(name, value):
+    return words.integer(FAMILY, name, value)
+
+
+def _sizes(name, value, wanted):
+    """As many ints as ``wanted`` has names, from a tuple or list."""
+    names = wanted.split(", ")
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"vit_fast.systems.lanl: {name} is {value!r}, expected ({wanted})")
+    if len(value) != len(names):
+        words.fail(FAMILY, name, value, f"{len(names)} ints ({wanted})")
+    return tuple(_whole(name, size) for size in value)
+
+
+def _check_tokens(x, width, count=None):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"vit_fast.systems.lanl: tokens are {type(x).__name__}, expected a torch.Tensor")
+    if x.dim() != 3 or x.shape[2] != width or (count is not None and x.shape[1] != count):
+        raise ValueError(
+            f"vit_fast.systems.lanl: tokens have shape {list(x.shape)}, "
+            f"expected [B, {'N' if count is None else count}, {width}]"
+        )
+
+
+def _check_images(x, img_size):
+    words.check_images(FAMILY, x, img_size[0])
+    words.check_float(FAMILY, x)
+    if tuple(x.shape[2:]) != img_size[1:]:
+        words.fail_images(FAMILY, x, f"{img_size[1]}×{img_size[2]}")
+
+
+def _init_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
+
+
+def count_tokens(w: int, h: int, k: int, s: int, p: int) -> tuple[int, int, int]:
+    """(w', h', w'·h') of windows of side k, stride s, padding p, over w×h."""
+    new = split_grid((w, h), k, s, p)
+    return *new, new[0] * new[1]
+
+
+def split_words(kernel: int) -> tuple[int, int, int]:
+    """(kernel, stride, padding) of a soft split: 7 → 4, 2; 3 → 2, 1; 31 → 16, 8."""
+    return kernel, (kernel + 1) // 2, (kernel + 1) // 4
+
+
+@plain
+class Patch_Tokenization(nn.Module):
+    """Images [B, C, H, W] → tokens [B, (H/P)·(W/P), token_len]; ``split`` alone gives [B, P²·C, n]."""
+
+    def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
+        super().__init__()
+        self.img_size = _sizes("img_size", img_size, "C, H, W")
+        self.patch_size, self.token_len = _whole("patch_size", patch_size), _whole("token_len", token_len)
+        for name, side in zip(("height", "width"), self.img_size[1:]):
+            if side % self.patch_size:
+                words.fail(FAMILY, f"img_size's {name}", side, f"evenly divisible by patch_size {self.patch_size}")
+        self.num_tokens = self.img_size[1] * self.img_size[2] // self.patch_size**2
+        self.split = nn.Unfold(kernel_size=self.patch_size, stride=self.patch_size)
+        self.project = nn.Linear(self.patch_size**2 * self.img_size[0], self.token_len)
+
+    def kernel(self):
+        """The projection as a convolution kernel [token_len, C, P, P]."""
+        return self.project.weight.unflatten(1, (self.img_size[0], self.patch_size, self.patch_size))
+
+    def forward(self, x):
+        _check_images(x, self.img_size)
+        if is_plain(self.project):
+            return ops.patch_embed(x, self.kernel(), self.project.bias, None, None, self.patch_size)
+        return self.project(self.split(x).transpose(1, 2))
+
+
+@plain
+class Attention(nn.Module):
+    """v + proj(softmax(scale·q kᵀ) v): [B, N, dim] → [B, N, chan]; dim may differ from chan."""
+
+    def __init__(self, dim, chan, num_heads=1, qkv_bias=False, qk_scale=None):
+        super().__init__()
+        self.dim, self.chan = _whole("dim", dim), _whole("chan", chan)
+        self.num_heads = _whole("num_heads", num_heads)
+        words.check_heads(FAMILY, "num_heads", self.num_heads, "chan", self.chan)
+        self.head_dim = self.chan // self.num_heads
+        self.scale = float(qk_scale or self.head_dim**-0.5)
+        self.qkv = nn.Linear(self.dim, self.chan * 3, bias=qkv_bias)
+        self.proj = nn.Linear(self.chan, self.chan)
+
+    def forward(self, x):
+        _check_tokens(x, self.dim)
+        qkv = self.qkv(x)
+        out = ops.attention(qkv, self.num_heads, self.scale)
+        return ops.linear_residual(out, self.proj.weight, self.proj.bias, None, qkv.chunk(3, dim=-1)[2])
+
+
+def _activation_word(act):
+    """What the kernels call an activation module, or None."""
+    if type(act) is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return "relu" if type(act) is nn.ReLU else None
+
+
+@plain
+class NeuralNet(nn.Module):
+    """fc2(act(fc1(x))): [..., in_chan] → [..., out_chan]; hidden and out default to in_chan."""
+
+    def __init__(self, in_chan, hidden_chan=None, out_chan=None, act_layer=nn.GELU):
+        super().__init__()
+        in_chan = _whole("in_chan", in_chan)
+        hidden_chan = _whole("hidden_chan", hidden_chan or in_chan)
+        self.fc1 = nn.Linear(in_chan, hidden_chan)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_chan, _whole("out_chan", out_chan or in_chan))
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class _Layer(nn.Module):
+    """Attention with its value skip, then the neural net; ``value_skip`` as in ``BlockParams``."""
+
+    value_skip = True
+
+    def __init__(self, dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer):
+        super().__init__()
+        words.positive(FAMILY, "hidden_chan_mul", hidden_chan_mul)
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, chan, num_heads, qkv_bias, qk_scale)
+        self.norm2 = norm_layer(chan)
+        self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them."""
+        attn, net = self.attn, self.neuralnet
+        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2)]
+        return BlockParams(
+            norms[0], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            norms[1], net.fc1.weight, net.fc1.bias, net.fc2.weight, net.fc2.bias,
+            num_heads=attn.num_heads, scale=attn.scale, activation=_activation_word(net.act),
+            value_skip=self.value_skip,
+        )  # fmt: skip
+
+    def is_fused(self) -> bool:
+        """Whether the norms and the activation are ones that the fused branches compute, and nothing is wrapped."""
+        attn, net = self.attn, self.neuralnet
+        return (
+            type(self.norm1) is type(self.norm2) is nn.LayerNorm
+            and _activation_word(net.act) is not None
+            and is_plain(self.norm1, attn, attn.qkv, attn.proj, self.norm2, net, net.fc1, net.fc2)
+            and not net.act._forward_hooks
+            and not net.act._forward_pre_hooks
+        )
+
+    def forward(self, x):
+        _check_tokens(x, self.attn.dim)
+        if self.is_fused():
+            p = self.params()
+            return mlp_branch(attention_branch(x, p), p)
+        y = self.attn(self.norm1(x))
+        x = y if self.value_skip == "only" else x + y
+        return x + self.neuralnet(self.norm2(x))
+
+
+class Encoding(_Layer):
+    """Transformer block with a value skip: [B, N, dim] → [B, N, dim]."""
+
+    def __init__(
+        self, dim, num_heads=1, hidden_chan_mul=4.0, qkv_bias=False, qk_scale=None,
+        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__(dim, dim, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
+
+
+class TokenTransformer(_Layer):
+    """Attention from width dim to width chan, without another residual: [B, N, dim] → [B, N, chan]."""
+
+    value_skip = "only"
+
+    def __init__(
+        self, dim, chan, num_heads=1, hidden_chan_mul=1.0, qkv_bias=False, qk_scale=None,
+        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__(dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
+
+
+@plain
+class ViT_Backbone(nn.Module):
+    """Tokens [B, num_tokens, token_len] → [B, preds], raw outputs (regression or logits)."""
+
+    def __init__(
+        self, preds=1, token_len=768, num_tokens=500, num_heads=1, Encoding_hidden_chan_mul=4.0, depth=12,
+        qkv_bias=False, qk_scale=None, act_layer=nn.GELU, norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__()
+        self.preds, self.token_len = _whole("preds", preds), _whole("token_len", token_len)
+        self.num_tokens, self.num_heads = _whole("num_tokens", num_tokens), _whole("num_heads", num_heads)
+        self.depth = _whole("depth", depth)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.token_len))
+        table = sinusoid_table(self.num_tokens + 1, self.token_len)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Encoding(
+                self.token_len, self.num_heads, Encoding_hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer
+            )
+            for _ in range(self.depth)
+        )
+        self.norm = norm_layer(self.token_len)
+        self.head = nn.Linear(self.token_len, self.preds)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        return {"cls_token"}
+
+    def encode(self, x):
+        """Tokens with the class token in front and positions added, [B, 1 + num_tokens, token_len] → [B, preds]."""
+        for block in self.blocks:
+            x = block(x)
+        if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
+            x = ops.layer_norm(x[:, 0], self.norm.weight, self.norm.bias, self.norm.eps)
+        else:
+            x = self.norm(x)[:, 0]
+        return self.head(x)
+
+    def forward(self, x):
+        _check_tokens(x, self.token_len, self.num_tokens)
+        return self.encode(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed)
+
+
+class ViT_Model(nn.Module):
+    """Images [B, C, H, W] → [B, preds]."""
+
+    def __init__(
+        self, img_size=(1, 400, 100), patch_size=50, token_len=768, preds=1, num_heads=1,
+        Encoding_hidden_chan_mul=4.0, depth=12, qkv_bias=False, qk_scale=None, act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__()
+        self.patch_tokens = Patch_Tokenization(img_size, patch_size, token_len)
+        self.backbone = ViT_Backbone(
+            preds, token_len, self.patch_tokens.num_tokens, num_heads, Encoding_hidden_chan_mul, depth,
+            qkv_bias, qk_scale, act_layer, norm_layer,
+        )  # fmt: skip
+        self.patch_tokens.apply(_init_weights)
+        self.default_cfg = dict(input_size=self.patch_tokens.img_size)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay, less the prefix "backbone."."""
+        return {"cls_token"}
+
+    def forward(self, x):
+        patches, backbone = self.patch_tokens, self.backbone
+        if not is_plain(patches, patches.project, backbone):
+            return backbone(patches(x))
+        _check_images(x, patches.img_size)
+        table = backbone.pos_embed
+        prefix = backbone.cls_token + table[:, :1]
+        project = patches.project
+        return backbone.encode(
+            ops.patch_embed(x, patches.kernel(), project.bias, table[:, 1:], prefix, patches.patch_size)
+        )
+
+
+class Tokens2Token(nn.Module):
+    """Three soft splits with two token transformers between them: [B, C, H, W] → [B, num_tokens, token_len]."""
+
+    def __init__(
+        self, img_size=(1, 1700, 500), softsplit_kernels=(7, 3, 3), num_heads=1, token_chan=64, token_len=768,
+        hidden_chan_mul=1.0, qkv_bias=False, qk_scale=None, act_layer=nn.GELU, norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__()
+        self.img_size = _sizes("img_size", img_size, "C, H, W")
+        kernels = _sizes("softsplit_kernels", softsplit_kernels, "first, second, third")
+        token_chan, self.token_len = _whole("token_chan", token_chan), _whole("token_len", token_len)
+        self.splits = [split_words(kernel) for kernel in kernels]
+        self.grids = []
+        for split in self.splits:
+            self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size[1:], *split))
+            if min(self.grids[-1]) < 1:
+                words.fail(
+                    FAMILY, "softsplit_kernels", tuple(kernels),
+                    f"windows that fit an image of {self.img_size[1]}×{self.img_size[2]}",
+                )  # fmt: skip
+        self.num_tokens = self.grids[2][0] * self.grids[2][1]
+        rest = (token_chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
+        self.transformer1 = TokenTransformer(self.img_size[0] * kernels[0] ** 2, *rest)
+        self.transformer2 = TokenTransformer(token_chan * kernels[1] ** 2, *rest)
+        self.project = nn.Linear(token_chan * kernels[2] ** 2, self.token_len)
+
+    def forward(self, x):
+        _check_images(x, self.img_size)
+        x = self.transformer1(soft_split(x.to(self.project.weight.dtype), *self.splits[0]))
+        x = self.transformer2(soft_split(as_image(x, self.grids[0]), *self.splits[1]))
+        return self.project(soft_split(as_image(x, self.grids[1]), *self.splits[2]))
+
+
+class T2T_ViT(nn.Module):
+    """Images [B, C, H, W] → [B, preds]; ``num_heads`` serves the token transformers and the backbone."""
+
+    def __init__(
+        self, img_size=(1, 1700, 500), softsplit_kernels=(31, 3, 3), preds=1, token_len=768, token_chan=64,
+        num_heads=1, T2T_hidden_chan_mul=1.0, Encoding_hidden_chan_mul=4.0, depth=12, qkv_bias=False, qk_scale=None,
+        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
+    ):  # fmt: skip
+        super().__init__()
+        self.tokens_to_token = Tokens2Token(
+            img_size, softsplit_kernels, num_heads, token_chan, token_len, T2T_hidden_chan_mul,
+            qkv_bias, qk_scale, act_layer, norm_layer,
+        )  # fmt: skip
+        self.vit_backbone = ViT_Backbone(
+            preds, token_len, self.tokens_to_token.num_tokens, num_heads, Encoding_hidden_chan_mul, depth,
+            qkv_bias, qk_scale, act_layer, norm_layer,
+        )  # fmt: skip
+        self.tokens_to_token.apply(_init_weights)
+        self.default_cfg = dict(input_size=self.tokens_to_token.img_size)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay, less the prefix "vit_backbone."."""
+        return {"cls_token"}
+
+    def forward(self, x):
+        return self.vit_backbone(self.tokens_to_token(x))
+
+
+_VARIANTS = {
+    cls.__name__: cls
+    for cls in (
+        ViT_Model, T2T_ViT, Attention, Patch_Tokenization, NeuralNet, Encoding, ViT_Backbone, TokenTransformer,
+        Tokens2Token,
+    )
+}  # fmt: skip
+
+PRESETS = {
+    "lanl_vit": dict(variant="ViT_Model"),
+    "lanl_vit_60x100": dict(variant="ViT_Model", img_size=(1, 60, 100), patch_size=20),
+    "lanl_t2t_vit": dict(variant="T2T_ViT"),
+    "lanl_t2t_vit_60x100": dict(variant="T2T_ViT", img_size=(1, 60, 100), softsplit_kernels=(7, 3, 3)),
+}
+
+
+def build(variant: str = "ViT_Model", **options) -> nn.Module:
+    """A class of this family by name, with its own words.
+
+    Args:
+        variant: "ViT_Model", "T2T_ViT", "Attention"; or a part: "Patch_Tokenization", "NeuralNet", "Encoding",
+            "ViT_Backbone", "TokenTransformer", "Tokens2Token".
+        options: that class's constructor words; ``act_layer`` and ``norm_layer`` are classes, sizes tuples or lists.
+    Raises:
+        TypeError, ValueError: bad words or sizes.
+    """
+    words.one_of(FAMILY, "variant", variant, tuple(_VARIANTS))
+    return _VARIANTS[variant](**options)
+
+
+def load(model: nn.Module, source, pos_embed: str = "strict") -> nn.Module:
+    """Loads a state_dict or a file strictly.
+
+    Args:
+        source: a state_dict, or the path of a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file.
+        pos_embed: "strict", or "recompute": the file's sinusoid table is left out, the model's own stays, so that the
+            weights serve another number of tokens.
+    Raises:
+        WeightsError: unreadable file, or keys or shapes that do not fit.
+    """
+    words.one_of(FAMILY, "pos_embed", pos_embed, ("strict", "recompute"))
+    state = words.state_of(FAMILY, source)
+    if pos_embed == "recompute":
+        for key, value in model.state_dict().items():
+            if key.rpartition(".")[2] == "pos_embed":
+                state[key] = sinusoid_table(*value.shape[1:])
+    return load_state_dict(model, state)
+
+
+for _name, _preset in PRESETS.items():
+    register(_name, build=build, **_preset)

@@ -1,0 +1,330 @@
+"""T2T-ViT: three soft splits with a performer or a transformer between them, then a narrow deep ViT.
+
+    t = attention1(split7(images));  t = attention2(split3(t));  x = project(split3(t))
+    x = [cls | x] + sinusoid table;  timm blocks;  logits = head(norm(x)[:, 0])
+
+Token transformer: one head, scale (input width)^-0.5, the residual is v since the widths differ.
+Token performer: softmax attention by positive random features φ(u) = exp(u wᵀ − ½|u|²)/√m with a frozen w [m, e]:
+y = φ(q) (φ(k)ᵀ v) / (φ(q)·Σ φ(k) + 1e-8), linear in the number of tokens. φ reaches e^(m/2)/√m and the sums over
+3136 tokens more than float16 holds: φ and both sums are float32 (float64 for float64 tokens), under autocast too.
+Images [B, in_chans, H, W] of any size whose soft splits fit; logits [B, num_classes] in train and in eval mode. The
+performer's two dropouts of 0.1 are on in train mode whatever drop_rate is. pos_embed and w are frozen and in the
+``state_dict``, whose keys are the original's. Released weights take the backbone's scale (embed_dim/num_heads)^-0.5.
+Source: Yuan et al., "Tokens-to-Token ViT", 2021; Choromanski et al., "Rethinking Attention with Performers", 2020.
+"""
+
+import contextlib
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
+from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.registry import register
+from vit_fast.vit import Block, Mlp
+from vit_fast.weights import WeightsError, load_state_dict
+
+from . import words
+from .soft_split import as_image, sinusoid_table, soft_split, split_grid
+
+FAMILY = "t2t"
+
+_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+_EPSILON = 1e-8
+
+
+class _TokenAttention(nn.Module):
+    """Holds qkv and proj of a token transformer."""
+
+    def __init__(self, dim, in_dim, qkv_bias):
+        super().__init__()
+        self.qkv = nn.Linear(dim, in_dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(in_dim, in_dim)
+
+
+class Token_transformer(nn.Module):
+    """x = v + proj(attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim]."""
+
+    def __init__(
+        self, dim, in_dim, num_heads=1, mlp_ratio=1.0, qkv_bias=False, qk_scale=None, drop=0.0, attn_drop=0.0,
+        drop_path=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        dim, in_dim = words.integer(FAMILY, "dim", dim), words.integer(FAMILY, "in_dim", in_dim)
+        if words.integer(FAMILY, "num_heads", num_heads) != 1:
+            words.fail(FAMILY, "num_heads", num_heads, "1: a token transformer has one head")
+        words.positive(FAMILY, "mlp_ratio", mlp_ratio)
+        self.scale = float(qk_scale or dim**-0.5)
+        self.drop, self.attn_drop = words.rate(FAMILY, "drop", drop), words.rate(FAMILY, "attn_drop", attn_drop)
+        self.drop_path = words.rate(FAMILY, "drop_path", drop_path)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = _TokenAttention(dim, in_dim, qkv_bias)
+        self.norm2 = nn.LayerNorm(in_dim)
+        self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), "gelu", True, drop, {})
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them."""
+        attn, mlp = self.attn, self.mlp
+        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2)]
+        return BlockParams(
+            norms[0], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            norms[1], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            num_heads=1, scale=self.scale, value_skip="only",
+        )  # fmt: skip
+
+    def forward(self, x):
+        p = self.params()
+        drop, attn_drop = (self.drop, self.attn_drop) if self.training else (0.0, 0.0)
+        x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=drop)
+        return mlp_branch(x, p, row_scale=drop_path_scale(x, self.drop_path, self.training), proj_drop=drop)
+
+
+def performer_attention(q, k, v, w):
+    """φ(q) (φ(k)ᵀ v) / (φ(q)·Σ φ(k) + 1e-8) with φ(u) = exp(u wᵀ − ½|u|²)/√m: [B, N, e], w [m, e] → [B, N, e].
+
+    In float32, or float64 for float64 inputs; the result has the dtype of v.
+    """
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    device_type = v.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
+        w = w.to(dtype)
+
+        def features(u):
+            u = u.to(dtype)
+            return torch.exp(u @ w.t() - u.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
+
+        kp, qp = features(k), features(q)
+        denominator = qp @ kp.sum(1)[:, :, None]
+        y = qp @ (kp.transpose(1, 2) @ v.to(dtype)) / (denominator + _EPSILON)
+    return y.to(v.dtype)
+
+
+class Token_performer(nn.Module):
+    """x = v + proj(performer attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim·head_cnt]."""
+
+    def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
+        super().__init__()
+        dim, in_dim = words.integer(FAMILY, "dim", dim), words.integer(FAMILY, "in_dim", in_dim)
+        self.emb = in_dim * words.integer(FAMILY, "head_cnt", head_cnt)
+        words.positive(FAMILY, "kernel_ratio", kernel_ratio)
+        self.m = int(self.emb * kernel_ratio)
+        if self.m < 1:
+            words.fail(FAMILY, "kernel_ratio", kernel_ratio, f"{1 / self.emb:g} or more: one feature of {self.emb}")
+        self.kqv = nn.Linear(dim, 3 * self.emb)
+        self.proj = nn.Linear(self.emb, self.emb)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(self.emb)
+        self.dp1, self.dp2 = words.rate(FAMILY, "dp1", dp1), words.rate(FAMILY, "dp2", dp2)
+        self.mlp = nn.Sequential(nn.Linear(self.emb, self.emb), nn.GELU(), nn.Linear(self.emb, self.emb))
+        self.w = nn.Parameter(torch.empty(self.m, self.emb), requires_grad=False)
+        with torch.no_grad():
+            nn.init.orthogonal_(self.w)
+            self.w.mul_(math.sqrt(self.m))
+
+    def forward(self, x):
+        norm1, norm2, kqv, proj, (fc1, _, fc2) = self.norm1, self.norm2, self.kqv, self.proj, self.mlp
+        projected = ops.layer_norm_linear(x, norm1.weight, norm1.bias, norm1.eps, kqv.weight, kqv.bias)
+        k, q, v = projected.chunk(3, dim=-1)
+        y = performer_attention(q, k, v, self.w)
+        dp1, dp2 = (self.dp1, self.dp2) if self.training else (0.0, 0.0)
+        x = ops.linear_residual(y, proj.weight, proj.bias, None, v, dropout_p=dp1)
+        norm = (norm2.weight, norm2.bias, norm2.eps)
+        if dp2 == 0.0:
+            return ops.layernorm_mlp(x, *norm, fc1.weight, fc1.bias, fc2.weight, fc2.bias, "gelu", None)
+        hidden = ops.layer_norm_linear(x, *norm, fc1.weight, fc1.bias, "gelu")
+        return ops.linear_residual(hidden, fc2.weight, fc2.bias, None, x, dropout_p=dp2)
+
+
+class T2T_module(nn.Module):
+    """Images [B, in_chans, H, W] → tokens [B, rows·columns, embed_dim], a sixteenth of each side."""
+
+    def __init__(self, img_size=224, tokens_type="performer", in_chans=3, embed_dim=768, token_dim=64):
+        super().__init__()
+        self.img_size = words.pair(FAMILY, "img_size", img_size)
+        self.in_chans = words.integer(FAMILY, "in_chans", in_chans)
+        token_dim, embed_dim = (
+            words.integer(FAMILY, "token_dim", token_dim), words.integer(FAMILY, "embed_dim", embed_dim)
+        )  # fmt: skip
+        layer = {"performer": Token_performer, "transformer": Token_transformer}
+        words.one_of(FAMILY, "tokens_type", tokens_type, tuple(layer))
+        self.grids = []
+        for split in _SPLITS:
+            self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size, *split))
+        if min(self.grids[0]) < 1:
+            words.fail(FAMILY, "img_size", img_size, "3 pixels a side or more")
+        self.grid_size = self.grids[2]
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.attention1 = layer[tokens_type](self.in_chans * 49, token_dim)
+        self.attention2 = layer[tokens_type](token_dim * 9, token_dim)
+        self.project = nn.Linear(token_dim * 9, embed_dim)
+
+    def forward(self, x):
+        words.check_images(FAMILY, x, self.in_chans)
+        words.check_float(FAMILY, x)
+        if tuple(x.shape[2:]) != self.img_size:
+            words.fail_images(FAMILY, x, f"{self.img_size[0]}×{self.img_size[1]}")
+        x = self.attention1(soft_split(x.to(self.project.weight.dtype), *_SPLITS[0]))
+        x = self.attention2(soft_split(as_image(x, self.grids[0]), *_SPLITS[1]))
+        return self.project(soft_split(as_image(x, self.grids[1]), *_SPLITS[2]))
+
+
+def _init_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class T2T_ViT(nn.Module):
+    """Images [B, in_chans, H, W] → logits [B, num_classes]. Words: see ``build``."""
+
+    def __init__(
+        self, img_size=224, tokens_type="performer", in_chans=3, num_classes=1000, embed_dim=768, depth=12,
+        num_heads=12, mlp_ratio=4.0, qkv_bias=False, qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0,
+        drop_path_rate=0.0, norm_layer=nn.LayerNorm, token_dim=64,
+    ):  # fmt: skip
+        super().__init__()
+        embed_dim, depth = words.integer(FAMILY, "embed_dim", embed_dim), words.integer(FAMILY, "depth", depth)
+        words.check_heads(FAMILY, "num_heads", words.integer(FAMILY, "num_heads", num_heads), "embed_dim", embed_dim)
+        words.positive(FAMILY, "mlp_ratio", mlp_ratio)
+        self.num_classes = words.integer(FAMILY, "num_classes", num_classes, 0)
+        self.num_features = self.embed_dim = embed_dim
+        self.drop_rate = words.rate(FAMILY, "drop_rate", drop_rate)
+        attn_drop_rate = words.rate(FAMILY, "attn_drop_rate", attn_drop_rate)
+        drop_path_rate = words.rate(FAMILY, "drop_path_rate", drop_path_rate)
+        eps = words.norm_eps(FAMILY, "norm_layer", norm_layer, 1e-5)
+
+        self.tokens_to_token = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        table = sinusoid_table(self.tokens_to_token.num_patches + 1, embed_dim)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, False, True, self.drop_rate, attn_drop_rate, None, rate,
+                "gelu", eps, {},
+            )
+            for rate in rates
+        )  # fmt: skip
+        for block in self.blocks:
+            block.attn.scale = float(qk_scale or block.attn.scale)
+        self.norm = nn.LayerNorm(embed_dim, eps=eps)
+        self.head = nn.Linear(embed_dim, self.num_classes) if self.num_classes else nn.Identity()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+        self.default_cfg = dict(
+            input_size=(self.tokens_to_token.in_chans, *self.tokens_to_token.img_size),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            crop_pct=0.9,
+            interpolation="bicubic",
+            num_classes=self.num_classes,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        return {"cls_token"}
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int):
+        """A new head, freshly initialised; 0 for none."""
+        self.num_classes = words.integer(FAMILY, "num_classes", num_classes, 0)
+        like = self.cls_token
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+
+    def forward_features(self, x):
+        """Images → the normalised class token [B, embed_dim]."""
+        x = self.tokens_to_token(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        x = F.dropout(x, self.drop_rate, self.training)
+        for block in self.blocks:
+            x = block(x)
+        return ops.layer_norm(x[:, 0], self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+def _preset(dim, depth, heads, ratio, tokens_type="performer"):
+    return dict(tokens_type=tokens_type, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio)
+
+
+PRESETS = {
+    "t2t_vit_7": _preset(256, 7, 4, 2.0),
+    "t2t_vit_10": _preset(256, 10, 4, 2.0),
+    "t2t_vit_12": _preset(256, 12, 4, 2.0),
+    "t2t_vit_14": _preset(384, 14, 6, 3.0),
+    "t2t_vit_19": _preset(448, 19, 7, 3.0),
+    "t2t_vit_24": _preset(512, 24, 8, 3.0),
+    "t2t_vit_t_14": _preset(384, 14, 6, 3.0, "transformer"),
+    "t2t_vit_t_19": _preset(448, 19, 7, 3.0, "transformer"),
+    "t2t_vit_t_24": _preset(512, 24, 8, 3.0, "transformer"),
+    "t2t_vit_14_resnext": _preset(384, 14, 32, 3.0),
+    "t2t_vit_14_wide": _preset(768, 4, 12, 3.0),
+}
+
+
+def build(**options) -> T2T_ViT:
+    """A T2T-ViT.
+
+    Args:
+        img_size: 224, or (height, width); tokens are counted from the soft splits, so any size fits.
+        tokens_type: "performer" (default) or "transformer".
+        in_chans, num_classes: 3, 1000; 0 classes for no head.
+        embed_dim, depth, num_heads, mlp_ratio: 768, 12, 12, 4.0.
+        qkv_bias: False.
+        qk_scale: the backbone's; None or 0 for (embed_dim/num_heads)^-0.5.
+        drop_rate, attn_drop_rate, drop_path_rate: 0, in train mode, backbone only.
+        norm_layer: a LayerNorm class or partial, default eps 1e-5; the backbone's.
+        token_dim: 64, width of the token layers.
+    Raises:
+        TypeError, ValueError: bad words or sizes.
+    """
+    return T2T_ViT(**options)
+
+
+def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int] | None = None) -> T2T_ViT:
+    """Loads a state_dict or a file; a head of another number of classes is left out, with a warning in the log.
+
+    Args:
+        source: a state_dict, or the path of a ``.pth``, ``.tar``, ``.pt``, ``.safetensors`` or ``.npz`` file. EMA
+            weights are taken where the file has them.
+        pos_embed: how a table of another grid is fitted: "R1" … "R5" (``resize_pos_embed``), or "recompute", the
+            sinusoid table of the new grid (another table).
+        old_grid: the grid of the file's table. None: the model's own where the counts agree, else square.
+    Raises:
+        WeightsError: unreadable file, or keys or shapes that do not fit.
+    """
+    if pos_embed != "recompute":
+        check_policy(pos_embed)
+    state, own = words.state_of(FAMILY, source), model.state_dict()
+    heads = [key for key in state if key.startswith("head.")]
+    if any(key not in own or own[key].shape != state[key].shape for key in heads):
+        logging.getLogger("vit_fast").warning(
+            "t2t.load: the file's head has %d classes, the model %d: the head keeps its initial weights",
+            len(state[heads[0]]), model.num_classes,
+        )  # fmt: skip
+        state = {key: value for key, value in state.items() if key not in heads}
+        state |= {key: value for key, value in own.items() if key.startswith("head.")}
+    table = state.get("pos_embed")
+    if table is not None and pos_embed == "recompute":
+        state["pos_embed"] = sinusoid_table(*own["pos_embed"].shape[1:])
+    elif table is not None and table.dim() == 3 and (old_grid or table.shape[1] != own["pos_embed"].shape[1]):
+        try:
+            state["pos_embed"] = resize_pos_embed(table, old_grid, model.tokens_to_token.grid_size, pos_embed, 1)
+        except ValueError as error:
+            raise WeightsError(f"vit_fast.systems.t2t: pos_embed does not fit: {error}") from error
+    return load_state_dict(model, state)
+
+
+for _name, _words in PRESETS.items():
+    register(_name, build=build, **_words)
