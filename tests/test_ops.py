@@ -396,3 +396,15 @@ assert "triton is not installed" in str(vit_fast.status())
     result = _run(code)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+@pytest.mark.interp
+def test_threads_share_the_interpreter():
+    """Eight threads start cold at once: each gets the bits of a lone call."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = torch.randn(8, 4, 16)
+    expected = [ops.layer_norm(row, None, None) for row in x]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda row: ops.layer_norm(row, None, None), x))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -9,7 +9,9 @@ and a FLOP formula, and record the backend, so that forward and backward may run
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
 """
 
+import contextlib
 import importlib
+import threading
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -21,6 +23,7 @@ from .kernels.arguments import UnsupportedError
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
 
 _library = torch.library.Library("vit_fast", "DEF")
+_interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
 
 
 def _kernel(name):
@@ -44,7 +47,9 @@ def _register(name, signature, results, differentiable, forward, fake, backward,
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
-        outputs = forward(inputs[-1])(*inputs[:-1])
+        interpreted = inputs[-1] == "triton" and inputs[0].device.type == "cpu"
+        with _interpreter if interpreted else contextlib.nullcontext():
+            outputs = forward(inputs[-1])(*inputs[:-1])
         return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
 
     def bwd(grad, *inputs):

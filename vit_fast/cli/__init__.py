@@ -24,6 +24,7 @@ def main(arguments=None):
         typer = require("typer", "cli")
         require("rich", "cli")
         from .bench import bench
+        from .convert import convert
         from .info import info
         from .list import list_models
 
@@ -36,6 +37,7 @@ def main(arguments=None):
             context_settings={"help_option_names": ["-h", "--help"]},
         )
         app.command()(bench)
+        app.command()(convert)
         app.command()(info)
         app.command("list")(list_models)
         app(args=arguments, prog_name="vit-fast")

@@ -1,0 +1,26 @@
+"""The README's lines of Python run as they are printed, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import vit_fast
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_runs_as_printed(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        scope = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        assert scope["logits"].shape == (2, 1000)
+    assert "layernorm_mlp" in capsys.readouterr().out
+
+
+def test_commands_and_counts_are_true():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert f"{len(vit_fast.list_models('vit_*'))} names" in README

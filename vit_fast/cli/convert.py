@@ -1,0 +1,54 @@
+"""``vit-fast convert``: a checkpoint of one program in the keys of another, with a report of every key."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import CommandError, require
+
+
+def _grid(option, text):
+    """ "16x8" or "14" as (rows, columns)."""
+    if text is None:
+        return None
+    sizes = text.lower().replace("×", "x").split("x")
+    if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise CommandError(f"{option} is {text!r}, expected rows and columns such as 16x8, or one number for a square")
+    return int(sizes[0]), int(sizes[-1])
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pth, .pt, .bin or .tar file.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    to: Annotated[str, typer.Option(help="Keys to write: timm, canonical or jeonsworld.")] = "timm",
+    family: Annotated[
+        str | None, typer.Option("--from", help="Family of the file; recognised by its keys if not given.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Resize the position table to this grid, e.g. 16x8 or 24.")] = None,
+    old_grid: Annotated[str | None, typer.Option(help="The file's own grid where it is not a square.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="R1 to R5, how the table is resized; the family's own if not given.")
+    ] = None,
+    in_chans: Annotated[
+        int | None, typer.Option(min=1, help="Adapt the first convolution to so many channels.")
+    ] = None,
+    drop_head: Annotated[bool, typer.Option("--drop-head", help="Leave the classifier out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
+):
+    """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
+    require("safetensors", "timm")
+    from vit_fast.convert import convert_file
+
+    if target.exists() and not force:
+        raise CommandError(f"{target} exists; --force overwrites it")
+    grids = dict(grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    try:
+        report = convert_file(
+            source, target, to, family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, **grids
+        )
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+    text = str(report)
+    print(text.rsplit("\n", 1)[-1] if quiet else text)
