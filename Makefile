@@ -26,7 +26,7 @@ $(READY): pyproject.toml setup.py constraints.txt .ci/setup .ci/torchvision_sche
 # The second Triton that the ahead-of-time tests compile with; not where packages are borrowed (perhaps offline).
 $(TRITON36)/.setup: $(READY)
 	@if [ -z "$$(find $(VENV) -name borrowed.pth)" ] && [ "$$(uname -s)" = Linux ]; then \
-	    $(RUN) pip install --quiet --no-deps --upgrade --target $(TRITON36) triton==3.6.0; fi
+	    $(RUN) pip install -qq --no-deps --upgrade --target $(TRITON36) triton==3.6.0; fi
 	@mkdir -p $(TRITON36) && touch $@
 
 bench: $(READY)

@@ -11,12 +11,14 @@ Two kernels, one-dimensional grids:
              Small batches give every head several programs; a row's bits do not depend on how many.
   streaming  a program is one query block of one (image, head) and takes BLOCK_N keys per step with a running softmax.
 The head axis is cut in power-of-two parts as well (80 = 64 + 16, 112 = 64 + 32 + 16), one dot and one accumulator per
-part, so that it is padded to the next 16 only.
+part, so that it is padded to the next 16 only (225 … 240 to 256).
 
 Fuses: split of heads, scale, softmax, merge of heads. Moves 2·B·(Nq + Nk)·C elements and does 4·B·H·Nq·Nk·D FLOP; the
 streaming kernel reads K and V once per query block, mostly out of the L2 cache.
-On Hopper and newer, K, V, Q and out of head sizes 64 and 128 go by TMA where pointers and strides allow it; the bits
-are those of the pointer path.
+On sm_90 and sm_100 head sizes that are one part, unpadded, go by TMA where pointers and strides allow it: out and q,
+and in the streaming kernel k and v too. The resident kernel loads k and v through pointers, because these loads are all
+in flight at once, while descriptor loads outside a loop wait for one another. The arithmetic is the same.
+Without LSE (inference) the resident kernel needs 167 registers, not 206 (197 tokens of 64): 3 CTAs per SM, not 2.
 Softmax over blocks of keys: FlashAttention (Dao et al. 2022, arXiv:2205.14135; 2023, arXiv:2307.08691).
 """
 
@@ -31,7 +33,7 @@ from . import configs
 
 _LOG2E = 1.4426950408889634
 _MAX_PROGRAMS = 2**31 - 1
-_TRITON_DTYPE = {
+_TL_DTYPE = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -47,23 +49,23 @@ def _load(
 ):  # fmt: skip
     """Rows first … first + ROWS of one head as a tuple of [ROWS, width] tiles, zero outside [count, D]."""
     tiles = ()
-    if TMA:
-        tiles = tiles + (x.load([image.to(tl.int32), first, head.to(tl.int32) * D]).reshape(ROWS, D),)
-    else:
-        rows = first + tl.arange(0, ROWS)
-        base = x + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
-        for i in tl.static_range(len(PARTS)):
+    for i in tl.static_range(len(PARTS)):
+        if TMA:
+            tile = x.load([image.to(tl.int32), first, head.to(tl.int32) * D]).reshape(ROWS, D)
+        else:
+            rows = first + tl.arange(0, ROWS)
             columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
-            pointers = base + columns.to(tl.int64)[None, :] * stride_c
+            pointers = x + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
+            pointers += columns.to(tl.int64)[None, :] * stride_c
             if MASKED:
                 tile = tl.load(pointers, mask=(rows < count)[:, None] & (columns < D)[None, :], other=0.0)
             elif PARTS[i][0] + PARTS[i][1] > D:
                 tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
             else:
                 tile = tl.load(pointers)
-            if UPCAST:
-                tile = tile.to(tl.float32)
-            tiles = tiles + (tile,)
+        if UPCAST:
+            tile = tile.to(tl.float32)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -76,16 +78,15 @@ def _store(
     """Normalises and writes ROWS rows of one head and their LSE; the LSE is kept with base 2 until here."""
     rows = first + tl.arange(0, ROWS)
     inverse = 1.0 / total
-    if TMA:
-        tile = (acc[0] * inverse[:, None]).to(DTYPE)
-        out.store([image.to(tl.int32), first, head.to(tl.int32) * D], tile.reshape(1, ROWS, D))
-    else:
-        base = out + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
-        for i in tl.static_range(len(PARTS)):
+    for i in tl.static_range(len(PARTS)):
+        tile = (acc[i] * inverse[:, None]).to(DTYPE)
+        if TMA:
+            out.store([image.to(tl.int32), first, head.to(tl.int32) * D], tile.reshape(1, ROWS, D))
+        else:
             columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
-            tile = (acc[i] * inverse[:, None]).to(DTYPE)
-            mask = (rows < count)[:, None] & (columns < D)[None, :]
-            tl.store(base + columns.to(tl.int64)[None, :] * stride_c, tile, mask=mask)
+            pointers = out + image * stride_b + head * D * stride_c + rows.to(tl.int64)[:, None] * stride_n
+            pointers += columns.to(tl.int64)[None, :] * stride_c
+            tl.store(pointers, tile, mask=(rows < count)[:, None] & (columns < D)[None, :])
     if LSE:
         lse = (top + tl.log2(total)) * 0.6931471805599453
         row_ptr = lse_ptr + (image * num_heads + head) * count
@@ -193,18 +194,16 @@ def _attention_fwd_resident_kernel(
     k = ()
     v = ()
     for j in tl.static_range(len(CHUNKS)):
-        k = k + (
-            _load(
-                k_ptr, image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
-                CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
-            ),
+        keys = _load(
+            k_ptr, image, head, CHUNKS[j][0], num_keys, stride_kb, stride_kn, stride_kc,
+            CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
         )  # fmt: skip
-        v = v + (
-            _load(
-                v_ptr, image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
-                CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
-            ),
+        values = _load(
+            v_ptr, image, head, CHUNKS[j][0], num_keys, stride_vb, stride_vn, stride_vc,
+            CHUNKS[j][1], D, PARTS, j == LAST, False, UPCAST,
         )  # fmt: skip
+        k = k + (keys,)
+        v = v + (values,)
     live = (CHUNKS[LAST][0] + tl.arange(0, CHUNKS[LAST][1]) < num_keys)[None, :]
     for first_query in range(begin, end, BLOCK_M):
         q = _load(
@@ -237,10 +236,9 @@ _INTERPRETED = not isinstance(_attention_fwd_streaming_kernel, triton.JITFunctio
 
 
 def _head_parts(head_size):
-    """The head axis as (first column, width) of powers of two, 16 and more, at most four: 80 → (0, 64), (64, 16)."""
+    """The head axis as (first column, width) of powers of two, 16 and more, at most three: 80 → (0, 64), (64, 16)."""
     width = max(16, -(-head_size // 16) * 16)
-    if width == 240:
-        width = 256
+    width = 256 if width == 240 else width
     parts, first = [], 0
     for part in (256, 128, 64, 32, 16):
         if width & part:
@@ -276,10 +274,10 @@ def _fits_tma(x, parts, head_size):
 def not_supported_reasons(qkv, num_heads, *, k=None, v=None):
     """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
     reasons = []
-    head_size = qkv.shape[2] // num_heads // (3 if k is None else 1)
+    head_size = qkv.shape[2] // (num_heads * 3 if k is None else num_heads)
     if head_size > 256:
         reasons.append(f"head size {head_size} is above 256")
-    if qkv.dtype not in _TRITON_DTYPE:
+    if qkv.dtype not in _TL_DTYPE:
         reasons.append(f"dtype {qkv.dtype} is not a floating-point type the kernel knows")
     if qkv.device.type != "cuda" and not _INTERPRETED:
         reasons.append(f"Triton runs on CUDA devices, not on {qkv.device.type} (unless it interprets)")
@@ -292,7 +290,7 @@ def _descriptor(x, rows, head_size):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, head_size])
 
 
-def _launch(out, lse, q, k, v, num_heads, scale, config):
+def _launch(out, lse, q, k, v, num_heads, scale, precision, config):
     batch, num_queries, width = q.shape
     num_keys, head_size = k.shape[1], width // num_heads
     resident, parts = config.block_n == 0, _head_parts(head_size)
@@ -306,19 +304,11 @@ def _launch(out, lse, q, k, v, num_heads, scale, config):
     sizes = (num_heads, num_queries, num_keys, scale_log2)
     strides = [stride for x in (out, q, k, v) for stride in x.stride()]
     options = dict(
-        D=head_size,
-        PARTS=parts,
-        BLOCK_M=config.block_m,
-        NEGATIVE=scale < 0,
-        DTYPE=_TRITON_DTYPE[q.dtype],
-        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        UPCAST=_INTERPRETED and q.dtype == torch.bfloat16,
-        TMA=tma,
-        LSE=lse is not None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        D=head_size, PARTS=parts, BLOCK_M=config.block_m, NEGATIVE=scale < 0, DTYPE=_TL_DTYPE[q.dtype],
+        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, PRECISION=precision,
+        UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, TMA=tma, LSE=lse is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     blocks, pairs = triton.cdiv(num_queries, config.block_m), batch * num_heads
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if resident:
@@ -347,17 +337,18 @@ def _forward(qkv, num_heads, scale, k, v, config, with_lse):
         lse = torch.empty(batch, num_heads, num_queries, dtype=acc_dtype, device=q.device)
     if out.numel() == 0:
         return out, lse
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if config is None:
-        arch = configs.arch_of(q.device)
-        config = configs.pick_attention_config(num_queries, k.shape[1], width // num_heads, q.dtype, arch)
+        arch, head_size = configs.arch_of(q.device), width // num_heads
+        config = configs.pick_attention_config(num_queries, k.shape[1], head_size, q.dtype, precision == "tf32", arch)
     images = max(1, _MAX_PROGRAMS // (num_heads * triton.cdiv(num_queries, config.block_m)))
     if batch <= images:
-        _launch(out, lse, q, k, v, num_heads, scale, config)
+        _launch(out, lse, q, k, v, num_heads, scale, precision, config)
     else:
         for first in range(0, batch, images):
             part = slice(first, first + images)
             lse_part = lse[part] if with_lse else None
-            _launch(out[part], lse_part, q[part], k[part], v[part], num_heads, scale, config)
+            _launch(out[part], lse_part, q[part], k[part], v[part], num_heads, scale, precision, config)
     return out, lse
 
 

@@ -41,33 +41,34 @@ class LinearConfig:
     group_m: int
     num_warps: int
     num_stages: int
-    descriptors: bool  # tiles by TMA where addresses and strides allow it
+    tma: bool  # where addresses and strides allow it
 
 
 def pick_linear_config(rows, out_features, swiglu, x_dtype, weight_dtype, out_dtype, tf32, scattered, arch):
     """swiglu has two accumulators, hence tiles half as wide; ``scattered``: loads under 16 bytes.
 
-    128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. The order of the sums over K does
-    not depend on the tile.
+    128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. ``block_k`` does not change the
+    bits: the sums over K run in one order.
     """
     columns = out_features * 2 if swiglu else out_features
     few = -(-rows // 128) * -(-columns // 128) < 128
-    descriptors = arch >= 90
+    large_memory = 90 <= arch < 120  # 227 KB of shared memory, wgmma or tcgen05; sm_86, sm_89 and sm_120 have 99 KB
+    tma = large_memory
     if weight_dtype not in (torch.float16, torch.bfloat16) and not tf32:
-        block_m, block_n, block_k, num_warps, num_stages = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
-        descriptors = False
+        tile = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
+        tma = False
     elif scattered:
-        block_m, block_n, block_k, num_warps, num_stages = (64, 64, 32, 8, 3) if few else (128, 128, 32, 8, 3)
+        tile = (64, 64, 32, 4, 3) if few else (128, 128, 32, 8, 3)
     elif tf32:
-        block_m, block_n, block_k, num_warps, num_stages = 64 if few and arch < 100 else 128, 64, 32, 4, 3
+        tile = (64, 64, 32, 4, 3) if few and arch < 100 else (128, 64, 32, 4, 3)
     elif few and x_dtype == weight_dtype:
-        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 64, 4, 4
-    elif arch >= 90:
-        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 64, 4, 3
+        tile = (64, 64, 64, 4, 4) if arch < 100 or not large_memory else (128, 64, 64, 4, 4)
+    elif large_memory:
+        tile = (128, 128, 64, 4, 3)
     else:
-        wide = out_dtype.itemsize > weight_dtype.itemsize
-        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 32, 8 if wide else 4, 4
-    return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, descriptors)
+        tile = (128, 128, 32, 8 if out_dtype.itemsize > weight_dtype.itemsize else 4, 4)
+    block_m, block_n, block_k, num_warps, num_stages = tile
+    return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
 
 
 
@@ -81,16 +82,15 @@ class PatchEmbedConfig:
 
 
 def pick_patch_embed_config(rows, width, dtype, precision):
-    """``rows`` is batch · patches. Neither tile size nor warps change the bits: only ``block_k`` orders the sums."""
+    """``rows`` is batch · patches. All tiles of a dtype share ``block_k``, which orders the sums."""
     large = -(-rows // 128) * -(-width // 128) >= 120  # a wave of 128 × 128 tiles on an A100 or H200
     if dtype in (torch.float32, torch.float64):
         if precision == "tf32" and large:
             return PatchEmbedConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
         stages = 3 if precision == "tf32" else 2
-        return PatchEmbedConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=stages)
-    if large:
-        return PatchEmbedConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
-    return PatchEmbedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3)
+        return PatchEmbedConfig(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=stages)
+    block = 128 if large else 64
+    return PatchEmbedConfig(block_m=block, block_n=block, block_k=64, num_warps=8, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,15 @@ def multiprocessors_of(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pick_attention_config(num_queries, num_keys, head_size, dtype, arch):
+def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch):
     """Does not see the batch, so that the bits of an image cannot depend on its batch mates."""
     width = -(-head_size // 16) * 16
     if dtype in (torch.float32, torch.float64):
         if width > 128:
-            return AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
-        return AttentionConfig(block_m=64 if width <= 80 else 32, block_n=32, num_warps=8, num_stages=1)
+            return AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=2 if tf32 else 1)
+        if width > 80:
+            return AttentionConfig(block_m=32, block_n=32, num_warps=8, num_stages=1)
+        return AttentionConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
     # Consumer Blackwell (120) has the MMA and the shared memory of sm_80 and sm_86.
     wgmma = 90 <= arch < 120
     if num_queries <= 16:

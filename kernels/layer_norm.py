@@ -9,7 +9,7 @@ constant row normalises to zero.
 One program normalises ROWS rows that it holds in registers; rows above MAX_BLOCK elements get one program each, which
 reads the row four times (from L2 after the first). Grid: ceil(rows / ROWS).
 A row r of x begins at (r // inner)·stride_xo + (r % inner)·stride_xi, so that x[:, 1:] of a [B, N, C] tensor is read
-in place; an x whose leading axes need three strides is copied first, and so are weight and bias that are not contiguous.
+in place; an x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
 Limits: C ≤ 65536; float64 in the interpreter only.
 Source: Ba, Kiros, Hinton, "Layer Normalization" (2016).

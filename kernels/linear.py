@@ -1,21 +1,25 @@
 """Linear layer as one GEMM with fused epilogue, and LayerNorm + linear.
 
-    out = residual + row_scale[b] · gamma · act(x Wᵀ + bias)        each part optional
+    out = residual + row_scale[b] · gamma · act(x Wᵀ + bias)        every part but x Wᵀ optional
 
-x [B, ..., K], weight [N, K] (also transposed views), bias [N], gamma [N], row_scale [B], residual [B, ..., N], out [B, ..., N] contiguous.
-float32, float16, bfloat16 (float64 interpreted). The product is taken in the weight's dtype, into which x is cast, and
-accumulated in float32; the epilogue is float32; out has the residual's dtype, else the weight's.
+x [B, ..., K] and residual [B, ..., N] with any strides, weight [N, K] also as a transposed view, bias [N], gamma [N],
+row_scale [B], out [B, ..., N] contiguous. float32, float16, bfloat16 (float64 interpreted). The product is taken in the
+weight's dtype, to which x is cast, and accumulated in float32; the epilogue is float32; out has the residual's dtype,
+else the weight's.
 act: gelu (erf), gelu_tanh, quick_gelu, relu, or swiglu: the weight's rows are [gate | value], N/2 of each, and
 out = silu(gate) · value is N/2 wide, from two accumulators of one launch.
 
-One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N), taken
-in panels of GROUP_M tile rows, so that tiles which run together share their operands in L2.
-Tiles of x and W come through host tensor descriptors (TMA) where the config asks for it and base address and row
-strides are multiples of 16 bytes; through masked pointers, any strides, otherwise.
+One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N), in
+panels of GROUP_M tile rows, so that tiles which run together share their operands in L2.
+Tiles of x and W come through host tensor descriptors (TMA) where the config asks for it and base addresses and row
+strides are multiples of 16 bytes; through masked pointers, at any strides, otherwise. Rows at two strides (x[:, 1:])
+are read in place; a tensor whose leading axes need three is copied first, as are vectors that are not contiguous.
 2·rows·N·K FLOP; moves rows·K + N·K + rows·N elements, and rows·N more for a residual.
-In fp16 and bf16, gelu takes Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c|z|), with p fitted to a relative error of 3e-5:
-the error stays relative in the negative tail, and it costs one exp2 and one reciprocal where erf costs 33 instructions.
-Limits: float64 in the interpreter only; dropout is not fused.
+
+In fp16 and bf16, gelu takes Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c·|z|), with p fitted to a relative error of 3e-5:
+the error stays relative in the negative tail, and it costs one exp2 and one rsqrt where erf costs 33 instructions.
+Limits: float64 in the interpreter only; dropout is not fused; loads narrower than 16 bytes (K not a multiple of 8 in
+16-bit types, x transposed) are slow.
 Source: tile order after the Triton matmul tutorial; form of t after Abramowitz and Stegun 7.1.26, coefficients ours.
 """
 
@@ -26,7 +30,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, layer_norm as ln
+from . import configs
+from . import layer_norm as ln
 
 
 @triton.jit
@@ -167,7 +172,9 @@ def _linear_fwd_kernel(
     in_rows, in_columns = row < rows, column < out_features
     if not DESCRIPTORS:
         lane = tl.arange(0, BLOCK_K).to(tl.int64)
-        x_ptrs = x_src + ln.row_offset(row, x_inner, stride_xo, stride_xi, SPLIT_X)[:, None] + (lane * stride_xk)[None, :]
+        x_ptrs = (
+            x_src + ln.row_offset(row, x_inner, stride_xo, stride_xi, SPLIT_X)[:, None] + (lane * stride_xk)[None, :]
+        )
         weight_ptrs = weight_src + (column * stride_wn)[None, :] + (lane * stride_wk)[:, None]
         x_step = tl.full([], BLOCK_K, tl.int64) * stride_xk
         weight_step = tl.full([], BLOCK_K, tl.int64) * stride_wk
@@ -273,7 +280,7 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
         rows, out_features, swiglu, x.dtype, weight.dtype, out_dtype, tf32, scattered, configs.arch_of(x.device)
     )
     x_src, weight_src = x, weight
-    descriptors = config.descriptors and describable and not split_x and x.dtype == weight.dtype
+    descriptors = config.tma and describable and not split_x and x.dtype == weight.dtype
     if descriptors:
         x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
         weight_src = TensorDescriptor(
@@ -303,3 +310,32 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
             num_stages=config.num_stages,
         )  # fmt: skip
     return out
+
+
+def linear_not_supported_reasons(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None):
+    return ln.device_reasons(x, weight, bias, gamma, residual, row_scale)
+
+
+def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, config=None):
+    """residual + row_scale · gamma · (x Wᵀ + bias), in the residual's dtype."""
+    return linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=config)
+
+
+def linear_residual_not_supported_reasons(x, weight, bias, gamma, residual, *, row_scale=None):
+    return ln.device_reasons(x, weight, bias, gamma, residual, row_scale)
+
+
+def layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation=None, config=None):
+    """(act(LN(x) Wᵀ + bias) in the weight's dtype, mean [rows], rstd [rows]); LN(x) is stored in the weight's dtype."""
+    normal, mean, rstd = ln.layer_norm_fwd(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
+    return linear(normal, weight, bias, activation, config=config), mean, rstd
+
+
+def layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation=None, config=None):
+    normal = ln.layer_norm(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
+    return linear(normal, weight, bias, activation, config=config)
+
+
+def layer_norm_linear_not_supported_reasons(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+    reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps)
+    return reasons + [reason for reason in ln.device_reasons(x, weight, bias) if reason not in reasons]

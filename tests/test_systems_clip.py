@@ -1,6 +1,9 @@
 """CLIP's image tower in its four variants against a float64 formula, open_clip and transformers."""
 
+import copy
 import math
+import pickle
+import zipfile
 
 import pytest
 import torch
@@ -410,6 +413,13 @@ def test_autocast():
     assert (out - expected).abs().max() < 0.1 * (1 + expected.abs().max())
 
 
+def test_copies():
+    model = tiny("clip_reid", h_resolution=4, w_resolution=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images)[2], model(images)[2])
+
+
 def test_explain_names_the_operations():
     rows = vit_fast.explain(tiny())
     names = [row.operation for row in rows]
@@ -499,11 +509,20 @@ def test_load_reports_what_does_not_fit(tmp_path):
         clip.load(model, dict(state, proj=torch.ones(32, 5)))
     with pytest.raises(WeightsError, match="ResNet"):
         clip.load(model, {"visual.conv1.weight": torch.ones(8, 3, 3, 3), "visual.bn1.weight": torch.ones(8)})
-    with pytest.raises(WeightsError, match="positional_embedding"):
+    with pytest.raises(WeightsError, match="wrong shape positional_embedding"):
         clip.load(model, dict(state, positional_embedding=torch.ones(12, 32)))
+    with pytest.raises(WeightsError, match="a grid of 3×4"):
+        clip.load(model, state, old_grid=(3, 4))
     with pytest.raises(WeightsError, match="does not exist"):
         clip.load(model, tmp_path / "none.pt")
-    with pytest.raises(WeightsError):
+    with zipfile.ZipFile(tmp_path / "broken.pt", "w") as archive:
+        archive.writestr("broken/constants.pkl", b"nothing")
+    for name, content in (("a.pt", b"PK"), ("b.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("broken.pt", "a.pt", "b.pt"):
+        with pytest.raises(WeightsError, match="cannot be read"):
+            clip.load(model, tmp_path / name)
+    with pytest.raises(WeightsError, match=r"lack 'conv1\.weight'"):
         clip.infer_words({"a": torch.ones(1)})
     with pytest.raises(TypeError, match="expected a state_dict or a path"):
         clip.load(model, 3)

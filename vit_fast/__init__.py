@@ -1,6 +1,6 @@
 """Fast Vision Transformers for PyTorch: fused kernels behind timm's names."""
 
-from . import ops
+from . import ops, systems
 from .backends import backend, status
 from .explain import explain
 from .kernels.arguments import UnsupportedError
@@ -22,4 +22,5 @@ __all__ = [
     "ops",
     "resize_pos_embed",
     "status",
+    "systems",
 ]

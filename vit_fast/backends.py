@@ -8,6 +8,7 @@ raises wherever the first backend that belongs to a device cannot run an operati
 
 import contextlib
 import contextvars
+import importlib
 import importlib.util
 import logging
 import os
@@ -69,18 +70,19 @@ def requested() -> str:
 
 
 _triton_failure = None
+_kernels = {}  # name → module of kernels/, filled with the first look at Triton: importing vit_fast needs none of it
 
 
 def _triton_reasons():
-    """Why Triton cannot be imported; a broken install is told once, plain absence is not."""
+    """Why the kernels cannot be imported; a broken install is told once, plain absence of Triton is not."""
     global _triton_failure
     if _triton_failure is None:
         if importlib.util.find_spec("triton") is None:
             _triton_failure = ("triton is not installed",)
         else:
             try:
-                import triton  # noqa: F401
-
+                for name in ("patch_embed", "attention", "layer_norm", "linear", "layernorm_mlp"):
+                    _kernels[name] = importlib.import_module(f".kernels.{name}", __package__)
                 _triton_failure = ()
             except Exception as error:
                 _triton_failure = (f"triton fails to import: {error}",)
@@ -90,6 +92,13 @@ def _triton_reasons():
                     stacklevel=2,
                 )
     return _triton_failure
+
+
+def kernel(name: str):
+    """A module of kernels/; the name is a file's stem."""
+    if not _kernels:
+        _triton_reasons()
+    return _kernels[name]
 
 
 def unavailable(name: str, device_type: str, device_index: int | None = None) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ _CLIP = (
     ("transformer.resblocks.{}.mlp.c_fc.", "blocks.{}.mlp.fc1."),
     ("transformer.resblocks.{}.mlp.c_proj.", "blocks.{}.mlp.fc2."),
 )
+_TOWERS = ("visual.", "image_encoder.", "")
 _CANONICAL = (
     ("blocks.{}.ln1.", "blocks.{}.norm1."),
     ("blocks.{}.qkv.", "blocks.{}.attn.qkv."),
@@ -232,7 +233,7 @@ def timm_to_canonical(state):
 
 def _clip_to_timm(state):
     """(state, log, dropped): the image tower alone; the projection becomes the head's weight with a bias of zeros."""
-    prefix = "visual." if "visual.conv1.weight" in state else ""
+    prefix = next(prefix for prefix in _TOWERS if f"{prefix}conv1.weight" in state)
     rules = _rules(_CLIP)
     out, log, dropped = {}, [], []
     for key, value in state.items():
@@ -295,7 +296,7 @@ def family_of(state) -> str:
         return "jeonsworld"
     if is_canonical(state):
         return "canonical"
-    for prefix in ("visual.", ""):
+    for prefix in _TOWERS:
         if f"{prefix}conv1.weight" in state and f"{prefix}class_embedding" in state:
             return "clip"
     for key in state:
@@ -416,9 +417,10 @@ def convert_state_dict(
     return {key: value.contiguous() for key, value in state.items()}, report
 
 
-def convert_file(source, target, to: str = "timm", **words) -> Report:
-    """Converts a file (.pth, .pt, .bin, .safetensors, .npz) into a ``.safetensors`` file; words as in
-    ``convert_state_dict``. Metadata of the target: the keys, the family, and what its blocks do.
+def convert_file(source, target, to: str = "timm", *, torchscript: bool = False, **words) -> Report:
+    """Converts a file (.pth, .pt, .bin, .tar, .safetensors, .npz) into a ``.safetensors`` file; words as in
+    ``convert_state_dict``. Metadata of the target: the keys, the family, and what its blocks do. torchscript also reads
+    OpenAI's TorchScript archives, by ``torch.jit.load``: for sources that you trust.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -430,7 +432,13 @@ def convert_file(source, target, to: str = "timm", **words) -> Report:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    state, metadata = read_state_dict(source), {}
+    if torchscript:
+        from .systems.clip import read
+
+        state = read(source)
+    else:
+        state = read_state_dict(source)
+    metadata = {}
     if Path(source).suffix == ".safetensors":
         with safe_open(source, "pt") as file:
             metadata = file.metadata() or {}

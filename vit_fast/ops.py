@@ -10,7 +10,6 @@ Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix toke
 """
 
 import contextlib
-import importlib
 import threading
 
 import torch
@@ -24,11 +23,6 @@ __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "lin
 
 _library = torch.library.Library("vit_fast", "DEF")
 _interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
-
-
-def _kernel(name):
-    """A module of kernels/, imported at the first launch: importing vit_fast needs no Triton."""
-    return importlib.import_module(f".kernels.{name}", __package__)
 
 
 def _register(name, signature, results, differentiable, forward, fake, backward, flops, save_output=False):
@@ -135,7 +129,7 @@ _register(
     "Tensor x, Tensor? weight, Tensor? bias, float eps",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2),
-    lambda backend: reference.layer_norm_fwd if backend == "torch" else _kernel("layer_norm").layer_norm_fwd,
+    lambda backend: reference.layer_norm_fwd if backend == "torch" else backends.kernel("layer_norm").layer_norm_fwd,
     lambda x, weight, bias, eps, backend: (x.new_empty(x.shape), *_row_stats(x)),
     lambda grad, inputs, saved, needs: reference.layer_norm_bwd(grad, *inputs[:3], *saved),
     lambda *shapes, **_: 0,
@@ -157,7 +151,7 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
     """
     arguments.check_layer_norm(x, weight, bias, eps)
     name = backends.select(
-        "layer_norm", x.device, lambda: _kernel("layer_norm").not_supported_reasons(x, weight, bias, eps)
+        "layer_norm", x.device, lambda: backends.kernel("layer_norm").not_supported_reasons(x, weight, bias, eps)
     )
     if name == "torch":
         return reference.layer_norm(x, weight, bias, eps)
@@ -183,7 +177,7 @@ _register(
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5),
-    lambda backend: (reference if backend == "torch" else _kernel("linear")).layer_norm_linear_fwd,
+    lambda backend: (reference if backend == "torch" else backends.kernel("linear")).layer_norm_linear_fwd,
     _layer_norm_linear_fake,
     lambda grad, inputs, saved, needs: reference.layer_norm_linear_bwd(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
@@ -209,7 +203,7 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
     name = backends.select(
         "layer_norm_linear",
         x.device,
-        lambda: _kernel("linear").layer_norm_linear_not_supported_reasons(
+        lambda: backends.kernel("linear").layer_norm_linear_not_supported_reasons(
             x, ln_weight, ln_bias, eps, weight, bias, activation
         ),
     )
@@ -223,7 +217,7 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
 
 
 def _linear_residual_forward(backend):
-    run = (reference if backend == "torch" else _kernel("linear")).linear_residual
+    run = (reference if backend == "torch" else backends.kernel("linear")).linear_residual
     return lambda x, weight, bias, gamma, residual, row_scale: run(
         x, weight, bias, gamma, residual, row_scale=row_scale
     )
@@ -269,7 +263,7 @@ def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout
         x.device,
         lambda: (
             _dropout_reasons(dropout_p)
-            + _kernel("linear").linear_residual_not_supported_reasons(
+            + backends.kernel("linear").linear_residual_not_supported_reasons(
                 x, weight, bias, gamma, residual, row_scale=row_scale
             )
         ),
@@ -290,7 +284,7 @@ def _dropout_reasons(dropout_p):
 
 
 def _layernorm_mlp_forward(backend):
-    run = (reference if backend == "torch" else _kernel("layernorm_mlp")).layernorm_mlp_fwd
+    run = (reference if backend == "torch" else backends.kernel("layernorm_mlp")).layernorm_mlp_fwd
     return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
 
 
@@ -344,7 +338,7 @@ def layernorm_mlp(
         x.device,
         lambda: (
             _dropout_reasons(dropout_p)
-            + _kernel("layernorm_mlp").not_supported_reasons(
+            + backends.kernel("layernorm_mlp").not_supported_reasons(
                 x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale
             )
         ),
@@ -364,7 +358,7 @@ def layernorm_mlp(
 
 
 def _attention_forward(backend):
-    run = (reference if backend == "torch" else _kernel("attention")).attention_fwd
+    run = (reference if backend == "torch" else backends.kernel("attention")).attention_fwd
     return lambda qkv, k, v, num_heads, scale: run(qkv, num_heads, scale, k=k, v=v)
 
 
@@ -447,7 +441,7 @@ def attention(
         options = {"bias": bias, "key_lengths": key_lengths}
         reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
         reasons += _dropout_reasons(dropout_p)
-        return reasons + _kernel("attention").not_supported_reasons(qkv, num_heads, k=k, v=v)
+        return reasons + backends.kernel("attention").not_supported_reasons(qkv, num_heads, k=k, v=v)
 
     name = backends.select("attention", qkv.device, not_supported)
     if name == "torch":
@@ -498,7 +492,7 @@ _register(
     "float[]? mean, float[]? std",
     "Tensor",
     (0, 1, 2, 3, 4),
-    lambda backend: (reference if backend == "torch" else _kernel("patch_embed")).patch_embed,
+    lambda backend: (reference if backend == "torch" else backends.kernel("patch_embed")).patch_embed,
     _patch_embed_fake,
     _patch_embed_backward,
     _patch_embed_flops,
@@ -527,7 +521,7 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     name = backends.select(
         "patch_embed",
         images.device,
-        lambda: _kernel("patch_embed").not_supported_reasons(
+        lambda: backends.kernel("patch_embed").not_supported_reasons(
             images, weight, bias, pos_embed, prefix_tokens, stride, mean, std
         ),
     )

@@ -2,8 +2,8 @@
 
 To add a case, yield ``case(operation, shape, dtype, call, *arguments)`` from the function of your operation, where
 ``call(*arguments)`` makes the tensors and calls the launch function; a new operation's function goes into OPERATIONS.
-Only shapes, dtypes, strides and alignment matter, values do not: nothing is executed, and zeros cost no memory. Batch 1
-and batch 64 stand for all (tiles may differ, and Triton specialises on 1 and on divisibility by 16).
+Only shapes, dtypes, strides and alignment matter, values do not: nothing is executed, and torch.empty touches no
+memory. Batch 1 and 64 stand for all (tiles may differ, and Triton specialises on 1 and on divisibility by 16).
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def attention_cases():
     from vit_fast.kernels.attention import attention
 
     def call(batch, tokens, heads, head_size, dtype):
-        attention(torch.zeros(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
+        attention(torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
 
     for dtype in DTYPES:
         for batch in (1, 64):
@@ -72,8 +72,8 @@ def layer_norm_cases():
     from vit_fast.kernels.layer_norm import layer_norm
 
     def call(batch, tokens, width, dtype, weight_dtype):
-        x = torch.zeros(batch, tokens, width, dtype=dtype)
-        layer_norm(x, torch.zeros(width, dtype=weight_dtype), torch.zeros(width, dtype=weight_dtype), 1e-6)
+        x = torch.empty(batch, tokens, width, dtype=dtype)
+        layer_norm(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
 
     for dtype in DTYPES:
         for batch in (1, 64):
@@ -82,32 +82,97 @@ def layer_norm_cases():
         yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 
+def linear_cases():
+    from vit_fast.kernels.linear import layer_norm_linear, linear, linear_residual
+
+    def projection(batch, tokens, width, out, dtype, activation=None, tf32=False):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        norm = torch.empty(width, dtype=dtype)
+        with matmul_precision("high" if tf32 else "highest"):
+            layer_norm_linear(x, norm, norm, 1e-6, weight, torch.empty(out, dtype=dtype), activation)
+
+    def branch(batch, tokens, width, out, dtype, residual=None, gamma=True, row_scale=False, tf32=False):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        with matmul_precision("high" if tf32 else "highest"):
+            linear_residual(
+                x, weight, torch.empty(out, dtype=dtype), torch.empty(out, dtype=dtype) if gamma else None,
+                torch.empty(batch, tokens, out, dtype=residual or dtype),
+                row_scale=torch.empty(batch) if row_scale else None,
+            )  # fmt: skip
+
+    def mixed(batch, tokens, width, out, x_dtype, dtype):
+        linear(torch.empty(batch, tokens, width, dtype=x_dtype), torch.empty(out, width, dtype=dtype), None)
+
+    for dtype in DTYPES:
+        for batch in (1, 64):
+            for name, (tokens, width, _, hidden, _) in VITS.items():
+                yield case("qkv", name, dtype, projection, batch, tokens, width, 3 * width, dtype)
+                yield case("fc1", name, dtype, projection, batch, tokens, width, hidden, dtype, activation="gelu")
+                yield case("proj", name, dtype, branch, batch, tokens, width, width, dtype)
+                yield case("fc2", name, dtype, branch, batch, tokens, hidden, width, dtype, gamma=False)
+            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+                base = ("fc1", "base", dtype, projection, batch, 197, 768, 4096, dtype)
+                yield case(*base, activation=activation)
+            base = ("fc2", "base", dtype, branch, batch, 197, 3072, 768, dtype)
+            yield case(*base, row_scale=True)
+            yield case(*base, residual=torch.float32)
+        yield case("head, odd width", "base", dtype, mixed, 64, 1, 768, 1001, dtype, dtype)
+        yield case("fc1, odd depth", "base", dtype, mixed, 64, 197, 588, 3072, dtype, dtype)
+        for x_dtype in DTYPES:
+            if x_dtype != dtype:
+                words = f"base, x {x_dtype}".replace("torch.", "")
+                yield case("linear", words, dtype, mixed, 64, 197, 768, 768, x_dtype, dtype)
+    for batch in (1, 64):
+        float32 = torch.float32
+        yield case("fc1", "base", float32, projection, batch, 197, 768, 3072, float32, activation="gelu", tf32=True)
+        yield case("fc2", "base", float32, branch, batch, 197, 3072, 768, float32, tf32=True)
+
+
+def layernorm_mlp_cases():
+    """Launches the kernels of layer_norm and linear: shows that nothing else gets compiled."""
+    from vit_fast.kernels.layernorm_mlp import layernorm_mlp
+
+    def call(batch, tokens, width, hidden, dtype, activation):
+        def empty(*shape):
+            return torch.empty(*shape, dtype=dtype)
+
+        norm, half = empty(width), hidden // 2 if activation == "swiglu" else hidden
+        first, second = (empty(hidden, width), empty(hidden)), (empty(width, half), empty(width))
+        layernorm_mlp(empty(batch, tokens, width), norm, norm, 1e-6, *first, *second, activation, norm)
+
+    for dtype in DTYPES:
+        for activation in ("gelu", "swiglu"):
+            words = f"base {activation}"
+            yield case("layernorm_mlp", words, dtype, call, 64, 197, 768, 4096, dtype, activation)
+
+
 def patch_embed_cases():
     from vit_fast.kernels.patch_embed import patch_embed
 
     def call(batch, dtype, width, patch, prefix, pixels=None, layout=torch.contiguous_format, std=None, tf32=False):
         size = 224 // patch * patch
-        images = torch.zeros(batch, 3, size, size, dtype=pixels or dtype).to(memory_format=layout)
-        weight, bias = torch.zeros(width, 3, patch, patch, dtype=dtype), torch.zeros(width, dtype=dtype)
-        pos_embed = torch.zeros(1, (size // patch) ** 2, width, dtype=dtype)
-        prefix_tokens = torch.zeros(1, prefix, width, dtype=dtype) if prefix else None
+        images = torch.empty(batch, 3, size, size, dtype=pixels or dtype).to(memory_format=layout)
+        weight, bias = torch.empty(width, 3, patch, patch, dtype=dtype), torch.empty(width, dtype=dtype)
+        pos_embed = torch.empty(1, (size // patch) ** 2, width, dtype=dtype)
+        prefix_tokens = torch.empty(1, prefix, width, dtype=dtype) if prefix else None
         with matmul_precision("high" if tf32 else "highest"):
             patch_embed(images, weight, bias, pos_embed, prefix_tokens, (patch, patch), std=std)
 
     for dtype in DTYPES:
+        for name, (_, width, _, _, patch) in VITS.items():
+            yield case("patch_embed", name, dtype, call, 64, dtype, width, patch, 0 if patch == 14 else 1)
+        yield case("patch_embed", "base/32", dtype, call, 64, dtype, 768, 32, 5)
+        yield case("patch_embed", "huge", dtype, call, 64, dtype, 1280, 14, 1, pixels=torch.uint8)
         for batch in (1, 64):
-            for name, (_, width, _, _, patch) in VITS.items():
-                yield case("patch_embed", name, dtype, call, batch, dtype, width, patch, 0 if patch == 14 else 1)
-            base = ("patch_embed", "base/32", dtype, call, batch, dtype, 768, 32, 5)
-            yield case(*base)
             base = ("patch_embed", "base", dtype, call, batch, dtype, 768, 16, 1)
+            yield case(*base)
             yield case(*base, pixels=torch.uint8)
             yield case(*base, pixels=torch.float32, std=(0.2, 0.2, 0.2))
-            yield case(*base, layout=torch.channels_last)
             yield case(*base, pixels=torch.uint8, layout=torch.channels_last)
-        yield case("patch_embed", "huge", dtype, call, 64, dtype, 1280, 14, 1, pixels=torch.uint8)
-    yield case("patch_embed", "base", torch.float32, call, 1, torch.float32, 768, 16, 1, tf32=True)
-    yield case("patch_embed", "base", torch.float32, call, 64, torch.float32, 768, 16, 1, tf32=True)
+        yield case("patch_embed", "huge", dtype, call, 1, dtype, 1280, 14, 1)
+        yield case("patch_embed", "base", dtype, call, 64, dtype, 768, 16, 1, layout=torch.channels_last)
+    for batch in (1, 64):
+        yield case("patch_embed", "base", torch.float32, call, batch, torch.float32, 768, 16, 1, tf32=True)
 
 
-OPERATIONS = (attention_cases, layer_norm_cases, patch_embed_cases)
+OPERATIONS = (attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases)

@@ -285,9 +285,14 @@ def violations(entry, allowed_spills):
 
 
 def select(requests, known, everything, sample):
-    """What to compile: all, or what the ledger does not know with this source, and a sample of the rest."""
+    """What to compile: all, or what the ledger does not know with this source, and a sample of the rest.
+
+    Of a Triton version that the ledger does not know at all, a sample four times as large.
+    """
     if everything:
         return list(requests.values())
+    if not known:
+        return sorted(requests.values(), key=lambda request: _digest(request.description["source"]))[: 4 * sample]
     changed, same = [], []
     for request in requests.values():
         description = request.description

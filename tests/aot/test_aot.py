@@ -50,7 +50,8 @@ def test_kernels_compile_within_their_resources(version, count_aot_compiles):
     if version == "3.6.0":
         assert result.triton == "3.6.0"
     assert not result.failures, "\n".join(result.failures)
-    assert not result.drift, "\n".join([*result.drift, "run: python tests/aot/ledger.py --update"])
+    if result.recorded:
+        assert not result.drift, "\n".join([*result.drift, "run: python tests/aot/ledger.py --update"])
     assert len(result.compiled) >= 3
 
 
@@ -59,6 +60,7 @@ def test_ledger_keeps_the_rules():
     """Also what was not compiled again today."""
     import cases
 
+    assert len(ledger.load()) > 100
     for entry in ledger.load():
         assert not harness.violations(entry, cases.ALLOWED_SPILLS), ledger.label(entry)
 
@@ -112,3 +114,4 @@ def test_changed_source_is_compiled_again():
     assert chosen == ["b", "c"]
     assert len(harness.select(requests, known, False, 1)) == 3
     assert len(harness.select(requests, known, True, 0)) == 3
+    assert len(harness.select(requests, {}, False, 0)) == 0 and len(harness.select(requests, {}, False, 1)) == 3

@@ -143,7 +143,11 @@ def _prepare(settings, tell):
     config = timm_model.pretrained_cfg
     side = (settings.img_size,) * 2 if settings.img_size else config["input_size"][1:]
     height, width = getattr(getattr(timm_model, "patch_embed", None), "img_size", None) or side
-    photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, config["mean"], config["std"])
+    mean, std = config["mean"], config["std"]
+    channels = settings.model_kwargs.get("in_chans", len(mean))
+    if channels != len(mean):
+        mean = std = (0.5,) * channels
+    photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, mean, std)
     for skipped in photos.skipped:
         tell.warn(f"skipped {skipped}")
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -238,12 +242,14 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
 
 def _attempt(provider, work, device):
     """Does the work if the provider is still well; an exception becomes its status."""
-    if provider.row["status"] == "ok":
-        try:
-            work()
-        except Exception as error:
-            provider.row["status"] = _outcome(error)
-            _release(device)
+    if provider.row["status"] != "ok":
+        return
+    try:
+        work()
+    except Exception as error:
+        provider.row["status"] = _outcome(error)
+    if provider.row["status"] != "ok":  # the exception, and the tensors its frames hold, are gone only here
+        _release(device)
 
 
 def _judge(ours, contest, pixels, settings):

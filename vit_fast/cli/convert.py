@@ -30,10 +30,11 @@ def convert(
     policy: Annotated[
         str | None, typer.Option(help="R1 to R5, how the table is resized; the family's own if not given.")
     ] = None,
-    in_chans: Annotated[
-        int | None, typer.Option(min=1, help="Adapt the first convolution to so many channels.")
-    ] = None,
+    in_chans: Annotated[int | None, typer.Option(min=1, help="Adapt the first convolution to so many.")] = None,
     drop_head: Annotated[bool, typer.Option("--drop-head", help="Leave the classifier out.")] = False,
+    torchscript: Annotated[
+        bool, typer.Option("--torchscript", help="Read OpenAI's archives, by running TorchScript: only trusted files.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
 ):
@@ -43,11 +44,10 @@ def convert(
 
     if target.exists() and not force:
         raise CommandError(f"{target} exists; --force overwrites it")
-    grids = dict(grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    words = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
+    words |= dict(grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
     try:
-        report = convert_file(
-            source, target, to, family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, **grids
-        )
+        report = convert_file(source, target, to, **words)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     text = str(report)

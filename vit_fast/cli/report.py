@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import sys
 
 # The first columns of a file, timm's names before ours; what a row has beyond them follows in its own order.
@@ -144,13 +145,19 @@ def print_report(rows, settings, seconds):
         print(sentence)
 
 
+def _finite(value):
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_rows(rows, path, file_format):
     """The rows as a JSON list or as CSV, one row a provider and batch size."""
     names = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
     rows = [{name: row.get(name) for name in names} for row in rows]
     with open(path, "w", newline="", encoding="utf-8") as file:
         if file_format == "json":
-            json.dump(rows, file, indent=1, ensure_ascii=False)
+            rows = [{name: _finite(value) for name, value in row.items()} for row in rows]
+            json.dump(rows, file, indent=1, ensure_ascii=False, allow_nan=False)
             file.write("\n")
         else:
             writer = csv.DictWriter(file, names)

@@ -10,8 +10,8 @@ t2t        T2T-ViT
 Shared: encoder_layer (torch's encoder layer on fused branches), soft_split (overlapping windows, sinusoid table),
 google_npz (Google's checkpoints in timm's keys), words (checks of words and images, state_dicts as they come).
 
-A family has ``build(**the words of the original)``, ``load(model, state_dict or path)`` and ``PRESETS``, which are models
-of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
+A family has ``build(**the words of the original)``, ``load(model, state_dict or path)`` and ``PRESETS``; its presets
+are models of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
 """
 
 from vit_fast.pos_embed import resize_pos_embed

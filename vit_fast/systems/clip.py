@@ -341,15 +341,23 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
     return ImageTower(variant, **constructor_words)
 
 
+def _is_torchscript(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def read(source):
     """The tensors of a checkpoint of any of the originals, TorchScript archives included."""
-    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
+    if isinstance(source, (str, os.PathLike)) and _is_torchscript(source):
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 source = torch.jit.load(source, map_location="cpu").state_dict()
+        except RuntimeError as error:
+            raise WeightsError(f"vit_fast.systems.clip: archive {str(source)!r} cannot be read: {error}") from error
     state = words.state_of("clip", source)
     return {key: value for key, value in state.items() if key not in _ARCHIVE_SCALARS}
 
@@ -391,7 +399,8 @@ def fit_table(state, key, tower, old_grid):
     try:
         state[key] = resize_pos_embed(table, old_grid, tower.grid_size, tower.pos_embed_policy, 1)
     except ValueError as error:
-        raise WeightsError(f"vit_fast.systems.clip: {key} does not fit: {error}") from error
+        if old_grid is not None:
+            raise WeightsError(f"vit_fast.systems.clip: {key} does not fit: {error}") from error
 
 
 def load(model, source, old_grid=None):

@@ -175,11 +175,12 @@ class DeiT(_Heads, VisionTransformer):
         for token in (self.cls_token, self.dist_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
-        if mode.startswith("jax"):
+        jax = mode.startswith("jax")
+        if jax:
             nn.init.zeros_(self.cls_token)
-        for module in self.modules() if mode == "wz" else ():
+        for module in self.modules() if jax or mode == "wz" else ():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                _lecun_normal(module.weight) if jax else nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -188,7 +189,7 @@ class DeiT(_Heads, VisionTransformer):
         if mode == "wz":
             nn.init.trunc_normal_(module.weight, std=0.01)
         elif mode.startswith("jax") and name.startswith("pre_logits"):
-            nn.init.trunc_normal_(module.weight, std=math.sqrt(1 / module.in_features) / 0.87962566103423978)
+            _lecun_normal(module.weight)
 
     def _check_images(self, images):
         words.check_images("deit", images, self.in_chans)
@@ -281,6 +282,12 @@ class LiteralDeiT(_Heads, nn.Module):
 
     def forward(self, images):
         return self.forward_head(self.forward_features(images))
+
+
+def _lecun_normal(weight):
+    """A normal distribution cut off at twice its width, of variance 1/fan_in."""
+    std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def _make_norm(w, dd):
@@ -401,7 +408,8 @@ def load(model, source, fine_tune: bool = False, old_grid=None):
         try:
             state["pos_embed"] = resize_pos_embed(table, old_grid, grid, model.pos_embed_policy, model.num_tokens)
         except ValueError as error:
-            raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
+            if old_grid is not None:
+                raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
     if fine_tune:
         state = {key: v for key, v in state.items() if not key.startswith("head") or _fits(own.get(key), v)}
         state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}

@@ -242,6 +242,8 @@ def for_model(model, state):
         raise WeightsError(
             f"vit_fast: {type(model).__name__} takes no Google checkpoint, expected a model in timm's keys or hybrid"
         )
+    if hasattr(model, "check_google_weights"):
+        model.check_google_weights()
     state = to_timm(state)[0]
     for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
         if key in state and key in own:

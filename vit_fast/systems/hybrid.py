@@ -361,6 +361,14 @@ class VisionTransformer(nn.Module):
             )
         self.transformer.embeddings.hybrid_model.set_mode(mode)
 
+    def check_google_weights(self):
+        """Called before a Google .npz is loaded."""
+        if self._follows_weights and self._feature_size("google") != self._feature_size("jeonsworld"):
+            raise WeightsError(
+                "vit_fast.systems.hybrid: weights are Google's, expected a model built with hybrid_mode='google' "
+                "(its feature map has another size at this img_size)"
+            )
+
     def google_weights_loaded(self):
         """Called after a Google .npz has been loaded."""
         if self._follows_weights and self._stem_layers is not None:
@@ -402,10 +410,17 @@ class VisionTransformer(nn.Module):
         return (logits, maps) if labels is None else self._loss(logits, labels)
 
 
-def build(config="ViT-B_16", **words) -> VisionTransformer:
-    """``VisionTransformer(config, **words)``; words: img_size, num_classes, zero_head, vis, variant, hybrid_mode,
-    activation, in_chans."""
-    return VisionTransformer(config, **words)
+def build(
+    config="ViT-B_16",
+    img_size: int | tuple[int, int] = 224,
+    num_classes: int = 21843,
+    zero_head: bool = False,
+    vis: bool = False,
+    **words,
+) -> VisionTransformer:
+    """A ``VisionTransformer`` of these words, where they are described; further ones: variant, hybrid_mode, activation,
+    in_chans."""
+    return VisionTransformer(config, img_size, num_classes, zero_head, vis, **words)
 
 
 def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:

@@ -17,7 +17,6 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, attention_branch, is_plain, mlp_branch, plain
-from vit_fast.registry import register
 from vit_fast.weights import load_state_dict
 
 from . import words
@@ -401,7 +400,3 @@ def load(model: nn.Module, source, pos_embed: str = "strict") -> nn.Module:
             if key.rpartition(".")[2] == "pos_embed":
                 state[key] = sinusoid_table(*value.shape[1:])
     return load_state_dict(model, state)
-
-
-for _name, _preset in PRESETS.items():
-    register(_name, build=build, **_preset)

@@ -21,7 +21,6 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.kernels.arguments import ACTIVATIONS
 from vit_fast.pos_embed import check_policy, resize_pos_embed
-from vit_fast.registry import register
 from vit_fast.weights import WeightsError, load_state_dict
 
 from . import words
@@ -205,7 +204,3 @@ def load(model: ScratchViT, source, old_grid: tuple[int, int] | None = None) -> 
         rows = resize_pos_embed(table[:used], grid, model.grid_size, model.pos_embed_policy, 1)
         state["position_embedding_table"] = torch.cat([rows, own.detach()[rows.shape[0] :].to(rows)])
     return load_state_dict(model, state)
-
-
-for _name, _preset in PRESETS.items():
-    register(_name, build=build, **_preset)

@@ -24,7 +24,6 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
 from vit_fast.pos_embed import check_policy, resize_pos_embed
-from vit_fast.registry import register
 from vit_fast.vit import Block, Mlp
 from vit_fast.weights import WeightsError, load_state_dict
 
@@ -324,7 +323,3 @@ def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int
         except ValueError as error:
             raise WeightsError(f"vit_fast.systems.t2t: pos_embed does not fit: {error}") from error
     return load_state_dict(model, state)
-
-
-for _name, _words in PRESETS.items():
-    register(_name, build=build, **_words)
