@@ -96,9 +96,8 @@ def _patch_embed_fwd_kernel(
                 channel = k % CHANNELS
                 pixel = k // (CHANNELS * PATCH_W) * stride_ih + k % (CHANNELS * PATCH_W)
             else:
-                i = k // PATCH_W % PATCH_H
                 channel = k // (PATCH_H * PATCH_W)
-                pixel = channel * stride_ic + i * stride_ih + k % PATCH_W * stride_iw
+                pixel = channel * stride_ic + k // PATCH_W % PATCH_H * stride_ih + k % PATCH_W * stride_iw
             if SIZE % BLOCK_K == 0:
                 x = tl.load(corner + pixel[None, :], mask=in_rows[:, None], other=0)
                 w = tl.load(filters + k[:, None], mask=in_width[None, :], other=0.0)
@@ -124,10 +123,10 @@ def _patch_embed_fwd_kernel(
         out = out_ptr + ((image * (PREFIX + tokens) + PREFIX + token) * WIDTH)[:, None] + n[None, :]
         tl.store(out, acc.to(DTYPE), mask=mask)
     elif PREFIX > 0:
-        row = (program - tiles) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-        image = row // PREFIX
-        token = row - image * PREFIX
-        mask = (row < prefix_rows)[:, None] & in_width[None, :]
+        m = (program - tiles) // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+        image = m // PREFIX
+        token = m - image * PREFIX
+        mask = (m < prefix_rows)[:, None] & in_width[None, :]
         prefix = prefix_ptr + (image * stride_xb + token * stride_xn)[:, None] + (n * stride_xc)[None, :]
         out = out_ptr + ((image * (PREFIX + tokens) + token) * WIDTH)[:, None] + n[None, :]
         tl.store(out, tl.load(prefix, mask=mask, other=0.0).to(DTYPE), mask=mask)

@@ -28,6 +28,13 @@ def run(*arguments):
     return end.value.code or 0
 
 
+@pytest.fixture(autouse=True)
+def no_peak_measurement(request, monkeypatch):
+    """It takes a second of every run on a CPU, and has a test of its own."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(compare.measure, "matmul_peak", lambda dtype, device: 0.25)
+
+
 @pytest.fixture
 def json_file(tmp_path):
     return tmp_path / "rows" / "bench.json"
@@ -153,7 +160,6 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(json_file, monkeypatch):
         return shipped(call, count, device)
 
     monkeypatch.setattr(measure, "step_times", step_times)
-    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: 1.0)
     assert run(*QUICK, "-b", "2,1", "--rivals", "eager", "--results-file", json_file) == 0
     assert [row["status"] for row in json.loads(json_file.read_text())] == ["out of memory"] * 2 + ["ok"] * 2
 
@@ -323,7 +329,7 @@ def test_summary_has_median_and_percentiles():
 
 def test_step_times_are_of_the_call():
     times = measure.step_times(lambda: time.sleep(0.02), 3, torch.device("cpu"))
-    assert len(times) == 3 and all(0.02 <= t < 0.5 for t in times)
+    assert len(times) == 3 and all(0.02 <= t < 5 for t in times)
 
 
 def test_peak_memory_sees_what_a_call_frees_again():
@@ -335,6 +341,16 @@ def test_peak_memory_sees_what_a_call_frees_again():
         assert 60 << 20 < peak < 100 << 20 and "VmHWM" in method
     else:
         assert peak is None and method.startswith("not measured")
+
+
+def test_matmul_peak_is_that_of_the_fastest_product(monkeypatch):
+    monkeypatch.undo()
+    steps = {1024: [0.5, 0.25], 2048: [1.0, 4.0]}
+    sizes = []
+    monkeypatch.setattr(measure, "seconds", lambda call, device: (sizes.append(call().shape[0]) or 1e-3, None))
+    monkeypatch.setattr(measure, "step_times", lambda call, count, device: steps[call().shape[0]])
+    assert measure.matmul_peak(torch.float32, torch.device("cpu")) == pytest.approx(2 * 2048**3 / 1.0 / 1e12)
+    assert sizes == [1024, 1024, 2048, 2048]
 
 
 def test_flops_count_attention_and_every_product():

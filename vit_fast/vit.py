@@ -94,6 +94,12 @@ def _norm_eps(norm_layer):
     return norm.eps
 
 
+def lecun_normal_(weight):
+    """A normal distribution cut off at twice its width, of variance 1/fan_in."""
+    std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
 def _norm_params(module):
     return None if isinstance(module, nn.Identity) else Norm(module.weight, module.bias, module.eps)
 
@@ -456,8 +462,7 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 self._init_linear(name, module, mode)
             elif isinstance(module, nn.Conv2d) and mode.startswith("jax"):
-                fan_in = module.weight[0].numel()
-                nn.init.trunc_normal_(module.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
+                lecun_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():

@@ -6,7 +6,9 @@ The other tests show that the rules and the comparison can fail.
 
 import copy
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,23 @@ def test_changed_source_is_compiled_again():
     assert len(harness.select(requests, known, False, 1)) == 3
     assert len(harness.select(requests, known, True, 0)) == 3
     assert len(harness.select(requests, {}, False, 0)) == 0 and len(harness.select(requests, {}, False, 1)) == 3
+
+
+@pytest.mark.parametrize("fault,words", (("abort", "died"), ("raise", "ValueError: outer cause"), ("hang", "stopped")))
+def test_a_compile_that_dies_is_its_own_failure(monkeypatch, fault, words):
+    class Request:
+        arch, description = 90, ENTRY
+
+    def compile_badly(request):
+        if fault == "abort":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hang":
+            time.sleep(60)
+        raise RuntimeError("inner") from ValueError("outer cause")
+
+    monkeypatch.setattr(harness, "_set_arch", lambda arch: None)
+    monkeypatch.setattr(harness, "_compile", compile_badly)
+    monkeypatch.setattr(harness, "COMPILE_SECONDS", 1)
+    (entry,) = harness.compile_all([Request()], jobs=1)
+    assert words in entry["error"]
+    assert harness.violations(entry, {})[0].startswith("does not compile")

@@ -27,7 +27,7 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import is_plain
 from vit_fast.pos_embed import check_policy, resize_pos_embed
-from vit_fast.vit import PatchEmbed, VisionTransformer
+from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
 
 from . import google_npz, words
@@ -175,12 +175,11 @@ class DeiT(_Heads, VisionTransformer):
         for token in (self.cls_token, self.dist_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
-        jax = mode.startswith("jax")
-        if jax:
+        if mode.startswith("jax"):
             nn.init.zeros_(self.cls_token)
-        for module in self.modules() if jax or mode == "wz" else ():
+        for module in self.modules() if mode == "wz" else ():
             if isinstance(module, nn.Conv2d):
-                _lecun_normal(module.weight) if jax else nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -189,7 +188,7 @@ class DeiT(_Heads, VisionTransformer):
         if mode == "wz":
             nn.init.trunc_normal_(module.weight, std=0.01)
         elif mode.startswith("jax") and name.startswith("pre_logits"):
-            _lecun_normal(module.weight)
+            lecun_normal_(module.weight)
 
     def _check_images(self, images):
         words.check_images("deit", images, self.in_chans)
@@ -282,12 +281,6 @@ class LiteralDeiT(_Heads, nn.Module):
 
     def forward(self, images):
         return self.forward_head(self.forward_features(images))
-
-
-def _lecun_normal(weight):
-    """A normal distribution cut off at twice its width, of variance 1/fan_in."""
-    std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def _make_norm(w, dd):

@@ -42,7 +42,6 @@ from vit_fast.block import (
 )
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.pos_embed import resize_pos_embed
-from vit_fast.registry import register
 from vit_fast.weights import WeightsError, load_state_dict
 
 from .hybrid_config import CONFIGS, Config, read
@@ -449,7 +448,3 @@ def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
         except ValueError as error:
             raise WeightsError(f"vit_fast.systems.hybrid: {key} does not fit: {error}") from error
     return load_state_dict(model, state)
-
-
-for _name, _words in PRESETS.items():
-    register(_name, build=build, **_words)

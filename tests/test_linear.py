@@ -1,0 +1,465 @@
+"""kernels/linear.py against a float64 formula of its own on the same rounded inputs.
+
+Eager is ``reference`` at the kernel's dtype; tolerances: tests/budget.py. Shapes: tokens and widths of ViTs that fill
+no tile (1, 17, 50, 197, 257; 48, 147, 588), K that is no multiple of 8 (TMA and wide loads impossible), one tile and
+several in both directions. Tiles are forced to 32 … 64 rows so that a few interpreted programs have inner edges; the
+shipped tiles of each architecture run on small shapes. Exactly representable integers must come out exactly.
+"""
+
+import math
+import mmap
+
+import pytest
+import torch
+from budget import assert_within_budget
+from vit_fast.kernels import configs, reference
+from vit_fast.kernels.configs import LinearConfig
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPE_IDS = ("float16", "bfloat16", "float32")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
+POINTERS = LinearConfig(32, 32, 32, 2, 4, 2, False)
+TMA = LinearConfig(64, 32, 64, 8, 4, 2, True)
+CURVE = LinearConfig(2048, 32, 16, 1, 4, 1, False)  # a column of pre-activations in few programs
+BOTH = pytest.mark.parametrize("tiles", (POINTERS, TMA), ids=("pointers", "tma"))
+
+
+@pytest.fixture
+def kernels():
+    return pytest.importorskip("vit_fast.kernels.linear", reason="Triton is not installed")
+
+
+def exact_activation(z, activation):
+    """In float64; Φ by erfc, which keeps the negative tail."""
+    if activation == "gelu":
+        return z * 0.5 * torch.special.erfc(-z / math.sqrt(2))
+    if activation == "gelu_tanh":
+        return z / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    if activation == "quick_gelu":
+        return z / (1 + torch.exp(-1.702 * z))
+    if activation == "relu":
+        return torch.where(z > 0, z, 0.0)
+    if activation == "swiglu":
+        half = z.shape[-1] // 2
+        return z[..., :half] / (1 + torch.exp(-z[..., :half])) * z[..., half:]
+    return z
+
+
+def wide(t):
+    return t.detach().cpu().double()
+
+
+def formula(x, weight, bias, activation=None, gamma=None, residual=None, row_scale=None):
+    z = torch.einsum("...k,nk->...n", wide(x), wide(weight))
+    if bias is not None:
+        z = z + wide(bias)
+    z = exact_activation(z, activation)
+    if gamma is not None:
+        z = z * wide(gamma)
+    if row_scale is not None:
+        z = torch.stack([image * scale for image, scale in zip(z, wide(row_scale))])
+    return z if residual is None else wide(residual) + z
+
+
+def eager(x, weight, bias, activation=None, gamma=None, residual=None, row_scale=None):
+    if residual is None:
+        return reference.activate(torch.nn.functional.linear(x.to(weight.dtype), weight, bias), activation)
+    return reference.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale)
+
+
+def problem(shape, out_features, dtype, bias=True, device="cpu", x_dtype=None):
+    """x, weight, bias with pre-activations of about 1.4."""
+    x = torch.randn(shape, device=device).to(x_dtype or dtype)
+    weight = (torch.randn(out_features, shape[-1], device=device) * shape[-1] ** -0.5).to(dtype)
+    return x, weight, torch.randn(out_features, device=device).to(dtype) if bias else None
+
+
+def branch(shape, out_features, dtype, residual_dtype=None, device="cpu"):
+    """gamma, residual, row_scale."""
+    keep = (torch.arange(shape[0], device=device) % 3 != 1).to(dtype) / 0.75
+    residual = torch.randn(*shape[:-1], out_features, device=device).to(residual_dtype or dtype)
+    return (0.5 + torch.rand(out_features, device=device)).to(dtype), residual, keep
+
+
+def check(kernels, x, weight, bias, activation=None, config=None, **options):
+    out = kernels.linear(x, weight, bias, activation, config=config, **options)
+    golden = formula(x, weight, bias, activation, **options)
+    assert out.is_contiguous() and out.shape == golden.shape
+    assert out.dtype == (options["residual"].dtype if "residual" in options else weight.dtype)
+    expected = eager(x, weight, bias, activation, **options)
+    assert_within_budget(out, expected, golden, expected_zeros=0.7 if activation == "relu" else 0.1)
+    return out
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_layer_norm_linear_is_the_formula(activation):
+    x, weight, bias = problem((2, 5, 48), 64, torch.float64)
+    ln_weight, ln_bias = torch.randn(2, 48, dtype=torch.float64)
+    out, mean, rstd = reference.layer_norm_linear_fwd(x, ln_weight, ln_bias, 1e-6, weight, bias, activation)
+    golden_mean = x.mean(-1, keepdim=True)
+    golden_rstd = ((x - golden_mean).square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    normal = (x - golden_mean) * golden_rstd * ln_weight + ln_bias
+    torch.testing.assert_close(out, formula(normal, weight, bias, activation), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(mean, golden_mean.flatten(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rstd, golden_rstd.flatten(), rtol=1e-12, atol=1e-12)
+
+
+def test_reference_linear_residual_is_the_formula():
+    x, weight, bias = problem((3, 5, 48), 64, torch.float64)
+    gamma, residual, row_scale = branch(x.shape, 64, torch.float64)
+    for options in ({}, {"row_scale": row_scale}):
+        for scale in (gamma, None):
+            out = reference.linear_residual(x, weight, bias, scale, residual, **options)
+            golden = formula(x, weight, bias, gamma=scale, residual=residual, **options)
+            torch.testing.assert_close(out, golden, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(kernels, activation, dtype, tiles):
+    check(kernels, *problem((2, 25, 48), 64, dtype), activation, config=tiles)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    "tokens,in_features,out_features",
+    ((1, 48, 48), (2, 192, 96), (17, 588, 40), (50, 147, 50), (197, 384, 33), (257, 48, 72), (65, 768, 64), (9, 1, 1)),
+)
+def test_vit_shapes(kernels, tokens, in_features, out_features, dtype):
+    large = LinearConfig(128, 64, 128, 8, 4, 2, True)
+    x, weight, bias = problem((1 if tokens > 60 else 2, tokens, in_features), out_features, dtype)
+    check(kernels, x, weight, bias if in_features > 1 else None, config=large)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("arch", (80, 90, 100, 120))
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_shipped_configs(kernels, monkeypatch, dtype, arch):
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    check(kernels, *problem((3, 65, 96), 72, dtype), "gelu")
+    check(kernels, *problem((1, 50, 64), 64, dtype), "swiglu")
+    x, weight, bias = problem((3, 50, 35), 72, dtype)
+    gamma, residual, row_scale = branch(x.shape, 72, dtype)
+    check(kernels, x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale)
+
+
+@pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
+def test_every_shape_has_a_config_that_fits(arch):
+    limit = 227 * 1024 if arch in (90, 100) else 99 * 1024
+    for rows in (1, 197, 50432, 10**7):
+        for out_features in (1, 768, 4304):
+            for swiglu in (False, True):
+                for x_dtype in DTYPES:
+                    for dtype, tf32 in ((torch.float16, False), (torch.float32, False), (torch.float32, True)):
+                        for scattered in (False, True):
+                            tiles = configs.pick_linear_config(
+                                rows, out_features, swiglu, x_dtype, dtype, x_dtype, tf32, scattered, arch
+                            )
+                            columns = tiles.block_n * (2 if swiglu else 1)
+                            stage = tiles.block_m * x_dtype.itemsize + columns * dtype.itemsize
+                            assert stage * tiles.block_k * tiles.num_stages <= limit
+                            assert min(tiles.block_m, tiles.block_k) >= 16 and tiles.block_n >= 32
+                            assert not tiles.tma or arch in (90, 100)
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("parts", ((), ("gamma",), ("row_scale",), ("gamma", "row_scale")), ids="+".join)
+def test_residual(kernels, parts, dtype, tiles):
+    x, weight, bias = problem((4, 17, 64), 48, dtype, bias="gamma" not in parts)
+    gamma, residual, row_scale = branch(x.shape, 48, dtype)
+    options = {name: value for name, value in (("gamma", gamma), ("row_scale", row_scale)) if name in parts}
+    out = check(kernels, x, weight, bias, config=tiles, residual=residual, **options)
+    again = kernels.linear_residual(
+        x, weight, bias, options.get("gamma"), residual, row_scale=options.get("row_scale"), config=tiles
+    )
+    assert torch.equal(out, again)
+    if "row_scale" in parts:
+        assert torch.equal(out[1], residual[1])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(
+    "x_dtype,dtype,residual_dtype,side_dtype",
+    (
+        (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float16, torch.bfloat16),
+    ),
+)
+def test_mixed_dtypes(kernels, x_dtype, dtype, residual_dtype, side_dtype):
+    x, weight, bias = problem((4, 17, 64), 48, dtype, x_dtype=x_dtype)
+    x = x.to(dtype).to(x_dtype)  # what counts is the product of the cast x
+    gamma, residual, row_scale = branch(x.shape, 48, side_dtype, residual_dtype)
+    check(kernels, x, weight, bias, config=TMA, gamma=gamma, residual=residual, row_scale=row_scale)
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bfloat16", "float32"))
+def test_a_2d_x_has_one_row_per_sample(kernels, dtype, tiles):
+    x, weight, bias = problem((40, 64), 48, dtype)
+    gamma, residual, row_scale = branch(x.shape, 48, dtype)
+    check(kernels, x, weight, bias, config=tiles, gamma=gamma, residual=residual, row_scale=row_scale)
+
+
+X_LAYOUTS = {
+    "without the class token": lambda x: x[:, 1:],
+    "transposed batch": lambda x: x.transpose(0, 1),
+    "transposed channels": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other channel": lambda x: x[..., ::2],
+    "offset by one element": lambda x: x.flatten()[1:-47].view(-1, 48),
+    "part of a packed tensor": lambda x: x.unflatten(2, (3, 16))[:, :, 1],
+    "expanded rows": lambda x: x[:, :1].expand(-1, 5, -1),
+    "three strides": lambda x: x.unflatten(1, (2, 4)).permute(1, 0, 2, 3),
+}
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("layout", X_LAYOUTS)
+def test_layouts_of_x_and_residual(kernels, layout, tiles):
+    x = X_LAYOUTS[layout](problem((3, 8, 48), 1, torch.float16)[0])
+    weight, bias = problem(x.shape, 64, torch.float16)[1:]
+    check(kernels, x, weight, bias, "gelu", config=tiles)
+    y, weight, bias = problem((*x.shape[:-1], 32), x.shape[-1], torch.float16)
+    gamma, _, row_scale = branch(y.shape, x.shape[-1], torch.float16)
+    out = check(kernels, y, weight, bias, config=tiles, gamma=gamma, residual=x, row_scale=row_scale)
+    same = kernels.linear_residual(y, weight, bias, gamma, x.contiguous(), row_scale=row_scale, config=tiles)
+    assert torch.equal(out, same)
+
+
+W_LAYOUTS = {
+    "transposed": lambda w: w.t().contiguous().t(),
+    "every other column": lambda w: torch.repeat_interleave(w, 2, 1)[:, ::2],
+    "every other row": lambda w: torch.repeat_interleave(w, 2, 0)[::2],
+    "offset by one element": lambda w: torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w),
+    "expanded row": lambda w: w[:1].expand_as(w),
+}
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("activation", (None, "swiglu"))
+@pytest.mark.parametrize("layout", W_LAYOUTS)
+def test_layouts_of_the_weight(kernels, layout, activation, tiles):
+    x, weight, bias = problem((2, 17, 48), 64, torch.float16)
+    strided = W_LAYOUTS[layout](weight)
+    assert not strided.is_contiguous() or strided.data_ptr() % 16
+    out = check(kernels, x, strided, torch.stack([bias, bias], 1)[:, 0], activation, config=tiles)
+    assert torch.equal(out, kernels.linear(x, strided.clone().contiguous(), bias, activation, config=tiles))
+
+
+@pytest.mark.interp
+def test_tma_only_where_it_may(kernels, monkeypatch):
+    made, shipped = [], kernels.TensorDescriptor
+    monkeypatch.setattr(kernels, "TensorDescriptor", lambda *args: made.append(1) or shipped(*args))
+    x, weight, bias = problem((2, 9, 64), 64, torch.float16)
+    padded = torch.zeros(64, 65, dtype=torch.float16)[:, :64]
+    for arguments, descriptors in (
+        ((x, weight, bias, None), 2),
+        ((x[:, 0], weight, bias, None), 2),
+        ((x[:, 1:], weight, bias, None), 0),
+        ((x[:, :1].expand(-1, 9, -1), weight, bias, None), 0),
+        ((x, weight.t(), bias, None), 0),
+        ((x, padded, bias, None), 0),
+        ((x.float(), weight, bias, None), 0),
+        ((x[..., :56], weight[:, :56], bias, None), 2),
+        ((x[..., :63], weight[:, :63], bias, None), 0),
+        ((x[..., 1:], weight[:, 1:], bias, None), 0),
+        ((x[..., :63].contiguous(), weight[:, :63].contiguous(), bias, None), 0),
+    ):
+        made.clear()
+        kernels.linear(*arguments, config=TMA)
+        assert len(made) == descriptors
+    made.clear()
+    kernels.linear(x, weight, bias, None, config=POINTERS)
+    assert not made
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_integers_come_out_exactly(kernels, dtype):
+    """Every tile and every path gives the same, true bits."""
+    generator = torch.Generator().manual_seed(1)
+    integers = lambda *shape: torch.randint(-4, 5, shape, generator=generator).to(dtype)  # noqa: E731
+    x, weight, bias, gamma = integers(2, 45, 40), integers(48, 40), integers(48), integers(48)
+    residual, row_scale = integers(2, 45, 48).float(), integers(2)
+    golden = formula(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale)
+    assert golden.abs().max() < 2**24 and golden.abs().max() > 100
+    for tiles in (
+        POINTERS, TMA, LinearConfig(16, 32, 16, 1, 4, 2, False), LinearConfig(16, 64, 16, 3, 4, 2, True),
+        LinearConfig(128, 128, 64, 8, 4, 3, False),
+    ):  # fmt: skip
+        out = kernels.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale, config=tiles)
+        assert torch.equal(out.double(), golden)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "quick_gelu", "relu"))
+def test_activation_curves(kernels, activation, dtype):
+    """Over all of the dtype's range: half an ulp of the true value, and 5e-5 of it for the approximation."""
+    ladder = torch.logspace(-6, math.log10(torch.finfo(dtype).max), 3000, dtype=torch.float64)
+    near = torch.linspace(-14, 14, 5001, dtype=torch.float64)
+    z = torch.cat([-ladder, near, ladder]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    out = kernels.linear(z[:, None], torch.ones(1, 1, dtype=dtype), None, activation, config=CURVE).double()[:, 0]
+    golden = exact_activation(z.double(), activation)
+    golden = torch.where(golden.isnan(), z.double().clamp(min=0), golden)  # exp overflows: the limit
+    spacing = torch.finfo(dtype).eps * 2.0 ** torch.floor(torch.log2(golden.abs().clamp(min=1e-300)))
+    spacing = spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    # Under 2^-64 the reciprocal of the cheap sigmoid is zero.
+    excess = (out - golden).abs() - spacing / 2 - 5e-5 * golden.abs() - 2.0**-64 * z.double().abs()
+    assert (excess <= 0).all(), (z[excess.argmax()], out[excess.argmax()], golden[excess.argmax()])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("activation", (None, "gelu", "gelu_tanh", "quick_gelu", "relu"))
+def test_not_a_number_and_infinity(kernels, activation, dtype):
+    z = torch.tensor([math.nan, math.inf, 0.0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+    out = kernels.linear(z[:, None], torch.ones(1, 1, dtype=dtype), None, activation, config=CURVE)[:, 0]
+    assert out[0].isnan() and out[1] == math.inf and (out[2:4] == 0).all()
+    assert out[4] == z[4] and (out[5] == (z[5] if activation is None else 0))
+
+
+@pytest.mark.interp
+@BOTH
+def test_a_bad_row_stays_alone(kernels, tiles):
+    x, weight, bias = problem((2, 20, 48), 64, torch.float16)
+    clean = kernels.linear(x, weight, bias, "gelu", config=tiles)
+    x[1, 7, 3] = math.nan
+    spoilt = kernels.linear(x, weight, bias, "gelu", config=tiles)
+    keep = torch.arange(40) != 27
+    assert torch.equal(spoilt.view(40, 64)[keep], clean.view(40, 64)[keep])
+    assert spoilt[1, 7].isnan().all()
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("shape", ((0, 5, 48), (2, 0, 48), (0, 48)))
+def test_nothing_to_do(kernels, shape):
+    x, weight, bias = problem(shape, 64, torch.float16)
+    assert kernels.linear(x, weight, bias, "swiglu").shape == (*shape[:-1], 32)
+    out = kernels.linear_residual(x, weight, bias, None, torch.zeros(*shape[:-1], 64))
+    assert out.shape == (*shape[:-1], 64) and out.dtype == torch.float32
+    y, mean, rstd = kernels.layer_norm_linear_fwd(x, None, None, 1e-6, weight, bias)
+    assert y.shape == (*shape[:-1], 64) and mean.shape == rstd.shape == (0,)
+
+
+@pytest.mark.interp
+def test_offsets_beyond_two_to_the_31(kernels):
+    """The memory is reserved, not used: only the pages that are touched exist."""
+    step = 2**31 + 64
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    with mmap.mmap(-1, (4 * step + 4096) * 2, flags=flags) as memory:
+        storage = torch.frombuffer(memory, dtype=torch.float16)
+        x, weight, bias = problem((2, 3, 16), 4, torch.float16)
+        residual = torch.randn(2, 3, 4).half()
+        expected = kernels.linear_residual(x, weight, bias, None, residual, config=POINTERS)
+        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 8)):
+            far = torch.as_strided(storage, x.shape, strides).copy_(x)
+            assert torch.equal(kernels.linear_residual(far, weight, bias, None, residual, config=POINTERS), expected)
+            far = torch.as_strided(storage, residual.shape, strides).copy_(residual)
+            assert torch.equal(kernels.linear_residual(x, weight, bias, None, far, config=POINTERS), expected)
+        for strides in ((step, 1), (1, step // 4)):
+            far = torch.as_strided(storage, weight.shape, strides).copy_(weight)
+            assert torch.equal(kernels.linear_residual(x, far, bias, None, residual, config=POINTERS), expected)
+            glu = kernels.linear(x, far, bias, "swiglu", config=POINTERS)
+            assert torch.equal(glu, kernels.linear(x, weight, bias, "swiglu", config=POINTERS))
+        del storage, far
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("activation", (None, "gelu", "swiglu"))
+def test_layer_norm_linear(kernels, activation, dtype):
+    x, weight, bias = problem((2, 17, 96), 64, dtype)
+    args = (x, torch.randn(96).to(dtype), torch.randn(96).to(dtype), 1e-6, weight, bias, activation)
+    out, mean, rstd = kernels.layer_norm_linear_fwd(*args, config=TMA)
+    golden, golden_mean, golden_rstd = reference.layer_norm_linear_fwd(
+        *(wide(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+    )
+    assert_within_budget(out, reference.layer_norm_linear(*args), golden)
+    torch.testing.assert_close(mean.double(), golden_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), golden_rstd, rtol=1e-5, atol=0)
+    assert torch.equal(out, kernels.layer_norm_linear(*args, config=TMA))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_layer_norm_linear_of_a_float32_stream(kernels, dtype):
+    x, weight, bias = problem((2, 18, 96), 64, dtype, x_dtype=torch.float32)
+    args = (x[:, 1:], torch.randn(96), torch.randn(96), 1e-6, weight, bias)
+    out = kernels.layer_norm_linear(*args, config=POINTERS)
+    golden = reference.layer_norm_linear(*(wide(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+    assert out.dtype == dtype
+    assert_within_budget(out, reference.layer_norm_linear(*args), golden)
+
+
+def test_reasons(kernels):
+    x, weight, bias = problem((2, 5, 48), 64, torch.float32)
+    residual = torch.zeros(2, 5, 64)
+    for reasons in (
+        kernels.linear_not_supported_reasons(x, weight, bias, "gelu"),
+        kernels.linear_residual_not_supported_reasons(x, weight, bias, None, residual),
+        kernels.layer_norm_linear_not_supported_reasons(x, None, None, 1e-6, weight, bias),
+    ):
+        assert bool(reasons) != kernels.INTERPRETED and len(reasons) <= 1
+    reasons = kernels.linear_residual_not_supported_reasons(x, weight, bias, None, residual.double())
+    assert any("float64" in reason for reason in reasons) != kernels.INTERPRETED
+    meta = torch.zeros(2, 65537, device="meta"), None, None, 1e-6, torch.zeros(8, 65537, device="meta"), None
+    assert any("65537" in reason for reason in kernels.layer_norm_linear_not_supported_reasons(*meta))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", ((64, 197, 768), (1, 197, 768), (3, 257, 1280), (2, 50, 147)))
+def test_gpu_activations(kernels, shape, activation, dtype):
+    args = problem(shape, 1024, dtype, device="cuda")
+    first = check(kernels, *args, activation)
+    assert torch.equal(first, kernels.linear(*args, activation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", ((64, 197, 3072), (1, 197, 3072), (4, 50, 2730)))
+def test_gpu_residual(kernels, shape, dtype):
+    x, weight, bias = problem(shape, 768, dtype, device="cuda")
+    for residual_dtype in (dtype, torch.float32):
+        gamma, residual, row_scale = branch(shape, 768, dtype, residual_dtype, device="cuda")
+        options = {"gamma": gamma, "residual": residual, "row_scale": row_scale}
+        first = check(kernels, x, weight, bias, **options)
+        assert torch.equal(first, kernels.linear(x, weight, bias, **options))
+        check(kernels, x[:, 1:], weight.t().contiguous().t(), bias, gamma=gamma, residual=residual[:, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_gpu_integers_come_out_exactly(kernels, dtype):
+    x, weight = (torch.randint(-4, 5, shape, device="cuda").to(dtype) for shape in ((8, 197, 768), (640, 768)))
+    residual = torch.zeros(8, 197, 640, device="cuda")
+    golden = formula(x, weight, None)
+    for tiles in (None, LinearConfig(64, 64, 64, 8, 4, 4, False), LinearConfig(128, 64, 32, 8, 4, 3, True)):
+        out = kernels.linear_residual(x, weight, None, None, residual, config=tiles)
+        assert torch.equal(out.cpu().double(), golden)
+
+
+@pytest.mark.gpu
+def test_gpu_tf32_only_when_asked(kernels):
+    x, weight, bias = problem((4, 197, 768), 768, torch.float32, device="cuda")
+    golden = formula(x, weight, bias)
+    exact = (kernels.linear(x, weight, bias).cpu() - golden).abs().max()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough = (kernels.linear(x, weight, bias).cpu() - golden).abs().max()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert exact < 1e-5 < rough < 1e-2
