@@ -195,16 +195,16 @@ def _linear_fwd_kernel(
             x = tl.load(x_ptrs, mask=x_mask, other=0.0)
             weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
         x = x.to(weight.dtype)
-        if UPCAST:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        if UPCAST is not None:
+            x, weight = x.to(UPCAST), weight.to(UPCAST)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
         if SWIGLU:
             if DESCRIPTORS:
                 value = weight_src.load([out_features + tile_n * BLOCK_N, k]).T
             else:
                 value = tl.load(weight_ptrs + value_offset, mask=weight_mask, other=0.0)
-            if UPCAST:
-                value = value.to(tl.float32)
+            if UPCAST is not None:
+                value = value.to(UPCAST)
             value_acc = tl.dot(x, value, value_acc, input_precision=PRECISION, out_dtype=ACC)
         if not DESCRIPTORS:
             x_ptrs += x_step
@@ -255,6 +255,15 @@ def _layout(x, stride_xo, stride_xi, weight, out_features):
     return describable, min(x_bytes, weight_bytes) < 16
 
 
+def _upcast(weight_dtype, out_dtype):
+    """The interpreter multiplies the bit patterns of bf16; a float64 residual wants float64 products."""
+    if not INTERPRETED or weight_dtype == torch.float64:
+        return None
+    if out_dtype == torch.float64:
+        return tl.float64
+    return tl.float32 if weight_dtype == torch.bfloat16 else None
+
+
 def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None, config=None):
     """out [B, ..., N] (N/2 for swiglu), in the residual's dtype or, without one, in the weight's."""
     swiglu = activation == "swiglu"
@@ -299,7 +308,7 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
             EVEN_K=descriptors or in_features % config.block_k == 0,
             ALIGN_K=16 if descriptors else math.gcd(16, in_features, stride_xo, stride_xi, weight.stride(0)),
             ALIGN_N=math.gcd(16, out_features, stride_ro, stride_ri),
-            UPCAST=INTERPRETED and weight.dtype == torch.bfloat16,
+            UPCAST=_upcast(weight.dtype, out_dtype),
             ACC=ln.accumulator(weight.dtype, out_dtype),
             PRECISION="tf32" if tf32 else "ieee",
             BLOCK_M=config.block_m,

@@ -201,6 +201,14 @@ def test_mixed_dtypes(kernels, x_dtype, dtype, residual_dtype, side_dtype):
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_float64_residual(kernels, dtype):
+    x, weight, bias = problem((4, 17, 64), 48, dtype)
+    gamma, residual, row_scale = branch(x.shape, 48, dtype, torch.float64)
+    check(kernels, x, weight, bias, config=TMA, gamma=gamma, residual=residual, row_scale=row_scale)
+
+
+@pytest.mark.interp
 @BOTH
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bfloat16", "float32"))
 def test_a_2d_x_has_one_row_per_sample(kernels, dtype, tiles):

@@ -10,16 +10,23 @@ Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix toke
 """
 
 import contextlib
+import logging
 import threading
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
+
+# torch ≤ 2.11 warns on import of its FLOP counter where Triton is absent; importing vit_fast is silent.
+_flop_log = logging.getLogger("torch.utils.flop_counter")
+_flop_log.disabled = True
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402
+
+_flop_log.disabled = False
 
 _library = torch.library.Library("vit_fast", "DEF")
 _interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals

@@ -85,7 +85,12 @@ def run(side_folder=None, everything=False, sample=3, match="", jobs=None, archs
 
 def compare(answer, ledger, archs=harness.ARCHS, partial=False):
     """``partial``: only some of what changed was compiled, so that nothing is missing or stale."""
-    result = Result(answer["triton"], len(answer["planned"]), answer["compiled"], failures=list(answer["problems"]))
+    result = Result(
+        answer["triton"],
+        planned=len(answer["planned"]),
+        compiled=answer["compiled"],
+        failures=list(answer["problems"]),
+    )
     known = {_key(e): e for e in ledger if e["triton"] == answer["triton"]}
     result.recorded = bool(known)
     compiled = {_key(e): e for e in answer["compiled"]}

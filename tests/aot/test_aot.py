@@ -97,7 +97,9 @@ def _answer(*entries, planned=None):
 
 
 def test_drift_shows():
-    assert ledger.compare(_answer(ENTRY), [ENTRY]).drift == []
+    same = ledger.compare(_answer(ENTRY), [ENTRY])
+    assert same.drift == [] and same.compiled == [ENTRY] and same.entries == [ENTRY] and same.recorded
+    assert not ledger.compare(_answer(ENTRY), []).recorded
     assert "+ " in ledger.compare(_answer(ENTRY), []).drift[0]
     assert "regs 100 → 101" in ledger.compare(_answer({**ENTRY, "regs": 101}), [ENTRY]).drift[0]
     gone = ledger.compare(_answer(ENTRY), [ENTRY, {**ENTRY, "id": "j"}]).drift
