@@ -44,32 +44,33 @@ class LinearConfig:
     tma: bool  # where addresses and strides allow it
 
 
-def pick_linear_config(rows, out_features, swiglu, x_dtype, weight_dtype, out_dtype, tf32, scattered, arch):
-    """swiglu has two accumulators, hence tiles half as wide; ``scattered``: loads under 16 bytes.
+def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scattered, arch):
+    """``dtype`` is that of x and weight. swiglu has two accumulators, hence tiles half as wide; ``scattered``: loads
+    under 16 bytes.
 
     128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. ``block_k`` does not change the
     bits: the sums over K run in one order.
     """
     columns = out_features * 2 if swiglu else out_features
     few = -(-rows // 128) * -(-columns // 128) < 128
-    large_memory = 90 <= arch < 120  # 227 KB of shared memory, wgmma or tcgen05; sm_86, sm_89 and sm_120 have 99 KB
-    tma = large_memory
-    if weight_dtype not in (torch.float16, torch.bfloat16) and not tf32:
+    hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
+    small = few and not blackwell  # tcgen05 works on 128 rows
+    tma = hopper or blackwell
+    if dtype not in (torch.float16, torch.bfloat16) and not tf32:
         tile = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
         tma = False
     elif scattered:
-        tile = (64, 64, 32, 4, 3) if few else (128, 128, 32, 8, 3)
+        tile = (64, 64, 32, 4, 3) if small else (128, 128, 32, 8, 3)
     elif tf32:
-        tile = (64, 64, 32, 4, 3) if few and arch < 100 else (128, 64, 32, 4, 3)
-    elif few and x_dtype == weight_dtype:
-        tile = (64, 64, 64, 4, 4) if arch < 100 or not large_memory else (128, 64, 64, 4, 4)
-    elif large_memory:
+        tile = (64, 64, 32, 4, 3) if small else (128, 64, 32, 4, 3)
+    elif few:
+        tile = (64, 64, 64, 4, 4) if small else (128, 64, 64, 4, 4)
+    elif tma:
         tile = (128, 128, 64, 4, 3)
     else:
-        tile = (128, 128, 32, 8 if out_dtype.itemsize > weight_dtype.itemsize else 4, 4)
+        tile = (128, 128, 32, 8 if out_dtype.itemsize > dtype.itemsize else 4, 4)
     block_m, block_n, block_k, num_warps, num_stages = tile
     return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
-
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch):
     if dtype in (torch.float32, torch.float64):
         if width > 128:
             return AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=2 if tf32 else 1)
-        if width > 80:
+        if width > 64:
             return AttentionConfig(block_m=32, block_n=32, num_warps=8, num_stages=1)
         return AttentionConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
     # Consumer Blackwell (120) has the MMA and the shared memory of sm_80 and sm_86.

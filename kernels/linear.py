@@ -4,8 +4,9 @@
 
 x [B, ..., K] and residual [B, ..., N] with any strides, weight [N, K] also as a transposed view, bias [N], gamma [N],
 row_scale [B], out [B, ..., N] contiguous. float32, float16, bfloat16 (float64 interpreted). The product is taken in the
-weight's dtype, to which x is cast, and accumulated in float32; the epilogue is float32; out has the residual's dtype,
-else the weight's.
+weight's dtype and accumulated in float32; the epilogue is float32; out has the residual's dtype, else the weight's.
+An x of another dtype is cast in a launch of its own (inside the GEMM, wgmma would serialise and Triton would multiply
+float32 weights as TF32 on sm_100); LayerNorm + linear and the branches of a block never need it.
 act: gelu (erf), gelu_tanh, quick_gelu, relu, or swiglu: the weight's rows are [gate | value], N/2 of each, and
 out = silu(gate) · value is N/2 wide, from two accumulators of one launch.
 
@@ -194,7 +195,6 @@ def _linear_fwd_kernel(
                 weight_mask = weight_mask & (lane < in_features - k)[:, None]
             x = tl.load(x_ptrs, mask=x_mask, other=0.0)
             weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
-        x = x.to(weight.dtype)
         if UPCAST is not None:
             x, weight = x.to(UPCAST), weight.to(UPCAST)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -276,7 +276,7 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
         return out
 
     rows_per_sample = rows // x.shape[0] if row_scale is not None else 0
-    x, split_x, x_inner, stride_xo, stride_xi = ln.row_layout(x)
+    x, split_x, x_inner, stride_xo, stride_xi = ln.row_layout(x.to(weight.dtype))
     split_residual, residual_inner, stride_ro, stride_ri, stride_rn = False, 0, 0, 0, 0
     if residual is not None:
         residual, split_residual, residual_inner, stride_ro, stride_ri = ln.row_layout(residual)
@@ -286,10 +286,10 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
     tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     describable, scattered = _layout(x, stride_xo, stride_xi, weight, out_features)
     config = config or configs.pick_linear_config(
-        rows, out_features, swiglu, x.dtype, weight.dtype, out_dtype, tf32, scattered, configs.arch_of(x.device)
+        rows, out_features, swiglu, weight.dtype, out_dtype, tf32, scattered, configs.arch_of(x.device)
     )
     x_src, weight_src = x, weight
-    descriptors = config.tma and describable and not split_x and x.dtype == weight.dtype
+    descriptors = config.tma and describable and not split_x
     if descriptors:
         x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
         weight_src = TensorDescriptor(

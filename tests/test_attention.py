@@ -206,6 +206,9 @@ def _layouts(qkv):
     wide = torch.full((batch, tokens, 2 * width + 5), math.nan, dtype=qkv.dtype)
     wide[..., 5::2] = qkv
     yield "every other channel, odd offset", wide[..., 5::2]
+    aligned = torch.full((batch, tokens, 2 * width + 8), math.nan, dtype=qkv.dtype)
+    aligned[..., :-8:2] = qkv
+    yield "every other channel, 16-byte rows", aligned[..., :-8:2]
     yield "tokens first", qkv.transpose(0, 1).contiguous().transpose(0, 1)
     yield "channels first", qkv.transpose(1, 2).contiguous().transpose(1, 2)
     padded = torch.full((batch, tokens + 3, width + 8), math.nan, dtype=qkv.dtype)
@@ -259,13 +262,10 @@ def test_descriptors_do_not_change_a_bit(kernels, monkeypatch, block_n, dtype):
         assert len(made) == (4 if block_n else 2)
         made.clear()
         assert all(torch.equal(a, b) for a, b in zip(pointers, descriptors, strict=True))
-    for unfit in (
-        random_qkv(2, 43, 2, 80, dtype),
-        random_qkv(2, 43, 2, 8, dtype),
-        random_qkv(2, 43, 2, 64, dtype)[:, ::43],
-    ):
-        view = torch.empty(unfit.numel() + 1, dtype=dtype)[1:].view(unfit.shape).copy_(unfit)
-        kernels.attention_fwd(view, 2, 0.1, config=config(32, block_n, True))
+    fits = random_qkv(2, 43, 2, 64, dtype)
+    shifted = torch.empty(fits.numel() + 1, dtype=dtype)[1:].view(fits.shape).copy_(fits)
+    for unfit in (random_qkv(2, 43, 2, 80, dtype), random_qkv(2, 43, 2, 8, dtype), fits[:1].expand(2, -1, -1), shifted):
+        kernels.attention_fwd(unfit, 2, 0.1, config=config(32, block_n, True))
         assert not made
 
 

@@ -6,6 +6,7 @@ several in both directions. Tiles are forced to 32 … 64 rows so that a few int
 shipped tiles of each architecture run on small shapes. Exactly representable integers must come out exactly.
 """
 
+import itertools
 import math
 import mmap
 
@@ -149,20 +150,16 @@ def test_shipped_configs(kernels, monkeypatch, dtype, arch):
 @pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
 def test_every_shape_has_a_config_that_fits(arch):
     limit = 227 * 1024 if arch in (90, 100) else 99 * 1024
-    for rows in (1, 197, 50432, 10**7):
-        for out_features in (1, 768, 4304):
-            for swiglu in (False, True):
-                for x_dtype in DTYPES:
-                    for dtype, tf32 in ((torch.float16, False), (torch.float32, False), (torch.float32, True)):
-                        for scattered in (False, True):
-                            tiles = configs.pick_linear_config(
-                                rows, out_features, swiglu, x_dtype, dtype, x_dtype, tf32, scattered, arch
-                            )
-                            columns = tiles.block_n * (2 if swiglu else 1)
-                            stage = tiles.block_m * x_dtype.itemsize + columns * dtype.itemsize
-                            assert stage * tiles.block_k * tiles.num_stages <= limit
-                            assert min(tiles.block_m, tiles.block_k) >= 16 and tiles.block_n >= 32
-                            assert not tiles.tma or arch in (90, 100)
+    types = ((torch.float16, False), (torch.float32, False), (torch.float32, True))
+    flags = (False, True)
+    for rows, out_features, swiglu, (dtype, tf32), out_dtype, scattered in itertools.product(
+        (1, 197, 50432, 10**7), (1, 768, 4304), flags, types, DTYPES, flags
+    ):
+        tiles = configs.pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scattered, arch)
+        stage = (tiles.block_m + tiles.block_n * (2 if swiglu else 1)) * tiles.block_k * dtype.itemsize
+        assert stage * tiles.num_stages <= limit
+        assert min(tiles.block_m, tiles.block_k) >= 16 and tiles.block_n >= 32
+        assert not tiles.tma or arch in (90, 100)
 
 
 @pytest.mark.interp

@@ -15,8 +15,11 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# (kernel, dtype): why it may spill.
-ALLOWED_SPILLS = {}
+# (kernel, dtype): (bytes at most, why). IEEE fp32 only: its dots are scalar FMAs, and ptxas settles on a register count
+# with a few values on the stack where one more step of it would have held them.
+ALLOWED_SPILLS = {
+    ("_patch_embed_fwd_kernel", "float32"): (32, "20 bytes for patch 14 on sm_100 under Triton 3.6, none under 3.7"),
+}
 
 # name: (tokens with prefix, width, heads, MLP width, patch)
 VITS = {

@@ -229,9 +229,10 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
     if ours.row["status"] != "ok":
         return rows, ours.row["status"] != "out of memory"
 
+    timing = (MIN_ROUNDS + 2) * len(providers) * ours.row["first_call_s"]
     for index, rival in enumerate(rivals):
         tell(f"{rival.name}, first call", (index + 1) / (len(rivals) + 1) / 2)
-        _first_call(rival, golden, eager, settings, budget, share)
+        _first_call(rival, golden, eager, settings, budget, budget.left() * share - timing)
     weights = measure.weight_bytes(contest.timm_model)
     for provider in providers:
         _attempt(provider, lambda provider=provider: _memory(provider, weights, settings.device), settings.device)
@@ -273,10 +274,10 @@ def _judge(ours, contest, pixels, settings):
     return golden, eager
 
 
-def _first_call(rival, golden, eager, settings, budget, share):
-    """Compiles the rival, unless time is too short for that, and compares its logits."""
+def _first_call(rival, golden, eager, settings, budget, seconds_left):
+    """Compiles the rival, unless the time left is too short for that, and compares its logits."""
     compiled = rival.name in COMPILE_MODES
-    if compiled and budget.left() * share < budget.longest_compile:
+    if compiled and seconds_left < budget.longest_compile:
         rival.row["status"] = "not timed: no time left to compile it"
         return
 
@@ -298,8 +299,8 @@ def _memory(provider, weights, device):
 
 def _warm_up(provider, calls, seconds, device):
     end = time.perf_counter() + seconds
-    for index in range(calls):
-        if index and time.perf_counter() > end:
+    for _ in range(calls):
+        if time.perf_counter() > end:
             break
         provider.call()
         if seconds < float("inf"):

@@ -13,6 +13,7 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 
 _flush = {}
 
@@ -120,14 +121,17 @@ def peak_memory(call, weights, device):
 
 
 def matmul_peak(dtype, device, budget=1.0):
-    """TFLOP/s of the fastest square matrix product of this dtype seen in about ``budget`` s, on random numbers."""
+    """TFLOP/s of the fastest square matrix product of this dtype seen in about ``budget`` s, on random numbers.
+
+    The second factor lies transposed, as in a linear layer: some libraries are slow on the other layout.
+    """
     best = 0.0
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        first, _ = seconds(lambda a=a, b=b: a @ b, device)
-        again, _ = seconds(lambda a=a, b=b: a @ b, device)
+        first, _ = seconds(lambda a=a, b=b: F.linear(a, b), device)
+        again, _ = seconds(lambda a=a, b=b: F.linear(a, b), device)
         count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))
-        fastest = min(step_times(lambda a=a, b=b: a @ b, count, device))
+        fastest = min(step_times(lambda a=a, b=b: F.linear(a, b), count, device))
         best = max(best, 2 * size**3 / fastest / 1e12)
         if again > budget:
             break
