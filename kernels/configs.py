@@ -116,7 +116,8 @@ def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch):
     width = -(-head_size // 16) * 16
     if dtype in (torch.float32, torch.float64):
         if width > 128:
-            return AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=2 if tf32 else 1)
+            warps, stages = (8, 2) if tf32 else (4, 1)
+            return AttentionConfig(block_m=16, block_n=16, num_warps=warps, num_stages=stages)
         if width > 64:
             return AttentionConfig(block_m=32, block_n=32, num_warps=8, num_stages=1)
         return AttentionConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)

@@ -274,7 +274,7 @@ def test_tma_only_where_it_may(kernels, monkeypatch):
         ((x[:, :1].expand(-1, 9, -1), weight, bias, None), 0),
         ((x, weight.t(), bias, None), 0),
         ((x, padded, bias, None), 0),
-        ((x.float(), weight, bias, None), 0),
+        ((x.float(), weight, bias, None), 2),
         ((x[..., :56], weight[:, :56], bias, None), 2),
         ((x[..., :63], weight[:, :63], bias, None), 0),
         ((x[..., 1:], weight[:, 1:], bias, None), 0),

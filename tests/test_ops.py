@@ -60,8 +60,8 @@ def _samples(backend, dtype=torch.float32, grad=True):
             None,
             backend,
         ),
-        "attention": (t(2, 5, 24), None, None, 2, 0.5, backend),
-        "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, backend),
+        "attention": (t(2, 5, 24), None, None, 2, 0.5, True, backend),
+        "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, True, backend),
         "patch_embed": (t(2, 3, 8, 8), t(8, 3, 4, 4), t(8), t(1, 4, 8), t(1, 2, 8), [4, 4], None, None, backend),
         "patch_embed_overlap": (t(2, 3, 9, 8), t(8, 3, 3, 4), t(8), None, t(2, 1, 8), [2, 1], *stats, backend),
         "patch_embed_uint8": (pixels, t(8, 3, 4, 4), None, None, None, [4, 4], *stats, backend),
@@ -99,6 +99,18 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck_interpreted(name):
     opcheck(_operator(name), _samples("triton")[name])
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
+def test_attention_without_statistics(backend):
+    """Inference asks for no LSE; a backward that wants one is told."""
+    qkv = torch.randn(2, 5, 24)
+    out, lse = OPS.attention_fwd(qkv, None, None, 2, 0.5, False, backend)
+    assert lse.numel() == 0
+    torch.testing.assert_close(out, OPS.attention_fwd(qkv, None, None, 2, 0.5, True, backend)[0])
+    opcheck(OPS.attention_fwd.default, (qkv, None, None, 2, 0.5, False, backend))
+    with pytest.raises(RuntimeError, match="with_lse is False"):
+        OPS.attention_fwd(qkv.requires_grad_(), None, None, 2, 0.5, False, backend)[0].sum().backward()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,7 +267,7 @@ def test_flops_are_counted():
         OPS.patch_embed_fwd(images, weight, None, None, None, [4, 4], None, None, "torch")
     assert registered.get_total_flops() == reference.get_total_flops() > 0
     with FlopCounterMode(display=False) as attention:
-        OPS.attention_fwd(torch.randn(2, 5, 24), None, None, 2, 0.5, "torch")
+        OPS.attention_fwd(torch.randn(2, 5, 24), None, None, 2, 0.5, False, "torch")
     assert attention.get_total_flops() == 2 * (2 * 2 * 5 * 5 * 8)
 
 

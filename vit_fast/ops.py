@@ -365,18 +365,26 @@ def layernorm_mlp(
 
 
 def _attention_forward(backend):
-    run = (reference if backend == "torch" else backends.kernel("attention")).attention_fwd
-    return lambda qkv, k, v, num_heads, scale: run(qkv, num_heads, scale, k=k, v=v)
+    module = reference if backend == "torch" else backends.kernel("attention")
+
+    def run(qkv, k, v, num_heads, scale, with_lse):
+        if with_lse:
+            return module.attention_fwd(qkv, num_heads, scale, k=k, v=v)
+        return module.attention(qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
+
+    return run
 
 
-def _attention_fake(qkv, k, v, num_heads, scale, backend):
+def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
     batch, tokens, width = qkv.shape
     out = qkv.new_empty((batch, tokens, width // 3 if k is None else width))
-    return out, qkv.new_empty((batch, num_heads, tokens), dtype=_stat(qkv))
+    return out, qkv.new_empty((batch, num_heads, tokens) if with_lse else 0, dtype=_stat(qkv))
 
 
 def _attention_backward(grad, inputs, saved, needs):
-    qkv, k, v, num_heads, scale = inputs
+    qkv, k, v, num_heads, scale, with_lse = inputs
+    if not with_lse:
+        raise RuntimeError("vit_fast.attention: with_lse is False, expected True where gradients are wanted")
     return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, *saved)
 
 
@@ -388,7 +396,7 @@ def _attention_flops(qkv, k, v, num_heads, scale, *_, **__):
 
 _register(
     "attention",
-    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale",
+    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse",
     "(Tensor, Tensor)",
     (0, 1, 2),
     _attention_forward,
@@ -460,7 +468,9 @@ def attention(
         q, k, v = qkv.chunk(3, dim=-1) if k is None else (qkv, k, v)
         qkv, k = _normalise_heads(q, num_heads, q_norm), _normalise_heads(k, num_heads, k_norm)
     qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
-    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, name)[0]
+    # Only a backward needs the LSE, and it costs the kernel registers.
+    with_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, k, v))
+    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, with_lse, name)[0]
 
 
 # patch_embed

@@ -229,7 +229,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
     if ours.row["status"] != "ok":
         return rows, ours.row["status"] != "out of memory"
 
-    timing = (MIN_ROUNDS + 2) * len(providers) * ours.row["first_call_s"]
+    timing = (MIN_ROUNDS + 1) * len(providers) * ours.row["first_call_s"]
     for index, rival in enumerate(rivals):
         tell(f"{rival.name}, first call", (index + 1) / (len(rivals) + 1) / 2)
         _first_call(rival, golden, eager, settings, budget, budget.left() * share - timing)
