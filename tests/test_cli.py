@@ -122,6 +122,29 @@ def test_one_channel(json_file):
     assert json.loads(json_file.read_text())[0]["status"] == "ok"
 
 
+@pytest.mark.parametrize("words", [("scratch", "1,2"), ("lanl", "1")])
+def test_family_against_plain_pytorch(words, json_file):
+    """A family's main preset; one image and one output are a comparison too."""
+    name, sizes = words
+    flags = ["bench", "--family", name, "-b", sizes, "--device", "cpu", "--num-bench-iter", "3"]
+    assert run(*flags, "--results-file", json_file) == 0
+    rows = json.loads(json_file.read_text())
+    assert [row["provider"] for row in rows] == ["vit_fast", "torch"] * len(sizes.split(","))
+    assert all(row["status"] == "ok" and row["parity_passed"] and row["model"] == name for row in rows)
+
+
+def test_family_peers_have_the_familys_numbers():
+    from vit_fast.cli import families
+    from vit_fast.cli.bench import FAMILIES
+
+    assert set(families.FAMILIES) == set(FAMILIES)
+    with torch.no_grad():
+        for name, peer in (("deit", "timm"), ("clip", "open_clip")):
+            model, rivals = families.contestants(name, compare._perturb)
+            x = torch.randn(1, 3, 224, 224)
+            torch.testing.assert_close(model(x), rivals[peer](x), rtol=1e-4, atol=1e-4)
+
+
 def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
     shipped = vit_fast.create_model
 
@@ -178,6 +201,7 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
     [
         (["--precision", "int8"], "--precision", "float32, bfloat16 or float16"),
         (["--rivals", "eager,tensorrt"], "--rivals", "eager, compile or compile-max-autotune"),
+        (["--family", "vgg"], "--family", "clip, deit, hybrid, scratch, lanl, t2t or all"),
         (["--backend", "metal"], "--backend", "auto, triton, cuda, cpu or torch"),
         (["--batch-size", "8,0"], "--batch-size", "whole number of 1 or more"),
         (["--batch-size", "many"], "--batch-size", "whole number of 1 or more"),

@@ -1,6 +1,7 @@
 """``vit-fast bench``: its flags, checked before anything heavy is imported; ``compare`` does the work."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 
 from . import require
 
+DEFAULT_MODEL = "vit_base_patch16_224"
+FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 RIVALS = ("eager", "compile", "compile-max-autotune")
 PRECISIONS = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
@@ -107,7 +110,7 @@ def _results_format(path, word):
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = "vit_base_patch16_224",
+    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = DEFAULT_MODEL,
     batch_size: Annotated[
         str | None,
         typer.Option("--batch-size", "-b", help="One, or several: 1,8,64. [default: GPU 1,8,64,256, CPU 1,4]"),
@@ -128,6 +131,10 @@ def bench(
     rivals: Annotated[
         str, typer.Option(help="Any of eager,compile,compile-max-autotune (timm through torch.compile), or none.")
     ] = ",".join(RIVALS),
+    family: Annotated[
+        str | None,
+        typer.Option(help="Instead of --model: a family's main preset against plain PyTorch, or all of them."),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
     ] = None,
@@ -170,6 +177,15 @@ def bench(
         raise _wrong("--amp", precision, "float32 weights: leave out --precision")
     if backend is not None:
         _one_of("--backend", backend, BACKENDS)
+    if family is not None:
+        _one_of("--family", family, (*FAMILIES, "all"))
+        for flag, given in (
+            ("--model", model != DEFAULT_MODEL),
+            ("--img-size", img_size),
+            ("--pretrained", pretrained),
+        ):
+            if given:
+                raise _wrong(flag, given, "it without --family")
     if images is not None and not images.is_dir():
         raise _wrong("--images", str(images), "a folder of photographs")
     rivals = _list_of("--rivals", rivals, RIVALS)
@@ -200,9 +216,19 @@ def bench(
         backend=backend,
     )
     seconds = TIME_BUDGET[target.type] if time_budget is None else time_budget
-    with report.progress() as tell:
-        rows, failed = compare.run(settings, compare.TimeBudget(seconds, start), tell)
-    report.print_report(rows, settings, seconds)
+    contests = [settings]
+    if family is not None:
+        names = FAMILIES if family == "all" else (family,)
+        contests = [replace(settings, family=name, model=name, model_kwargs={}) for name in names]
+    rows, failed, budgeted = [], False, seconds > 0
+    for index, contest in enumerate(contests):
+        began = start if index == 0 else time.perf_counter()
+        limit = max(seconds / (len(contests) - index), 1.0) if budgeted else 0.0
+        with report.progress() as tell:
+            its_rows, its_failed = compare.run(contest, compare.TimeBudget(limit, began), tell)
+        report.print_report(its_rows, contest, limit)
+        seconds -= time.perf_counter() - began
+        rows, failed = rows + its_rows, failed or its_failed
     if results_file is not None:
         report.write_rows(rows, results_file, file_format)
         print(f"rows: {results_file}")

@@ -1,4 +1,6 @@
-"""The benchmark itself: vit_fast against timm, on the same weights, pixels and dtype, in one run.
+"""The benchmark itself: vit_fast against its rivals, on the same weights, pixels and dtype, in one run.
+
+The first rival's model is the reference of parity: timm's, or for a family (``families``) the plain PyTorch form.
 
 Parity comes first: a batch size whose logits are out of budget is not timed, and the run counts as failed. Then the
 providers are timed in interleaved rounds, so that a clock that drifts drifts for all of them. One row is one provider
@@ -44,6 +46,7 @@ class Settings:
     pretrained: bool = False
     images: Path | None = None
     backend: str | None = None
+    family: str | None = None
 
     @property
     def compute_dtype(self):
@@ -63,10 +66,11 @@ class TimeBudget:
 
 @dataclass
 class Contest:
-    """The two models with the same weights, their pixels, and what every row says of them."""
+    """Models with the same weights, their pixels, and what every row says of them."""
 
-    timm_model: torch.nn.Module
+    reference: torch.nn.Module
     our_model: torch.nn.Module
+    rivals: dict
     pixels: torch.Tensor
     flops: int
     facts: dict
@@ -116,7 +120,18 @@ def _perturb(model):
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.02 if parameter.dim() > 1 else 0.1)
 
 
+def _family_models(settings):
+    """(reference, our model, rivals) of a family."""
+    from . import families
+
+    our_model, rivals = families.contestants(settings.family, _perturb)
+    for model in (our_model, *rivals.values()):
+        model.to(settings.device, getattr(torch, settings.precision)).requires_grad_(False)
+    return rivals["torch"], our_model, rivals
+
+
 def _models(settings):
+    """(timm's model, our model, rivals) with the same weights."""
     words = dict(settings.model_kwargs)
     if settings.img_size is not None:
         words["img_size"] = settings.img_size
@@ -135,29 +150,40 @@ def _models(settings):
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     for model in (timm_model, our_model):
         model.to(settings.device, getattr(torch, settings.precision), memory_format=layout).requires_grad_(False)
-    return timm_model, our_model
+    return timm_model, our_model, dict.fromkeys(settings.rivals, timm_model)
 
 
-def _prepare(settings, tell):
-    timm_model, our_model = _models(settings)
-    config = timm_model.pretrained_cfg
+def _input_of(reference, settings):
+    """(height, width, mean, std) of the images that a model takes."""
+    if settings.family:
+        from .families import FAMILIES
+
+        channels, height, width = FAMILIES[settings.family].input_size
+        return height, width, (0.5,) * channels, (0.5,) * channels
+    config = reference.pretrained_cfg
     side = (settings.img_size,) * 2 if settings.img_size else config["input_size"][1:]
-    height, width = getattr(getattr(timm_model, "patch_embed", None), "img_size", None) or side
+    height, width = getattr(getattr(reference, "patch_embed", None), "img_size", None) or side
     mean, std = config["mean"], config["std"]
     channels = settings.model_kwargs.get("in_chans", len(mean))
     if channels != len(mean):
         mean = std = (0.5,) * channels
+    return height, width, mean, std
+
+
+def _prepare(settings, tell):
+    reference, our_model, rivals = (_family_models if settings.family else _models)(settings)
+    height, width, mean, std = _input_of(reference, settings)
     photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, mean, std)
     for skipped in photos.skipped:
         tell.warn(f"skipped {skipped}")
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     pixels = photos.pixels.to(settings.device, getattr(torch, settings.precision), memory_format=layout)
-    flops = measure.flops_per_image(timm_model, pixels)
+    flops = measure.flops_per_image(reference, pixels)
     facts = {
         "model": settings.model,
         "infer_img_size": height if height == width else f"{height}x{width}",
         "infer_gmacs": flops / 2e9,
-        "param_count": sum(p.numel() for p in timm_model.parameters()) / 1e6,
+        "param_count": sum(p.numel() for p in reference.parameters()) / 1e6,
         "precision": settings.precision,
         "amp_dtype": settings.amp_dtype,
         "channels_last": settings.channels_last,
@@ -175,7 +201,7 @@ def _prepare(settings, tell):
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Contest(timm_model, our_model, pixels, flops, facts)
+    return Contest(reference, our_model, rivals, pixels, flops, facts)
 
 
 def _caller(model, pixels, settings):
@@ -208,8 +234,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
     # torch.compile gives up on a function after a number of shapes, silently: each batch size starts afresh.
     torch._dynamo.reset()
     providers = [Provider("vit_fast", _caller(contest.our_model, pixels, settings), {})]
-    for rival in settings.rivals:
-        model = contest.timm_model
+    for rival, model in contest.rivals.items():
         if rival in COMPILE_MODES:
             model = torch.compile(model, mode=COMPILE_MODES[rival], dynamic=False)
         providers.append(Provider(rival, _caller(model, pixels, settings), {}))
@@ -233,7 +258,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
     for index, rival in enumerate(rivals):
         tell(f"{rival.name}, first call", (index + 1) / (len(rivals) + 1) / 2)
         _first_call(rival, golden, eager, settings, budget, budget.left() * share - timing)
-    weights = measure.weight_bytes(contest.timm_model)
+    weights = measure.weight_bytes(contest.reference)
     for provider in providers:
         _attempt(provider, lambda provider=provider: _memory(provider, weights, settings.device), settings.device)
     _rounds(providers, settings, budget, share, tell)
@@ -255,8 +280,8 @@ def _attempt(provider, work, device):
 
 def _judge(ours, contest, pixels, settings):
     """Fills in vit_fast's parity, its first call and which backends ran; returns golden and eager logits."""
-    golden = parity.golden_logits(contest.timm_model, pixels)
-    eager = _caller(contest.timm_model, pixels, settings)().clone()
+    golden = parity.golden_logits(contest.reference, pixels)
+    eager = _caller(contest.reference, pixels, settings)().clone()
     with backends.recording() as choices:
         first, logits = measure.seconds(ours.call, settings.device)
     counted = Counter(f"{chosen} {op}" for op, chosen, _ in choices)

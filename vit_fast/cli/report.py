@@ -120,8 +120,9 @@ def _sentences(rows, settings, seconds):
     verdicts = [row for row in rows if row["provider"] == "vit_fast" and "parity_passed" in row]
     if verdicts:
         worst = max(verdicts, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
+        reference = "plain PyTorch" if settings.family else "timm eager"
         yield (
-            f"Parity with timm eager {'holds' if all(row['parity_passed'] for row in verdicts) else 'FAILS'}: "
+            f"Parity with {reference} {'holds' if all(row['parity_passed'] for row in verdicts) else 'FAILS'}: "
             f"error {worst['parity_error']:.2e}, allowed {worst['parity_allowed']:.2e}, eager's own "
             f"{worst['parity_eager_error']:.2e}; against eager max-abs {worst['parity_max_abs']:.2e}, "
             f"cosine {worst['parity_cosine']:.7f}, top-1 agreement {worst['parity_top1']:.1%}."
@@ -139,7 +140,7 @@ def _sentences(rows, settings, seconds):
 
 def print_report(rows, settings, seconds):
     """The table and what has to be known to read it."""
-    print_table(rows, settings.rivals)
+    print_table(rows, [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "vit_fast"])
     print()
     for sentence in _sentences(rows, settings, seconds):
         print(sentence)
@@ -187,7 +188,7 @@ def draw(rows, path):
         median = [row["infer_samples_per_sec"] for row in own]
         below = [row["infer_samples_per_sec"] - row["infer_samples_per_sec_p20"] for row in own]
         above = [row["infer_samples_per_sec_p80"] - row["infer_samples_per_sec"] for row in own]
-        label = provider if provider == "vit_fast" else f"timm {provider}"
+        label = provider if provider in ("vit_fast", "torch", "timm", "open_clip") else f"timm {provider}"
         bars = axes.bar(places, median, width, yerr=[below, above], capsize=2, label=label)
         axes.bar_label(bars, [f"{value:.3g}" for value in median], fontsize=7, padding=2)
     speeds = [row["infer_samples_per_sec"] for row in rows]
