@@ -18,6 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # (kernel, dtype): (bytes at most, why). IEEE fp32 only: its dots are scalar FMAs, and ptxas settles on a register count
 # with a few values on the stack where one more step of it would have held them.
 ALLOWED_SPILLS = {
+    ("_attention_fwd_streaming_kernel", "float32"): (80, "16 to 76 bytes at head sizes 48 and 64 on sm_90 and sm_100"),
     ("_patch_embed_fwd_kernel", "float32"): (32, "20 bytes for patch 14 on sm_100 under Triton 3.6, none under 3.7"),
 }
 

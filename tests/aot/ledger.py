@@ -83,6 +83,10 @@ def run(side_folder=None, everything=False, sample=3, match="", jobs=None, archs
     return compare(answer, ledger, archs, partial=bool(match))
 
 
+def _violations(entry):
+    return [f"{label(entry)}: {text}" for text in harness.violations(entry, cases.ALLOWED_SPILLS)]
+
+
 def compare(answer, ledger, archs=harness.ARCHS, partial=False):
     """``partial``: only some of what changed was compiled, so that nothing is missing or stale."""
     result = Result(
@@ -100,9 +104,10 @@ def compare(answer, ledger, archs=harness.ARCHS, partial=False):
         if key not in compiled:
             if key in known:
                 result.entries.append(known[key])
+                result.failures += _violations(known[key])
             continue
         fresh = compiled[key]
-        result.failures += [f"{label(fresh)}: {text}" for text in harness.violations(fresh, cases.ALLOWED_SPILLS)]
+        result.failures += _violations(fresh)
         if "error" in fresh:
             continue
         result.entries.append(fresh)

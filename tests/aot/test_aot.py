@@ -106,6 +106,8 @@ def test_drift_shows():
     gone = ledger.compare(_answer(ENTRY), [ENTRY, {**ENTRY, "id": "j"}]).drift
     assert len(gone) == 1 and gone[0].startswith("- ")
     assert ledger.compare({**_answer(ENTRY), "problems": ["x"]}, [ENTRY]).failures == ["x"]
+    spilling = {**ENTRY, "spill": 8}
+    assert "spills 8" in ledger.compare(_answer(planned=[ENTRY]), [spilling]).failures[0]
 
 
 def test_changed_source_is_compiled_again():

@@ -223,7 +223,7 @@ def bench(
     rows, failed, budgeted = [], False, seconds > 0
     for index, contest in enumerate(contests):
         began = start if index == 0 else time.perf_counter()
-        limit = max(seconds / (len(contests) - index), 1.0) if budgeted else 0.0
+        limit = max(seconds / (len(contests) - index), 1e-3) if budgeted else 0.0
         with report.progress() as tell:
             its_rows, its_failed = compare.run(contest, compare.TimeBudget(limit, began), tell)
         report.print_report(its_rows, contest, limit)
