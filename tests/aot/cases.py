@@ -59,15 +59,27 @@ def matmul_precision(precision):
 
 
 def attention_cases():
-    from vit_fast.kernels.attention import attention
+    from vit_fast.kernels.attention import attention, attention_fwd
 
-    def call(batch, tokens, heads, head_size, dtype):
-        attention(torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
+    def call(batch, tokens, heads, head_size, dtype, forward=attention):
+        forward(torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5)
+
+    def pooled(batch, tokens, heads, head_size, dtype):
+        query, key_value = (torch.empty(batch, n, heads * head_size * m, dtype=dtype) for n, m in ((1, 1), (tokens, 2)))
+        k, v = key_value.chunk(2, dim=-1)
+        attention(query, heads, head_size**-0.5, k=k, v=v)
 
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, heads, _, _) in VITS.items():
                 yield case("attention", name, dtype, call, batch, tokens, heads, width // heads, dtype)
+        for name in ("base", "huge", "so400m"):
+            tokens, width, heads, _, _ = VITS[name]
+            if dtype != torch.float32:
+                yield case(
+                    "attention with LSE", name, dtype, call, 64, tokens, heads, width // heads, dtype, attention_fwd
+                )
+        yield case("attention pooled", "base", dtype, pooled, 64, 196, 12, 64, dtype)
         for head_size in (32, 48, 88, 96, 104, 128):
             yield case("attention", f"head size {head_size}", dtype, call, 2, 257, 8, head_size, dtype)
 
