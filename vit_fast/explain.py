@@ -33,9 +33,10 @@ class Explanation(list):
         for row in self:
             name = ".".join("*" if part.isdigit() else part for part in row.module.split("."))
             folded[name or "(model)", row.operation, row.backend, "; ".join(row.reasons)] += 1
-        lines = [f"{'module':<14}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
+        width = max([12, *(len(name) for name, *_ in folded)]) + 2
+        lines = [f"{'module':<{width}}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
         for (name, operation, chosen, why), calls in folded.items():
-            lines.append(f"{name:<14}{operation:<20}{calls:>5}  {chosen:<8}{why}".rstrip())
+            lines.append(f"{name:<{width}}{operation:<20}{calls:>5}  {chosen:<8}{why}".rstrip())
         return "\n".join(lines)
 
 

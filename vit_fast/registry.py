@@ -172,8 +172,9 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str | Non
         name: one of ``list_models()``; a tag after a dot ("vit_base_patch16_224.augreg_in21k") chooses among timm's
             weights and matters only with ``pretrained``.
         pretrained: loads timm's weights for that name, through timm and huggingface_hub.
-        checkpoint_path: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file in timm's keys instead.
-        kwargs: constructor words of ``VisionTransformer``; they stand over the preset's.
+        checkpoint_path: a file instead: ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` in timm's keys (a family's own
+            keys for its presets), or Google's ``.npz``.
+        kwargs: constructor words of ``VisionTransformer``, or of the family; they stand over the preset's.
     Returns:
         the model, in training mode as timm's, with ``default_cfg`` (input_size, mean, std, num_classes).
     Raises:
