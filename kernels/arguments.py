@@ -3,7 +3,7 @@
 Each ``check_<op>`` reads shapes, dtypes and devices and nothing else; it raises before anything is
 allocated or launched. The words are those of the signature: which operation, which argument, what
 came, what is wanted. Callers' mistakes are ``TypeError`` (wrong Python type) or ``ValueError``
-(rank, shape, dtype, device, value).
+(rank, shape, dtype, device, value). The checks run on every call, so the usual types are recognised first.
 """
 
 import math
@@ -50,14 +50,14 @@ def _check_vector(op, name, value, size, why, like_name, like, dtype=None):
 
 
 def _check_int(op, name, value, minimum=1):
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected an int")
     if value < minimum:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected {minimum} or more")
 
 
 def _check_real(op, name, value):
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a float")
     if not -math.inf < value < math.inf:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a finite number")

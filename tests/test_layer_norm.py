@@ -158,6 +158,7 @@ def test_float64(kernels):
 LAYOUTS = {
     "without the class token": lambda x: x[:, 1:],
     "one token": lambda x: x[:, 3],
+    "one token, axis kept": lambda x: x[:, 3:4],
     "transposed batch": lambda x: x.transpose(0, 1),
     "transposed channels": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "every other channel": lambda x: x[..., ::2],
@@ -166,6 +167,9 @@ LAYOUTS = {
     "expanded rows": lambda x: x[:, :1].expand(-1, 5, -1),
     "expanded batch": lambda x: x[:1].expand(4, -1, -1),
     "one row": lambda x: x[1:2, 4:5],
+    "one image": lambda x: x[1:2, 1:],
+    "part of every channel vector": lambda x: x[..., 1:41],
+    "overlapping rows": lambda x: x.as_strided((3, 4, 48), (24, 24, 1)),
     "three strides": lambda x: x.unflatten(1, (2, 4)).permute(1, 0, 2, 3),
     "four axes, two strides": lambda x: x.unflatten(1, (2, 4))[:, 1:],
 }
@@ -185,11 +189,17 @@ def test_layouts(kernels, layout):
     check(kernels, x, weight, bias, config=wide)
 
 
-def test_only_three_strides_are_copied(kernels):
+def test_rows_need_no_more_strides_than_they_have(kernels):
     x = torch.zeros(3, 8, 48)
+    split = {
+        "without the class token", "transposed batch", "transposed channels", "expanded rows", "expanded batch",
+        "four axes, two strides", "overlapping rows",
+    }  # fmt: skip
     for name, layout in LAYOUTS.items():
         view = layout(x)
-        assert (kernels.row_layout(view)[0] is view) == (name != "three strides"), name
+        rows = kernels.row_layout(view)
+        assert (rows[0] is view) == (name != "three strides"), name
+        assert rows[1] == (name in split), name
 
 
 @pytest.mark.interp
@@ -260,7 +270,8 @@ def test_offsets_beyond_two_to_the_31(kernels, block):
         storage = torch.frombuffer(memory, dtype=torch.float16)
         small = problem((2, 3, 48), torch.float16)[0]
         expected = kernels.layer_norm_fwd(small, None, None, 1e-6, config=config)
-        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 32)):
+        third = step // 3  # the batch stride that continues it makes all rows lie at one stride
+        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 32), (3 * third, third, 1)):
             far = torch.as_strided(storage, small.shape, strides).copy_(small)
             for actual, wanted in zip(kernels.layer_norm_fwd(far, None, None, 1e-6, config=config), expected):
                 assert torch.equal(actual, wanted)

@@ -21,6 +21,7 @@ DTYPE_IDS = ("float16", "bfloat16", "float32")
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 POINTERS = LinearConfig(32, 32, 32, 2, 4, 2, False)
 TMA = LinearConfig(64, 32, 64, 8, 4, 2, True)
+SHORT = LinearConfig(16, 32, 16, 2, 4, 2, False)
 CURVE = LinearConfig(2048, 32, 16, 1, 4, 1, False)  # a column of pre-activations in few programs
 BOTH = pytest.mark.parametrize("tiles", (POINTERS, TMA), ids=("pointers", "tma"))
 
@@ -272,6 +273,7 @@ def test_tma_only_where_it_may(kernels, monkeypatch):
         ((x[:, 0], weight, bias, None), 2),
         ((x[:, 1:], weight, bias, None), 0),
         ((x[:, :1].expand(-1, 9, -1), weight, bias, None), 0),
+        ((x[0, :1].expand(9, -1), weight, bias, None), 0),
         ((x, weight.t(), bias, None), 0),
         ((x, padded, bias, None), 0),
         ((x.float(), weight, bias, None), 2),
@@ -364,19 +366,20 @@ def test_offsets_beyond_two_to_the_31(kernels):
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     with mmap.mmap(-1, (4 * step + 4096) * 2, flags=flags) as memory:
         storage = torch.frombuffer(memory, dtype=torch.float16)
-        x, weight, bias = problem((2, 3, 16), 4, torch.float16)
+        x, weight, bias = problem((2, 3, 40), 4, torch.float16)
         residual = torch.randn(2, 3, 4).half()
-        expected = kernels.linear_residual(x, weight, bias, None, residual, config=POINTERS)
-        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 8)):
+        expected = kernels.linear_residual(x, weight, bias, None, residual, config=SHORT)
+        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 16), (3 * (step // 3), step // 3, 1)):
             far = torch.as_strided(storage, x.shape, strides).copy_(x)
-            assert torch.equal(kernels.linear_residual(far, weight, bias, None, residual, config=POINTERS), expected)
+            assert torch.equal(kernels.linear_residual(far, weight, bias, None, residual, config=SHORT), expected)
+        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 2), (3 * (step // 3), step // 3, 1)):
             far = torch.as_strided(storage, residual.shape, strides).copy_(residual)
-            assert torch.equal(kernels.linear_residual(x, weight, bias, None, far, config=POINTERS), expected)
-        for strides in ((step, 1), (1, step // 4)):
+            assert torch.equal(kernels.linear_residual(x, weight, bias, None, far, config=SHORT), expected)
+        for strides in ((step, 1), (step // 2, 1), (1, step // 16)):
             far = torch.as_strided(storage, weight.shape, strides).copy_(weight)
-            assert torch.equal(kernels.linear_residual(x, far, bias, None, residual, config=POINTERS), expected)
-            glu = kernels.linear(x, far, bias, "swiglu", config=POINTERS)
-            assert torch.equal(glu, kernels.linear(x, weight, bias, "swiglu", config=POINTERS))
+            assert torch.equal(kernels.linear_residual(x, far, bias, None, residual, config=SHORT), expected)
+            glu = kernels.linear(x, far, bias, "swiglu", config=SHORT)
+            assert torch.equal(glu, kernels.linear(x, weight, bias, "swiglu", config=SHORT))
         del storage, far
 
 
@@ -454,6 +457,17 @@ def test_gpu_integers_come_out_exactly(kernels, dtype):
     for tiles in (None, LinearConfig(64, 64, 64, 8, 4, 4, False), LinearConfig(128, 64, 32, 8, 4, 3, True)):
         out = kernels.linear_residual(x, weight, None, None, residual, config=tiles)
         assert torch.equal(out.cpu().double(), golden)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("activation", (None, "gelu", "gelu_tanh", "quick_gelu", "relu"))
+def test_gpu_not_a_number_and_infinity(kernels, activation, dtype):
+    """The interpreter's min and max pass NaN on where the chip's need to be told to."""
+    z = torch.tensor([math.nan, math.inf, 0.0, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+    out = kernels.linear(z[:, None].cuda(), torch.ones(1, 1, dtype=dtype, device="cuda"), None, activation)[:, 0].cpu()
+    assert out[0].isnan() and out[1] == math.inf and out[2] == 0
+    assert out[3] == z[3] and (out[4] == (z[4] if activation is None else 0))
 
 
 @pytest.mark.gpu
