@@ -127,9 +127,11 @@ def test_backward_operator(name):
     opcheck(_operator(name, "bwd"), (torch.randn_like(outputs[0]), *arguments[:-1], *saved, needs, "torch"))
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "patch_embed_uint8"])
-def test_gradcheck(name):
-    arguments = _samples("torch", torch.float64)[name]
+def test_gradcheck(name, backend):
+    """float64; with triton the outputs and statistics of the forward kernels feed the backward formulas."""
+    arguments = _samples(backend, torch.float64)[name]
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
 
     def run(*values):
@@ -137,22 +139,7 @@ def test_gradcheck(name):
         out = _operator(name)(*(next(values) if isinstance(a, torch.Tensor) else a for a in arguments))
         return out[0] if isinstance(out, tuple) else out
 
-    assert torch.autograd.gradcheck(run, tensors)
-
-
-@pytest.mark.interp
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "patch_embed_uint8"])
-def test_gradcheck_interpreted(name):
-    """float64 gradcheck through the forward kernels: their outputs and statistics feed the backward formulas."""
-    arguments = _samples("triton", torch.float64)[name]
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-
-    def run(*values):
-        values = iter(values)
-        out = _operator(name)(*(next(values) if isinstance(a, torch.Tensor) else a for a in arguments))
-        return out[0] if isinstance(out, tuple) else out
-
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("name", ["layernorm_mlp", "attention_pooled", "linear_residual"])

@@ -612,6 +612,13 @@ def test_bad_words(words, message):
         clip.build(**words)
 
 
+def test_missing_words_are_named_after_the_variant():
+    with pytest.raises(ValueError, match="variant is 'vit', expected one of 'openai'"):
+        clip.build(variant="vit")
+    with pytest.raises(TypeError, match="patch_size and width not given"):
+        clip.build()
+
+
 def test_unknown_and_missing_words_are_type_errors():
     for words in (dict(width=64), dict(patch_size=8, width=64, img_size=32, colour=1), dict(patch_size="8", width=64)):
         with pytest.raises(TypeError):

@@ -335,6 +335,10 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
     Raises:
         TypeError, ValueError: bad words, named with what came and what is wanted.
     """
+    words.one_of("clip", "variant", variant, VARIANTS)
+    missing = [name for name in ("patch_size", "width") if name not in constructor_words]
+    if missing:
+        raise TypeError(f"vit_fast.systems.clip: {' and '.join(missing)} not given, expected an int (pixels, D)")
     if variant == "open_clip":
         constructor_words.setdefault("output_dim", 512)
         constructor_words.setdefault("activation", "gelu")
