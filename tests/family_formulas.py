@@ -8,6 +8,7 @@ import copy
 import math
 
 import torch
+from budget import assert_within_budget
 
 import vit_fast
 
@@ -151,3 +152,22 @@ def assert_backends_agree(model, images):
     for golden, wanted, actual in zip(exact, plain, fused):
         allowed = 4 * (wanted - golden).abs().max().item() + 5e-6 * golden.abs().max().item()
         assert (actual - golden).abs().max().item() <= allowed
+
+
+def assert_kernels_agree(model, images):
+    """Every operation ran on triton; outputs (a tuple too) keep the budget, gradients stay within 4 × eager's error."""
+
+    def run(images):
+        out = model(images)
+        out = torch.cat([part.flatten() for part in out]) if isinstance(out, tuple) else out
+        return out, torch.autograd.grad(out.square().sum(), list(model.parameters()))
+
+    actual, grads = run(images)
+    with vit_fast.backend("torch"):
+        eager, eager_grads = run(images)
+        model.double()
+        golden, golden_grads = run(images.double())
+    assert_within_budget(actual, eager, golden, "model")
+    for a, e, g in zip(grads, eager_grads, golden_grads):
+        assert (a.double() - g).abs().max() <= 4 * (e.double() - g).abs().max() + 1e-5 * (1 + g.abs().max())
+    assert {row.backend for row in vit_fast.explain(model.float())} == {"triton"}

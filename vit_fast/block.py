@@ -36,6 +36,11 @@ class Norm(NamedTuple):
     bias: torch.Tensor | None
     eps: float
 
+    @classmethod
+    def of(cls, module):
+        """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
+        return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
+
 
 class BlockParams(NamedTuple):
     """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""

@@ -100,10 +100,6 @@ def lecun_normal_(weight):
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def _norm_params(module):
-    return None if isinstance(module, nn.Identity) else Norm(module.weight, module.bias, module.eps)
-
-
 @plain
 class LayerScale(nn.Module):
     """x · gamma, gamma [C]. Source: Touvron et al., "Going deeper with Image Transformers", 2021."""
@@ -137,9 +133,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
 
     def forward(self, x):
-        norms = [None if isinstance(m, nn.Identity) else (m.weight, m.bias, m.eps) for m in (self.q_norm, self.k_norm)]
         drop = self.attn_drop if self.training else 0.0
-        out = ops.attention(self.qkv(x), self.num_heads, self.scale, q_norm=norms[0], k_norm=norms[1], dropout_p=drop)
+        out = ops.attention(
+            self.qkv(x),
+            self.num_heads,
+            self.scale,
+            q_norm=Norm.of(self.q_norm),
+            k_norm=Norm.of(self.k_norm),
+            dropout_p=drop,
+        )
         return F.dropout(self.proj(out), self.proj_drop, self.training)
 
 
@@ -185,12 +187,12 @@ class Block(nn.Module):
         """The weights as the fused branches take them."""
         attn, mlp = self.attn, self.mlp
         return BlockParams(
-            norm1=_norm_params(self.norm1),
+            norm1=Norm.of(self.norm1),
             qkv_weight=attn.qkv.weight,
             qkv_bias=attn.qkv.bias,
             proj_weight=attn.proj.weight,
             proj_bias=attn.proj.bias,
-            norm2=_norm_params(self.norm2),
+            norm2=Norm.of(self.norm2),
             fc1_weight=mlp.fc1.weight,
             fc1_bias=mlp.fc1.bias,
             fc2_weight=mlp.fc2.weight,
@@ -200,8 +202,8 @@ class Block(nn.Module):
             activation=mlp.activation,
             gamma1=getattr(self.ls1, "gamma", None),
             gamma2=getattr(self.ls2, "gamma", None),
-            q_norm=_norm_params(attn.q_norm),
-            k_norm=_norm_params(attn.k_norm),
+            q_norm=Norm.of(attn.q_norm),
+            k_norm=Norm.of(attn.k_norm),
         )
 
     def is_fused(self) -> bool:
@@ -290,7 +292,7 @@ class AttentionPool(nn.Module):
         x = self.proj(ops.attention(q, self.num_heads, self.scale, k=k, v=v))
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         if is_plain(self.norm, self.mlp, fc1, fc2):
-            norm = _norm_params(self.norm)
+            norm = Norm.of(self.norm)
             x = ops.layernorm_mlp(x, *norm, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.mlp.activation, None)
         else:
             x = x + self.mlp(self.norm(x))

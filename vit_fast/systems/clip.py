@@ -95,12 +95,12 @@ class ResidualAttentionBlock(nn.Module):
         """The weights as the fused branches take them; the MultiheadAttention only holds its own."""
         attn, mlp = self.attn, self.mlp
         return BlockParams(
-            norm1=Norm(self.ln_1.weight, self.ln_1.bias, self.ln_1.eps),
+            norm1=Norm.of(self.ln_1),
             qkv_weight=attn.in_proj_weight,
             qkv_bias=attn.in_proj_bias,
             proj_weight=attn.out_proj.weight,
             proj_bias=attn.out_proj.bias,
-            norm2=Norm(self.ln_2.weight, self.ln_2.bias, self.ln_2.eps),
+            norm2=Norm.of(self.ln_2),
             fc1_weight=mlp.c_fc.weight,
             fc1_bias=mlp.c_fc.bias,
             fc2_weight=mlp.c_proj.weight,

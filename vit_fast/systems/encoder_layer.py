@@ -23,7 +23,7 @@ class EncoderLayer(nn.TransformerEncoderLayer):
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
         attn = self.self_attn
-        norms = [Norm(m.weight, m.bias, m.eps) if self.norm_first else None for m in (self.norm1, self.norm2)]
+        norms = [Norm.of(m) if self.norm_first else None for m in (self.norm1, self.norm2)]
         return BlockParams(
             norm1=norms[0],
             qkv_weight=attn.in_proj_weight,

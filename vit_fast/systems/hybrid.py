@@ -111,12 +111,12 @@ class Block(nn.Module):
         attn, ffn = self.attn, self.ffn
         packed = (attn.query, attn.key, attn.value)
         return BlockParams(
-            norm1=Norm(self.attention_norm.weight, self.attention_norm.bias, self.attention_norm.eps),
+            norm1=Norm.of(self.attention_norm),
             qkv_weight=torch.cat([linear.weight for linear in packed]),
             qkv_bias=torch.cat([linear.bias for linear in packed]),
             proj_weight=attn.out.weight,
             proj_bias=attn.out.bias,
-            norm2=Norm(self.ffn_norm.weight, self.ffn_norm.bias, self.ffn_norm.eps),
+            norm2=Norm.of(self.ffn_norm),
             fc1_weight=ffn.fc1.weight,
             fc1_bias=ffn.fc1.bias,
             fc2_weight=ffn.fc2.weight,
