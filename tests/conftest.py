@@ -6,7 +6,6 @@ A skip whose reason is not in ALLOWED_SKIPS fails the run.
 """
 
 import importlib.util
-import math
 import os
 import random
 import sys
@@ -24,10 +23,11 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import sanitizer  # noqa: E402
+
 NO_GPU = "no CUDA device of capability 8.0 or more"
 ALLOWED_SKIPS = (NO_GPU, "Triton is not installed", "VIT_FAST_TRITON36 is not set")
 COUNTS = {
-    "interp_launches": 0,
     "aot_compiles": 0,
     "gpu_skipped": 0,
     "deselected_interp": 0,
@@ -62,7 +62,7 @@ def _cure_interpreter():
     """bf16 as the hardware has it: casts round to nearest even, and casts between bf16 and any type keep the value.
 
     The interpreter holds bf16 as raw uint16 bits; as shipped it truncates fp32 → bf16 and passes the bits on as an
-    integer in all other casts. Also counts launches.
+    integer in all other casts.
     """
     from triton.runtime import interpreter
 
@@ -101,14 +101,6 @@ def _cure_interpreter():
     interpreter._convert_float = convert_float
     builder.cast_impl = cast
 
-    shipped_call = interpreter.GridExecutor.__call__
-
-    def counted_call(self, *args, **kwargs):
-        COUNTS["interp_launches"] += 1
-        return shipped_call(self, *args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = counted_call
-
 
 def _versions():
     import triton
@@ -132,6 +124,7 @@ def pytest_configure(config):
             )
         torch.set_num_threads(1)
         _cure_interpreter()
+        sanitizer.install()
 
 
 def _kind(item):
@@ -183,7 +176,7 @@ def pytest_collectreport(report):
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["counts"] = COUNTS
+        session.config.workeroutput["counts"] = COUNTS | sanitizer.COUNTS
     elif UNLISTED_SKIPS:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -191,7 +184,9 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     for name, count in getattr(node, "workeroutput", {}).get("counts", {}).items():
-        if name in ("interp_launches", "aot_compiles"):
+        if name in sanitizer.COUNTS:
+            sanitizer.COUNTS[name] += count
+        elif name == "aot_compiles":
             COUNTS[name] += count
         elif name.startswith("deselected"):
             COUNTS[name] = max(COUNTS[name], count)
@@ -202,7 +197,10 @@ def pytest_terminal_summary(terminalreporter):
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
     if INTERPRETED:
-        line(f"  interp tests: {PASSED['interp']} passed, {COUNTS['interp_launches']} interpreted kernel launches")
+        line(
+            f"  interp tests: {PASSED['interp']} passed; under the memory sanitizer "
+            f"{sanitizer.COUNTS['launches']} kernel launches, {sanitizer.COUNTS['accesses']} accesses"
+        )
     else:
         line(f"  aot tests: {PASSED['aot']} passed, {COUNTS['aot_compiles']} kernels compiled ahead of time")
         line(f"  gpu tests: {PASSED['gpu']} passed, {COUNTS['gpu_skipped']} skipped ({NO_GPU})")
@@ -233,28 +231,11 @@ def count_aot_compiles():
     return add
 
 
-def _poison(tensor):
-    with torch.no_grad():
-        if tensor.is_floating_point() or tensor.is_complex():
-            tensor.fill_(math.nan)
-        elif tensor.dtype == torch.bool:
-            tensor.fill_(True)
-        else:
-            info = torch.iinfo(tensor.dtype)
-            tensor.fill_(info.max - info.max // 3)
-    return tensor
-
-
 @pytest.fixture(autouse=True)
-def poison_empty(request, monkeypatch):
-    """In interp tests fresh memory is NaN (integers: a large odd-looking value), so that unwritten output shows."""
+def poison_empty(request):
+    """In interp tests fresh memory is poison, so that unwritten output shows."""
     if request.node.get_closest_marker("interp") is None:
+        yield
         return
-    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
-        for name in names:
-            shipped = getattr(owner, name)
-
-            def poisoned(*args, _shipped=shipped, **kwargs):
-                return _poison(_shipped(*args, **kwargs))
-
-            monkeypatch.setattr(owner, name, poisoned)
+    with sanitizer.poisoned_memory():
+        yield
