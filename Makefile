@@ -8,11 +8,13 @@ RUN := $(VENV)/bin/python -P -m
 READY := $(VENV)/.setup
 TRITON36 := $(VENV)/triton-3.6.0
 
-.PHONY: help bench test lint aot setup clean
+.PHONY: help bench test test-full mutants lint aot setup clean
 
 help:
 	@echo "make bench   benchmark vit_fast against timm eager and torch.compile on this machine; results in out/"
 	@echo "make test    all tests: plain and GPU, interpreted kernels, kernels compiled ahead of time"
+	@echo "make test-full   the same with thousands of random cases (SEED=n: others) and every mutant, under an hour"
+	@echo "make mutants break the kernels in every small way and see that a test notices (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make setup   only the virtual environment, $(VENV)"
@@ -35,6 +37,12 @@ bench: $(READY)
 
 test: $(READY) $(TRITON36)/.setup
 	@PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
+
+test-full: $(READY) $(TRITON36)/.setup
+	@VIT_FAST_DEPTH=full VIT_FAST_SEED="$(or $(SEED),0)" PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
+
+mutants: $(READY)
+	$(VENV)/bin/python -P tests/mutation/run.py $(ARGS)
 
 aot: $(READY) $(TRITON36)/.setup
 	VIT_FAST_TRITON36="$$([ -d $(TRITON36)/triton ] && echo $(CURDIR)/$(TRITON36))" \

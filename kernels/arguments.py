@@ -1,9 +1,10 @@
 """What the operations demand of their arguments, on every backend.
 
 Each ``check_<op>`` reads shapes, dtypes and devices and nothing else; it raises before anything is
-allocated or launched. The words are those of the signature: which operation, which argument, what
-came, what is wanted. Callers' mistakes are ``TypeError`` (wrong Python type) or ``ValueError``
-(rank, shape, dtype, device, value). The checks run on every call, so the usual types are recognised first.
+allocated or launched, and no tensor is printed. The words are those of the signature: which operation,
+which argument, what came, what is wanted. Callers' mistakes are ``TypeError`` (wrong Python type) or
+``ValueError`` (rank, shape, dtype, layout, device, value). The checks run on every call, so the usual types
+are recognised first.
 """
 
 import math
@@ -12,6 +13,10 @@ from numbers import Integral, Real
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PATCH_WEIGHT_SIZES = (
+    "weight has {} rows", "weight has {} channels", "weight has patch height {}", "weight has patch width {}"
+)  # fmt: skip
+MAX_ROWS = 2**31 - 256
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 
 
@@ -26,11 +31,15 @@ def _shape(tensor):
 def _check_tensor(op, name, value, ndim=None, dtypes=FLOAT_DTYPES):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a torch.Tensor")
+    if value.is_nested or value.layout != torch.strided:
+        came = "is nested" if value.is_nested else f"has layout {value.layout}"
+        raise ValueError(f"vit_fast.{op}: {name} {came}, expected a dense tensor")
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"vit_fast.{op}: {name} has {value.dim()} dimensions {_shape(value)}, expected {ndim}")
     if value.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"vit_fast.{op}: {name} has dtype {value.dtype}, expected one of {wanted}")
+        wanted = wanted if len(dtypes) == 1 else f"one of {wanted}"
+        raise ValueError(f"vit_fast.{op}: {name} has dtype {value.dtype}, expected {wanted}")
 
 
 def _check_device(op, name, value, like_name, like):
@@ -56,11 +65,22 @@ def _check_int(op, name, value, minimum=1):
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected {minimum} or more")
 
 
+def _check_size(op, came, size):
+    if size < 1:
+        raise ValueError(f"vit_fast.{op}: {came.format(size)}, expected 1 or more")
+
+
 def _check_real(op, name, value):
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a float")
     if not -math.inf < value < math.inf:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a finite number")
+
+
+def _check_eps(op, name, eps):
+    _check_real(op, name, eps)
+    if eps < 0:
+        raise ValueError(f"vit_fast.{op}: {name} is {eps}, expected 0 or more")
 
 
 def _check_dropout(op, dropout_p, seed, like_name, like):
@@ -77,9 +97,11 @@ def _check_dropout(op, dropout_p, seed, like_name, like):
 def _check_activation(op, activation, allow_none):
     if activation is None and allow_none:
         return
-    if activation not in ACTIVATIONS:
+    is_word = isinstance(activation, str)
+    if not is_word or activation not in ACTIVATIONS:
+        came = repr(activation) if is_word else type(activation).__name__
         words = ", ".join(ACTIVATIONS) + (" or None" if allow_none else "")
-        raise ValueError(f"vit_fast.{op}: activation is {activation!r}, expected one of {words}")
+        raise (ValueError if is_word else TypeError)(f"vit_fast.{op}: activation is {came}, expected one of {words}")
 
 
 def _check_layer_norm(op, x, weight, bias, eps, prefix=""):
@@ -87,17 +109,15 @@ def _check_layer_norm(op, x, weight, bias, eps, prefix=""):
     if x.dim() == 0:
         raise ValueError(f"vit_fast.{op}: x has 0 dimensions, expected 1 or more")
     width = x.shape[-1]
-    _check_int(op, "the width of x", width)
+    _check_size(op, "x has width {}", width)
     _check_vector(op, prefix + "weight", weight, width, "the width of x", "x", x)
     _check_vector(op, prefix + "bias", bias, width, "the width of x", "x", x)
-    _check_real(op, "eps", eps)
-    if eps < 0:
-        raise ValueError(f"vit_fast.{op}: eps is {eps}, expected 0 or more")
+    _check_eps(op, "eps", eps)
 
 
 def _check_weight(op, name, weight, in_features, why, x):
     _check_tensor(op, name, weight, 2)
-    _check_int(op, f"the number of rows of {name}", weight.shape[0])
+    _check_size(op, name + " has {} rows", weight.shape[0])
     if weight.shape[1] != in_features:
         raise ValueError(f"vit_fast.{op}: {name} has shape {_shape(weight)}, expected [*, {in_features}] ({why})")
     _check_device(op, name, weight, "x", x)
@@ -131,7 +151,7 @@ def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p
     _check_tensor(op, "x", x)
     if x.dim() < 2:
         raise ValueError(f"vit_fast.{op}: x has {x.dim()} dimensions {_shape(x)}, expected 2 or more")
-    _check_int(op, "the width of x", x.shape[-1])
+    _check_size(op, "x has width {}", x.shape[-1])
     _check_weight(op, "weight", weight, x.shape[-1], "the width of x", x)
     _check_vector(op, "bias", bias, weight.shape[0], "the rows of weight", "weight", weight, weight.dtype)
     _check_tensor(op, "residual", residual)
@@ -166,11 +186,12 @@ def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, 
     _check_dropout(op, dropout_p, seed, "x", x)
 
 
-def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_norm, dropout_p, seed):
+def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, num_prefix, q_norm, k_norm, dropout_p, seed):
     op = "attention"
     _check_tensor(op, "qkv", qkv, 3)
     _check_int(op, "num_heads", num_heads)
     _check_real(op, "scale", scale)
+    _check_int(op, "num_prefix", num_prefix, 0)
     if (k is None) != (v is None):
         missing, given = ("k", "v") if k is None else ("v", "k")
         raise ValueError(f"vit_fast.{op}: {missing} is None, expected a tensor (as {given})")
@@ -180,6 +201,7 @@ def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_no
                 f"vit_fast.{op}: qkv has width {qkv.shape[2]}, "
                 f"expected 3·num_heads·head_size with num_heads={num_heads}"
             )
+        _check_size(op, "qkv has {} tokens", qkv.shape[1])
         width, keys = qkv.shape[2] // 3, qkv.shape[1]
     else:
         width = qkv.shape[2]
@@ -190,10 +212,10 @@ def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_no
         for name, tensor in (("k", k), ("v", v)):
             _check_tensor(op, name, tensor, 3)
             if tensor.shape[2] != width:
-                raise ValueError(
-                    f"vit_fast.{op}: {name} has head_size {tensor.shape[2] / num_heads:g}, "
-                    f"expected {width // num_heads} (as q)"
-                )
+                what, came, wanted = "width", tensor.shape[2], width
+                if came % num_heads == 0:
+                    what, came, wanted = "head_size", came // num_heads, width // num_heads
+                raise ValueError(f"vit_fast.{op}: {name} has {what} {came}, expected {wanted} (as q)")
             if tensor.shape[0] != qkv.shape[0]:
                 raise ValueError(
                     f"vit_fast.{op}: {name} has batch size {tensor.shape[0]}, expected {qkv.shape[0]} (as q)"
@@ -203,8 +225,8 @@ def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_no
             _check_device(op, name, tensor, "q", qkv)
         if k.shape[1] != v.shape[1]:
             raise ValueError(f"vit_fast.{op}: v has {v.shape[1]} tokens, expected {k.shape[1]} (as k)")
+        _check_size(op, "k has {} tokens", k.shape[1])
         keys = k.shape[1]
-    _check_int(op, "the number of keys", keys)
     _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths, q_norm, k_norm)
     _check_dropout(op, dropout_p, seed, "qkv", qkv)
 
@@ -228,10 +250,15 @@ def _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths,
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is None:
             continue
-        if not isinstance(norm, tuple) or len(norm) != 3:
-            raise TypeError(f"vit_fast.{op}: {name} is {norm!r}, expected a tuple (weight, bias or None, eps)")
+        if not isinstance(norm, tuple):
+            raise TypeError(
+                f"vit_fast.{op}: {name} is {type(norm).__name__}, expected a tuple (weight, bias or None, eps)"
+            )
+        if len(norm) != 3:
+            raise ValueError(f"vit_fast.{op}: {name} has {len(norm)} elements, expected 3 (weight, bias or None, eps)")
         _check_vector(op, f"{name} weight", norm[0], width // num_heads, "the head size", "qkv", qkv)
         _check_vector(op, f"{name} bias", norm[1], width // num_heads, "the head size", "qkv", qkv)
+        _check_eps(op, f"{name} eps", norm[2])
 
 
 def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std):
@@ -239,12 +266,12 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
     op = "patch_embed"
     _check_tensor(op, "images", images, 4, dtypes=(*FLOAT_DTYPES, torch.uint8))
     _check_tensor(op, "weight", weight, 4)
-    _check_device(op, "weight", weight, "images", images)
+    _check_device(op, "images", images, "weight", weight)
     channels, height, width = images.shape[1:]
-    for name, size in zip(("rows", "channels", "patch height", "patch width"), weight.shape, strict=True):
-        _check_int(op, f"weight's {name}", size)
+    for came, size in zip(_PATCH_WEIGHT_SIZES, weight.shape, strict=True):
+        _check_size(op, came, size)
     if weight.shape[1] != channels:
-        raise ValueError(f"vit_fast.{op}: images have {channels} channels, expected {weight.shape[1]} (as weight)")
+        raise ValueError(f"vit_fast.{op}: images has {channels} channels, expected {weight.shape[1]} (as weight)")
     if isinstance(stride, (tuple, list)):
         if len(stride) != 2:
             raise ValueError(f"vit_fast.{op}: stride has {len(stride)} elements, expected an int or a pair")
@@ -255,7 +282,7 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
         _check_int(op, "stride", size)
     if height < weight.shape[2] or width < weight.shape[3]:
         raise ValueError(
-            f"vit_fast.{op}: images are {height}×{width}, "
+            f"vit_fast.{op}: images has size {height}×{width}, "
             f"expected at least one patch of {weight.shape[2]}×{weight.shape[3]}"
         )
     dim = weight.shape[0]
@@ -285,8 +312,14 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
             raise TypeError(f"vit_fast.{op}: {name} is {type(values).__name__}, expected a tuple of floats or None")
         if len(values) != channels:
             raise ValueError(f"vit_fast.{op}: {name} has {len(values)} values, expected {channels} (one a channel)")
-        for value in values:
-            _check_real(op, name, value)
+        for i, value in enumerate(values):
+            _check_real(op, f"{name}[{i}]", value)
             if name == "std" and value <= 0:
-                raise ValueError(f"vit_fast.{op}: std is {value}, expected more than 0")
+                raise ValueError(f"vit_fast.{op}: std[{i}] is {value}, expected more than 0")
     return stride
+
+
+def check_rows(op, rows):
+    """What the kernels count in int32: a tile more than the rows. Called with a launch, where sizes are numbers."""
+    if rows > MAX_ROWS:
+        raise UnsupportedError(f"vit_fast.{op}: {rows} rows, expected at most {MAX_ROWS} in one call; split the batch")

@@ -3,7 +3,8 @@
 q [B, Nq, C], k and v [B, Nk, C], C = H·D, D = 1 … 256: one packed projection [B, N, 3C] (channels q | k | v, heads
 contiguous) or three tensors, any strides, read in place. out [B, Nq, C] contiguous, in the dtype of the input;
 lse [B, H, Nq]. Scores, softmax, LSE and accumulators are fp32 (float64 for float64, interpreted only); the weights are
-rounded to the dtype of v before they meet v. The scale, times log2(e), is applied in fp32 after the dot.
+rounded to the dtype of v before they meet v. The scale, times log2(e), is applied in fp32 after the dot, and after the
+row's largest score is subtracted: 2^(s·scale − top·scale) would lose the last digits of large scores.
 
 Two kernels, one-dimensional grids:
   resident   short sequences: a program holds the whole K and V of one (image, head), cut in power-of-two key chunks
@@ -153,10 +154,10 @@ def _attention_fwd_streaming_kernel(
         )  # fmt: skip
         s = _scores(q, k, NEGATIVE, ACC, PRECISION)
         s = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-        decay = tl.exp2(top - shift)
+        p = tl.exp2((s - shift[:, None]) * scale_log2)
+        decay = tl.exp2((top - shift) * scale_log2)
         top = new_top
         total = total * decay + tl.sum(p, 1)
         decayed = ()
@@ -168,7 +169,7 @@ def _attention_fwd_streaming_kernel(
         )  # fmt: skip
         acc = _weigh(decayed, p, v, DTYPE, ACC, PRECISION)
     _store(
-        out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
+        out_ptr, lse_ptr, acc, total, top * scale_log2, image, head, num_heads, first_query, num_queries,
         stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
     )  # fmt: skip
 
@@ -218,16 +219,15 @@ def _attention_fwd_resident_kernel(
                 chunk = tl.where(live, chunk, float("-inf"))
             s = s + (chunk,)
             top = tl.maximum(top, tl.max(chunk, 1))
-        top = top * scale_log2
         shift = tl.where(top == float("-inf"), 0.0, top)
         acc = _zeros(BLOCK_M, PARTS, ACC)
         total = tl.full((BLOCK_M,), 0.0, ACC)
         for j in tl.static_range(len(CHUNKS)):
-            p = tl.exp2(s[j] * scale_log2 - shift[:, None])
+            p = tl.exp2((s[j] - shift[:, None]) * scale_log2)
             total += tl.sum(p, 1)
             acc = _weigh(acc, p, v[j], DTYPE, ACC, PRECISION)
         _store(
-            out_ptr, lse_ptr, acc, total, top, image, head, num_heads, first_query, num_queries,
+            out_ptr, lse_ptr, acc, total, top * scale_log2, image, head, num_heads, first_query, num_queries,
             stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
         )  # fmt: skip
 

@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from . import layer_norm as ln
+from .arguments import check_rows
 
 
 @triton.jit
@@ -272,6 +273,7 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
     out_dtype = weight.dtype if residual is None else residual.dtype
     out = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
     rows = x.numel() // in_features
+    check_rows("linear", rows)
     if rows == 0:
         return out
 

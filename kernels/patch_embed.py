@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .arguments import check_rows
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "grid_w", "prefix_rows"])
@@ -171,6 +172,7 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     grid_w = (width - patch_w) // stride[1] + 1
     tokens = ((height - patch_h) // stride[0] + 1) * grid_w
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    check_rows("patch_embed", batch * tokens)
     out = torch.empty(batch, prefix + tokens, dim, dtype=weight.dtype, device=images.device)
     if out.numel() == 0:
         return out

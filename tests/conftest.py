@@ -29,6 +29,7 @@ NO_GPU = "no CUDA device of capability 8.0 or more"
 ALLOWED_SKIPS = (NO_GPU, "Triton is not installed", "VIT_FAST_TRITON36 is not set")
 COUNTS = {
     "aot_compiles": 0,
+    "cases": 0,
     "gpu_skipped": 0,
     "deselected_interp": 0,
     "deselected_aot": 0,
@@ -186,7 +187,7 @@ def pytest_testnodedown(node, error):
     for name, count in getattr(node, "workeroutput", {}).get("counts", {}).items():
         if name in sanitizer.COUNTS:
             sanitizer.COUNTS[name] += count
-        elif name == "aot_compiles":
+        elif name in ("aot_compiles", "cases"):
             COUNTS[name] += count
         elif name.startswith("deselected"):
             COUNTS[name] = max(COUNTS[name], count)
@@ -197,10 +198,8 @@ def pytest_terminal_summary(terminalreporter):
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
     if INTERPRETED:
-        line(
-            f"  interp tests: {PASSED['interp']} passed; under the memory sanitizer "
-            f"{sanitizer.COUNTS['launches']} kernel launches, {sanitizer.COUNTS['accesses']} accesses"
-        )
+        line(f"  interp tests: {PASSED['interp']} passed, {COUNTS['cases']} random cases in them")
+        line(f"  memory sanitizer: {sanitizer.COUNTS['launches']} launches, {sanitizer.COUNTS['accesses']} accesses")
     else:
         line(f"  aot tests: {PASSED['aot']} passed, {COUNTS['aot_compiles']} kernels compiled ahead of time")
         line(f"  gpu tests: {PASSED['gpu']} passed, {COUNTS['gpu_skipped']} skipped ({NO_GPU})")
@@ -222,11 +221,11 @@ def seeds():
 
 
 @pytest.fixture
-def count_aot_compiles():
-    """Call it with the number of kernels that were compiled."""
+def count():
+    """``count(name, number)`` adds to what the summary prints: "aot_compiles" or "cases"."""
 
-    def add(number):
-        COUNTS["aot_compiles"] += number
+    def add(name, number):
+        COUNTS[name] += number
 
     return add
 

@@ -25,7 +25,7 @@ WORDS = ("auto", *BACKENDS)
 
 _logger = logging.getLogger("vit_fast")
 _ENVIRONMENT = os.environ.get("VIT_FAST_BACKEND", "auto")
-_STRICT = os.environ.get("VIT_FAST_STRICT", "0") == "1"
+_STRICT = os.environ.get("VIT_FAST_STRICT", "0")
 _forced = contextvars.ContextVar("vit_fast_backend", default=None)
 _forced_when_compiling = None  # dynamo guards module globals, and neither context variables nor thread locals
 _recorder = contextvars.ContextVar("vit_fast_recorder", default=None)
@@ -34,6 +34,12 @@ _recorder = contextvars.ContextVar("vit_fast_recorder", default=None)
 def _check_word(source, word):
     if word not in WORDS:
         raise ValueError(f"{source}: backend is {word!r}, expected one of {', '.join(WORDS)}")
+
+
+def _strict():
+    if _STRICT not in ("0", "1"):
+        raise ValueError(f"VIT_FAST_STRICT: value is {_STRICT!r}, expected 0 or 1")
+    return _STRICT == "1"
 
 
 @contextlib.contextmanager
@@ -146,7 +152,7 @@ def select(op: str, device: torch.device, not_supported) -> str:
     elif word == "auto":
         reasons = list(unavailable("triton", device.type, device.index)) or not_supported()
         chosen = "torch" if reasons else "triton"
-        if reasons and _STRICT and (device.type == "cuda" or not unavailable("triton", device.type, device.index)):
+        if reasons and _strict() and (device.type == "cuda" or not unavailable("triton", device.type, device.index)):
             raise UnsupportedError(f"vit_fast.{op}: triton cannot run this (VIT_FAST_STRICT=1): {'; '.join(reasons)}")
     else:
         reasons = list(unavailable(word, device.type, device.index)) or not_supported()

@@ -447,7 +447,9 @@ def attention(
         UnsupportedError: a reserved option, or a forced backend that cannot.
     Source: Dao et al., "FlashAttention", 2022.
     """
-    arguments.check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, q_norm, k_norm, dropout_p, seed)
+    arguments.check_attention(
+        qkv, num_heads, scale, k, v, bias, key_lengths, num_prefix, q_norm, k_norm, dropout_p, seed
+    )
     for option, value in (("cu_seqlens", cu_seqlens), ("rope", rope), ("num_prefix", num_prefix or None)):
         if value is not None:
             raise UnsupportedError(f"vit_fast.attention: {option} is not supported in this version")

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,6 +166,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(PRESETS, pattern))
 
 
+def _check_words(name, build, words):
+    """``TypeError`` for a word that a preset's function does not take."""
+    parameters = inspect.signature(build).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for word in words:
+        if word not in parameters:
+            near = difflib.get_close_matches(word, parameters, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise TypeError(f"vit_fast.create_model: unknown word {word!r} for {name!r}{hint}")
+
+
 def create_model(name: str, pretrained: bool = False, checkpoint_path: str | None = None, **kwargs) -> nn.Module:
     """Builds a model by its timm name.
 
@@ -178,9 +191,15 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str | Non
     Returns:
         the model, in training mode as timm's, with ``default_cfg`` (input_size, mean, std, num_classes).
     Raises:
-        ValueError: unknown name (the nearest ones are named) or bad words.
+        TypeError, ValueError: unknown name or word (the nearest ones are named), or bad values.
         WeightsError: weights that cannot be had or do not fit.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"vit_fast.create_model: name is {type(name).__name__}, expected a str")
+    if not isinstance(pretrained, bool):
+        raise TypeError(
+            f"vit_fast.create_model: pretrained is {pretrained!r}, expected a bool; checkpoint_path takes a file"
+        )
     base, _, tag = name.partition(".")
     if base not in PRESETS:
         near = difflib.get_close_matches(base, PRESETS, n=5, cutoff=0.5)
@@ -190,9 +209,10 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str | Non
         raise ValueError("vit_fast.create_model: checkpoint_path and pretrained are both given, expected one")
     preset = PRESETS[base]
     words = {key: value for key, value in kwargs.items() if value is not None}
-    if words.get("in_chans", 3) != 3 and preset.build is VisionTransformer:
+    _check_words(base, preset.build, words)
+    if preset.build is VisionTransformer and isinstance(channels := words.get("in_chans", 3), int) and channels != 3:
         for key in ("mean", "std"):
-            words.setdefault(key, (0.5,) * words["in_chans"])
+            words.setdefault(key, (0.5,) * channels)
     model = preset.build(**{**preset.words, **words})
     if preset.build is VisionTransformer:
         model.default_cfg = model.pretrained_cfg = dict(

@@ -11,6 +11,8 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020.
 import math
 import operator
 from functools import partial
+from numbers import Real
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,11 @@ from .kernels.reference import activate
 from .pos_embed import check_policy, resize_pos_embed
 
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
+_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+_SWITCHES = (
+    "qkv_bias", "qk_norm", "proj_bias", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm",
+    "pool_include_prefix", "dynamic_img_size", "dynamic_img_pad",
+)  # fmt: skip
 _ACTIVATIONS = {
     None: "gelu",
     "gelu": "gelu",
@@ -58,6 +65,20 @@ def _pair(name, value):
     return pair
 
 
+def _check_integer(name, value, minimum):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected an int")
+    if value < minimum:
+        raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected {minimum} or more")
+
+
+def _check_number(name, value, wanted="a float"):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected {wanted}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected a finite number")
+
+
 def _word(cls):
     """The name of a class, of a partial's class, or the word itself."""
     if isinstance(cls, partial):
@@ -78,7 +99,7 @@ def _activation_word(act_layer, mlp_layer):
     word = _word(act_layer)
     if isinstance(act_layer, partial) and word == "GELU" and act_layer.keywords.get("approximate") == "tanh":
         return "gelu_tanh"
-    if word not in _ACTIVATIONS:
+    if not isinstance(word, str | None) or word not in _ACTIVATIONS:
         words = ", ".join(str(key) for key in _ACTIVATIONS if key)
         raise ValueError(f"vit_fast.VisionTransformer: act_layer is {act_layer!r}, expected one of {words}")
     return _ACTIVATIONS[word]
@@ -88,7 +109,9 @@ def _norm_eps(norm_layer):
     """eps of a LayerNorm class, partial or word; timm's default 1e-6."""
     if norm_layer is None or norm_layer in ("layernorm", "layer_norm"):
         return 1e-6
-    norm = norm_layer(1) if callable(norm_layer) else None
+    cls = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
+    may_build = isinstance(cls, FunctionType) or (isinstance(cls, type) and issubclass(cls, nn.LayerNorm))
+    norm = norm_layer(1) if may_build else None
     if not isinstance(norm, nn.LayerNorm):
         raise ValueError(f"vit_fast.VisionTransformer: norm_layer is {norm_layer!r}, expected a LayerNorm class")
     return norm.eps
@@ -243,8 +266,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = _pair("patch_size", patch_size)
         self.dynamic_img_pad = dynamic_img_pad
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **dd)
         self._set_img_size(_pair("img_size", img_size))
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **dd)
 
     def _set_img_size(self, img_size):
         if any(size < patch for size, patch in zip(img_size, self.patch_size, strict=True)):
@@ -429,15 +452,26 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"vit_fast.VisionTransformer: {name} is {words[name]!r}, expected {wanted}")
 
         for name in ("in_chans", "embed_dim", "depth", "num_heads", "num_classes", "reg_tokens"):
-            if isinstance(words[name], bool) or not isinstance(words[name], int):
-                raise TypeError(f"vit_fast.VisionTransformer: {name} is {words[name]!r}, expected an int")
-            minimum = 0 if name in ("num_classes", "reg_tokens") else 1
-            if words[name] < minimum:
-                fail(name, f"{minimum} or more")
+            _check_integer(name, words[name], 0 if name in ("num_classes", "reg_tokens") else 1)
+        for name in _SWITCHES:
+            value = words[name]
+            if not isinstance(value, int) or value not in (0, 1):
+                if name != "fc_norm" or value is not None:
+                    raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected a bool")
+        if words["init_values"] is not None:
+            _check_number("init_values", words["init_values"], "a float or None")
+        for name in ("mean", "std"):
+            if not isinstance(words[name], (tuple, list)):
+                raise TypeError(
+                    f"vit_fast.VisionTransformer: {name} is {type(words[name]).__name__}, expected a tuple of floats"
+                )
+            for i, value in enumerate(words[name]):
+                _check_number(f"{name}[{i}]", value)
         if words["embed_dim"] % words["num_heads"]:
             fail("num_heads", f"a divisor of embed_dim {words['embed_dim']}")
-        if not words["mlp_ratio"] > 0:
-            fail("mlp_ratio", "more than 0")
+        _check_number("mlp_ratio", words["mlp_ratio"])
+        if int(words["embed_dim"] * words["mlp_ratio"]) < 1:
+            fail("mlp_ratio", "a hidden width of 1 or more")
         if words["global_pool"] not in _POOLS:
             fail("global_pool", f"one of {', '.join(repr(pool) for pool in _POOLS)}")
         if words["global_pool"] == "token" and not words["class_token"]:
@@ -446,9 +480,8 @@ class VisionTransformer(nn.Module):
             fail("pos_embed", "'learn' or 'none'")
         if words["weight_init"] not in ("", "jax", "jax_nlhb", "moco", "skip"):
             fail("weight_init", "'', 'jax', 'jax_nlhb', 'moco' or 'skip'")
-        for name in (
-            "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"
-        ):  # fmt: skip
+        for name in _RATES:
+            _check_number(name, words[name])
             if not 0.0 <= words[name] < 1.0:
                 fail(name, "0 ≤ rate < 1")
 
@@ -517,13 +550,17 @@ class VisionTransformer(nn.Module):
         """The head."""
         return self.head
 
+    def _check_pool(self, name, pool):
+        if pool not in _POOLS or (pool == "token" and not self.has_class_token):
+            raise ValueError(f"vit_fast.VisionTransformer: {name} is {pool!r}, expected a pool it has")
+        if pool == "map" and self.attn_pool is None:
+            raise ValueError(f"vit_fast.VisionTransformer: {name} is 'map', expected a model built with it")
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """A new head, freshly initialised; ``global_pool`` may change except to "map"."""
+        _check_integer("num_classes", num_classes, 0)
         if global_pool is not None:
-            if global_pool not in _POOLS or (global_pool == "token" and not self.has_class_token):
-                raise ValueError(f"vit_fast.VisionTransformer: global_pool is {global_pool!r}, expected a pool it has")
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("vit_fast.VisionTransformer: global_pool is 'map', expected a model built with it")
+            self._check_pool("global_pool", global_pool)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -649,7 +686,10 @@ class VisionTransformer(nn.Module):
 
     def pool(self, x, pool_type: str | None = None):
         """Tokens [B, K + N, C] → [B, C] (or the tokens, for "")."""
-        pool_type = self.global_pool if pool_type is None else pool_type
+        if pool_type is None:
+            pool_type = self.global_pool
+        else:
+            self._check_pool("pool_type", pool_type)
         if pool_type == "token":
             return x[:, 0]
         if not pool_type:
@@ -681,6 +721,8 @@ class VisionTransformer(nn.Module):
             if not 0 < indices <= depth:
                 raise ValueError(f"vit_fast.VisionTransformer: {indices} last layers asked for, expected 1 to {depth}")
             return list(range(depth - indices, depth))
+        if not hasattr(indices, "__iter__") or not all(hasattr(index, "__index__") for index in indices):
+            raise TypeError(f"vit_fast.VisionTransformer: indices is {indices!r}, expected an int or a list of ints")
         chosen = [depth + index if index < 0 else index for index in indices]
         for index, layer in zip(indices, chosen, strict=True):
             if not 0 <= layer < depth:
@@ -716,7 +758,7 @@ class VisionTransformer(nn.Module):
         chosen = self._layer_indices(indices)
         x = self._embed(images)
         features = []
-        for i, block in enumerate(self.blocks[: max(chosen) + 1] if stop_early else self.blocks):
+        for i, block in enumerate(self.blocks[: max(chosen, default=-1) + 1] if stop_early else self.blocks):
             x = self._run_block(block, x)
             if i in chosen:
                 features.append(self._norm(self.norm, x) if norm else x)
@@ -766,7 +808,7 @@ class VisionTransformer(nn.Module):
         chosen = set(self._layer_indices(n))
         x = self._embed(images)
         maps = []
-        for i, block in enumerate(self.blocks[: max(chosen) + 1]):
+        for i, block in enumerate(self.blocks[: max(chosen, default=-1) + 1]):
             if i in chosen:
                 x, probabilities = block.forward_with_attention(x, queries)
                 maps.append(probabilities)

@@ -1,6 +1,9 @@
 """Weights from files and from timm's hub, always strict: nothing is dropped or left out silently."""
 
+import os
+import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,13 +45,21 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
     Checkpoints that wrap it ("state_dict_ema", "state_dict", "model") are unwrapped, a "module." prefix is stripped.
 
     Raises:
+        TypeError: not a path.
         WeightsError: missing, truncated or foreign file.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"vit_fast: path of a weight file is {type(path).__name__}, expected a str or os.PathLike")
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} does not exist")
+        came = "is a directory" if path.is_dir() else "does not exist"
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} {came}")
     if path.suffix not in _SUFFIXES:
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} ends in {path.suffix!r}, expected {_SUFFIXES}")
+        raise WeightsError(
+            f"vit_fast: weight file {str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}"
+        )
+    if not path.stat().st_size:
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: it is empty")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -60,14 +71,28 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to execute what the file holds.
+        raise WeightsError(
+            f"vit_fast: weight file {str(path)!r} cannot be read: it is damaged, or holds Python objects, "
+            "expected tensors alone; nothing in it was executed"
+        ) from error
     except Exception as error:
         # What torch, numpy and safetensors raise on foreign bytes has no common class.
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: {error}") from error
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: {cause}") from error
     for wrapper in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors")
+    if not isinstance(state, dict):
+        raise WeightsError(
+            f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors, but a {type(state).__name__}"
+        )
+    foreign = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+    if foreign:
+        raise WeightsError(
+            f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors, but {_listed(foreign)}"
+        )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -77,10 +102,17 @@ def _listed(keys):
 
 
 def load_state_dict(model, state):
-    """Strict load; mismatches of keys and shapes are listed in one ``WeightsError`` and nothing is changed.
+    """Strict load; mismatches of keys, shapes and dtypes are listed in one ``WeightsError`` and nothing is changed.
+
+    A floating dtype may differ from the model's; integers for floats are a mismatch.
 
     Names of Google's .npz files and canonical ones (``vit_fast.convert``) are translated first.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"vit_fast: state is {type(state).__name__}, expected a state_dict of tensors")
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"vit_fast: {key} of the state is {type(value).__name__}, expected a torch.Tensor")
     from . import convert
     from .systems import google_npz
 
@@ -96,6 +128,11 @@ def load_state_dict(model, state):
         for key in own.keys() & state.keys()
         if state[key].shape != own[key].shape
     ]
+    dtypes = [
+        f"{key} {state[key].dtype} instead of {own[key].dtype}"
+        for key in own.keys() & state.keys()
+        if state[key].is_floating_point() != own[key].is_floating_point()
+    ]
     problems = []
     if missing:
         problems.append(f"missing {_listed(missing)}")
@@ -103,6 +140,8 @@ def load_state_dict(model, state):
         problems.append(f"unexpected {_listed(unexpected)}")
     if shapes:
         problems.append(f"wrong shape {_listed(shapes)}")
+    if dtypes:
+        problems.append(f"wrong dtype {_listed(dtypes)}")
     if problems:
         raise WeightsError(f"vit_fast: weights do not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state)

@@ -42,14 +42,14 @@ ENTRY = {
 @pytest.mark.aot
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("version", ("installed", "3.6.0"))
-def test_kernels_compile_within_their_resources(version, count_aot_compiles):
+def test_kernels_compile_within_their_resources(version, count):
     side_folder = None
     if version == "3.6.0":
         side_folder = os.environ.get("VIT_FAST_TRITON36")
         if not side_folder:
             pytest.skip("VIT_FAST_TRITON36 is not set")
     result = ledger.run(side_folder)
-    count_aot_compiles(len(result.compiled))
+    count("aot_compiles", len(result.compiled))
     if version == "3.6.0":
         assert result.triton == "3.6.0"
     assert not result.failures, "\n".join(result.failures)

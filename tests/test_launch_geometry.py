@@ -1,0 +1,649 @@
+"""Grids and index arithmetic of every kernel at sizes that nobody can allocate.
+
+The launch functions run on meta tensors, with recorders in place of the kernels. Then the device code itself runs, as
+plain Python, on stand-ins for Triton's values: integers that know their range and whether Triton keeps them in 32 or
+64 bits, pointers that add up offsets, and data that has no value. An integer that leaves its width is an error, and
+what the stores address tells which tile of the output a program writes.
+
+Shapes are random over what a ViT can have, with batches up to 2³¹. Expected grids and tiles come from the shapes alone.
+"""
+
+import contextlib
+import itertools
+import operator
+import random
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed
+from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
+from vit_fast.kernels.attention import TensorDescriptor
+
+PROBLEMS = 2000
+GRID_LIMIT = 2**31 - 1
+INT32 = 2**31
+MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
+KERNELS = {
+    attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
+    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel"),
+    linear: ("_linear_fwd_kernel",),
+    patch_embed: ("_patch_embed_fwd_kernel",),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Overflow(AssertionError):
+    """An integer of the device code does not fit where Triton keeps it."""
+
+
+class Data:
+    """What comes from memory: any arithmetic, any shape, no value."""
+
+    def _self(self, *_, **__):
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _self
+    __and__ = __rand__ = __lt__ = __gt__ = __eq__ = __getitem__ = to = reshape = permute = _self
+    __hash__ = object.__hash__
+    T = dtype = element_ty = property(_self)
+
+    def split(self):
+        return self, self
+
+
+DATA = Data()
+
+
+class Mask(Data):
+    """A comparison: data, and the answer of a branch where the operands leave no doubt."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __bool__(self):
+        assert self.answer is not None, "a branch on a tensor"
+        return self.answer
+
+
+class Int:
+    """All integers of a tensor, or one scalar: bounds, width in bits, and ``first``, the element of the first lane."""
+
+    def __init__(self, low, high, bits, first=None):
+        if not -(2 ** (bits - 1)) <= low <= high < 2 ** (bits - 1):
+            raise Overflow(f"{low} … {high} in int{bits}")
+        self.low, self.high, self.bits = low, high, bits
+        self.first = low if first is None else first
+
+    @staticmethod
+    def of(value):
+        """An argument of a launch or a constant, as Triton types them."""
+        if isinstance(value, Int):
+            return value
+        return Int(value, value, 32 if -INT32 <= value < INT32 else 64)
+
+    def _with(self, other, operator, bounds=None):
+        if isinstance(other, (Data, float)):
+            return DATA
+        if isinstance(other, Pointer):
+            return NotImplemented
+        other = Int.of(other)
+        corners = [operator(x, y) for x in (self.low, self.high) for y in (other.low, other.high)]
+        low, high = bounds(self, other) if bounds else (min(corners), max(corners))
+        return Int(low, high, max(self.bits, other.bits), operator(self.first, other.first))
+
+    def __add__(self, other):
+        return self._with(other, operator.add)
+
+    def __sub__(self, other):
+        return self._with(other, operator.sub)
+
+    def __mul__(self, other):
+        return self._with(other, operator.mul)
+
+    def __floordiv__(self, other):
+        return self._with(other, operator.floordiv)
+
+    def __mod__(self, other):
+        def bounds(a, b):
+            same = b.low == b.high and a.low // b.low == a.high // b.low
+            return (a.low % b.low, a.high % b.low) if same else (0, b.high - 1)
+
+        return self._with(other, operator.mod, bounds)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other):
+        return Int.of(other) - self
+
+    def __truediv__(self, other):
+        return DATA
+
+    __rtruediv__ = __truediv__
+
+    def __lt__(self, other):
+        other = Int.of(other)
+        return Mask(True if self.high < other.low else False if self.low >= other.high else None)
+
+    def __gt__(self, other):
+        return Int.of(other) < self
+
+    def __getitem__(self, _):
+        return self
+
+    def to(self, dtype):
+        return Int(self.low, self.high, {tl.int32: 32, tl.int64: 64}[dtype], self.first)
+
+
+class Pointer:
+    """An argument's address plus an offset in elements; ``stores`` collects the offsets of all stores to it."""
+
+    dtype = DATA
+
+    def __init__(self, stores=None, offset=None):
+        self.stores = [] if stores is None else stores
+        self.offset = offset or Int(0, 0, 64)
+
+    def __add__(self, offset):
+        offset = Int.of(offset)
+        return Pointer(self.stores, self.offset + Int(offset.low, offset.high, 64, offset.first))
+
+    __radd__ = __add__
+
+
+class Descriptor:
+    """A tensor descriptor: takes int32 coordinates, like the hardware."""
+
+    def __init__(self, descriptor):
+        self.shape, self.stores = descriptor.shape, []
+
+    def _coordinates(self, coordinates):
+        coordinates = [Int.of(c) for c in coordinates]
+        for coordinate, size in zip(coordinates, self.shape, strict=True):
+            if coordinate.bits != 32:
+                raise Overflow("a coordinate of a descriptor is int64")
+            assert 0 <= coordinate.low == coordinate.high < size
+        return [coordinate.low for coordinate in coordinates]
+
+    def load(self, coordinates):
+        self._coordinates(coordinates)
+        return DATA
+
+    def store(self, coordinates, _):
+        self.stores.append(self._coordinates(coordinates))
+
+
+def _store(pointer, _, mask=None):
+    pointer.stores.append(pointer.offset)
+
+
+def _load(pointer, mask=None, other=None):
+    assert isinstance(pointer, Pointer)
+    return DATA
+
+
+def _minimum(a, b):
+    if isinstance(a, Data):
+        return DATA
+    a, b = Int.of(a), Int.of(b)
+    return Int(min(a.low, b.low), min(a.high, b.high), max(a.bits, b.bits))
+
+
+def _arange(begin, end):
+    return Int(begin, end - 1, 32)
+
+
+def _full(shape, value, dtype):
+    return Int(value, value, {tl.int32: 32, tl.int64: 64}[dtype]) if dtype in (tl.int32, tl.int64) else DATA
+
+
+def _range(*bounds):
+    """All steps of a short loop; of a long one the first, the second and the last, as int32."""
+    begin, end, step = bounds if len(bounds) == 3 else (0, *bounds, 1)[-3:]
+    begin, end, step = (Int.of(bound) for bound in (begin, end, step))
+    steps = range(begin.low, end.high, step.low)
+    Int.of(steps.stop + step.low)  # the counter that ends the loop
+    chosen = steps if len(steps) <= 64 else (steps[0], steps[1], steps[-1])
+    return [Int.of(value) for value in chosen]
+
+
+class Language(types.SimpleNamespace):
+    """Stands in for ``triton.language``; what is not told here yields data."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: DATA
+
+
+def _language(program):
+    return Language(
+        program_id=lambda axis: Int(program, program, 32),
+        cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
+        arange=_arange, full=_full, minimum=_minimum, load=_load, store=_store,
+        static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
+    )  # fmt: skip
+
+
+def _plain(function, language, done):
+    """The Python function under a JITFunction, with the stand-ins as its globals."""
+    if function not in done:
+        space = dict(function.fn.__globals__, tl=language, range=_range)
+        done[function] = types.FunctionType(function.fn.__code__, space)
+        for name, value in function.fn.__globals__.items():
+            if isinstance(value, triton.JITFunction):
+                space[name] = _plain(value, language, done)
+            elif isinstance(value, types.ModuleType) and value in KERNELS:
+                helpers = {n: v for n, v in vars(value).items() if isinstance(v, triton.JITFunction)}
+                space[name] = types.SimpleNamespace(**{n: _plain(v, language, done) for n, v in helpers.items()})
+    return done[function]
+
+
+class Launch:
+    """One recorded launch."""
+
+    def __init__(self, kernel, grid, arguments, options):
+        self.kernel, self.grid = kernel, grid
+        self.arguments = {**dict(zip(kernel.arg_names, arguments)), **options}
+
+    def __getattr__(self, name):
+        return self.arguments[name]
+
+    def run(self, program):
+        """The arguments after one program has run, as stand-ins: their ``stores`` tell what it wrote."""
+        seen = {}
+        for name in self.kernel.arg_names:
+            value = self.arguments[name]
+            if isinstance(value, torch.Tensor):
+                value = Pointer()
+            elif isinstance(value, TensorDescriptor):
+                value = Descriptor(value)
+            elif type(value) is int and not name.isupper():
+                value = Int.of(value)
+            seen[name] = value
+        _plain(self.kernel, _language(program), {})(**seen)
+        return types.SimpleNamespace(**seen)
+
+
+class Recorder:
+    """Stands in for a kernel and launches nothing."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+
+@contextlib.contextmanager
+def recording(arch=80, multiprocessors=132):
+    """The launches made inside, in order, as if on a GPU of that architecture."""
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in KERNELS.items():
+            for name in names:
+                patch.setattr(module, name, Recorder(getattr(module, name), launches))
+        patch.setattr(configs, "arch_of", lambda device: arch)
+        patch.setattr(configs, "multiprocessors_of", lambda device: multiprocessors)
+        yield launches
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ceiling(size, block):
+    """How many blocks cover a size, counted in a way of its own: one more for each block that begins inside it."""
+    return 0 if size == 0 else 1 + (size - 1 - (size - 1) % block) // block
+
+
+def bytes_of(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def random_batch():
+    """From 0 up to 2³¹, every magnitude alike, now and then an edge."""
+    edges = (0, 1, 2, 65535, 65536, 2**31 - 1, 2**31)
+    return random.choice(edges) if random.random() < 0.2 else int(2 ** random.uniform(0, 31))
+
+
+def random_tokens():
+    usual = (1, 2, 16, 17, 50, 65, 128, 196, 197, 257, 273, 577, 730, 1025, 4097)
+    return random.choice((*usual, random.randint(1, 16384)))
+
+
+def random_width():
+    return random.choice((16, 192, 384, 768, 1001, 1024, 1152, 1280, 1408, 1664, 4304, random.randint(1, 8192)))
+
+
+@dataclass
+class Problem:
+    """One call of an operation and what its launches must be, told by the shapes alone."""
+
+    memory: int  # bytes of what goes in and comes out
+    out: torch.Tensor
+    programs: Callable  # launch → the least number of programs
+    tiles: Callable  # launch → the number of tiles of the output
+    is_corner: Callable  # launch, element of out → whether a tile begins there
+    passed: Callable  # launch → pairs of an argument as it came and as it must be
+
+    def written(self, launch, program):
+        """The first elements of the tiles that a program writes."""
+        return [min(store.first for store in launch.run(program).out_ptr.stores)]
+
+
+class LayerNorm(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        width, skip, dtype = random_width(), random.choice((0, 0, 1)), random.choice(DTYPES)
+        if random.random() < 0.1:
+            width = random.randint(16385, 65536)
+        x = meta(batch, tokens + skip, width, dtype=dtype)[:, skip:]
+        out, _, _ = layer_norm.layer_norm_fwd(x, meta(width), meta(width), 1e-6)
+        rows = batch * tokens
+
+        def per_program(launch):
+            return launch.arguments.get("ROWS", 1)
+
+        def passed(launch):
+            yield launch.width, width
+            yield width <= launch.BLOCK, "ROWS" in launch.arguments
+            yield launch.arguments.get("rows", rows), rows
+            yield launch.stride_xc, 1
+            if launch.SPLIT:
+                yield (launch.stride_xo, launch.stride_xi, launch.inner), (*x.stride()[:2], tokens)
+            elif rows > 1:
+                yield launch.stride_xi, x.stride(1 if tokens > 1 else 0)
+
+        return cls(
+            bytes_of(x, out),
+            out,
+            lambda launch: ceiling(rows, per_program(launch)),
+            lambda launch: ceiling(rows, per_program(launch)),
+            lambda launch, element: element % (per_program(launch) * width) == 0,
+            passed,
+        )
+
+    def written(self, launch, program):
+        seen = launch.run(program)
+        (y,), (mean,), (rstd,) = seen.y_ptr.stores[:1], seen.mean_ptr.stores, seen.rstd_ptr.stores
+        assert mean.first == rstd.first and y.first == mean.first * self.out.shape[-1]
+        return [y.first]
+
+
+class Linear(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        dtype, activation = random.choice(DTYPES), random.choice((None, "gelu", "swiglu"))
+        in_features, out_features = random_width(), random.choice((1, 3, 4)) * random_width()
+        x = meta(batch, tokens, in_features, dtype=dtype)
+        weight = meta(out_features * (1 + (activation == "swiglu")), in_features, dtype=dtype)
+        if random.random() < 0.2:
+            weight = weight.T.contiguous().T
+        residual = meta(batch, tokens + 1, out_features, dtype=dtype)[:, 1:] if activation is None else None
+        row_scale = meta(batch) if activation is None else None
+        bias = meta(weight.shape[0], dtype=dtype)
+        out = linear.linear(x, weight, bias, activation, residual=residual, row_scale=row_scale)
+        rows = batch * tokens
+
+        def passed(launch):
+            yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
+            yield (launch.stride_xi, launch.stride_xk), (in_features, 1)
+            yield (launch.stride_wn, launch.stride_wk), weight.stride()
+            if residual is not None:
+                yield launch.rows_per_sample, tokens
+                if launch.SPLIT_RESIDUAL:
+                    yield (launch.stride_ro, launch.stride_ri, launch.residual_inner), (*residual.stride()[:2], tokens)
+
+        def count(launch):
+            return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
+
+        def is_corner(launch, element):
+            row, column = divmod(element, out_features)
+            return row % launch.BLOCK_M == column % launch.BLOCK_N == 0
+
+        return cls(bytes_of(x, weight, residual, out), out, count, count, is_corner, passed)
+
+
+class PatchEmbed(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        dtype, width, prefix = random.choice(DTYPES), random_width(), random.choice((0, 1, 5))
+        patch, across = random.choice((4, 8, 14, 16, 32)), random.randint(1, 40)
+        down = max(1, min(tokens, 1024) // across)
+        tokens = down * across
+        images = meta(batch, 3, down * patch, across * patch + random.randrange(patch), dtype=dtype)
+        if random.random() < 0.3:
+            images = images.to(memory_format=torch.channels_last)
+        prefix_tokens = meta(random.choice((1, batch)) or 1, prefix, width, dtype=dtype) if prefix and batch else None
+        prefix = prefix if batch else 0
+        weight, pos_embed = meta(width, 3, patch, patch, dtype=dtype), meta(1, tokens, width)
+        out = patch_embed.patch_embed(images, weight, meta(width), pos_embed, prefix_tokens, (patch, patch))
+
+        def passed(launch):
+            yield (launch.rows, launch.tokens, launch.prefix_rows), (batch * tokens, tokens, batch * prefix)
+            yield (launch.stride_ib, launch.stride_ic, launch.stride_ih, launch.stride_iw), images.stride()
+            yield (launch.stride_pn, launch.stride_pc), (width, 1)
+            if prefix:
+                image_stride = prefix * width if prefix_tokens.shape[0] > 1 else 0
+                yield (launch.stride_xb, launch.stride_xn, launch.stride_xc), (image_stride, width, 1)
+
+        def count(launch):
+            rows = ceiling(batch * tokens, launch.BLOCK_M) + ceiling(batch * prefix, launch.BLOCK_M)
+            return rows * ceiling(width, launch.BLOCK_N)
+
+        def is_corner(launch, element):
+            row, column = divmod(element, width)
+            image, token = divmod(row, prefix + tokens)
+            index = image * prefix + token if token < prefix else image * tokens + token - prefix
+            return index % launch.BLOCK_M == column % launch.BLOCK_N == 0
+
+        return cls(bytes_of(images, out), out, count, count, is_corner, passed)
+
+
+class Attention(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        dtype, heads = random.choice(DTYPES), random.choice((1, 3, 6, 12, 16, random.randint(1, 64)))
+        head_size = random.choice((16, 32, 64, 72, 80, 88, 96, 104, 128, 256, random.randint(1, 256)))
+        width, queries = heads * head_size, random.choice((1, tokens, tokens))
+        batch = min(batch, 2**40 // (tokens * width))  # beyond what any GPU holds, and still few launches
+        if queries == tokens:
+            qkv = meta(batch, tokens, 3 * width, dtype=dtype)
+            out, lse = attention.attention_fwd(qkv, heads, head_size**-0.5)
+            memory, strides = bytes_of(qkv, out, lse), {"q": qkv.stride(), "k": qkv.stride(), "v": qkv.stride()}
+        else:
+            q, kv = meta(batch, queries, width, dtype=dtype), meta(batch, tokens, 2 * width, dtype=dtype)
+            k, v = kv.chunk(2, dim=2)
+            out, lse = attention.attention_fwd(q, heads, head_size**-0.5, k=k, v=v)
+            memory, strides = bytes_of(q, kv, out, lse), {"q": q.stride(), "k": k.stride(), "v": v.stride()}
+        assert lse.shape == (batch, heads, queries)
+
+        def images_of(launch):
+            return launch.out_ptr.shape[0]
+
+        def passed(launch):
+            yield (launch.num_heads, launch.num_queries, launch.num_keys), (heads, queries, tokens)
+            yield launch.D, head_size
+            for name, wanted in {**strides, "o": out.stride()}.items():
+                axes = "bnc"
+                yield tuple(launch.arguments[f"stride_{name}{axis}"] for axis in axes), wanted
+
+        def blocks(launch):
+            return ceiling(queries, launch.BLOCK_M)
+
+        def programs(launch):
+            per_program = launch.arguments.get("blocks_per_program", 1)
+            return images_of(launch) * heads * ceiling(blocks(launch), per_program)
+
+        def is_corner(launch, element):
+            row, column = divmod(element, width)
+            return row % queries % launch.BLOCK_M == column % head_size == 0
+
+        return cls(memory, out, programs, lambda launch: images_of(launch) * heads * blocks(launch), is_corner, passed)
+
+    def written(self, launch, program):
+        seen = launch.run(program)
+        _, queries, width = self.out.shape
+        if launch.TMA:
+            elements = [(image * queries + row) * width + column for image, row, column in seen.out_ptr.stores]
+        else:
+            elements = [s.first for s in seen.out_ptr.stores if s.first % width % launch.D == 0]
+        heads = [element % width // launch.D for element in elements]
+        rows = [element // width for element in elements]
+        for row, head, lse in zip(rows, heads, seen.lse_ptr.stores, strict=True):
+            assert lse.first == (row // queries * launch.num_heads + head) * queries + row % queries
+        return elements
+
+
+PROBLEM_KINDS = (LayerNorm, Linear, PatchEmbed, Attention)
+
+
+@pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
+def test_random_problems(kind):
+    """Grid, arguments and some programs of every launch, up to sizes that no GPU holds."""
+    seen = 0
+    for _ in range(PROBLEMS):
+        with recording(random.choice((80, 86, 90, 100, 120)), random.choice((1, 108, 132))) as launches:
+            try:
+                problem = kind.random(random_batch(), random_tokens())
+            except UnsupportedError as error:
+                refused = int(re.search(r"(\d+) rows", str(error))[1])
+                assert kind in (Linear, PatchEmbed) and refused > MAX_ROWS and not launches
+                continue
+        if problem.out.numel() == 0:
+            assert not launches
+            continue
+        if kind is not Attention:
+            assert len(launches) == 1
+        for launch in launches:
+            assert type(launch.grid) is tuple and len(launch.grid) == 1 and type(launch.grid[0]) is int
+            assert launch.grid[0] == problem.programs(launch)
+            assert all(came == wanted for came, wanted in problem.passed(launch)), list(problem.passed(launch))
+            if problem.memory > MEMORY and kind is not Attention:
+                continue
+            assert 1 <= launch.grid[0] <= GRID_LIMIT
+            for program in {0, launch.grid[0] - 1, random.randrange(launch.grid[0])}:
+                corners = problem.written(launch, program)
+                assert corners and all(problem.is_corner(launch, corner) for corner in corners)
+                assert max(corners) < problem.out.numel()
+            seen += 1
+    assert seen > PROBLEMS / 4
+
+
+@pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
+def test_every_tile_is_written_once(kind):
+    """All programs of small problems: tiles begin where they must, none twice, none missing."""
+    launched = 0
+    for _ in range(PROBLEMS // 20):
+        with recording(random.choice((80, 90, 100)), random.choice((1, 4, 132))) as launches:
+            problem = kind.random(random.randint(0, 3), random.choice((1, 2, 17, 50, 197, 300)))
+        for launch in launches:
+            if launch.grid[0] > 300:
+                continue
+            corners = [problem.written(launch, program) for program in range(launch.grid[0])]
+            assert all(corners), "a program without a tile"
+            corners = list(itertools.chain(*corners))
+            assert len(set(corners)) == len(corners) == problem.tiles(launch)
+            assert all(problem.is_corner(launch, corner) for corner in corners)
+            launched += 1
+    assert launched > PROBLEMS / 80
+
+
+def test_attention_cuts_the_batch():
+    """Launches of as many images as a grid holds, in order, over all images once."""
+    cases = (
+        (2**31 - 1, 1, 1, 1),
+        (2**31, 1, 1, 1),
+        (2**31, 1, 197, 12),
+        (2**31, 197, 197, 16),
+        (2**27, 16384, 64, 6),
+        (178_956_970, 17, 17, 12),
+        (178_956_971, 17, 17, 12),
+    )
+    for (batch, queries, keys, heads), arch in itertools.product(cases, (80, 90)):
+        width = 16 * heads
+        q, kv = meta(batch, queries, width), meta(batch, keys, 2 * width)
+        with recording(arch) as launches:
+            out, _ = attention.attention_fwd(q, heads, 0.25, k=kv[..., :width], v=kv[..., width:])
+        assert out.shape == q.shape
+        per_image = [launch.grid[0] // launch.out_ptr.shape[0] for launch in launches]
+        assert all(launch.grid[0] == n * launch.out_ptr.shape[0] for launch, n in zip(launches, per_image))
+        most = GRID_LIMIT // (heads * ceiling(queries, launches[0].BLOCK_M))
+        images = [launch.out_ptr.shape[0] for launch in launches]
+        assert images == [most] * (batch // most) + [batch % most] * (batch % most > 0)
+        assert all(launch.grid[0] <= GRID_LIMIT for launch in launches)
+
+
+def test_layernorm_mlp_launches_its_parts():
+    for batch, activation in itertools.product((0, 1, 2**15), ("gelu", "swiglu")):
+        hidden = 2048 if activation == "swiglu" else 4096
+        x, norm = meta(batch, 197, 768), meta(768)
+        with recording() as launches:
+            layernorm_mlp.layernorm_mlp(
+                x, norm, norm, 1e-6, meta(4096, 768), meta(4096), meta(768, hidden), norm, activation, norm
+            )
+        names = [launch.kernel.fn.__name__ for launch in launches]
+        assert names == (["_layer_norm_fwd_kernel", "_linear_fwd_kernel", "_linear_fwd_kernel"] if batch else [])
+        assert [launch.out_features for launch in launches[1:]] == ([hidden, 768] if batch else [])
+
+
+EMPTY = {
+    "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
+    "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
+    "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
+    "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
+    "patch_embed": lambda: patch_embed.patch_embed(
+        meta(0, 3, 224, 224), meta(768, 3, 16, 16), None, None, None, (16, 16)
+    ),
+    "attention": lambda: attention.attention(meta(0, 197, 3 * 768), 12, 0.125),
+    "attention no queries": lambda: attention.attention(
+        meta(8, 0, 768), 12, 0.125, k=meta(8, 197, 768), v=meta(8, 197, 768)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", EMPTY.values(), ids=EMPTY.keys())
+def test_empty_problems_launch_nothing(call):
+    with recording() as launches:
+        out = call()
+    assert out.numel() == 0 and not launches
+
+
+ROWS_BEYOND = {
+    "layer_norm": lambda rows: layer_norm.layer_norm(meta(rows, 16), None, None, 1e-6),
+    "linear": lambda rows: linear.linear(meta(rows, 16), meta(16, 16), None),
+    "patch_embed": lambda rows: patch_embed.patch_embed(
+        meta(rows, 1, 4, 4), meta(16, 1, 4, 4), None, None, None, (4, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", (2**31, 2**31 + 5, 2**32 + 1))
+def test_rows_beyond_int32(rows):
+    """Sixteen columns: as many rows as a large GPU holds, more than an int32 counts. Sizes then come as int64."""
+    with recording() as launches:
+        out = ROWS_BEYOND["layer_norm"](rows)
+    (launch,) = launches
+    for program in (0, launch.grid[0] // 2, launch.grid[0] - 1):
+        stores = launch.run(program).y_ptr.stores
+        assert min(store.first for store in stores) == program * launch.ROWS * 16 < out.numel()
+
+
+@pytest.mark.parametrize("operation", ("linear", "patch_embed"))
+def test_rows_that_an_int32_cannot_count_with_a_tile_more(operation):
+    """tl.cdiv adds the divisor before it divides, and descriptors have int32 coordinates."""
+    for arch in (80, 90):
+        with recording(arch) as launches:
+            ROWS_BEYOND[operation](MAX_ROWS)
+        launches[0].run(launches[0].grid[0] - 1)
+        message = f"vit_fast.{operation}: {MAX_ROWS + 1} rows, expected at most {MAX_ROWS} in one call; split the batch"
+        with recording(arch) as launches, pytest.raises(UnsupportedError, match=re.escape(message)):
+            ROWS_BEYOND[operation](MAX_ROWS + 1)
+        assert not launches

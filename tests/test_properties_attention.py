@@ -1,0 +1,152 @@
+"""Random attention problems: the error budget against float64, and laws that hold bit for bit."""
+
+from dataclasses import dataclass, replace
+
+import properties
+import pytest
+import torch
+from hypothesis import strategies as st
+from test_attention import formula
+from vit_fast.kernels import configs, reference
+
+
+@dataclass(frozen=True)
+class AttentionCase(properties.Case):
+    dtype: str
+    batch: int
+    queries: int
+    keys: int
+    num_heads: int
+    head_size: int
+    packed: bool
+    block_m: int
+    block_n: int  # 0: resident
+    tma: bool
+    scale: float
+    values: str
+    layout: str
+    law: str
+    seed: int
+
+    def inputs(self, seed):
+        """q, k, v; where packed the packed tensor, None, None."""
+        generator, dtype = properties.generator_of(seed), properties.DTYPES[self.dtype]
+        width = self.num_heads * self.head_size
+        if self.packed:
+            return properties.filled((self.batch, self.keys, 3 * width), self.values, generator).to(dtype), None, None
+        sizes = (self.queries, self.keys, self.keys)
+        return tuple(properties.filled((self.batch, n, width), self.values, generator).to(dtype) for n in sizes)
+
+    def kernel(self, q, k, v, block_m=None, with_lse=True):
+        from vit_fast.kernels import attention
+
+        tiles = configs.AttentionConfig(block_m or self.block_m, self.block_n, 4, 2, self.tma)
+        return attention._forward(q, self.num_heads, self.scale, k, v, tiles, with_lse)
+
+    def eager(self, q, k, v):
+        return reference.attention_fwd(q, self.num_heads, self.scale, k=k, v=v)
+
+    def golden(self, q, k, v):
+        return formula(q, self.num_heads, self.scale, k, v)
+
+    def order(self, *inputs):
+        """A score, and so the LSE, may change by some ulps of the sum of its products' sizes; the weights with it."""
+        q, k, v = (t.double().unflatten(2, (self.num_heads, -1)).abs() for t in self.separate(inputs))
+        change = 2.0**-22 * abs(self.scale) * torch.einsum("bihd,bjhd->bhij", q, k).max().item()
+        return change * v.max().item(), change
+
+    def separate(self, inputs):
+        return inputs[0].chunk(3, 2) if self.packed else inputs
+
+    def heads(self, t):
+        return t.unflatten(2, (-1, self.num_heads, self.head_size))
+
+    def law_layout(self, inputs, results):
+        self.same_bits(self.kernel(*properties.each(lambda t: properties.laid_out(t, self.layout), *inputs)), results)
+
+    def law_one_image_alone(self, inputs, results):
+        image = slice(self.seed % self.batch, self.seed % self.batch + 1)
+        self.same_bits(self.kernel(*properties.each(lambda t: t[image], *inputs)), [t[image] for t in results])
+
+    def law_images_permuted(self, inputs, results):
+        order = properties.permutation(self.batch, self.seed)
+        self.same_bits(self.kernel(*properties.each(lambda t: t[order], *inputs)), [t[order] for t in results])
+
+    def law_heads_permuted(self, inputs, results):
+        order = properties.permutation(self.num_heads, self.seed)
+
+        def permuted(t):
+            return self.heads(t)[:, :, :, order].flatten(2)
+
+        out, lse = results
+        self.same_bits(self.kernel(*properties.each(permuted, *inputs)), (permuted(out), lse[:, order]))
+
+    def law_queries_permuted(self, inputs, results):
+        q, k, v = self.separate(inputs)
+        order = properties.permutation(q.shape[1], self.seed)
+        self.same_rows(inputs, self.kernel(q[:, order], k, v), (results[0][:, order], results[1][:, :, order]))
+
+    def law_rows_per_program(self, inputs, results):
+        """A row's sums do not depend on the rows beside it."""
+        self.same_rows(
+            self.separate(inputs)[2], self.kernel(*inputs, block_m=32 if self.block_m == 16 else 16), results
+        )
+
+    def same_rows(self, inputs, actual, expected):
+        """Products, exp2 and log2 of numpy, not of a GPU, depend a little on the place of a row in its tile."""
+        sizes = self.separate(inputs)[2].abs().max(), expected[1].abs().max() + 8
+        for one, other, size, change in zip(actual, expected, sizes, self.order(*inputs), strict=True):
+            assert (one - other).abs().max() <= 2 * torch.finfo(one.dtype).eps * size + change
+
+    def law_powers_of_two(self, inputs, results):
+        q, k, v = self.separate(inputs)
+        if properties.can_shrink(k, v, results[0]):
+            out, lse = self.kernel(q * 4, k / 4, v / 4)
+            self.same_bits((out * 4, lse), results)
+
+    def law_zero_channels(self, inputs, results):
+        """Heads with channels of zeros appended, up to the next multiple of 16, which is what the kernel pads to."""
+        size = -(-self.head_size // 16) * 16
+
+        def padded(t):
+            return torch.nn.functional.pad(self.heads(t), (0, size - self.head_size)).flatten(2)
+
+        wide = replace(self, head_size=size)
+        out, lse = wide.kernel(*properties.each(padded, *inputs))
+        out = wide.heads(out)
+        assert not out[..., self.head_size :].any()
+        self.same_bits((out[..., : self.head_size].flatten(2), lse), results)
+
+    def law_without_lse(self, inputs, results):
+        out, lse = self.kernel(*inputs, with_lse=False)
+        assert lse is None
+        self.same_bits([out], results[:1])
+
+
+@st.composite
+def cases(draw):
+    packed = draw(st.booleans())
+    keys = draw(st.one_of(st.integers(1, 40), st.sampled_from((17, 49, 50, 65, 128, 129, 144, 197, 208, 257, 272))))
+    return AttentionCase(
+        dtype=draw(properties.dtypes),
+        batch=draw(st.integers(1, 3)) if keys <= 65 else 1,
+        queries=keys if packed else draw(st.integers(1, 40)),
+        keys=keys,
+        num_heads=draw(st.integers(1, 4)) if keys <= 65 else 1,
+        head_size=draw(st.one_of(st.integers(1, 128), st.sampled_from((16, 32, 48, 64, 72, 80, 88, 160, 256)))),
+        packed=packed,
+        block_m=draw(st.sampled_from((16, 32, 64) if keys <= 65 else (64, 128))),
+        block_n=draw(st.sampled_from((0, 0, 16, 32, 64) if keys <= 65 else (0, 64, 128))),
+        tma=draw(st.booleans()),
+        scale=draw(st.sampled_from((0.125, 0.25, 0.1, 1.0, -0.3))),
+        values=draw(properties.values_to_the_limit),
+        layout=draw(properties.layouts),
+        law=draw(properties.laws(AttentionCase)),
+        seed=draw(properties.seeds),
+    )
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("shard", properties.SHARDS)
+def test_attention(shard, count):
+    properties.explore(cases(), quick=120, full=1600, shard=shard, count=count)

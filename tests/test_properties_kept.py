@@ -1,0 +1,25 @@
+"""Cases that once failed, from kept_cases.txt, and the one that VIT_FAST_CASE holds."""
+
+import os
+from pathlib import Path
+
+import properties
+import pytest
+from test_properties_attention import AttentionCase
+from test_properties_layer_norm import LayerNormCase
+from test_properties_layernorm_mlp import LayerNormMlpCase
+from test_properties_linear import LinearCase
+from test_properties_patch_embed import PatchEmbedCase
+
+CASES = (AttentionCase, LayerNormCase, LayerNormMlpCase, LinearCase, PatchEmbedCase)
+LINES = Path(__file__).with_name("kept_cases.txt").read_text().splitlines()
+TEXTS = [line for line in LINES if line and not line.startswith("#")]
+if given := os.environ.get("VIT_FAST_CASE"):
+    TEXTS = [given]
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("text", TEXTS)
+def test_case(text, count):
+    count("cases", 1)
+    properties.run_case(eval(text, {case.__name__: case for case in CASES}))

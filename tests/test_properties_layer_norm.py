@@ -1,0 +1,127 @@
+"""Random LayerNorm problems: the error budget against float64, and laws that hold bit for bit."""
+
+from dataclasses import dataclass
+
+import properties
+import pytest
+from hypothesis import strategies as st
+from test_layer_norm import formula
+from vit_fast.kernels import reference
+from vit_fast.kernels.configs import LayerNormConfig
+
+
+@dataclass(frozen=True)
+class LayerNormCase(properties.Case):
+    dtype: str
+    side_dtype: str
+    out_dtype: str
+    batch: int
+    tokens: int
+    width: int
+    weight: bool
+    bias: bool
+    eps: float
+    mean: float
+    rows: int
+    block: int  # below the width: the kernel that loops
+    values: str
+    layout: str
+    law: str
+    seed: int
+
+    def inputs(self, seed):
+        generator, side = properties.generator_of(seed), properties.DTYPES[self.side_dtype]
+        x = properties.filled((self.batch, self.tokens, self.width), self.values, generator) + self.mean
+        weight, bias = properties.filled((2, self.width), "normal", generator).to(side)
+        return x.to(properties.DTYPES[self.dtype]), weight if self.weight else None, bias if self.bias else None
+
+    def kernel(self, x, weight, bias, rows=None, eps=None):
+        from vit_fast.kernels import layer_norm
+
+        tiles = LayerNormConfig(rows or self.rows, self.block, 4)
+        out_dtype = properties.DTYPES[self.out_dtype]
+        return layer_norm.layer_norm_fwd(x, weight, bias, self.eps if eps is None else eps, out_dtype, tiles)
+
+    def eager(self, x, weight, bias):
+        y, mean, rstd = reference.layer_norm_fwd(x, weight, bias, self.eps)
+        return y.to(properties.DTYPES[self.out_dtype]), mean, rstd
+
+    def golden(self, x, weight, bias):
+        return formula(x, weight, bias, self.eps)
+
+    def order(self, x, weight, bias):
+        """The mean may change by some ulps of the mean size, and every difference to it with it."""
+        _, _, rstd = self.golden(x, weight, bias)
+        change = 2.0**-22 * x.double().abs().mean(-1).flatten()
+        slope = 1.0 if weight is None else weight.double().abs().max().item()
+        return (change * rstd).max().item() * slope, change.max().item(), 2.0**-22 * rstd.max().item()
+
+    def law_layout(self, inputs, results):
+        x, weight, bias = inputs
+        x, *sides = (properties.laid_out(t, self.layout) for t in (x, weight, bias))
+        self.same_bits(self.kernel(x, *sides), results)
+
+    def law_one_image_alone(self, inputs, results):
+        x, *sides = inputs
+        image = self.seed % self.batch
+        rows = slice(image * self.tokens, (image + 1) * self.tokens)
+        y, mean, rstd = results
+        self.same_bits(self.kernel(x[image], *sides), (y[image], mean[rows], rstd[rows]))
+
+    def law_rows_permuted(self, inputs, results):
+        x, *sides = inputs
+        order = properties.permutation(self.batch * self.tokens, self.seed)
+        y, mean, rstd = results
+        self.same_bits(self.kernel(x.flatten(0, 1)[order], *sides), (y.flatten(0, 1)[order], mean[order], rstd[order]))
+
+    def law_rows_per_program(self, inputs, results):
+        self.same_bits(self.kernel(*inputs, rows=self.rows + 1 if self.rows == 1 else 1), results)
+
+    def law_powers_of_two(self, inputs, results):
+        x, *sides = inputs
+        y, mean, rstd = results
+        if (x * 4).isfinite().all():
+            self.same_bits(self.kernel(x * 4, *sides, eps=self.eps * 16), (y, mean * 4, rstd / 4))
+
+    def law_without_statistics(self, inputs, results):
+        from vit_fast.kernels import layer_norm
+
+        tiles, out_dtype = LayerNormConfig(self.rows, self.block, 4), properties.DTYPES[self.out_dtype]
+        self.same_bits([layer_norm.layer_norm(*inputs, self.eps, out_dtype, tiles)], results[:1])
+
+    def law_flat_rows(self, inputs, results):
+        x, *sides = inputs
+        y, *statistics = self.kernel(x.flatten(0, 1), *sides)
+        self.same_bits((y.reshape(x.shape), *statistics), results)
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(properties.dtypes)
+    width = draw(st.one_of(st.integers(1, 300), st.sampled_from((48, 64, 192, 255, 256, 257, 384, 768, 1024))))
+    whole = max(16, 1 << (width - 1).bit_length())
+    looped = draw(st.booleans()) and width > 16
+    return LayerNormCase(
+        dtype=dtype,
+        side_dtype=draw(st.sampled_from((dtype, "float32"))) if dtype != "float64" else dtype,
+        out_dtype=draw(st.sampled_from((dtype, dtype, "bfloat16", "float16", "float32"))),
+        batch=draw(st.integers(1, 4)),
+        tokens=draw(st.integers(1, 20)),
+        width=width,
+        weight=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        eps=draw(st.sampled_from((1e-6, 1e-5, 1e-12))),
+        mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
+        rows=draw(st.sampled_from((1, 2, 4, 16))) if not looped else 1,
+        block=draw(st.sampled_from([b for b in (16, 32, 64, 128, 256, 512) if b < width])) if looped else whole,
+        values=draw(properties.values_to_the_limit),
+        layout=draw(properties.layouts),
+        law=draw(properties.laws(LayerNormCase)),
+        seed=draw(properties.seeds),
+    )
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("shard", properties.SHARDS)
+def test_layer_norm(shard, count):
+    properties.explore(cases(), quick=240, full=2400, shard=shard, count=count)
