@@ -354,6 +354,18 @@ def test_powers_of_two_pass_through(kernels, tiles):
 
 
 @pytest.mark.interp
+@BOTH
+def test_large_scores_keep_their_digits(kernels, tiles):
+    """Head size 1 and short numbers: the scores, 5e4, are exact, so that what errs is the softmax."""
+    q, k = 1000.0 + torch.arange(5.0), 100.0 + torch.arange(40.0) / 64
+    v = torch.randn(40)
+    out, lse = kernels.attention_fwd(q.view(1, 5, 1), 1, 0.5, k=k.view(1, 40, 1), v=v.view(1, 40, 1), config=tiles)
+    golden, golden_lse = formula(q.view(1, 5, 1), 1, 0.5, k.view(1, 40, 1), v.view(1, 40, 1))
+    torch.testing.assert_close(out.double(), golden, rtol=0, atol=3e-7)
+    torch.testing.assert_close(lse.double(), golden_lse, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.interp
 def test_nothing_to_do_launches_nothing(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "_launch", None)
     out, lse = kernels.attention_fwd(random_qkv(0, 17, 3, 16, torch.float32), 3, 0.25)

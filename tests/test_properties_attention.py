@@ -88,9 +88,7 @@ class AttentionCase(properties.Case):
 
     def law_rows_per_program(self, inputs, results):
         """A row's sums do not depend on the rows beside it."""
-        self.same_rows(
-            self.separate(inputs)[2], self.kernel(*inputs, block_m=32 if self.block_m == 16 else 16), results
-        )
+        self.same_rows(inputs, self.kernel(*inputs, block_m=32 if self.block_m == 16 else 16), results)
 
     def same_rows(self, inputs, actual, expected):
         """Products, exp2 and log2 of numpy, not of a GPU, depend a little on the place of a row in its tile."""
@@ -100,7 +98,7 @@ class AttentionCase(properties.Case):
 
     def law_powers_of_two(self, inputs, results):
         q, k, v = self.separate(inputs)
-        if properties.can_shrink(k, v, results[0]):
+        if properties.can_shrink(k, v, results[0]) and (q * 4).isfinite().all():
             out, lse = self.kernel(q * 4, k / 4, v / 4)
             self.same_bits((out * 4, lse), results)
 
