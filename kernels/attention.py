@@ -19,7 +19,7 @@ streaming kernel reads K and V once per query block, mostly out of the L2 cache.
 On sm_90 and sm_100 head sizes that are one part, unpadded, go by TMA where pointers and strides allow it: out and q,
 and in the streaming kernel k and v too. The resident kernel loads k and v through pointers, because these loads are all
 in flight at once, while descriptor loads outside a loop wait for one another. The arithmetic is the same.
-Without LSE (inference) the resident kernel needs 167 registers, not 206 (197 tokens of 64): 3 CTAs per SM, not 2.
+Without LSE (inference) the resident kernel needs 168 registers, not 206 (197 tokens of 64): 3 CTAs per SM, not 2.
 Softmax over blocks of keys: FlashAttention (Dao et al. 2022, arXiv:2205.14135; 2023, arXiv:2307.08691).
 """
 
