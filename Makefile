@@ -8,13 +8,14 @@ RUN := $(VENV)/bin/python -P -m
 READY := $(VENV)/.setup
 TRITON36 := $(VENV)/triton-3.6.0
 
-.PHONY: help bench test test-full mutants lint aot setup clean
+.PHONY: help bench test test-full mutants gpu lint aot setup clean
 
 help:
 	@echo "make bench   benchmark vit_fast against timm eager and torch.compile on this machine; results in out/"
 	@echo "make test    all tests: plain and GPU, interpreted kernels, kernels compiled ahead of time"
 	@echo "make test-full   the same with thousands of random cases (SEED=n: others) and every mutant, under an hour"
 	@echo "make mutants break the kernels in every small way and see that a test notices (ARGS=--help tells more)"
+	@echo "make gpu     on a GPU: its tests, memcheck, and all benchmarks, into benchmarks/results/ (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make setup   only the virtual environment, $(VENV)"
@@ -43,6 +44,9 @@ test-full: $(READY) $(TRITON36)/.setup
 
 mutants: $(READY)
 	$(VENV)/bin/python -P tests/mutation/run.py $(ARGS)
+
+gpu: $(READY)
+	$(VENV)/bin/python -P benchmarks/gpu.py $(ARGS)
 
 aot: $(READY) $(TRITON36)/.setup
 	VIT_FAST_TRITON36="$$([ -d $(TRITON36)/triton ] && echo $(CURDIR)/$(TRITON36))" \
