@@ -271,9 +271,9 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
     out_features = weight.shape[0] // 2 if swiglu else weight.shape[0]
     in_features = weight.shape[1]
     out_dtype = weight.dtype if residual is None else residual.dtype
-    out = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
     rows = x.numel() // in_features
     check_rows("linear", rows)
+    out = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
     if rows == 0:
         return out
 

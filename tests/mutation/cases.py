@@ -1,0 +1,650 @@
+"""Kill suites: small cases, a function per file of kernels/, that every fault in that file shall fail.
+
+Most of them are the checks and the tests of tests/test_<operation>.py on shapes that a mutant costs little on: tails in
+every direction, several images, heads, programs and steps, every dtype, option and layout. ``run.py`` calls them in
+Triton's interpreter under the memory sanitizer. The cheapest cases, and those that fail first, come first.
+"""
+
+import itertools
+import math
+import mmap
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_attention
+import test_layer_norm
+import test_layernorm_mlp
+import test_linear
+import test_patch_embed
+import torch
+from torch._subclasses import FakeTensorMode
+from vit_fast.kernels import attention as attention_kernels
+from vit_fast.kernels import configs as configs_module
+from vit_fast.kernels import layer_norm as layer_norm_kernels
+from vit_fast.kernels import layernorm_mlp as layernorm_mlp_kernels
+from vit_fast.kernels import linear as linear_kernels
+from vit_fast.kernels import patch_embed as patch_embed_kernels
+from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
+from vit_fast.kernels.configs import LayerNormConfig, LinearConfig, PatchEmbedConfig
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+
+
+class Recorder:
+    """Stands in for a kernel: notes grid, arguments and keywords of each launch, and launches nothing."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append(SimpleNamespace(grid=grid, args=args, **options))
+
+
+@contextmanager
+def matmul_precision(word):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(word)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def reserved_memory(elements):
+    """float16 memory of which only the pages that are touched exist."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    with mmap.mmap(-1, 2 * elements, flags=flags) as memory:
+        yield torch.frombuffer(memory, dtype=FLOAT16)
+
+
+def device_is_made_current(kernels, kernel, call):
+    """On fake CUDA tensors, with a stand-in for the kernel: the call makes their device current. The one launch."""
+    made, recorder = mock.MagicMock(), Recorder()
+    with (
+        FakeTensorMode(), mock.patch.object(torch.cuda, "device", made), mock.patch.object(kernels, kernel, recorder),
+        mock.patch.multiple(configs_module, arch_of=lambda device: 80, multiprocessors_of=lambda device: 1),
+    ):  # fmt: skip
+        call()
+    assert made.call_count == 1
+    return recorder.launches[0]
+
+
+def refuses_too_many_rows(call):
+    with pytest.raises(UnsupportedError, match=f"{MAX_ROWS + 1} rows, expected at most {MAX_ROWS} in one call"):
+        call(MAX_ROWS + 1)
+
+
+def equal(actual, wanted):
+    assert len(actual) == len(wanted)
+    for one, other in zip(actual, wanted):
+        assert torch.equal(one, other)
+
+
+def layer_norm():
+    kernels, module = layer_norm_kernels, test_layer_norm
+    block, loop = LayerNormConfig(4, 64, 4), LayerNormConfig(1, 16, 4)
+    for config, shape in ((block, (2, 3, 40)), (loop, (1, 3, 20))):
+        module.check(kernels, *module.problem(shape, FLOAT32, mean=2.0), eps=0.1, config=config)
+        for dtype in DTYPES[1:]:
+            module.check(kernels, *module.problem(shape, dtype, mean=2.0), config=config)
+        for weight, bias in ((True, False), (False, True)):
+            module.check(kernels, *module.problem(shape, FLOAT16, weight, bias), config=config)
+        module.check(kernels, *module.problem(shape, FLOAT16, side_dtype=FLOAT32), out_dtype=BFLOAT16, config=config)
+        module.check(kernels, *module.problem(shape, FLOAT32, side_dtype=FLOAT64), out_dtype=FLOAT64, config=config)
+    with np.errstate(divide="raise"):
+        module.check(kernels, *module.problem((2, 3, 40), FLOAT32), config=block)
+    _row_layouts(kernels)
+    _layer_norm_launches(kernels)
+    for view in module.LAYOUTS.values():
+        x = view(module.problem((3, 8, 48), FLOAT32, mean=2.0)[0])
+        weight, bias = torch.randn(2, x.shape[-1]).t().contiguous().unbind(1)
+        expected = kernels.layer_norm_fwd(x.contiguous(), weight.contiguous(), bias.contiguous(), 1e-6)
+        equal(kernels.layer_norm_fwd(x, weight, bias, 1e-6), expected)
+    for view in (lambda x: x[:, 1:], lambda x: x.transpose(1, 2)):
+        module.check(kernels, view(torch.randn(2, 3, 20)), None, None, config=loop)
+    for width, config in ((64, block), (16, loop)):
+        module.test_offsets_beyond_two_to_the_31(kernels, width)
+        x, weight, bias = module.problem((2, 40), FLOAT32, mean=1e4)
+        module.check(kernels, x, weight, bias, config=config)
+        module.test_far_means(kernels, 1e6, 1.0, 16 * width if config is block else 128)
+        module.test_constant_rows_give_the_bias(kernels, 1e6 + 1 / 3, 16 * width if config is block else 128)
+    module.test_a_bad_row_stays_alone(kernels, math.nan)
+    module.test_nothing_to_do(kernels, (2, 0, 48))
+    _device_reasons(kernels)
+
+
+def _row_layouts(kernels):
+    x = torch.zeros(4, 5, 6, 8)
+    for view, wanted in (
+        (x, (False, 0, 0, 8)),
+        (x[:1, :1, :1], (False, 0, 0, 8)),
+        (x[..., :4], (False, 0, 0, 8)),
+        (x[:, 1:], (True, 24, 240, 8)),
+        (x[:, :, 2:], (True, 4, 48, 8)),
+        (x[:1, :1, :1, ::2], (False, 0, 0, 0)),
+        (x.transpose(2, 3), (True, 8, 48, 1)),
+    ):
+        rows, *layout = kernels.row_layout(view)
+        assert rows is view and tuple(layout) == wanted, (layout, wanted)
+    assert kernels.row_layout(torch.zeros(2, 4, 5, 6, 8)[:, :, :, 2:])[1:] == (True, 4, 48, 8)
+    copy, *layout = kernels.row_layout(x.permute(1, 0, 2, 3))
+    assert copy.is_contiguous() and tuple(layout) == (False, 0, 0, 8)
+
+
+def _layer_norm_launches(kernels):
+    """What the launch asks for, where the interpreter's result cannot depend on it."""
+    block, loop = Recorder(), Recorder()
+    x, wide = torch.randn(5, 64), torch.randn(64).double()
+    with mock.patch.multiple(kernels, _layer_norm_fwd_kernel=block, _layer_norm_wide_fwd_kernel=loop):
+        kernels.layer_norm(x, None, None, 1e-6, config=LayerNormConfig(2, 64, 4))
+        kernels.layer_norm(x, wide, None, 1e-6, config=LayerNormConfig(1, 32, 4))
+        kernels.layer_norm_fwd(x, None, wide, 1e-6)
+        kernels.layer_norm(x[:0], None, None, 1e-6)
+    found = [(n.grid, n.BLOCK, str(n.ACC), n.args[1] is None) for n in (*block.launches, *loop.launches)]
+    assert found == [((3,), 64, "fp32", True), ((1,), 64, "fp64", False), ((5,), 32, "fp64", True)]
+
+
+def _device_reasons(kernels):
+    cpu, meta, double = torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=FLOAT64)
+    wide = torch.zeros(2, kernels.MAX_WIDTH + 1, device="meta")
+    assert kernels.MAX_WIDTH == 65536 and kernels.device_reasons(double) == []
+    assert kernels.not_supported_reasons(wide[:, 1:], None, None, 1e-6) == []
+    assert kernels.not_supported_reasons(wide, None, None, 1e-6) == ["width 65537 is above 65536"]
+    with mock.patch.object(kernels, "INTERPRETED", False):
+        assert kernels.device_reasons(cpu, None) == ["tensors on cpu, Triton kernels need a CUDA device"]
+        assert kernels.device_reasons(cpu, meta)[0].startswith("tensors on cpu, meta,")
+        assert len(kernels.device_reasons(None, double, None)) == 2
+        fake = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=FLOAT32)
+        assert kernels.device_reasons(fake, None) == []
+        with mock.patch.object(torch.cuda, "device", lambda device: device):
+            assert kernels.launch_guard(fake) is fake.device
+
+
+def linear():
+    kernels, module = linear_kernels, test_linear
+    tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
+    for dtype in DTYPES:
+        for tiles in (tiny, tma):
+            module.check(kernels, *module.problem((2, 11, 40), 72, dtype), "swiglu", config=tiles)
+            x, weight, bias = module.problem((3, 7, 40), 48, dtype)
+            gamma, residual, row_scale = module.branch(x.shape, 48, dtype)
+            module.check(kernels, x, weight, bias, config=tiles, gamma=gamma, residual=residual, row_scale=row_scale)
+    _linear_launches(kernels, module)
+    weight = torch.empty(16, 1, device="meta")
+    refuses_too_many_rows(lambda rows: kernels.linear(torch.empty(rows, 1, device="meta"), weight, None))
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu"):
+        module.test_activation_curves(kernels, activation, FLOAT16)
+        for dtype in (FLOAT32, FLOAT64):
+            module.check(kernels, *module.problem((1, 7, 40), 48, dtype), activation, config=tiny)
+    assert kernels.linear(torch.full((1, 1), -30.0), torch.ones(1, 1), None, "quick_gelu") < 0
+    module.check(kernels, *module.problem((1, 40, 16), 48, FLOAT32), config=tiny)
+    module.check(kernels, *module.problem((1, 1, 40), 48, FLOAT32), config=tiny)
+    x, weight, bias = module.problem((3, 2, 5, 40), 96, FLOAT32)
+    gamma, residual, row_scale = module.branch((3, 2, 48, 8), 5, FLOAT32)
+    options = {"gamma": torch.rand(48), "residual": residual.transpose(2, 3)[:, :, 1:], "row_scale": row_scale}
+    for vector in (bias, None):
+        out = kernels.linear(x[:, :, 1:], weight, vector, "swiglu", config=tiny, **options)
+        wanted = module.formula(x[:, :, 1:], weight, vector, "swiglu", **options)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    for layout in ("without the class token", "transposed channels", "expanded rows"):
+        module.test_layouts_of_x_and_residual(kernels, layout, tiny)
+    for layout in ("transposed", "every other column", "every other row"):
+        module.test_layouts_of_the_weight(kernels, layout, "swiglu", tiny)
+    module.test_offsets_beyond_two_to_the_31(kernels)
+    _far_linear(kernels, tiny)
+    for size in (33, 34, 36):
+        for stride in (1, 2, 4):
+            x, weight, bias = module.problem((2, 3, size * stride), size, FLOAT16)
+            module.check(kernels, x[..., :size], weight[:, :size], bias, residual=x[..., -size:], config=tiny)
+    for mixed in ((FLOAT32, BFLOAT16, FLOAT32, FLOAT32), (BFLOAT16, FLOAT32, BFLOAT16, FLOAT32)):
+        module.test_mixed_dtypes(kernels, *mixed)
+    module.test_a_float64_residual(kernels, BFLOAT16)
+    module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
+
+
+def _far_linear(kernels, tiles):
+    """Offsets beyond 2³¹ that are products of small numbers, on every axis of x, weight and residual."""
+    x, weight, residual = (torch.randn(shape).half() for shape in ((3, 5, 16), (16, 16), (3, 5, 16)))
+    expected = kernels.linear(x, weight, None, residual=residual, config=tiles)
+    with reserved_memory(16 * (2**27 + 2**24)) as memory:
+        for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
+            for arguments in ((far := torch.as_strided(memory, x.shape, strides), residual), (x, far)):
+                far.copy_(x if arguments[0] is far else residual)
+                out = kernels.linear(arguments[0], weight, None, residual=arguments[1], config=tiles)
+                assert torch.equal(out, expected)
+        for strides in ((2**27 + 2**24, 1), (1, 2**27 + 2**24)):
+            far = torch.as_strided(memory, weight.shape, strides).copy_(weight)
+            assert torch.equal(kernels.linear(x, far, None, residual=residual, config=tiles), expected)
+        del far, arguments
+
+
+def _linear_launches(kernels, module):
+    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    recorder, picked = Recorder(), []
+
+    def pick(*args):
+        picked.append(args)
+        return LinearConfig(32, 32, 16, 8, 4, 2, True)
+
+    x, weight, bias = module.problem((2, 33, 40), 72, FLOAT32)
+    with (
+        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.multiple(configs_module, pick_linear_config=pick, arch_of=lambda device: 90),
+    ):
+        for precision in ("highest", "high"):
+            with matmul_precision(precision):
+                kernels.linear(x, weight, bias, "swiglu")
+                kernels.linear(x.half()[:, 1:], weight.half(), bias, residual=torch.zeros(2, 32, 72))
+        kernels.linear_residual(
+            x, weight, None, None, torch.zeros(2, 33, 72), config=LinearConfig(32, 32, 8, 8, 4, 2, False)
+        )
+    assert picked == [
+        (66, 36, True, FLOAT32, FLOAT32, False, False, 90), (64, 72, False, FLOAT16, FLOAT32, False, False, 90),
+        (66, 36, True, FLOAT32, FLOAT32, True, False, 90), (64, 72, False, FLOAT16, FLOAT32, False, False, 90),
+    ]  # fmt: skip
+    found = [(n.PRECISION, n.DESCRIPTORS, n.EVEN_K, n.ALIGN_K, n.ALIGN_N, n.EXACT, n.grid) for n in recorder.launches]
+    half = ("ieee", False, False, 8, 8, False, (6,))
+    assert found == [
+        ("ieee", True, True, 16, 4, True, (6,)), half, ("tf32", True, True, 16, 4, True, (6,)), half,
+        ("ieee", False, True, 8, 8, True, (9,)),
+    ]  # fmt: skip
+    assert recorder.launches[0].args[1].block_shape == [32, 16]
+    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
+        kernels.linear(x[:0], weight, bias)
+        assert len(recorder.launches) == 5
+        tma = LinearConfig(16, 32, 16, 2, 4, 2, True)
+        kernels.linear(x[..., 1:37], weight[:, 1:37], bias, config=tma)
+        for function in (kernels.layer_norm_linear, kernels.layer_norm_linear_fwd):
+            function(x, None, None, 1e-6, weight, bias, config=tma)
+    assert [(n.DESCRIPTORS, n.BLOCK_M) for n in recorder.launches[5:]] == [(False, 16), (True, 16), (True, 16)]
+    for dtype, out_dtype, wanted in (
+        (FLOAT64, FLOAT64, None), (FLOAT32, FLOAT64, "fp64"), (BFLOAT16, BFLOAT16, "fp32"), (FLOAT16, FLOAT32, None),
+    ):  # fmt: skip
+        assert str(kernels._upcast(dtype, out_dtype)) == str(wanted)
+    with mock.patch.object(kernels, "INTERPRETED", False):
+        assert kernels._upcast(BFLOAT16, FLOAT64) is None
+    memory = torch.zeros(4096, dtype=FLOAT16)
+    memory = memory[-memory.data_ptr() % 64 // 2 :]
+    for offset, size, strides, wanted in (
+        (0, 64, (64,), 16), (0, 64, (72,), 16), (0, 64, (68,), 8), (0, 66, (64,), 4), (1, 64, (64,), 2),
+        (0, 63, (64,), 2), (8, 64, (64, 64), 16), (0, 64, (64, 66), 4),
+    ):  # fmt: skip
+        assert kernels._vector_bytes(memory[offset:], size, strides) == wanted
+    x, weight = (torch.zeros(64, 64, dtype=FLOAT16) for _ in range(2))
+    for stride_xo, stride_xi, matrix, columns, wanted in (
+        (0, 64, weight, 64, (True, False)), (0, 56, weight, 64, (False, False)), (4, 64, weight, 64, (False, True)),
+        (0, 64, weight.t(), 64, (False, False)), (0, 64, weight.t(), 63, (False, True)),
+        (0, 64, torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 64, (False, True)),
+        (0, 64, weight[:1].expand(64, -1), 64, (False, False)),
+        (0, 64, weight.as_strided((32, 64), (32, 1)), 32, (False, False)),
+        (0, 64, weight.as_strided((32, 32), (1, 68)), 32, (False, True)),
+        (0, 64, weight.as_strided((32, 64), (68, 1)), 32, (False, True)),
+    ):  # fmt: skip
+        assert kernels._layout(x, stride_xo, stride_xi, matrix, columns) == wanted
+    assert kernels._layout(torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 0, 128, weight, 64) == (False, True)
+    module.test_reasons(kernels)
+    x, weight, bias = module.problem((2, 5, 48), 64, FLOAT32)
+    with mock.patch.object(layer_norm_kernels, "INTERPRETED", False):
+        for function, arguments, options in (
+            (
+                kernels.linear_not_supported_reasons,
+                [x, weight, bias, "gelu"],
+                {"gamma": bias, "residual": x, "row_scale": bias},
+            ),
+            (kernels.linear_residual_not_supported_reasons, [x, weight, bias, bias, x], {"row_scale": bias}),
+            (kernels.layer_norm_linear_not_supported_reasons, [x, bias, bias, 1e-6, weight, bias], {}),
+        ):
+            assert len(function(*arguments, **options)) == 1
+            for place in [*range(len(arguments)), *options]:
+                keyed = isinstance(place, str)
+                value = options[place] if keyed else arguments[place]
+                if isinstance(value, torch.Tensor):
+                    call = ([*arguments], {**options})
+                    call[keyed][place] = value.double()
+                    reasons = function(*call[0], **call[1])
+                    assert len(reasons) == 2 and "float64" in reasons[1]
+
+
+def layernorm_mlp():
+    kernels, module = layernorm_mlp_kernels, test_layernorm_mlp
+    pair = (LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(32, 32, 32, 2, 4, 2, True))
+    for arguments in (module.problem((2, 5, 48), 40, FLOAT32), module.problem((2, 5, 48), 40, BFLOAT16, "swiglu")):
+        module.check(kernels, arguments, torch.tensor([1.25, 0.5]), config=pair)
+    used = []
+    shipped = linear_kernels.linear
+
+    def spy(*args, config=None, **options):
+        used.append(config)
+        return shipped(*args, config=config, **options)
+
+    with mock.patch.object(linear_kernels, "linear", spy):
+        for function in (kernels.layernorm_mlp, kernels.layernorm_mlp_fwd):
+            function(*arguments, config=pair)
+            function(*arguments)
+    assert used == [*pair, None, None] * 2
+    module.test_reasons(kernels)
+    x, *rest = module.problem((2, 5, 48), 40, FLOAT32)
+    with mock.patch.object(layer_norm_kernels, "INTERPRETED", False):
+        assert len(kernels.not_supported_reasons(x, *rest)) == 1
+        for place in range(1, 10):
+            arguments = [x, *rest]
+            if isinstance(arguments[place], torch.Tensor):
+                arguments[place] = arguments[place].double()
+                reasons = kernels.not_supported_reasons(*arguments)
+                assert len(reasons) == 2 and "float64" in reasons[1]
+        reasons = kernels.not_supported_reasons(x, *rest, row_scale=torch.ones(2, dtype=FLOAT64))
+        assert len(reasons) == 2 and "float64" in reasons[1]
+
+
+def attention():
+    kernels, module = attention_kernels, test_attention
+    resident, streaming = module.config(16, 0), module.config(16, 16)
+    for tiles in (resident, streaming):
+        module.check(kernels, module.random_qkv(2, 35, 2, 40, FLOAT32), 2, -0.2, config=tiles)
+    module.test_key_chunks_cover_the_keys(kernels)
+    module.test_head_parts_pad_to_the_next_16_only(kernels)
+    _attention_launches(kernels, module)
+    for tiles in (resident, streaming):
+        for dtype in (FLOAT16, BFLOAT16, FLOAT64):
+            module.check(kernels, module.random_qkv(1, 19, 2, 24, dtype), 2, 0.2, config=tiles)
+        q, k, v = module.random_qkv(1, 5, 1, 16, BFLOAT16).chunk(3, dim=2)
+        module.check(kernels, q, 1, 0.2, k, v * 2.0**17, config=tiles)
+        module.test_infinite_scores_give_what_eager_gives(kernels, tiles)
+        _far_attention(kernels, tiles)
+        q, k, v = module.random_qkv(2, 19, 2, 24, FLOAT32).chunk(3, dim=2)
+        module.check(kernels, q[:, :3], 2, 0.2, k, v, config=tiles)
+        module.check(kernels, torch.ones_like(q), 2, -20.0, torch.ones_like(k), v, config=tiles)
+        module.check(kernels, q, 2, 0.0, k, v, config=tiles)
+    qkv = module.random_qkv(2, 19, 2, 16, FLOAT16)
+    for tiles in (resident, streaming):
+        expected = module.check(kernels, qkv, 2, 0.125, config=tiles)
+        equal(module.check(kernels, qkv, 2, 0.125, config=replace(tiles, tma=True)), expected)
+        for name, view in module._layouts(qkv):
+            if name in ("every other channel, 16-byte rows", "channels first"):
+                equal(kernels.attention_fwd(view, 2, 0.125, config=tiles), expected)
+        with mock.patch.object(kernels, "_MAX_PROGRAMS", 5):
+            equal(kernels.attention_fwd(qkv, 2, 0.125, config=tiles), expected)
+    module.check(kernels, module.random_qkv(1, 35, 1, 24, FLOAT32), 1, 0.2, config=resident)
+    with mock.patch.object(configs_module, "multiprocessors_of", lambda device: 3):
+        module.check(kernels, module.random_qkv(2, 83, 2, 16, FLOAT32), 2, 0.2, config=resident)
+    q, k, v = qkv.chunk(3, dim=2)
+    for call in (lambda: kernels.attention(qkv, 2, 0.125), lambda: kernels.attention(q, 2, 0.125, k=k, v=v)):
+        assert torch.equal(call(), kernels.attention_fwd(qkv, 2, 0.125)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        module.test_nothing_to_do_launches_nothing(kernels, patch)
+
+
+def _far_attention(kernels, tiles):
+    """Offsets beyond 2³¹ that are products of small numbers, on every axis of q, k, v and out."""
+    small = torch.randn(3, 3, 5, 48).half()
+    expected = torch.empty(3, 5, 48, dtype=FLOAT16)
+    kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles)
+    with reserved_memory(48 * (2**27 + 2**24)) as memory:
+        for strides in ((2**30 + 64, 196, 4), (1024, 2**29 + 64, 4), (4, 16, 2**27 + 2**24)):
+            far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(4)]
+            for tensor, values in zip(far, small):
+                tensor.copy_(values)
+            kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles)
+            assert torch.equal(far[3], expected)
+        del far, tensor
+
+
+def _attention_launches(kernels, module):
+    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    resident, streaming = Recorder(), Recorder()
+    picked = []
+
+    def pick(*args):
+        picked.append(args)
+        return module.config(32, 16 if args[1] > 60 else 0, True)
+
+    with (
+        mock.patch.multiple(
+            kernels, _attention_fwd_resident_kernel=resident, _attention_fwd_streaming_kernel=streaming
+        ),
+        mock.patch.multiple(
+            configs_module, pick_attention_config=pick, arch_of=lambda device: 90, multiprocessors_of=lambda device: 5
+        ),
+    ):
+        for precision in ("highest", "high"):
+            with matmul_precision(precision):
+                kernels.attention(module.random_qkv(2, 61, 3, 16, BFLOAT16), 3, -0.5)
+                kernels.attention_fwd(module.random_qkv(1, 60, 2, 24, FLOAT32), 2, 0.5)
+    assert picked == [
+        (61, 61, 16, BFLOAT16, t, 90) if n else (60, 60, 24, FLOAT32, t, 90) for t in (False, True) for n in (1, 0)
+    ]
+    for launch, precision in zip(streaming.launches, ("ieee", "tf32"), strict=True):
+        assert launch.grid == (12,) and launch.PRECISION == precision and launch.args[1] is None
+        assert (launch.NEGATIVE, launch.UPCAST, launch.TMA, launch.LSE) == (True, True, True, False)
+        assert [arg.block_shape for arg in (launch.args[0], *launch.args[2:5])] == [[1, 32, 16]] * 2 + [[1, 16, 16]] * 2
+    for launch, precision in zip(resident.launches, ("ieee", "tf32"), strict=True):
+        assert launch.grid == (4,) and launch.args[9:11] == (2, 1) and launch.PRECISION == precision
+        assert (launch.NEGATIVE, launch.UPCAST, launch.TMA, launch.LSE) == (False, False, False, True)
+    _attention_shares(kernels, module)
+    assert all(isinstance(cut(17), tuple) for cut in (kernels._key_chunks, kernels._head_parts))
+    qkv = module.random_qkv(2, 5, 3, 64, FLOAT16)
+    fits = lambda x, size=64: kernels._fits_tma(x, kernels._head_parts(size), size)  # noqa: E731
+    assert fits(qkv) and fits(qkv[..., 8:]) and fits(qkv[:, 1:]) and fits(torch.zeros(2, 5, 200, dtype=FLOAT16))
+    assert (
+        not fits(qkv, 80)
+        and not fits(qkv[..., 4:])
+        and not fits(qkv[..., ::2])
+        and not fits(qkv[..., :-4].contiguous())
+    )
+    assert (
+        not fits(qkv[:1].expand(2, -1, -1))
+        and not fits(qkv[:, :1].expand(-1, 5, -1))
+        and not fits(qkv.flip(1)[..., 1:])
+    )
+    module.test_reasons(kernels)
+    cpu, half = torch.zeros(2, 5, 256), torch.zeros(2, 5, 771)
+    assert (
+        kernels.not_supported_reasons(cpu, 1, k=cpu, v=cpu)
+        == []
+        == kernels.not_supported_reasons(cpu.double(), 1, k=cpu)
+    )
+    assert kernels.not_supported_reasons(half, 1) == ["head size 257 is above 256"]
+    assert kernels.not_supported_reasons(half[..., :768], 1) == []
+    assert kernels.not_supported_reasons(half[..., :300], 1, k=half, v=half) == ["head size 300 is above 256"]
+    with mock.patch.object(kernels, "_INTERPRETED", False):
+        reasons = kernels.not_supported_reasons(cpu, 1, k=cpu, v=cpu)
+        assert len(reasons) == 1 and "not on cpu" in reasons[0]
+        assert len(kernels.not_supported_reasons(cpu.double(), 1, k=cpu, v=cpu)) == 2
+        cuda = SimpleNamespace(shape=(2, 5, 256), dtype=FLOAT16, device=SimpleNamespace(type="cuda"))
+        assert kernels.not_supported_reasons(cuda, 1, k=cuda, v=cuda) == []
+    device_is_made_current(
+        kernels,
+        "_attention_fwd_streaming_kernel",
+        lambda: kernels.attention(torch.empty(1, 5, 48, device="cuda"), 1, 1.0),
+    )
+
+
+def _attention_shares(kernels, module):
+    """How the work is cut into launches and programs."""
+    resident, streaming, tall = Recorder(), Recorder(), module.config(16, 0)
+    assert kernels._MAX_PROGRAMS == 2**31 - 1
+    with (
+        mock.patch.multiple(
+            kernels,
+            _attention_fwd_resident_kernel=resident,
+            _attention_fwd_streaming_kernel=streaming,
+            _INTERPRETED=False,
+        ),
+        mock.patch.object(configs_module, "multiprocessors_of", lambda device: 3),
+    ):
+        qkv = module.random_qkv(5, 33, 3, 16, BFLOAT16)
+        for limit in (24, 5):
+            with mock.patch.object(kernels, "_MAX_PROGRAMS", limit):
+                kernels.attention_fwd(qkv, 3, 0.0, config=module.config(32, 16))
+                kernels.attention(qkv, 3, 0.0)
+        assert [launch.grid for launch in streaming.launches] == [(24,), (6,), *[(6,)] * 5]
+        assert not any(launch.UPCAST or launch.TMA or launch.args[8] != 2.0**-126 for launch in streaming.launches)
+        assert [launch.BLOCK_M for launch in resident.launches] == [64] * 6
+        # Seven blocks of two heads on three multiprocessors of two programs each: 3 + 3 + 1 blocks.
+        kernels.attention_fwd(module.random_qkv(1, 100, 2, 16, FLOAT16), 2, 0.5, config=tall)
+        assert resident.launches[-1].grid == (6,) and resident.launches[-1].args[9:11] == (3, 3)
+        q, k, v = module.random_qkv(2, 33, 3, 16, BFLOAT16).chunk(3, dim=2)
+        kernels.attention_fwd(
+            q, 3, 0.5, k=k.transpose(1, 2).contiguous().transpose(1, 2), v=v, config=module.config(32, 16, True)
+        )
+        assert streaming.launches[-1].TMA is False
+
+
+def patch_embed():
+    kernels, module = patch_embed_kernels, test_patch_embed
+    tiny = PatchEmbedConfig(16, 32, 32, 4, 2)
+    for shape in ("patch4", "overlap", "gaps", "wide patch"):
+        module.check(module.problem(FLOAT32, **module.SHAPES[shape]), config=tiny)
+    for dtype in DTYPES:
+        arguments = module.problem(dtype, size=(12, 20), patch=(4, 4), dim=33, prefix=9, per_image=True)
+        module.check(arguments, config=tiny)
+        arguments = module.problem(dtype, size=(8, 12), patch=(4, 4), dim=40, pixels=torch.uint8)
+        module.check(arguments, mean=module.MEAN, std=module.STD, config=tiny)
+    _patch_embed_launches(kernels, module)
+    pixel = torch.empty(16, 1, 1, 1, device="meta")
+    options = (pixel, None, None, None, (1, 1))
+    refuses_too_many_rows(lambda rows: kernels.patch_embed(torch.empty(rows, 1, 1, 1, device="meta"), *options))
+    module.check(
+        module.problem(FLOAT16, size=(8, 12), patch=(4, 4), bias=False, pos=False, prefix=None, pixels=FLOAT32)
+    )
+    module.check(module.problem(BFLOAT16, size=(8, 12), patch=(4, 4), side_dtype=FLOAT32))
+    images, weight, bias, pos, prefix, stride = module.problem(
+        FLOAT32, size=(12, 20), patch=(3, 4), stride=(3, 2), prefix=3
+    )
+    views = (
+        lambda x: x.to(memory_format=torch.channels_last), lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x.repeat_interleave(3, 3)[..., ::3], lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, :3],
+    )  # fmt: skip
+    for view in views:
+        arguments = (view(weight), bias.repeat_interleave(2)[::2], pos.transpose(1, 2).contiguous().transpose(1, 2))
+        prefix_view = prefix.transpose(1, 2).contiguous().transpose(1, 2)
+        module.check((view(images), *arguments, prefix_view, stride), config=tiny)
+    module.check((images[:, :1].expand(-1, 3, -1, -1), weight, bias, pos, prefix, stride), config=tiny)
+    module.test_views_of_images_give_the_same_bits("every second", torch.uint8)
+    module.check(module.problem(FLOAT32, channels=1, size=(8, 8), patch=(4, 4)), config=tiny)
+    for mean, std in ((None, (0.5, 1.0, 1.0)), ((0.5, 0.0, 0.0), None), (None, None)):
+        module.check(module.problem(FLOAT16, size=(8, 12), patch=(4, 4), pixels=torch.uint8), mean=mean, std=std)
+    images, *rest = module.problem(FLOAT16, size=(8, 12), patch=(4, 4), batch=3)
+    module.check((images.to(memory_format=torch.channels_last), *rest), mean=[*module.MEAN], std=[*module.STD])
+    module.check((images, *rest), mean=(0.5, 0.0, 0.0))
+    module.check(module.problem(FLOAT32, channels=1, size=(6, 22), patch=(3, 11)), config=tiny)
+    module.check(module.problem(FLOAT32, batch=1, size=(4, 4), patch=(4, 4), dim=1, prefix=None))
+    module.test_not_finite_pixels_stay_in_their_patch(math.nan)
+    module.test_large_fp16_values_do_not_overflow_on_the_way()
+    module.test_empty_batch(torch.uint8)
+    _far_images(kernels)
+
+
+def _far_images(kernels):
+    """Offsets beyond 2³¹ that are products of small numbers, on every axis of the images and of the prefix."""
+    step = 2**30 + 64
+    images, weight, prefix = (torch.randn(shape).half() for shape in ((3, 3, 8, 8), (16, 3, 4, 4), (3, 3, 16)))
+    expected = kernels.patch_embed(images, weight, None, None, prefix, (4, 4))
+    with reserved_memory(8 * step) as memory:
+        for strides in ((step, 64, 8, 1), (64, step, 8, 1), (192, 64, step, 1), (192, 64, 1, step)):
+            far = torch.as_strided(memory, images.shape, strides).copy_(images)
+            assert torch.equal(kernels.patch_embed(far, weight, None, None, prefix, (4, 4)), expected)
+        for strides in ((step, 16, 1), (16, step, 1), (48, 1, step // 4)):
+            far = torch.as_strided(memory, prefix.shape, strides).copy_(prefix)
+            assert torch.equal(kernels.patch_embed(images, weight, None, None, far, (4, 4)), expected)
+        del far
+
+
+def _patch_embed_launches(kernels, module):
+    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    recorder, picked = Recorder(), []
+
+    def pick(*args):
+        picked.append(args)
+        return PatchEmbedConfig(16, 32, 16, 4, 2)
+
+    arguments = module.problem(FLOAT32, size=(12, 20), patch=(4, 4), dim=72, prefix=9)
+    with (
+        mock.patch.object(kernels, "_patch_embed_fwd_kernel", recorder),
+        mock.patch.object(configs_module, "pick_patch_embed_config", pick),
+    ):
+        for precision in ("highest", "high"):
+            with matmul_precision(precision):
+                kernels.patch_embed(*arguments)
+        half = tuple(None if t is None else t.bfloat16() if isinstance(t, torch.Tensor) else t for t in arguments)
+        kernels.patch_embed(half[0].to(memory_format=torch.channels_last), half[1], None, None, None, (4, 4))
+        kernels.patch_embed(half[0][:, :1], half[1][:, :1], None, None, None, (4, 4))
+        kernels.patch_embed(*half, mean=(0.0,) * 3, std=(1.0,) * 3)
+        kernels.patch_embed(half[0][:0], *half[1:])
+    assert picked == [(30, 72, FLOAT32, "ieee"), (30, 72, FLOAT32, "tf32"), *[(30, 72, BFLOAT16, "ieee")] * 3]
+    found = [(n.PRECISION, n.UPCAST, n.CHANNELS_INNER, n.grid) for n in recorder.launches]
+    assert found == [
+        ("ieee", False, False, (12,)), ("tf32", False, False, (12,)), ("ieee", True, True, (6,)),
+        ("ieee", True, False, (6,)), ("ieee", True, False, (12,)),
+    ]  # fmt: skip
+    assert recorder.launches[-1].args[6] is None
+    images, *rest = half
+    with mock.patch.multiple(kernels, _patch_embed_fwd_kernel=recorder, INTERPRETED=False):
+        for _ in range(2):
+            kernels.patch_embed(
+                images.to(torch.uint8), *rest, mean=[0.5] * 3, config=PatchEmbedConfig(16, 32, 16, 4, 2)
+            )
+        kernels.patch_embed(images, *arguments[1:])
+    assert recorder.launches[-2].args[6] is recorder.launches[-3].args[6]
+    found = [(n.BLOCK_M, n.UPCAST, n.args[1].dtype) for n in recorder.launches[-2:]]
+    assert found == [(16, False, torch.uint8), (64, False, FLOAT32)]
+    weight = torch.randn(8, 64)[:, :60].unflatten(1, (3, 4, 5))
+    assert kernels._flat_weight(weight, False).data_ptr() == weight.data_ptr()
+    last = weight.to(memory_format=torch.channels_last)
+    assert kernels._flat_weight(last, True).data_ptr() == last.data_ptr()
+    strided = kernels._flat_weight(torch.randn(8, 120)[:, ::2].unflatten(1, (3, 4, 5)), False)
+    assert strided.shape == (8, 60) and strided.stride() == (60, 1)
+    images, weight, *rest = arguments
+    assert kernels.not_supported_reasons(images.double(), weight.double(), *rest) == []
+    with mock.patch.object(kernels, "INTERPRETED", False):
+        reasons = kernels.not_supported_reasons(images, weight, *rest)
+        assert len(reasons) == 1 and "not on cpu" in reasons[0]
+        assert len(kernels.not_supported_reasons(images, weight.double(), *rest)) == 2
+        cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+        assert kernels.not_supported_reasons(cuda, weight, *rest) == []
+    launch = device_is_made_current(
+        kernels,
+        "_patch_embed_fwd_kernel",
+        lambda: kernels.patch_embed(
+            *(torch.empty(t.shape, device="cuda") for t in arguments[:5]), (4, 4), std=(0.7,) * 3
+        ),
+    )
+    assert launch.args[6].device.type == "cuda"
+
+
+def configs():
+    module, picked = configs_module, []
+    for arch in (80, 86, 90, 100, 120):
+        test_attention.test_every_shape_has_a_config_whose_keys_fit(attention_kernels, arch)
+        test_linear.test_every_shape_has_a_config_that_fits(arch)
+        for dtype, tf32, many in itertools.product(DTYPES, (False, True), (1, 197, 600, 10**6)):
+            for head_size in (16, 64, 80, 96, 128, 160, 256):
+                tiles = module.pick_attention_config(many, many, head_size, dtype, tf32, arch)
+                assert not tiles.tma or arch in (90, 100)
+                picked += [tiles.block_m, tiles.block_n or 16, tiles.num_warps]
+            for swiglu, scattered in itertools.product((False, True), (False, True)):
+                for out_dtype in (FLOAT16, FLOAT32):
+                    tiles = module.pick_linear_config(many, 768, swiglu, dtype, out_dtype, tf32, scattered, arch)
+                    picked += [tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps]
+            tiles = module.pick_patch_embed_config(many, 768, dtype, "tf32" if tf32 else "ieee")
+            picked += [tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps]
+            assert tiles.block_k == module.pick_patch_embed_config(1, 768, dtype, "tf32" if tf32 else "ieee").block_k
+            stage = (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize * tiles.num_stages
+            assert dtype == FLOAT64 or stage <= 99 * 1024
+    test_layer_norm.test_every_width_has_a_config()
+    assert all(size & (size - 1) == 0 for size in picked)
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    properties = SimpleNamespace(multi_processor_count=132)
+    with mock.patch.multiple(
+        torch.cuda, get_device_capability=lambda device: (9, 1), get_device_properties=lambda device: properties
+    ):
+        assert (module.arch_of(cuda), module.arch_of(cpu)) == (91, 80)
+        assert (module.multiprocessors_of(cuda), module.multiprocessors_of(cpu)) == (132, 1)
+    assert module.AttentionConfig(16, 16, 4, 2).tma is False

@@ -1,0 +1,246 @@
+"""Mutation test: does a kill suite notice every small fault in a file of kernels/?
+
+    python tests/mutation/run.py [FILE ...] [--changed] [--jobs 2] [--match TEXT] [--list] [--sample N --seed S]
+
+A fork of this process for each mutant (``mutate.py``) puts the mutant in the place of the module and runs the kill
+suites of its file (``cases.py``) in Triton's interpreter. An exception, a crash or a run past the time limit kills;
+first the files as they are must pass. A survivor must stand in ``survivors.toml`` with the reason why no result can
+depend on it, and an entry there must still survive: anything else fails the run. The table goes to out/mutation.json.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import traceback
+import warnings
+from collections import Counter
+from importlib import import_module, reload
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import conftest  # noqa: E402
+import mutate  # noqa: E402
+import sanitizer  # noqa: E402
+import torch  # noqa: E402
+
+# File of kernels/ and its kill suites. Files further down may import those above.
+SUITES = {
+    "configs": ("configs",),
+    "layer_norm": ("layer_norm",),
+    "linear": ("linear",),
+    "layernorm_mlp": ("layernorm_mlp",),
+    "attention": ("attention",),
+    "patch_embed": ("patch_embed",),
+}
+MEMORY_LIMIT = 32 << 30  # bytes of address space: some suites reserve 9 GB and touch a few pages of them
+
+
+def module_of(name):
+    return import_module(f"vit_fast.kernels.{name}")
+
+
+def install(name, source):
+    """The source in the module's place, and afresh every module that took names out of it."""
+    module = module_of(name)
+    lines = source.splitlines(keepends=True)
+    sys.modules["linecache"].cache[module.__file__] = (len(source), None, lines, module.__file__)
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    for other in list(SUITES)[list(SUITES).index(name) + 1 :]:
+        if re.search(rf"^from \.{name} import", Path(module_of(other).__file__).read_text(), re.MULTILINE):
+            reload(module_of(other))
+
+
+def run_suites(name, source=None):
+    """In a child. Fresh memory is poisoned as in the interpreted tests, and every access is checked."""
+    warnings.simplefilter("ignore")
+    if source is not None:
+        install(name, source)
+    cases = import_module("cases")  # here, because its test modules take functions out of kernels/
+    with sanitizer.poisoned_memory():
+        for suite in SUITES[name]:
+            torch.manual_seed(0)
+            getattr(cases, suite)()
+
+
+def start(name, cpu_seconds, source=None):
+    """(process id, pipe that will hold why it ended). The limit is on CPU time: other load cannot kill a mutant."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, read
+    status = 0
+    try:
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(null, stream)
+        run_suites(name, source)
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)
+        place = next((f"{f.name}:{f.lineno}" for f in last if f.filename.endswith("cases.py")), "")
+        os.write(write, f"{place} {type(error).__name__}: {error}"[:400].encode())
+        status = 1
+    os._exit(status)
+
+
+def finish(pid, read):
+    """None while the child runs, else (verdict, why)."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        return None
+    why = os.read(read, 400).decode(errors="replace")
+    os.close(read)
+    if os.WIFSIGNALED(status):
+        number = signal.Signals(os.WTERMSIG(status))
+        return "timed out" if number in (signal.SIGXCPU, signal.SIGKILL) else "killed", number.name
+    return "killed" if os.WEXITSTATUS(status) else "survived", why
+
+
+def clean_seconds(name):
+    """How much CPU time the kill suites take on the file as it is; they must pass."""
+    child = start(name, 120)
+    while (ended := finish(*child)) is None:
+        time.sleep(0.01)
+    if ended[0] != "survived":
+        sys.exit(f"kernels/{name}.py as it is fails its kill suites: {ended}")
+    began = time.process_time()
+    run_suites(name)  # once in this process: what torch and Triton do only once, forks need not do again
+    for module in [module for module in sys.modules if module == "cases" or module.startswith("test_")]:
+        del sys.modules[module]
+    seconds = time.process_time() - began
+    gc.collect()
+    gc.freeze()  # forks share these pages as long as nobody counts references in them
+    return seconds
+
+
+def run_mutants(name, mutants, jobs):
+    """Yields (mutant, verdict, why, seconds)."""
+    limit = math.ceil(3 * clean_seconds(name)) + 1
+    waiting, running = list(reversed(mutants)), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop()
+            running.append((mutant, time.monotonic(), start(name, limit, mutant.source)))
+        for entry in list(running):
+            mutant, began, child = entry
+            if (ended := finish(*child)) is not None:
+                running.remove(entry)
+                yield mutant, *ended, time.monotonic() - began
+        time.sleep(0.002)
+
+
+def listed(name):
+    """Mutant, or function and ``: *``, to the reason why it may survive."""
+    entries = tomllib.loads((HERE / "survivors.toml").read_text()).get(name, [])
+    return {mutant: entry["reason"] for entry in entries for mutant in entry["mutants"]}
+
+
+def changed_files():
+    base = "HEAD"
+    for branch in ("origin/main", "main"):
+        found = subprocess.run(["git", "merge-base", "HEAD", branch], cwd=ROOT, capture_output=True, text=True)
+        if found.returncode == 0:
+            base = found.stdout.strip()
+            break
+    names = subprocess.run(["git", "diff", "--name-only", base], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in SUITES if f"kernels/{name}.py" in names.stdout.split()]
+
+
+def report(name, results, accepted, known, complete):
+    """Prints what is wrong with one file's results; returns how many things are."""
+    faults = 0
+    survivors = {result["mutant"] for result in results if result["verdict"] == "survived"}
+    ran = {result["mutant"] for result in results}
+    for mutant in sorted(survivors):
+        if mutant not in accepted and mutant.split(":")[0] + ": *" not in accepted:
+            print(f"  SURVIVED and not listed: {mutant}")
+            faults += 1
+    for entry in accepted:
+        wild = entry.endswith(": *")
+        alive = any(mutant.startswith(entry[:-1]) for mutant in survivors) if wild else entry in survivors
+        if not wild and entry not in known:
+            print(f"  LISTED but no longer made: {entry}")
+            faults += 1
+        elif not alive and (complete if wild else entry in ran):
+            print(f"  LISTED but killed: {entry}")
+            faults += 1
+    return faults
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="files of kernels/, all by default")
+    parser.add_argument("--changed", action="store_true", help="only files that differ from main or the last commit")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--match", default="", help="only mutants whose name holds this text")
+    parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
+    parser.add_argument("--sample", type=int, help="only so many mutants of each file, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    names = [Path(file).stem for file in args.files] or list(SUITES)
+    if unknown := [name for name in names if name not in SUITES]:
+        parser.error(f"no kill suite for {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if args.changed:
+        names = [name for name in names if name in changed_files()]
+        if not names:
+            print("nothing changed")
+            return 0
+
+    torch.set_num_threads(1)
+    for name in SUITES:
+        module_of(name)
+    conftest._cure_interpreter()
+    sanitizer.install()
+    table, faults, began = {}, 0, time.monotonic()
+    for name in names:
+        every = mutate.mutants((ROOT / "kernels" / f"{name}.py").read_text())
+        chosen = [mutant for mutant in every if args.match in mutant.name]
+        if args.sample is not None and args.sample < len(chosen):
+            chosen = random.Random(args.seed).sample(chosen, args.sample)
+        if args.list:
+            print(*(f"kernels/{name}.py {mutant.name}" for mutant in chosen), sep="\n")
+            continue
+        file_began = time.monotonic()
+        results = [
+            {"mutant": mutant.name, "verdict": verdict, "why": why, "seconds": round(seconds, 2)}
+            for mutant, verdict, why, seconds in run_mutants(name, chosen, args.jobs)
+        ]
+        counts = Counter(result["verdict"] for result in results)
+        seconds = time.monotonic() - file_began
+        print(
+            f"kernels/{name}.py: {len(results)} mutants,",
+            ", ".join(f"{n} {v}" for v, n in sorted(counts.items())),
+            f"in {seconds:.0f} s",
+        )
+        faults += report(name, results, listed(name), {mutant.name for mutant in every}, len(chosen) == len(every))
+        table[name] = {"counts": counts, "seconds": round(seconds, 1), "mutants": results}
+    if not args.list:
+        total = Counter()
+        for entry in table.values():
+            total += entry["counts"]
+        print("total:", ", ".join(f"{n} {v}" for v, n in sorted(total.items())), f"in {time.monotonic() - began:.0f} s")
+        (ROOT / "out").mkdir(exist_ok=True)
+        (ROOT / "out/mutation.json").write_text(json.dumps(table, indent=1, ensure_ascii=False))
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
