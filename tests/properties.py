@@ -71,7 +71,7 @@ def repro(case):
 
 def laid_out(tensor, layout):
     """A view with the values of ``tensor`` that lies otherwise in memory; NaN, if floating, all around it."""
-    if tensor is None or layout == "contiguous":
+    if not isinstance(tensor, torch.Tensor) or layout == "contiguous":
         return tensor
     fence = float("nan") if tensor.is_floating_point() else 77
     shape, dims = list(tensor.shape), tensor.dim()
@@ -88,6 +88,12 @@ def laid_out(tensor, layout):
     else:
         view = torch.full(shape[::-1], fence, dtype=tensor.dtype).permute(*range(dims)[::-1])
     return view.copy_(tensor)
+
+
+def all_laid_out(layout, *tensors):
+    """Each in a layout of its own, the first as asked."""
+    first = LAYOUTS.index(layout)
+    return [laid_out(t, LAYOUTS[(first + i) % len(LAYOUTS)]) for i, t in enumerate(tensors)]
 
 
 VALUES = ("normal", "small", "large", "outlier channels", "outlier token", "one-sided", "equal rows", "sparse")

@@ -53,9 +53,7 @@ class LayerNormMlpCase(properties.Case):
         return 2.0**-22 * 4 * self.hidden**0.5, 2.0**-22 * x.abs().max().item(), 2.0**-22 * 1e3
 
     def law_layout(self, inputs, results):
-        x, *rest = inputs
-        rest = properties.each(lambda t: properties.laid_out(t, self.layout), *rest)
-        self.same_bits(self.kernel(properties.laid_out(x, self.layout), *rest), results)
+        self.same_bits(self.kernel(*properties.all_laid_out(self.layout, *inputs)), results)
 
     def law_one_image_alone(self, inputs, results):
         x, *rest, row_scale = inputs

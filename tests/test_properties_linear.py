@@ -80,12 +80,12 @@ class LinearCase(properties.Case):
 
     def law_layout_of_rows(self, inputs, results):
         x, weight, bias, gamma, residual, row_scale = inputs
-        x, residual = (properties.laid_out(t, self.layout) for t in (x, residual))
+        x, residual = properties.all_laid_out(self.layout, x, residual)
         self.same_bits(self.kernel(x, weight, bias, gamma, residual, row_scale), results)
 
     def law_layout_of_weights(self, inputs, results):
         x, weight, bias, gamma, residual, row_scale = inputs
-        weight, bias, gamma, row_scale = (properties.laid_out(t, self.layout) for t in (weight, bias, gamma, row_scale))
+        weight, bias, gamma, row_scale = properties.all_laid_out(self.layout, weight, bias, gamma, row_scale)
         self.same_bits(self.kernel(x, weight, bias, gamma, residual, row_scale), results)
 
     def law_descriptors(self, inputs, results):

@@ -93,8 +93,7 @@ class PatchEmbedCase(properties.Case):
 
     def law_layout_of_the_rest(self, inputs, results):
         images, *rest = inputs
-        rest = properties.each(lambda t: properties.laid_out(t, self.layout), *rest)
-        self.same_bits(self.kernel(images, *rest), results)
+        self.same_bits(self.kernel(images, *properties.all_laid_out(self.layout, *rest)), results)
 
     def law_one_image_alone(self, inputs, results):
         images, *rest, prefix = inputs

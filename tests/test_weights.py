@@ -177,3 +177,15 @@ def test_resize_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             vit_fast.resize_pos_embed(table, *arguments)
+    for words, message in (
+        ((table, None, 2), "new_grid is 2, expected a pair of ints"),
+        ((table, (3, 4), (2.0, 2)), r"new_grid is \(2.0, 2\), expected a pair of ints"),
+        ((table, "34", (2, 2), "R5", 1), "old_grid is '34', expected a pair of ints"),
+        ((table.numpy(), (3, 4), (2, 2)), "table is ndarray, expected a torch.Tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"vit_fast.resize_pos_embed: {message}"):
+            vit_fast.resize_pos_embed(*words)
+    with pytest.raises(ValueError, match="table has 1 dimensions, expected 2 or 3"):
+        vit_fast.resize_pos_embed(table[0, 0], (3, 4), (2, 2))
+    with pytest.raises(ValueError, match=r"policy is \[1\], expected one of R1"):
+        vit_fast.resize_pos_embed(table, (3, 4), (2, 2), [1])

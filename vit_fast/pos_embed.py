@@ -27,9 +27,18 @@ _POLICIES = {
 
 def check_policy(policy: str) -> str:
     """The policy itself, or ``ValueError`` naming the known ones."""
-    if policy not in _POLICIES:
+    if not isinstance(policy, str) or policy not in _POLICIES:
         raise ValueError(f"vit_fast: pos_embed policy is {policy!r}, expected one of {', '.join(_POLICIES)}")
     return policy
+
+
+def _check_grid(name, grid):
+    pair = isinstance(grid, (tuple, list, torch.Size)) and len(grid) == 2
+    if not pair or not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in grid):
+        raise TypeError(f"vit_fast.resize_pos_embed: {name} is {grid!r}, expected a pair of ints")
+    if any(size < 1 for size in grid):
+        raise ValueError(f"vit_fast.resize_pos_embed: {name} is {tuple(grid)}, expected positive sizes")
+    return tuple(grid)
 
 
 def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_tokens: int = 0):
@@ -44,21 +53,26 @@ def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_t
     Returns:
         the table in the rank and dtype that came; the very tensor where the grids are equal.
     Raises:
+        TypeError: a table that is no tensor, a grid that is no pair of ints.
         ValueError: unknown policy, or a table that does not hold the old grid.
     """
     check_policy(policy)
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"vit_fast.resize_pos_embed: table is {type(table).__name__}, expected a torch.Tensor")
+    if table.dim() not in (2, 3):
+        raise ValueError(f"vit_fast.resize_pos_embed: table has {table.dim()} dimensions, expected 2 or 3")
+    new_grid = _check_grid("new_grid", new_grid)
     rows = table.shape[-2] - num_prefix_tokens
     if old_grid is None:
         side = math.isqrt(max(rows, 0))
         old_grid = (side, side)
-    old_grid, new_grid = tuple(old_grid), tuple(new_grid)
+    else:
+        old_grid = _check_grid("old_grid", old_grid)
     if rows != old_grid[0] * old_grid[1] or rows < 1:
         raise ValueError(
             f"vit_fast.resize_pos_embed: table has {table.shape[-2]} rows, "
             f"expected {num_prefix_tokens} prefix rows and a grid of {old_grid[0]}×{old_grid[1]}"
         )
-    if any(size < 1 for size in new_grid):
-        raise ValueError(f"vit_fast.resize_pos_embed: new_grid is {new_grid}, expected positive sizes")
     if old_grid == new_grid:
         return table
     prefix, grid = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
