@@ -84,7 +84,7 @@ class LayerNormCase(properties.Case):
     def law_powers_of_two(self, inputs, results):
         x, *sides = inputs
         y, mean, rstd = results
-        if (x * 4).isfinite().all():
+        if self.values != "subnormal" and (x * 4).isfinite().all():
             self.same_bits(self.kernel(x * 4, *sides, eps=self.eps * 16), (y, mean * 4, rstd / 4))
 
     def law_without_statistics(self, inputs, results):
