@@ -274,7 +274,7 @@ def shared_cache(rounds):
             barrier = multiprocessing.get_context("fork").Barrier(4)
             forks = [forked(binary, request, barrier) for _ in range(4)]
             answers = [answer(*fork) for fork in forks]
-            assert all(files > 0 for _, _, files in answers), "a process compiled nothing"
+            assert sum(files > 0 for _, _, files in answers) > 1, "no two processes compiled at once"
             seen |= {(cubin, lines) for cubin, lines, _ in answers}
             cubin, lines, files = answer(*forked(binary, request, None, False))
             assert files == 0
