@@ -16,12 +16,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_attention
+import test_errors
 import test_layer_norm
 import test_layernorm_mlp
 import test_linear
 import test_patch_embed
 import torch
 from torch._subclasses import FakeTensorMode
+from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
 from vit_fast.kernels import configs as configs_module
 from vit_fast.kernels import layer_norm as layer_norm_kernels
@@ -30,6 +32,8 @@ from vit_fast.kernels import linear as linear_kernels
 from vit_fast.kernels import patch_embed as patch_embed_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.configs import LayerNormConfig, LinearConfig, PatchEmbedConfig
+
+import vit_fast
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
@@ -84,6 +88,54 @@ def equal(actual, wanted):
     assert len(actual) == len(wanted)
     for one, other in zip(actual, wanted):
         assert torch.equal(one, other)
+
+
+def arguments():
+    """Every bad input of tests/test_errors.py by its words; and what is right passes."""
+    with vit_fast.backend("torch"):
+        for op, changes in _right_arguments():
+            getattr(vit_fast.ops, op)(**test_errors.GOOD[op] | changes)
+        for op, rows in test_errors.CASES.items():
+            for changes, error, message in rows:
+                try:
+                    getattr(vit_fast.ops, op)(**test_errors.GOOD[op] | changes)
+                except Exception as came:
+                    assert type(came).__name__ == error.__name__ and str(came) == f"vit_fast.{op}: {message}"
+                else:
+                    raise AssertionError(f"{op} takes {list(changes)}")
+    arguments_module.check_rows("linear", 2**31 - 256)
+    with pytest.raises(RuntimeError, match=r"vit_fast.linear: 2147483393 rows, expected at most 2147483392"):
+        arguments_module.check_rows("linear", 2**31 - 255)
+
+
+def _right_arguments():
+    """(operation, what differs from test_errors.GOOD): the edges of what is allowed."""
+    ones, norm = torch.ones, (torch.ones(4), torch.ones(4), 0.0)
+    some = dict(qkv=ones(2, 5, 8), k=ones(2, 3, 8), v=ones(2, 3, 8))
+    for op in test_errors.GOOD:
+        yield op, {}
+    for changes in (
+        dict(qkv=ones(1, 1, 3), num_heads=1, scale=1), dict(qkv=ones(2, 5, 6), num_heads=np.int64(2)),
+        dict(bias=ones(1, 2, 1, 5)), dict(bias=ones(2, 2, 5, 5)), dict(key_lengths=torch.tensor([5, 3])), some,
+        some | dict(bias=ones(2, 2, 5, 3)), dict(q_norm=norm, k_norm=(torch.ones(4), None, 1e-6)),
+        dict(qkv=ones(2, 5, 3), k=ones(2, 5, 3), v=ones(2, 5, 3), num_heads=1), dict(scale=np.float32(0.5)),
+        dict(qkv=ones(2, 5, 2), k=ones(2, 1, 2), v=ones(2, 1, 2), num_heads=2),
+        dict(qkv=ones(2, 5, 1), k=ones(2, 1, 1), v=ones(2, 1, 1), num_heads=1),
+    ):  # fmt: skip
+        yield "attention", changes
+    yield "layer_norm", dict(x=ones(1, 1), weight=ones(1), bias=ones(1), eps=0.0)
+    for activation, rows in (("swiglu", 8), ("swiglu", 2), ("gelu", 7), (None, 7)):
+        yield "layer_norm_linear", dict(weight=ones(rows, 4), bias=ones(rows), activation=activation)
+    yield "linear_residual", dict(x=ones(2, 4), residual=ones(2, 8), row_scale=None)
+    yield "layernorm_mlp", dict(x=ones(2, 4))
+    oblong = dict(images=ones(2, 3, 8, 12), weight=ones(8, 3, 4, 6))
+    for changes in (
+        oblong | dict(stride=[2, 6], pos_embed=ones(1, 6, 8)), oblong | dict(stride=(4, 3), pos_embed=ones(1, 6, 8)),
+        oblong | dict(images=ones(2, 3, 4, 12), stride=6, pos_embed=ones(1, 2, 8)),
+        dict(prefix_tokens=ones(2, 3, 8)), dict(prefix_tokens=None, pos_embed=None), dict(mean=None, std=None),
+        dict(images=ones(1, 3, 4, 4), pos_embed=ones(1, 1, 8)), dict(images=ones(1, 3, 4, 8), pos_embed=ones(1, 2, 8)),
+    ):  # fmt: skip
+        yield "patch_embed", changes
 
 
 def layer_norm():

@@ -39,6 +39,7 @@ import torch  # noqa: E402
 
 # File of kernels/ and its kill suites. Files further down may import those above.
 SUITES = {
+    "arguments": ("arguments",),
     "configs": ("configs",),
     "layer_norm": ("layer_norm",),
     "linear": ("linear",),
