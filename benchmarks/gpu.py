@@ -124,8 +124,11 @@ def main(
 ):
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
     known = facts()
-    slug = known.get("gpu", "none").lower().removeprefix("nvidia ").replace(" ", "-")
-    out = (out or ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")).resolve()
+    folder = ROOT / "out" / "gpu"  # where nothing is measured there is no result to keep
+    if "missing" not in known:
+        slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")
+        folder = ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
+    out = (out or folder).resolve()
     plan = stages(out, only)
     if dry_run:
         for stage in plan:
