@@ -29,7 +29,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-LOW = ("float16", "bfloat16")
 dtypes = st.sampled_from(("bfloat16", "float16", "float32", "bfloat16", "float16", "float32", "float64"))
 seeds = st.integers(0, 2**31 - 1)
 LAYOUTS = ("contiguous", "padded rows", "every other", "tail of a longer axis", "axes swapped", "columns first")

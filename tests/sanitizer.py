@@ -278,11 +278,11 @@ def program_order(seed):
 @contextlib.contextmanager
 def only_programs(pick):
     global _pick
-    _pick = pick
+    outer, _pick = _pick, pick
     try:
         yield
     finally:
-        _pick = None
+        _pick = outer
 
 
 def _permutation(count):

@@ -37,16 +37,8 @@ import mutate  # noqa: E402
 import sanitizer  # noqa: E402
 import torch  # noqa: E402
 
-# File of kernels/ and its kill suites. Files further down may import those above.
-SUITES = {
-    "arguments": ("arguments",),
-    "configs": ("configs",),
-    "layer_norm": ("layer_norm",),
-    "linear": ("linear",),
-    "layernorm_mlp": ("layernorm_mlp",),
-    "attention": ("attention",),
-    "patch_embed": ("patch_embed",),
-}
+# Files of kernels/; the function of that name in cases.py is the kill suite. Files further down may import those above.
+SUITES = ("arguments", "configs", "layer_norm", "linear", "layernorm_mlp", "attention", "patch_embed")
 MEMORY_LIMIT = 32 << 30  # bytes of address space: some suites reserve 9 GB and touch a few pages of them
 
 
@@ -60,21 +52,20 @@ def install(name, source):
     lines = source.splitlines(keepends=True)
     sys.modules["linecache"].cache[module.__file__] = (len(source), None, lines, module.__file__)
     exec(compile(source, module.__file__, "exec"), module.__dict__)
-    for other in list(SUITES)[list(SUITES).index(name) + 1 :]:
+    for other in SUITES[SUITES.index(name) + 1 :]:
         if re.search(rf"^from \.{name} import", Path(module_of(other).__file__).read_text(), re.MULTILINE):
             reload(module_of(other))
 
 
-def run_suites(name, source=None):
+def run_suite(name, source=None):
     """In a child. Fresh memory is poisoned as in the interpreted tests, and every access is checked."""
     warnings.simplefilter("ignore")
     if source is not None:
         install(name, source)
     cases = import_module("cases")  # here, because its test modules take functions out of kernels/
     with sanitizer.poisoned_memory():
-        for suite in SUITES[name]:
-            torch.manual_seed(0)
-            getattr(cases, suite)()
+        torch.manual_seed(0)
+        getattr(cases, name)()
 
 
 def start(name, cpu_seconds, source=None):
@@ -93,7 +84,7 @@ def start(name, cpu_seconds, source=None):
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(null, stream)
-        run_suites(name, source)
+        run_suite(name, source)
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)
         place = next((f"{f.name}:{f.lineno}" for f in last if f.filename.endswith("cases.py")), "")
@@ -116,14 +107,14 @@ def finish(pid, read):
 
 
 def clean_seconds(name):
-    """How much CPU time the kill suites take on the file as it is; they must pass."""
+    """How much CPU time the kill suite takes on the file as it is; it must pass."""
     child = start(name, 120)
     while (ended := finish(*child)) is None:
         time.sleep(0.01)
     if ended[0] != "survived":
-        sys.exit(f"kernels/{name}.py as it is fails its kill suites: {ended}")
+        sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
     began = time.process_time()
-    run_suites(name)  # once in this process: what torch and Triton do only once, forks need not do again
+    run_suite(name)  # once in this process: what torch and Triton do only once, forks need not do again
     for module in [module for module in sys.modules if module == "cases" or module.startswith("test_")]:
         del sys.modules[module]
     seconds = time.process_time() - began
