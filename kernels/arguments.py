@@ -319,6 +319,14 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
     return stride
 
 
+def check_prepared_blocks(x, weights):
+    op, weight = "prepared_blocks", weights[0]
+    _check_tensor(op, "x", x, 3, (weight.dtype,))
+    if x.shape[2] != weight.shape[1]:
+        raise ValueError(f"vit_fast.{op}: x has width {x.shape[2]}, expected {weight.shape[1]} (as the weights)")
+    _check_device(op, "x", x, "weights", weight)
+
+
 def check_rows(op, rows):
     """What the kernels count in int32: a tile more than the rows. Called with a launch, where sizes are numbers."""
     if rows > MAX_ROWS:

@@ -5,7 +5,7 @@ compiles (no spills, wgmma not serialised, shared memory within the limit), not 
 where a figure was measured on a GPU, its machine, date and commit stand beside the entry.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ class LinearConfig:
     num_warps: int
     num_stages: int
     tma: bool  # where addresses and strides allow it
+    splits: int = 1  # programs that share the sum over K of one tile
 
 
 def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scattered, arch):
@@ -71,6 +72,14 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
         tile = (128, 128, 32, 8 if out_dtype.itemsize > dtype.itemsize else 4, 4)
     block_m, block_n, block_k, num_warps, num_stages = tile
     return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
+
+
+def split_linear_config(config, rows, out_features, in_features, processors):
+    """``config`` with the sum over K of a tile shared by several programs, where the tiles are too few for two on each
+    multiprocessor; each program keeps 6 steps at least. The bits then depend on the number of rows."""
+    tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
+    most = min(2 * processors // tiles, -(-in_features // config.block_k) // 6, 8)
+    return replace(config, splits=1 << max(0, most.bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ reads the row four times (from L2 after the first). Grid: ceil(rows / ROWS).
 A row r of x begins at (r // inner)·stride_xo + (r % inner)·stride_xi, so that x[:, 1:] of a [B, N, C] tensor is read
 in place; an x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
+``row_moments`` yields what a GEMM needs that folds a LayerNorm in (``linear``): ``Moments``, the mean and the centred
+sum of squares of the parts of each row, here of one part, C ≤ 16384.
 Limits: C ≤ 65536; float64 in the interpreter only.
 Source: Ba, Kiros, Hinton, "Layer Normalization" (2016).
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +27,25 @@ import triton.language as tl
 from . import configs
 
 MAX_WIDTH = 65536
+
+
+class Moments(NamedTuple):
+    """Of every row, cut in parts of ``width`` elements, the last perhaps shorter: mean and Σ(x − mean)² of each part.
+
+    values: [2, parts, rows] float32 (float64 for float64).
+    """
+
+    values: torch.Tensor
+    width: int
+
+
+@triton.jit
+def _centre(x, mask, width):
+    """The mean of each row, corrected by the mean of the rest, and the rest, 0 where masked out."""
+    mean = tl.sum(x, axis=1) / width
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    shift = tl.sum(centred, axis=1) / width
+    return mean + shift, tl.where(mask, centred - shift[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -53,11 +75,7 @@ def _layer_norm_fwd_kernel(
 
     x_row = row_offset(row, inner, stride_xo, stride_xi, SPLIT)
     x = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
-    mean = tl.sum(x, axis=1) / width
-    centred = tl.where(in_width[None, :], x - mean[:, None], 0.0)
-    shift = tl.sum(centred, axis=1) / width
-    mean += shift
-    centred = tl.where(in_width[None, :], centred - shift[:, None], 0.0)
+    mean, centred = _centre(x, in_width[None, :], width)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=in_rows)
@@ -124,6 +142,32 @@ def _layer_norm_wide_fwd_kernel(
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=mask, other=0.0).to(ACC)
         tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def _row_moments_kernel(
+    moments_ptr,  # [2, rows] contiguous
+    x_ptr,  # rows at two strides
+    rows,
+    inner,
+    width,
+    stride_xo,
+    stride_xi,
+    stride_xc,
+    SPLIT: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK).to(tl.int64)
+    in_rows, in_width = row < rows, column < width
+    mask = in_rows[:, None] & in_width[None, :]
+    x_row = row_offset(row, inner, stride_xo, stride_xi, SPLIT)
+    x = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
+    mean, centred = _centre(x, in_width[None, :], width)
+    tl.store(moments_ptr + row, mean, mask=in_rows)
+    tl.store(moments_ptr + rows + row, tl.sum(centred * centred, axis=1), mask=in_rows)
 
 
 @triton.jit
@@ -236,3 +280,28 @@ def layer_norm_fwd(x, weight, bias, eps, out_dtype=None, config=None):
 def layer_norm(x, weight, bias, eps, out_dtype=None, config=None):
     """y [..., C] alone; the statistics are not stored."""
     return _launch(x, weight, bias, eps, out_dtype, config, statistics=False)[0]
+
+
+def row_moments(x, config=None):
+    """``Moments`` of the rows of x [..., C], one part a row."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    config = config or configs.pick_layer_norm_config(width)
+    stat_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values = torch.empty(2, 1, rows, dtype=stat_dtype, device=x.device)
+    if rows == 0:
+        return Moments(values, config.block)
+    x, split, inner, stride_xo, stride_xi = row_layout(x)
+    with launch_guard(x):
+        _row_moments_kernel[(triton.cdiv(rows, config.rows),)](
+            values, x, rows, inner, width, stride_xo, stride_xi, x.stride(-1),
+            SPLIT=split, ACC=accumulator(x.dtype), ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
+    return Moments(values, config.block)
+
+
+def row_moments_not_supported_reasons(x):
+    reasons = device_reasons(x)
+    if x.shape[-1] > 16384:
+        reasons.append(f"width {x.shape[-1]} is above 16384")
+    return reasons

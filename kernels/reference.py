@@ -284,6 +284,58 @@ def attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse):
     return tuple(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv))
 
 
+# prepared_blocks: transformer blocks whose LayerNorm and LayerScale are folded into their projections.
+
+TENSORS_PER_BLOCK = 10
+
+
+def fold_layer_norm(weight, bias, ln_weight, ln_bias):
+    """(weight, its row sums [out], bias [out]) such that LN(x) weightᵀ + bias becomes that of an LN without parameters.
+
+    Each row of weight · ln_weight is centred, which a normalised x does not see, then rounded to the weight's dtype;
+    the sums are those of the rounded weight. Sums and bias are float32 (float64 for float64), computed in float64.
+    """
+    wide = weight.double()
+    folded = wide if ln_weight is None else wide * ln_weight.double()
+    rounded = (folded - folded.mean(1, keepdim=True)).to(weight.dtype)
+    shift = wide.new_zeros(wide.shape[0]) if ln_bias is None else wide @ ln_bias.double()
+    shift = shift if bias is None else shift + bias.double()
+    stat = _stat_dtype(weight)
+    return rounded, rounded.double().sum(1).to(stat), shift.to(stat)
+
+
+def fold_layer_scale(weight, bias, gamma):
+    """(weight, bias) such that gamma · (x weightᵀ + bias) needs no gamma; a bias in float32 (float64 for float64)."""
+    wide = weight.double()
+    shift = wide.new_zeros(wide.shape[0]) if bias is None else bias.double()
+    if gamma is not None:
+        wide, shift = wide * gamma.double()[:, None], shift * gamma.double()
+    return wide.to(weight.dtype), shift.to(_stat_dtype(weight))
+
+
+def prepare_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2):
+    """The ten tensors of a block. norm: (weight, bias) of a LayerNorm; the others (weight, bias); gamma or None."""
+    return (
+        *fold_layer_norm(*qkv, *norm1),
+        *fold_layer_scale(*proj, gamma1),
+        *fold_layer_norm(*fc1, *norm2),
+        *fold_layer_scale(*fc2, gamma2),
+    )
+
+
+def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+    """x [B, N, C] through len(weights)/10 blocks, in the dtype of the weights."""
+    for start in range(0, len(weights), TENSORS_PER_BLOCK):
+        block = weights[start : start + TENSORS_PER_BLOCK]
+        qkv, _, qkv_bias, proj, proj_bias, fc1, _, fc1_bias, fc2, fc2_bias = block
+        qkv_bias, proj_bias, fc1_bias, fc2_bias = (b.to(x.dtype) for b in (qkv_bias, proj_bias, fc1_bias, fc2_bias))
+        packed = layer_norm_linear(x, None, None, eps1, qkv, qkv_bias)
+        x = linear_residual(attention(packed, num_heads, scale), proj, proj_bias, None, x)
+        hidden = layer_norm_linear(x, None, None, eps2, fc1, fc1_bias, activation)
+        x = linear_residual(hidden, fc2, fc2_bias, None, x)
+    return x
+
+
 # patch_embed: [B, in, H, W] → [B, K + N, C].
 
 

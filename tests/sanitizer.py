@@ -6,7 +6,8 @@ kernel, the argument, its shape and strides, the element and the program. What i
 out of view        a load, store or atomic, also through a tensor descriptor, of an element that does not belong to the
                    view (shape and strides, not only the storage) of the argument that its pointer comes from
 uninitialised      a load of an element that nothing has written since ``torch.empty`` (see ``poison``)
-conflict           two programs write one element, or one writes what another reads; atomics among themselves may meet
+conflict           two programs write one element, or one writes what another reads; atomics among themselves may meet,
+                   and after an acquiring one a program may read what was written before a releasing one that it met
 written twice      one program stores one element twice, in one instruction or in two
 unwritten          an argument that came uninitialised is not complete at the end of the launch
 
@@ -103,6 +104,8 @@ class _Storage:
             count = self.known.size
         self.writer, self.reader = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.missing = np.zeros(count, bool)  # holds poison
+        self.late = np.zeros(count, bool)  # written since the last release of its writer
+        self.met = {}  # cell → the programs whose releases an acquire there sees
         self.nowhere = count
 
     def find(self, cells):
@@ -141,6 +144,7 @@ class _Launch:
 
     def __init__(self, kernel, arguments):
         self.kernel, self.program, self.grid, self.order = kernel, 1, None, None
+        self.seen = {}  # program → the programs whose released writes it may read
         named = list(_tensors(arguments))
         groups = {}
         for _, tensor in named:
@@ -202,6 +206,8 @@ class _Launch:
                 self.fault("uninitialised load", view, addresses, mask, bad)
             writer = storage.writer[places]
             if (bad := (writer != 0) & (writer != me)).any():
+                bad &= ~np.isin(writer, list(self.seen.get(me, ()))) | storage.late[places]
+            if bad.any():
                 self.fault("conflict, load of what another program writes", view, addresses, mask, bad)
             reader = storage.reader[places]
             storage.reader[places] = np.where((reader == 0) | (reader == me), me, _MANY)
@@ -221,10 +227,11 @@ class _Launch:
             if np.unique(places).size != places.size:
                 self.fail("written twice by one store", view)
             storage.writer[places] = me
+            storage.late[places] = True
             storage.missing[places] = False
         return plain
 
-    def atomic(self, addresses, mask):
+    def atomic(self, addresses, mask, semantics=""):
         view, plain, places = self.enter(addresses, mask, "atomic")
         if places is not None:
             storage, me = view.storage, self.program
@@ -234,6 +241,14 @@ class _Launch:
             if (bad := ((writer != 0) & (writer != _ATOMIC)) | ((reader != 0) & (reader != me))).any():
                 self.fault("conflict, atomic on what a plain access touches", view, addresses, mask, bad)
             storage.writer[places] = _ATOMIC
+            if "acq" in semantics:
+                for place in places.tolist():
+                    self.seen.setdefault(me, set()).update(storage.met.get(place, ()))
+            if "rel" in semantics:
+                for other in self.storages:
+                    other.late[other.writer == me] = False
+                for place in places.tolist():
+                    storage.met.setdefault(place, set()).update({me}, self.seen.get(me, ()))
         return plain
 
     def finish(self):
@@ -310,22 +325,25 @@ def install():
     def masked_load(self, ptrs, mask, *rest, **options):
         if _launch is None:
             return shipped_load(self, ptrs, mask, *rest, **options)
-        plain = _launch.load(ptrs.data, mask.data)
+        plain = _launch.load(ptrs.data, np.asarray(mask.data, bool))
         return shipped_load(self, handle(plain, ptrs.dtype), mask, *rest, **options)
 
     def masked_store(self, ptrs, value, mask, *rest, **options):
         if _launch is None:
             return shipped_store(self, ptrs, value, mask, *rest, **options)
-        plain = _launch.store(ptrs.data, mask.data)
+        plain = _launch.store(ptrs.data, np.asarray(mask.data, bool))
         return shipped_store(self, handle(plain, ptrs.dtype), value, mask, *rest, **options)
 
-    def atomic_rmw(self, operation, ptr, value, mask, *rest):
-        plain = _launch.atomic(ptr.data, mask.data)
-        return shipped_rmw(self, operation, handle(plain, ptr.dtype), value, mask, *rest)
+    def words(semantics):
+        return {"ACQUIRE_RELEASE": "acq_rel", "ACQUIRE": "acq", "RELEASE": "rel"}.get(semantics.name, "")
 
-    def atomic_cas(self, ptr, *rest):
-        plain = _launch.atomic(ptr.data, everywhere(ptr))
-        return shipped_cas(self, handle(plain, ptr.dtype), *rest)
+    def atomic_rmw(self, operation, ptr, value, mask, semantics, *rest):
+        plain = _launch.atomic(ptr.data, np.asarray(mask.data, bool), words(semantics))
+        return shipped_rmw(self, operation, handle(plain, ptr.dtype), value, mask, semantics, *rest)
+
+    def atomic_cas(self, ptr, compared, value, semantics, *rest):
+        plain = _launch.atomic(ptr.data, everywhere(ptr), words(semantics))
+        return shipped_cas(self, handle(plain, ptr.dtype), compared, value, semantics, *rest)
 
     def set_grid_idx(self, x, y, z):
         if _launch is None:

@@ -107,6 +107,42 @@ def test_rows_wider_than_a_block(kernels, width, dtype):
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize("mean", (0.0, 1000.0))
+@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 50, 588), (1, 197, 768), (3, 64), (5, 1), (2, 5000), (1, 16384)))
+def test_row_moments(kernels, shape, mean, dtype):
+    x = problem(shape, dtype, mean=mean)[0]
+    values, width = kernels.row_moments(x)
+    rows = x.double().reshape(-1, shape[-1])
+    assert width >= shape[-1] and values.shape == (2, 1, len(rows))
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rest = rows - rows.mean(1, keepdim=True)
+    epsilon = torch.finfo(values.dtype).eps
+    slack = 2 * epsilon * rows.abs().amax(1)
+    assert ((values[0, 0] - rows.mean(1)).abs() <= slack).all()
+    squares = rest.square().sum(1)
+    assert ((values[1, 0] - squares).abs() <= 8 * epsilon * squares + shape[-1] * slack.square()).all()
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("layout", ("class token", "axes swapped", "channels first", "three strides"))
+def test_row_moments_of_any_layout(kernels, layout):
+    x = torch.randn(4, 6, 48).half()
+    x = {
+        "class token": lambda: x[:, 1:],
+        "axes swapped": lambda: x.transpose(0, 1),
+        "channels first": lambda: x.transpose(1, 2),
+        "three strides": lambda: x.unflatten(1, (2, 3)).permute(1, 0, 2, 3),
+    }[layout]()
+    assert torch.equal(kernels.row_moments(x).values, kernels.row_moments(x.contiguous()).values)
+
+
+def test_row_moments_tell_what_they_cannot(kernels):
+    wide = torch.empty(1, 16385, device="meta")
+    assert kernels.row_moments_not_supported_reasons(wide)[-1] == "width 16385 is above 16384"
+
+
+@pytest.mark.interp
 def test_a_short_block_takes_the_loop(kernels):
     x, weight, bias = problem((2, 3, 100), torch.float32, mean=50.0)
     check(kernels, x, weight, bias, config=LayerNormConfig(rows=1, block=16, num_warps=4))

@@ -6,11 +6,13 @@ several in both directions. Tiles are forced to 32 … 64 rows so that a few int
 shipped tiles of each architecture run on small shapes. Exactly representable integers must come out exactly.
 """
 
+import dataclasses
 import itertools
 import math
 import mmap
 
 import pytest
+import sanitizer
 import torch
 from budget import assert_within_budget
 from vit_fast.kernels import configs, reference
@@ -213,6 +215,186 @@ def test_a_2d_x_has_one_row_per_sample(kernels, dtype, tiles):
     x, weight, bias = problem((40, 64), 48, dtype)
     gamma, residual, row_scale = branch(x.shape, 48, dtype)
     check(kernels, x, weight, bias, config=tiles, gamma=gamma, residual=residual, row_scale=row_scale)
+
+
+def stream(shape, dtype, mean=0.0, device="cpu"):
+    """What a branch adds to and what a LayerNorm then sees: hidden, weight, bias, residual."""
+    signs = torch.randn(*shape[:-1], 1, device=device).sign()
+    residual = (torch.randn(shape, device=device) + mean * signs).to(dtype)
+    return *problem(shape, shape[-1], dtype, device=device), residual
+
+
+def centred(out_features, width, dtype, device="cpu"):
+    weight = torch.randn(out_features, width, device=device) * width**-0.5
+    return (weight - weight.mean(1, keepdim=True)).to(dtype)
+
+
+def check_folded(kernels, x, moments, weight, bias, activation=None, eps=1e-6, config=None):
+    """A folded LayerNorm is held to eager with a LayerNorm of its own."""
+    column_sum = weight.double().sum(1).to(moments.values.dtype)
+    out = kernels.folded_linear(x, moments, eps, weight, column_sum, bias, activation, config=config)
+    golden_x = wide(x) - wide(x).mean(-1, keepdim=True)
+    golden_x = golden_x * (golden_x.square().mean(-1, keepdim=True) + eps) ** -0.5
+    golden = formula(golden_x, weight, bias, activation)
+    expected = reference.layer_norm_linear(x, None, None, eps, weight, bias.to(weight.dtype), activation)
+    assert out.is_contiguous() and out.shape == golden.shape and out.dtype == weight.dtype
+    assert_within_budget(out, expected, golden, expected_zeros=0.7 if activation == "relu" else 0.1)
+    return out
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize(
+    "shape,block_n", (((2, 17, 48), 32), ((3, 5, 147), 64), ((1, 33, 768), 32), ((1, 3, 1), 32), ((2, 9, 64), 128))
+)
+def test_moments_are_those_of_what_is_stored(kernels, shape, block_n, dtype, tiles):
+    tiles = LinearConfig(tiles.block_m, block_n, 16, tiles.group_m, 4, 2, tiles.tma)
+    width = shape[-1]
+    hidden, weight, bias, residual = stream(shape, dtype, mean=30.0)
+    out, moments = kernels.linear_moments(hidden, weight, bias, residual, config=tiles)
+    assert torch.equal(out, kernels.linear_residual(hidden, weight, bias, None, residual, config=tiles))
+    stored = wide(out).reshape(-1, width)
+    assert moments.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert moments.width == block_n // 2 and moments.values.shape == (2, -(-width // moments.width), len(stored))
+    epsilon = torch.finfo(moments.values.dtype).eps
+    for part, columns in enumerate(stored.split(moments.width, dim=1)):
+        mean, squares = (moments.values[i, part].double() for i in range(2))
+        rest = columns - columns.mean(1, keepdim=True)
+        assert ((mean - columns.mean(1)).abs() <= 4 * epsilon * columns.abs().amax(1)).all()
+        slack = 16 * epsilon * rest.square().sum(1) + columns.shape[1] * (4 * epsilon * columns.abs().amax(1)) ** 2
+        assert ((squares - rest.square().sum(1)).abs() <= slack).all()
+
+
+@pytest.mark.interp
+@BOTH
+@pytest.mark.parametrize(
+    "dtype", (torch.float16, torch.bfloat16, torch.float64), ids=("float16", "bfloat16", "float64")
+)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_folded_layer_norm(kernels, activation, dtype, tiles):
+    x, moments = kernels.linear_moments(*stream((2, 25, 80), dtype), config=tiles)
+    weight, bias = centred(96, 80, dtype), torch.randn(96).to(dtype).float()
+    out = check_folded(kernels, x, moments, weight, bias, activation, config=tiles)
+    whole = kernels.ln.row_moments(x)
+    assert whole.values.shape == (2, 1, 50) and whole.width == 128
+    torch.testing.assert_close(
+        check_folded(kernels, x, whole, weight, bias, activation, config=tiles), out, rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("mean", (0.0, 30.0, 300.0))
+@pytest.mark.parametrize("width,block_n", ((147, 32), (768, 32), (1040, 32), (600, 64), (33, 128)))
+def test_folded_rows_far_from_zero(kernels, width, block_n, mean, dtype):
+    """1040 columns in parts of 16 are 65: more than are merged at a time."""
+    tiles = LinearConfig(32, block_n, 64, 2, 4, 2, True)
+    x, moments = kernels.linear_moments(*stream((2, 20, width), dtype, mean), config=tiles)
+    check_folded(kernels, x, moments, centred(64, width, dtype), torch.randn(64).to(dtype).float(), config=tiles)
+
+
+@pytest.mark.interp
+def test_a_folded_layer_norm_of_constant_rows_is_the_bias(kernels):
+    x = torch.full((2, 20, 96), 7.0, dtype=torch.bfloat16)
+    weight, bias = centred(64, 96, torch.bfloat16), torch.randn(64)
+    for moments in (
+        kernels.ln.row_moments(x),
+        kernels.linear_moments(0 * x, 0 * weight[:1, :1].expand(96, 96), None, x)[1],
+    ):
+        out = kernels.folded_linear(x, moments, 1e-6, weight, weight.double().sum(1).float(), bias)
+        torch.testing.assert_close(out.float(), bias.bfloat16().float().expand_as(out), rtol=0, atol=0.02)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("arch", (80, 90, 100, 120))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_shipped_configs_with_moments(kernels, monkeypatch, dtype, arch):
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    x, moments = kernels.linear_moments(*stream((3, 65, 200), dtype))
+    check_folded(kernels, x, moments, centred(72, 200, dtype), torch.randn(72).to(dtype).float(), "gelu")
+    check_folded(kernels, x, moments, centred(64, 200, dtype), torch.randn(64).to(dtype).float(), "swiglu")
+
+
+SPLIT = LinearConfig(32, 32, 16, 2, 4, 2, False, 3)
+SPLIT_TMA = LinearConfig(16, 32, 32, 1, 4, 2, True, 4)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("tiles", (SPLIT, SPLIT_TMA), ids=("pointers", "tma"))
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize("tokens,in_features,out_features", ((17, 147, 72), (9, 208, 40), (1, 16, 33), (40, 512, 96)))
+def test_split_sums(kernels, tokens, in_features, out_features, dtype, tiles):
+    """Also where a program has no share of K, and whatever the order of arrival."""
+    x, weight, bias = problem((2, tokens, in_features), out_features, dtype)
+    gamma, residual, row_scale = branch(x.shape, out_features, dtype)
+    check(kernels, x, weight, bias, "gelu", config=tiles)
+    out = check(kernels, x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=tiles)
+    options = {"gamma": gamma, "residual": residual, "row_scale": row_scale, "config": tiles}
+    for order in (-1, 1, 2):
+        with sanitizer.program_order(order):
+            assert torch.equal(kernels.linear(x, weight, bias, **options), out)
+
+
+@pytest.mark.interp
+def test_split_integers_come_out_exactly(kernels):
+    x, weight = (torch.randint(-4, 5, shape).half() for shape in ((2, 40, 208), (72, 208)))
+    residual = torch.randint(-4, 5, (2, 40, 72)).float()
+    for tiles in (SPLIT, SPLIT_TMA):
+        out, moments = kernels.linear_moments(x, weight, None, residual, config=tiles)
+        assert torch.equal(out.double(), formula(x, weight, None, residual=residual))
+        same = kernels.linear_moments(x, weight, None, residual, config=LinearConfig(32, 32, 16, 2, 4, 2, False))[1]
+        assert torch.equal(moments.values, same.values) and moments.width == same.width
+
+
+@pytest.mark.interp
+def test_arrivals_are_counted_where_the_caller_says(kernels):
+    x, weight, bias, residual = stream((2, 40, 96), torch.float16)
+    expected = kernels.linear_moments(x, weight, bias, residual, config=SPLIT)[0]
+    room = torch.zeros(20, dtype=torch.int32)
+    out = kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=SPLIT)[0]
+    assert torch.equal(out, expected) and room.tolist() == [3] * 9 + [0] * 11
+    room = torch.zeros(8, dtype=torch.int32)
+    out = kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=SPLIT)[0]
+    assert torch.equal(out, expected) and not room.any()
+
+
+@pytest.mark.parametrize(
+    "rows,out_features,in_features,processors,splits",
+    (
+        (197, 768, 3072, 132, 4), (197, 768, 768, 132, 2), (197, 384, 1536, 132, 4), (197, 384, 384, 132, 1),
+        (197, 1024, 4096, 132, 4), (257, 1280, 5120, 132, 2), (1576, 768, 3072, 132, 1), (1, 64, 8192, 132, 8),
+        (1, 64, 8192, 1, 2), (197, 768, 3072, 1, 1),
+    ),
+)  # fmt: skip
+def test_few_tiles_split_their_sums(rows, out_features, in_features, processors, splits):
+    shipped = configs.pick_linear_config(rows, out_features, False, torch.float16, torch.float16, False, False, 90)
+    tiles = configs.split_linear_config(shipped, rows, out_features, in_features, processors)
+    assert tiles == dataclasses.replace(shipped, splits=splits)
+    programs = -(-rows // tiles.block_m) * -(-out_features // tiles.block_n) * splits
+    assert splits == 1 or (programs <= 2 * processors and -(-in_features // tiles.block_k) >= 6 * splits)
+
+
+@pytest.mark.interp
+def test_the_shipped_rule_splits_moments_alone(kernels, monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 132)
+    x, weight, bias = problem((2, 9, 1024), 64, torch.float16)
+    residual, grids = torch.randn(2, 9, 64).half(), []
+    monkeypatch.setattr(sanitizer._Launch, "finish", lambda launch: grids.append(launch.grid[0]))
+    kernels.linear_residual(x, weight, bias, None, residual)
+    out = kernels.linear_moments(x, weight, bias, residual)[0]
+    assert grids == [1, 2]
+    expected = reference.linear_residual(x, weight, bias, None, residual)
+    assert_within_budget(out, expected, formula(x, weight, bias, residual=residual))
+
+
+@pytest.mark.interp
+def test_no_rows_have_no_moments(kernels):
+    x, weight = torch.zeros(0, 5, 48), torch.randn(48, 48)
+    out, moments = kernels.linear_moments(x, weight, None, x)
+    assert out.shape == x.shape and moments.values.shape[2] == 0
+    assert kernels.ln.row_moments(x).values.shape == (2, 1, 0)
+    assert kernels.folded_linear(x, moments, 1e-6, weight, weight.sum(1), None).shape == x.shape
 
 
 X_LAYOUTS = {
@@ -446,6 +628,37 @@ def test_gpu_residual(kernels, shape, dtype):
         first = check(kernels, x, weight, bias, **options)
         assert torch.equal(first, kernels.linear(x, weight, bias, **options))
         check(kernels, x[:, 1:], weight.t().contiguous().t(), bias, gamma=gamma, residual=residual[:, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("mean", (0.0, 100.0))
+@pytest.mark.parametrize("shape", ((64, 197, 768), (1, 197, 768), (3, 257, 1280), (1, 729, 1152), (2, 50, 147)))
+def test_gpu_folded_layer_norm(kernels, shape, mean, dtype):
+    problem = stream(shape, dtype, mean, device="cuda")
+    x, moments = kernels.linear_moments(*problem)
+    again, same_moments = kernels.linear_moments(*problem)
+    assert torch.equal(x, again) and torch.equal(moments.values, same_moments.values)
+    bias = torch.randn(1024, device="cuda").to(dtype).float()
+    for activation in ACTIVATIONS:
+        weight = centred(1024, shape[-1], dtype, device="cuda")
+        check_folded(kernels, x, moments, weight, bias, activation)
+        check_folded(kernels, x, kernels.ln.row_moments(x), weight, bias, activation)
+
+
+@pytest.mark.gpu
+def test_gpu_split_sums_are_complete_in_every_run(kernels):
+    """Integers, so that a partial sum that comes too late shows in any run."""
+    x, weight = (torch.randint(-4, 5, shape, device="cuda").half() for shape in ((1, 197, 3072), (768, 3072)))
+    residual = torch.zeros(1, 197, 768, device="cuda")
+    golden = formula(x, weight, None).float().cuda()
+    for splits in (2, 4, 8):
+        for tiles in (
+            LinearConfig(64, 64, 64, 8, 4, 4, True, splits),
+            LinearConfig(64, 64, 64, 8, 4, 4, False, splits),
+        ):
+            for _ in range(300):
+                assert torch.equal(kernels.linear_moments(x, weight, None, residual, config=tiles)[0], golden)
 
 
 @pytest.mark.gpu

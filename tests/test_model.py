@@ -421,6 +421,8 @@ def test_explain_names_the_reason():
     assert all(r.backend == "torch" and "TRITON_INTERPRET" in r.reasons[0] for r in rows)
     with vit_fast.backend("torch"):
         assert "forced" in str(vit_fast.explain(model))
+    model.set_input_size(64)
+    assert len(vit_fast.explain(model)) == len(rows)
 
 
 @pytest.mark.interp

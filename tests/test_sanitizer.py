@@ -21,6 +21,14 @@ def copy_kernel(y_ptr, x_ptr, length, count, step, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scalar_mask_kernel(y_ptr, x_ptr, wanted, BLOCK: tl.constexpr):
+    """A condition on a scalar, which is a mask of integers in the interpreter."""
+    at = tl.arange(0, BLOCK)
+    mask = (at < 1000) & (wanted > 0)
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def matrix_kernel(y_ptr, x_ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     tl.store(y_ptr + row * COLUMNS + column, tl.load(x_ptr + row * stride + column))
@@ -31,6 +39,22 @@ def count_kernel(total_ptr, plain_ptr, at):
     tl.atomic_add(total_ptr + at, 1)
     if plain_ptr is not None:
         tl.store(plain_ptr, tl.load(plain_ptr) + 1)
+
+
+@triton.jit
+def hand_over_kernel(out_ptr, part_ptr, count_ptr, parts, SEM: tl.constexpr, LATE: tl.constexpr):
+    """Each program stores its part and counts; the last to count adds them up."""
+    me = tl.program_id(0)
+    if not LATE:
+        tl.store(part_ptr + me, 1.0)
+    last = tl.atomic_add(count_ptr, 1, sem=SEM) == parts - 1
+    if LATE:
+        tl.store(part_ptr + me, 1.0)
+    if last:
+        total = 0.0
+        for i in range(parts):
+            total += tl.load(part_ptr + i)
+        tl.store(out_ptr, total)
 
 
 @triton.jit
@@ -255,3 +279,28 @@ def test_a_fault_of_the_kernel_itself_is_not_hidden():
     with pytest.raises(InterpreterError):
         copy(torch.empty(27), torch.randn(27), "27", 27)
     copy(torch.empty(27), torch.randn(27), 27, 27)
+
+
+def test_a_mask_of_a_scalar_condition():
+    x, y = torch.randn(16), torch.empty(16)
+    scalar_mask_kernel[(1,)](y, x, 1, BLOCK=16)
+    assert torch.equal(y, x)
+    y = torch.zeros(16)
+    scalar_mask_kernel[(1,)](y, x, 0, BLOCK=16)
+    assert not y.any()
+    with pytest.raises(Exception, match="out-of-view load of 6 elements"):
+        scalar_mask_kernel[(1,)](y, x[:10], 1, BLOCK=16)
+
+
+@pytest.mark.parametrize("order", (None, -1, 3))
+def test_what_was_written_before_a_release_may_be_read_after_an_acquire(order):
+    def run(semantics, late=False, parts=4):
+        out, part, count = torch.empty(1), torch.empty(parts), torch.zeros(1, dtype=torch.int32)
+        with sanitizer.program_order(order):
+            hand_over_kernel[(parts,)](out, part, count, parts, SEM=semantics, LATE=late)
+        assert out == parts
+
+    run("acq_rel")
+    for semantics, late in (("relaxed", False), ("acquire", False), ("release", False), ("acq_rel", True)):
+        with pytest.raises(MemoryFault, match="conflict, load of what another program writes"):
+            run(semantics, late)

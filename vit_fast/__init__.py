@@ -3,8 +3,10 @@
 from . import ops, systems
 from .backends import backend, status
 from .explain import explain
+from .graphed import graphed
 from .kernels.arguments import UnsupportedError
 from .pos_embed import resize_pos_embed
+from .prepare import prepare, refresh
 from .registry import create_model, list_models
 from .vit import VisionTransformer
 from .weights import WeightsError
@@ -18,8 +20,11 @@ __all__ = [
     "backend",
     "create_model",
     "explain",
+    "graphed",
     "list_models",
     "ops",
+    "prepare",
+    "refresh",
     "resize_pos_embed",
     "status",
     "systems",

@@ -20,7 +20,10 @@ import torch
 from .kernels.arguments import UnsupportedError
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
-OPERATIONS = ("patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp")
+OPERATIONS = (
+    "patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp",
+    "prepared_blocks",
+)  # fmt: skip
 WORDS = ("auto", *BACKENDS)
 
 _logger = logging.getLogger("vit_fast")
@@ -87,7 +90,7 @@ def _triton_reasons():
             _triton_failure = ("triton is not installed",)
         else:
             try:
-                for name in ("patch_embed", "attention", "layer_norm", "linear", "layernorm_mlp"):
+                for name in ("patch_embed", "attention", "layer_norm", "linear", "layernorm_mlp", "prepared_blocks"):
                     _kernels[name] = importlib.import_module(f".kernels.{name}", __package__)
                 _triton_failure = ()
             except Exception as error:

@@ -8,6 +8,7 @@ a ``BlockParams``. The canonical block is
 
 A norm that is None is left out (post-norm layers, which normalise what a branch returns). With value_skip "only",
 v takes the place of x in the first line, so that x may have another width than v.
+``run_blocks`` takes x through a row of blocks, all at once where ``vit_fast.prepare`` has prepared them.
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
@@ -20,6 +21,7 @@ from torch import nn
 from . import ops
 from .kernels.reference import activate, attention_weights, split_heads
 
+PREPARED = "_vit_fast_prepared"  # the attribute of a row of blocks that holds its prepared weights
 _PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity}
 
 
@@ -142,3 +144,18 @@ def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
     if proj_drop:
         hidden = F.dropout(hidden, proj_drop)
     return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)
+
+
+def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
+    """x through blocks[first:last] of an ``nn.Sequential`` or ``nn.ModuleList``.
+
+    Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called
+    for each block, by default block(x).
+    """
+    if not torch.compiler.is_compiling():
+        prepared = blocks.__dict__.get(PREPARED)
+        if prepared is not None and prepared.serves(x):
+            return prepared.run(x, first, last)
+    for block in blocks[first:last]:
+        x = block(x) if run is None else run(block, x)
+    return x

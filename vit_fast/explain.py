@@ -41,11 +41,11 @@ class Explanation(list):
 
 
 def _example_input(model):
-    config = getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and "input_size" in config:
+    config, embed = getattr(model, "default_cfg", None), getattr(model, "patch_embed", None)
+    if hasattr(model, "in_chans") and hasattr(embed, "img_size"):  # set_input_size changes this, and not default_cfg
+        size = (model.in_chans, *embed.img_size)
+    elif isinstance(config, dict) and "input_size" in config:
         size = config["input_size"]
-    elif hasattr(model, "patch_embed"):
-        size = (model.in_chans, *model.patch_embed.img_size)
     else:
         raise ValueError("vit_fast.explain: example is None, expected an input tensor for a model without default_cfg")
     parameter = next(model.parameters())

@@ -7,6 +7,7 @@ and a FLOP formula, and record the backend, so that forward and backward may run
 ``vit_fast::<op>_bwd`` is the closed formula of ``kernels.reference``; differentiating it once more raises.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
+``prepared_blocks`` has no gradient: ``vit_fast.prepare`` calls it in inference only.
 """
 
 import contextlib
@@ -473,6 +474,57 @@ def attention(
     # Only a backward needs the LSE, and it costs the kernel registers.
     with_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, k, v))
     return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, with_lse, name)[0]
+
+
+# prepared_blocks
+
+_library.define(
+    "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
+    "str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run_prepared_blocks(x, weights, *arguments):
+    *arguments, _ = arguments
+    with _interpreter if x.device.type == "cpu" else contextlib.nullcontext():
+        return backends.kernel("prepared_blocks").prepared_blocks(x, weights, *arguments).contiguous()
+
+
+def _prepared_blocks_flops(x, weights, *_, **__):
+    batch, tokens, width = x
+    matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
+    return matrices + len(weights) // reference.TENSORS_PER_BLOCK * 4 * batch * tokens * tokens * width
+
+
+_library.impl("prepared_blocks", _run_prepared_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake("vit_fast::prepared_blocks", lambda x, *_: x.new_empty(x.shape), lib=_library)
+register_flop_formula(torch.ops.vit_fast.prepared_blocks)(_prepared_blocks_flops)
+
+
+def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
+    """x through a stack of pre-norm transformer blocks with folded weights (``vit_fast.prepare``); inference only.
+
+    Args:
+        x: [B, N, C] in the dtype of the weights.
+        weights: the tensors of ``reference.prepare_block`` of each block, one block after the other.
+        num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``.
+        eps1, eps2: of the LayerNorm before qkv and before fc1.
+    Returns:
+        [B, N, C] in the dtype of x.
+    Raises:
+        ValueError: x does not fit the weights.
+        UnsupportedError: a forced backend cannot.
+    """
+    arguments.check_prepared_blocks(x, weights)
+    name = backends.select(
+        "prepared_blocks",
+        x.device,
+        lambda: backends.kernel("prepared_blocks").not_supported_reasons(x, weights, num_heads),
+    )
+    if name == "torch":
+        return reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+    return torch.ops.vit_fast.prepared_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, name)
 
 
 # patch_embed

@@ -30,6 +30,7 @@ from .block import (
     mlp_branch,
     plain,
     project_qkv,
+    run_blocks,
 )
 from .kernels.reference import activate
 from .pos_embed import check_policy, resize_pos_embed
@@ -679,10 +680,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images):
         """Images → normalised tokens [B, K + N, C]."""
-        x = self._embed(images)
-        for block in self.blocks:
-            x = self._run_block(block, x)
-        return self._norm(self.norm, x)
+        return self._norm(self.norm, run_blocks(self.blocks, self._embed(images), run=self._run_block))
 
     def pool(self, x, pool_type: str | None = None):
         """Tokens [B, K + N, C] → [B, C] (or the tokens, for "")."""
@@ -757,11 +755,13 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"vit_fast.VisionTransformer: output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
         chosen = self._layer_indices(indices)
         x = self._embed(images)
-        features = []
-        for i, block in enumerate(self.blocks[: max(chosen, default=-1) + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x)
-            if i in chosen:
-                features.append(self._norm(self.norm, x) if norm else x)
+        features, done = [], 0
+        for i in sorted(set(chosen)):
+            x = run_blocks(self.blocks, x, done, i + 1, self._run_block)
+            features.append(self._norm(self.norm, x) if norm else x)
+            done = i + 1
+        if not stop_early:
+            x = run_blocks(self.blocks, x, done, None, self._run_block)
         prefix = [y[:, : self.num_prefix_tokens] for y in features] if self.num_prefix_tokens else None
         features = [y[:, self.num_prefix_tokens :] for y in features]
         if output_fmt == "NCHW":
@@ -805,13 +805,12 @@ class VisionTransformer(nn.Module):
         Returns:
             list of [B, H, queries, K + N], one a chosen block, in block order.
         """
-        chosen = set(self._layer_indices(n))
+        chosen = sorted(set(self._layer_indices(n)))
         x = self._embed(images)
-        maps = []
-        for i, block in enumerate(self.blocks[: max(chosen, default=-1) + 1]):
-            if i in chosen:
-                x, probabilities = block.forward_with_attention(x, queries)
-                maps.append(probabilities)
-            else:
-                x = self._run_block(block, x)
+        maps, done = [], 0
+        for i in chosen:
+            x = run_blocks(self.blocks, x, done, i, self._run_block)
+            x, probabilities = self.blocks[i].forward_with_attention(x, queries)
+            maps.append(probabilities)
+            done = i + 1
         return maps

@@ -85,21 +85,27 @@ def attention_cases():
 
 
 def layer_norm_cases():
-    from vit_fast.kernels.layer_norm import layer_norm
+    from vit_fast.kernels.layer_norm import layer_norm, row_moments
 
     def call(batch, tokens, width, dtype, weight_dtype):
         x = torch.empty(batch, tokens, width, dtype=dtype)
         layer_norm(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
 
+    def moments(*size_and_dtype):
+        *size, dtype = size_and_dtype
+        row_moments(torch.empty(size, dtype=dtype))
+
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, _, _, _) in VITS.items():
                 yield case("layer_norm", name, dtype, call, batch, tokens, width, dtype, dtype)
+        for name, (tokens, width, _, _, _) in VITS.items():
+            yield case("row_moments", name, dtype, moments, 64, tokens, width, dtype)
         yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 
 def linear_cases():
-    from vit_fast.kernels.linear import layer_norm_linear, linear, linear_residual
+    from vit_fast.kernels.linear import folded_linear, layer_norm_linear, linear, linear_moments, linear_residual
 
     def projection(batch, tokens, width, out, dtype, activation=None, tf32=False):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
@@ -119,6 +125,25 @@ def linear_cases():
     def mixed(batch, tokens, width, out, x_dtype, dtype):
         linear(torch.empty(batch, tokens, width, dtype=x_dtype), torch.empty(out, width, dtype=dtype), None)
 
+    def folded(batch, tokens, width, out, dtype, activation=None):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        proj, vector = torch.empty(width, width, dtype=dtype), torch.empty(width)
+        x, moments = linear_moments(x, proj, vector, torch.empty_like(x))
+        folded_linear(x, moments, 1e-6, weight, torch.empty(out), torch.empty(out), activation)
+
+    def with_moments(batch, tokens, width, out, dtype):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        linear_moments(x, weight, torch.empty(out), torch.empty(batch, tokens, out, dtype=dtype))
+
+    for dtype in DTYPES[:2]:
+        for batch in (1, 64):
+            for name, (tokens, width, _, hidden, _) in VITS.items():
+                yield case("fc2 with moments", name, dtype, with_moments, batch, tokens, hidden, width, dtype)
+                yield case("folded qkv", name, dtype, folded, batch, tokens, width, 3 * width, dtype)
+                yield case("folded fc1", name, dtype, folded, batch, tokens, width, hidden, dtype, activation="gelu")
+            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+                base = ("folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype)
+                yield case(*base, activation=activation)
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, _, hidden, _) in VITS.items():
@@ -191,4 +216,24 @@ def patch_embed_cases():
         yield case("patch_embed", "base", torch.float32, call, batch, torch.float32, 768, 16, 1, tf32=True)
 
 
-OPERATIONS = (attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases)
+def prepared_blocks_cases():
+    """Launches the kernels of layer_norm, linear and attention, the first block with the moments of whole rows."""
+    from vit_fast.kernels.prepared_blocks import prepared_blocks
+
+    def call(batch, tokens, width, heads, hidden, dtype):
+        def weight(rows, columns):
+            return torch.empty(rows, columns, dtype=dtype), *(torch.empty(rows) for _ in range(2))
+
+        block = (*weight(3 * width, width), *weight(width, width)[:2], *weight(hidden, width), *weight(width, hidden)[:2])
+        x = torch.empty(batch, tokens, width, dtype=dtype)
+        prepared_blocks(x, block * 2, heads, (width // heads) ** -0.5, "gelu", 1e-6, 1e-6)
+
+    for dtype in DTYPES[:2]:
+        for batch in (1, 64):
+            for name, (tokens, width, heads, hidden, _) in VITS.items():
+                yield case("prepared_blocks", name, dtype, call, batch, tokens, width, heads, hidden, dtype)
+
+
+OPERATIONS = (
+    attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases
+)  # fmt: skip

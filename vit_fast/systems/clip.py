@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
 from vit_fast.weights import WeightsError, load_state_dict
@@ -130,11 +130,12 @@ class Transformer(nn.Module):
 
     def run(self, x):
         """(the input of the last block, its output)."""
-        for block in self.resblocks:
-            last = x
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return last, x
+        last = run_blocks(self.resblocks, x, 0, -1, self._run_block)
+        return last, run_blocks(self.resblocks, last, -1, None, self._run_block)
+
+    def _run_block(self, block, x):
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
 
 
 def _fail_size(subject, size, wanted):

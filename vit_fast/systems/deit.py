@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import is_plain
+from vit_fast.block import is_plain, run_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -216,9 +216,7 @@ class DeiT(_Heads, VisionTransformer):
 
     def forward_features(self, images):
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
-        x = self._embed(images)
-        for block in self.blocks:
-            x = self._run_block(block, x)
+        x = run_blocks(self.blocks, self._embed(images), run=self._run_block)
         if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
             x = x[:, : self.num_tokens]
         x = self._norm(self.norm, x)

@@ -10,7 +10,7 @@ Source: Vaswani et al., "Attention Is All You Need", 2017.
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
@@ -61,6 +61,5 @@ class Encoder(nn.Module):
         self.norm = norm
 
     def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
+        x = run_blocks(self.layers, x)
         return x if self.norm is None else ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)

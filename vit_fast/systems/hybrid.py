@@ -39,6 +39,7 @@ from vit_fast.block import (
     mlp_branch,
     plain,
     project_qkv,
+    run_blocks,
 )
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.pos_embed import resize_pos_embed
@@ -182,10 +183,18 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         maps = []
-        for block in self.layer:
+
+        def run(block, x):
             x, probabilities = block(x)
             if probabilities is not None:
                 maps.append(probabilities)
+            return x
+
+        if any(block.attn.vis for block in self.layer):
+            for block in self.layer:
+                x = run(block, x)
+        else:
+            x = run_blocks(self.layer, x, run=run)
         norm = self.encoder_norm
         x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps) if is_plain(norm) else norm(x)
         return x, maps

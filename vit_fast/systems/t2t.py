@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
+from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import Block, Mlp
 from vit_fast.weights import WeightsError, load_state_dict
@@ -244,9 +244,7 @@ class T2T_ViT(nn.Module):
         """Images → the normalised class token [B, embed_dim]."""
         x = self.tokens_to_token(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        x = F.dropout(x, self.drop_rate, self.training)
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, F.dropout(x, self.drop_rate, self.training))
         return ops.layer_norm(x[:, 0], self.norm.weight, self.norm.bias, self.norm.eps)
 
     def forward(self, x):
