@@ -1,0 +1,455 @@
+"""graphed(model): inference by CUDA graphs, for batches so small that launching kernels takes longer than running them.
+
+One graph is captured a batch size (bucket), the largest first, all in one pool of memory. A call copies its images into
+the static input of the smallest bucket that holds them, replays that graph on the current stream and returns clones of
+the first rows. The other rows keep what they held: an image's result must not depend on its batch mates.
+
+A graph knows addresses and no Python. So in every call, while the device works, the host looks whether parameters,
+buffers, sub-modules and settings are still those of the capture; where they are not, all graphs are captured anew and
+the call is repeated. Weights that change in place are read where they lie and need no new capture, unless the model
+computes with tensors made from them (a resized position table, prepared weights): then a new version of a weight makes
+one. What leaves no version, such as writing through ``param.data``, is seen in weights, not in what was made from them.
+What an operation reads stays alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from . import backends
+from .block import PREPARED
+from .kernels.arguments import UnsupportedError
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_logger = logging.getLogger("vit_fast")
+
+
+class CudaGraphs:
+    """Makes graphs of calls on one device. They share a pool of memory, so one is replayed at a time: ``turn``."""
+
+    def __init__(self, device):
+        if device.type != "cuda":
+            raise UnsupportedError(f"vit_fast.graphed: the model is on {device}, CUDA graphs need a CUDA device")
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
+            self.done = torch.cuda.Event()
+
+    def capture(self, call, static_input):
+        """(replay, output): ``replay()`` queues ``call(static_input)`` on the current stream, to write ``output``."""
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            # torch.cuda.graph does not leave its stream where a capture fails; this does.
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):
+                    call(static_input)
+                graph = torch.cuda.CUDAGraph()
+                # Else every graph captured on this stream would compute in one cuBLAS workspace outside its pool.
+                torch._C._cuda_clearCublasWorkspaces()
+                try:
+                    with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                        output = call(static_input)
+                except BaseException:
+                    self._recover()
+                    raise
+                finally:
+                    torch._C._cuda_clearCublasWorkspaces()
+        return graph.replay, output
+
+    def _recover(self):
+        """After a capture that CUDA refused, torch's allocator (up to 2.12) and random generator may believe that it
+        goes on, and fail from then on; the generator leaves that state at the end of the next capture."""
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+            torch.zeros(1, device=self.device)
+
+    @contextlib.contextmanager
+    def turn(self):
+        """What is queued inside waits for the turn before, on whatever stream that was."""
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError("vit_fast.graphed: called while a CUDA graph is captured; capture its model")
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            try:
+                yield
+            finally:
+                self.done.record(stream)
+
+
+class _Reads(TorchDispatchMode):
+    """Collects the storages that operations read and did not make, and refuses operations that no graph can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self._made = {}, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if function is not aten.lift_fresh.default:  # its input is a constant that the call has made
+            found = {_address(tensor): tensor.untyped_storage() for tensor in inputs}
+            self.storages |= {address: found[address] for address in found.keys() - self._made}
+        masked = function is aten.index.Tensor and any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
+        if (
+            masked
+            or function in (aten.nonzero.default, aten.masked_select.default)
+            or torch.Tag.data_dependent_output in function.tags
+        ):
+            raise UnsupportedError(f"vit_fast.graphed: the model calls {function}, for whose result the host must wait")
+        result = function(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device for tensor in (*inputs, *outputs)}
+        if function in (aten._to_copy.default, aten.copy_.default) and len(devices) > 1:
+            raise UnsupportedError(f"vit_fast.graphed: the model copies between {' and '.join(map(str, devices))}")
+        self._made.update({_address(tensor) for tensor in outputs} - self.storages.keys())
+        return result
+
+
+def _address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Watch:
+    """Which sub-modules, prepared weights and tensors the modules of a model hold, where the tensors lie and, if asked,
+    in which version."""
+
+    def __init__(self, model, versions):
+        modules = list(model.modules())
+        self._parents = [(module._modules, module.__dict__) for module in modules if module._modules]
+        self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
+        self._versions = versions
+        self._seen = self._look()
+
+    def tensors(self):
+        return [tensor for held in self._held for tensor in held.values() if tensor is not None]
+
+    def _look(self):
+        tensors = self.tensors()
+        children = [child for children, _ in self._parents for child in children.values()]
+        prepared = [attributes.get(PREPARED) for _, attributes in self._parents]
+        versions = [tensor._version for tensor in tensors if not tensor.is_inference()] if self._versions else None
+        return children, prepared, [tensor.data_ptr() for tensor in tensors], versions
+
+    def changed(self):
+        return self._look() != self._seen
+
+
+class _Layout(NamedTuple):
+    """How an output is made of its leaves, and which of these are tensors with a row an image."""
+
+    spec: TreeSpec
+    batched: list[bool]
+
+
+class _Bucket(NamedTuple):
+    input: torch.Tensor
+    replay: Callable[[], None]
+    leaves: list
+
+
+class _Captured(NamedTuple):
+    graphs: Any
+    buckets: list[_Bucket]  # the smallest first
+    layout: _Layout
+    watch: _Watch
+    settings: tuple
+    kept: list  # the storages that the graphs read
+
+    def changed(self):
+        return self.settings != _settings(self.graphs.device.type) or self.watch.changed()
+
+    def fits(self, images):
+        like = self.buckets[0].input
+        return images.shape[1:] == like.shape[1:] and images.dtype == like.dtype and images.device == like.device
+
+
+def _settings(device_type):
+    """What decides, beside the weights, which kernels a model launches."""
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    return autocast, torch.get_float32_matmul_precision(), backends.requested()
+
+
+@contextlib.contextmanager
+def _capturing():
+    """No gradients, ordinary tensors, and no weights kept by autocast: their memory ends with its ``with`` block."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _watched(model, images):
+    """The output of a call and the storages that it read; compiled parts run as they are written."""
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with stance, _Reads() as reads:
+        output = model(images)
+    reads.storages.pop(_address(images), None)
+    return output, reads.storages
+
+
+def _random(count, sizes, dtype, device):
+    """Images by a generator of their own, so that a capture does not move the random numbers of others."""
+    generator = torch.Generator(device).manual_seed(count)
+    if dtype.is_floating_point:
+        return torch.randn(count, *sizes, dtype=dtype, device=device, generator=generator)
+    return torch.randint(0, 2, (count, *sizes), dtype=dtype, device=device, generator=generator)
+
+
+def _layout_of(two, three):
+    """The layout of an output, from what came of two and of three images."""
+    (two, spec), (three, other) = tree_flatten(two), tree_flatten(three)
+    if spec != other:
+        raise UnsupportedError("vit_fast.graphed: the output of 2 images has another structure than that of 3")
+    batched = []
+    for i, (a, b) in enumerate(zip(two, three)):
+        rows = isinstance(a, torch.Tensor) and a.shape[:1] == (2,) and b.shape == (3, *a.shape[1:])
+        batched.append(rows)
+        if isinstance(a, torch.Tensor):
+            if not rows and not (a.shape == b.shape and torch.equal(a, b)):
+                raise UnsupportedError(
+                    f"vit_fast.graphed: tensor {i} of the output is {list(a.shape)} of 2 images and {list(b.shape)} of "
+                    "3 others, expected the batch as its first axis, or no dependence on the images"
+                )
+        elif not isinstance(a, _CONSTANTS):
+            raise UnsupportedError(
+                f"vit_fast.graphed: the output holds a {type(a).__name__}, expected tensors in tuples, lists, dicts or "
+                "classes known to torch.export.register_dataclass"
+            )
+        elif a != b:
+            raise UnsupportedError(f"vit_fast.graphed: value {i} of the output is {a!r} of 2 images and {b!r} of 3")
+    return _Layout(spec, batched)
+
+
+def _causes(error, outer):
+    """The first line of an error, after those of the errors that it was raised on top of, up to ``outer``."""
+    before = error.__context__
+    before = "" if before is None or before is outer else f"{_causes(before, outer)}; then "
+    return f"{before}{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _capture_bucket(graphs, model, static_input, layout):
+    size, outer = len(static_input), sys.exception()
+    try:
+        replay, output = graphs.capture(model, static_input)
+    except Exception as error:
+        causes = _causes(error, outer)
+        raise UnsupportedError(f"vit_fast.graphed: batch size {size} cannot be captured: {causes}") from error
+    leaves, spec = tree_flatten(output)
+    if spec != layout.spec or any(
+        batched and leaf.shape[:1] != (size,) for leaf, batched in zip(leaves, layout.batched)
+    ):
+        raise UnsupportedError(f"vit_fast.graphed: batch size {size} makes an output of another structure than 2 and 3")
+    return _Bucket(static_input, replay, leaves)
+
+
+def _first_parameter(model):
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise ValueError("vit_fast.graphed: model has no floating-point parameters, expected some to tell its device")
+
+
+def _own_sizes(model):
+    """(channels, height, width) of what a model was built for; vit_fast and timm, torchvision, transformers tell it."""
+    config, default = getattr(model, "config", None), getattr(model, "default_cfg", None)
+    for owner, channels in (
+        (getattr(model, "patch_embed", None), getattr(model, "in_chans", 3)),
+        (model, 3),
+        (config, getattr(config, "num_channels", 3)),
+    ):
+        if size := getattr(owner, "img_size", None) or getattr(owner, "image_size", None):
+            return (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    if isinstance(default, dict) and "input_size" in default:
+        return tuple(default["input_size"])
+    raise ValueError("vit_fast.graphed: example is None, expected images, as the model does not tell its input size")
+
+
+def _check_batch_sizes(batch_sizes):
+    if not isinstance(batch_sizes, (tuple, list)):
+        raise TypeError(f"vit_fast.graphed: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
+    for size in batch_sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"vit_fast.graphed: batch_sizes has {size!r}, expected an int")
+        if size < 1:
+            raise ValueError(f"vit_fast.graphed: batch_sizes has {size}, expected 1 or more")
+    if not batch_sizes:
+        raise ValueError("vit_fast.graphed: batch_sizes is empty, expected one size or more")
+    return tuple(sorted(set(batch_sizes)))
+
+
+def _words(batch, like):
+    """A batch of images in words; ``like`` is a tensor of its sizes, dtype and device."""
+    sizes = ", ".join(map(str, (batch, *like.shape[1:])))
+    return f"[{sizes}] {str(like.dtype).removeprefix('torch.')} on {like.device}"
+
+
+class Graphed(nn.Module):
+    """What ``graphed`` returns. ``model`` is the model; the ``state_dict`` is the model's own."""
+
+    graphs = CudaGraphs  # what captures and replays, made anew with the device at each capture
+
+    def __init__(self, model, batch_sizes, example, clone):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"vit_fast.graphed: model is {type(model).__name__}, expected an nn.Module")
+        self.batch_sizes = _check_batch_sizes(batch_sizes)
+        if example is not None and not isinstance(example, torch.Tensor):
+            raise TypeError(f"vit_fast.graphed: example is {type(example).__name__}, expected a torch.Tensor")
+        if example is not None and example.dim() < 2:
+            raise ValueError(f"vit_fast.graphed: example has {example.dim()} dimensions, expected a batch of images")
+        self._sizes = _own_sizes(model) if example is None else tuple(example.shape[1:])
+        # None where it is the dtype of the weights, which may change.
+        own = example is None or example.dtype == _first_parameter(model).dtype
+        self._dtype = None if own else example.dtype
+        self.model, self.clone, self.training = model, clone, False
+        self._lock = threading.Lock()
+        self._captured = None
+        self._capture()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_captured": None, "_lock": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+    def state_dict(self, *args, destination=None, **kwargs):
+        if args or destination is not None:  # for a module around this one, which loads by the names of attributes
+            return super().state_dict(*args, destination=destination, **kwargs)
+        return self.model.state_dict(**kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):
+        self._captured = None  # graphs would keep the old weights until the next call
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images):
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"vit_fast.graphed: images are {type(images).__name__}, expected a torch.Tensor")
+        if self.model.training:
+            raise UnsupportedError("vit_fast.graphed: the model is in training mode, expected eval mode (model.eval())")
+        with self._lock:
+            captured = self._captured
+            if captured is None or (not captured.fits(images) and captured.changed()):
+                del captured  # or its memory would stay
+                captured = self._capture()
+            result = self._run(captured, images)
+            if captured.changed():  # asked while the device works: it costs no latency
+                _logger.info("vit_fast.graphed: weights, sub-modules or settings changed, so graphs are captured anew")
+                del captured, result
+                result = self._run(self._capture(), images)
+        return result
+
+    def _capture(self):
+        self._captured = None  # the memory of the old graphs goes first
+        model = self.model
+        if training := [name for name, module in model.named_modules() if module.training]:
+            raise UnsupportedError(
+                f"vit_fast.graphed: {training[0] or 'the model'} is in training mode, expected eval mode (model.eval())"
+            )
+        like = _first_parameter(model)
+        device, dtype = like.device, self._dtype or like.dtype
+        if others := {parameter.device for parameter in model.parameters()} - {device}:
+            raise UnsupportedError(
+                f"vit_fast.graphed: parameters are on {device} and {others.pop()}, expected one device"
+            )
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, tensor in tensors.items():
+            if is_traceable_wrapper_subclass(tensor):
+                words = f"vit_fast.graphed: {name} is a {type(tensor).__name__}, expected a plain tensor"
+                raise UnsupportedError(words)
+        graphs = self.graphs(device)
+        with _capturing():
+            two = model(_random(2, self._sizes, dtype, device))
+            three, read = _watched(model, _random(3, self._sizes, dtype, device))
+            layout = _layout_of(two, three)
+            buckets = []
+            for size in reversed(self.batch_sizes):
+                static_input = torch.zeros(size, *self._sizes, dtype=dtype, device=device)
+                buckets.insert(0, _capture_bucket(graphs, model, static_input, layout))
+        weights = {_address(tensor): tensor.untyped_storage() for tensor in tensors.values()}
+        made_of_weights = any(read[address].device == device for address in read.keys() - weights.keys())
+        watch = _Watch(model, versions=made_of_weights)
+        kept = [*(read | weights).values()]
+        self._captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
+        return self._captured
+
+    def _run(self, captured, images):
+        if not captured.fits(images):
+            like = captured.buckets[0].input
+            raise ValueError(
+                f"vit_fast.graphed: images are {_words(images.shape[0] if images.dim() else 0, images)}, "
+                f"captured were {_words('B', like)}"
+            )
+        if torch.is_grad_enabled() and (images.requires_grad or any(t.requires_grad for t in captured.watch.tensors())):
+            raise UnsupportedError(
+                "vit_fast.graphed: gradients are enabled, which graphs do not give; call it under "
+                "torch.inference_mode() or torch.no_grad()"
+            )
+        if len(images) == 0:
+            return self.model(images)
+        with captured.graphs.turn():
+            chunks = images.split(self.batch_sizes[-1])
+            parts = [self._replay(captured, chunk, self.clone or len(chunks) > 1) for chunk in chunks]
+        leaves = parts[0]
+        if len(parts) > 1:
+            leaves = [
+                torch.cat(rows) if batched else rows[0] for rows, batched in zip(zip(*parts), captured.layout.batched)
+            ]
+        return tree_unflatten(leaves, captured.layout.spec)
+
+    def _replay(self, captured, images, clone):
+        count = len(images)
+        bucket = next(bucket for bucket in captured.buckets if len(bucket.input) >= count)
+        bucket.input[:count].copy_(images)
+        bucket.replay()
+        leaves = []
+        for leaf, batched in zip(bucket.leaves, captured.layout.batched):
+            leaf = leaf[:count] if batched else leaf
+            leaves.append(leaf.clone() if clone and isinstance(leaf, torch.Tensor) else leaf)
+        return leaves
+
+
+def graphed(
+    model: nn.Module,
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8),
+    *,
+    example: torch.Tensor | None = None,
+    clone: bool = True,
+) -> Graphed:
+    """The model as CUDA graphs: inference with little latency at small batches.
+
+    Graphs are captured here and, after a change of weights, sub-modules, dtype, device, autocast, matmul precision or
+    forced backend, in the next call. Any number of images may come: more than the largest batch size run in several
+    replays, none run the model itself. Calls of several threads and on several streams take turns.
+
+    Args:
+        model: in eval mode, on a CUDA device, of one tensor argument; also timm's, torchvision's and transformers'.
+        batch_sizes: one graph each; a batch runs in the smallest that holds it.
+        example: images [B, ...] whose sizes and dtype are captured; default the model's own size and dtype.
+        clone: False returns views of the graph's memory, which the next call overwrites.
+    Returns:
+        ``Graphed``: a module of the model's outputs (tensors in tuples, lists, dicts, registered classes) without
+        gradients. Copies and pickles of it capture anew.
+    Raises:
+        UnsupportedError: no CUDA device, training mode, gradients asked for, or a model that cannot be captured.
+        TypeError, ValueError: bad arguments; images of other sizes, dtype or device than captured.
+    """
+    return Graphed(model, batch_sizes, example, clone)
