@@ -27,6 +27,7 @@ def main(arguments=None):
         from .convert import convert
         from .info import info
         from .list import list_models
+        from .profile import profile
 
         app = typer.Typer(
             name="vit-fast",
@@ -40,6 +41,7 @@ def main(arguments=None):
         app.command()(convert)
         app.command()(info)
         app.command("list")(list_models)
+        app.command()(profile)
         app(args=arguments, prog_name="vit-fast")
     except CommandError as error:
         print(f"vit-fast: {error}", file=sys.stderr)

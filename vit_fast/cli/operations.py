@@ -1,0 +1,214 @@
+"""The operations of one forward pass, each with its FLOP and its compulsory traffic, found by a run on fake tensors.
+
+Nothing is computed and no memory is taken: a dispatch mode sees every operator call with its shapes. What an operator
+does is one operation, except for vit_fast's own, which launch a kernel for each of several. FLOP counts matrix products
+(2 a multiply-add). Bytes counts every input read once and the result written once, also what passes between the kernels
+of one operator. A tensor expanded along an axis counts once along it. An operation carries the name of the module
+whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a block.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+_NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
+_ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What has to be computed once: FLOP of matrix products, and bytes that must move to and from memory."""
+
+    name: str
+    module: str
+    flop: int
+    bytes: int
+
+    def floor(self, flop_rate, byte_rate):
+        """Seconds that it takes at least where the device does so many FLOP and moves so many bytes a second."""
+        return max(self.flop / flop_rate, self.bytes / byte_rate)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator: its name and its tensors' sizes as the profiler writes them, and what it computes."""
+
+    operator: str
+    sizes: tuple[tuple[int, ...], ...]
+    operations: tuple[Operation, ...]
+
+
+def operator_name(name):
+    """One name for the operator and all forms of it that a backend may choose."""
+    return f"aten::{_ATTENTION}" if "scaled_dot_product" in name else name
+
+
+def tensor_sizes(sizes):
+    """Sizes of the tensors in a profiler's list of arguments: what has no size is dropped, lists are flattened."""
+    flat = []
+    for size in sizes:
+        if size and isinstance(size[0], (list, tuple)):
+            flat += tensor_sizes(size)
+        elif size:
+            flat.append(tuple(size))
+    return tuple(flat)
+
+
+def moved_bytes(*tensors):
+    """Bytes of tensors, each element once though a stride of 0 repeats it; None counts nothing."""
+    total = 0
+    for t in {id(t): t for t in tensors if t is not None}.values():
+        kept = (size for size, stride in zip(t.shape, t.stride(), strict=True) if stride or size == 0)
+        total += math.prod(kept) * t.element_size()
+    return total
+
+
+def _aten_flop(name, inputs, out):
+    if name in _PRODUCTS:
+        left, right = inputs[-2:]
+        return 2 * left.numel() * right.shape[-1]
+    if name == "convolution":
+        return 2 * out.numel() * inputs[1][0].numel()
+    if name == _ATTENTION:
+        q, k, v = inputs[:3]
+        return 2 * q.numel() * k.shape[-2] + 2 * math.prod(q.shape[:-1]) * k.shape[-2] * v.shape[-1]
+    return 0
+
+
+def _attention(a, out):
+    q, keys = (a["qkv"], a["qkv"]) if a["k"] is None else (a["qkv"], a["k"])
+    flop = 4 * q.shape[0] * q.shape[1] * keys.shape[1] * out.shape[-1]
+    yield "attention", None, flop, moved_bytes(a["qkv"], a["k"], a["v"], out)
+
+
+def _layer_norm(a, out):
+    yield "layer_norm", a["weight"], 0, moved_bytes(a["x"], a["weight"], a["bias"], out)
+
+
+def _layer_norm_linear(a, out):
+    x, weight = a["x"], a["weight"]
+    normal = x.numel() * weight.element_size()
+    yield "layer_norm", a["ln_weight"], 0, moved_bytes(x, a["ln_weight"], a["ln_bias"]) + normal
+    yield "linear", weight, 2 * x.numel() * weight.shape[0], normal + moved_bytes(weight, a["bias"], out)
+
+
+def _linear_residual(a, out):
+    x, weight = a["x"], a["weight"]
+    vectors = (a["bias"], a["gamma"], a["row_scale"])
+    yield "linear", weight, 2 * x.numel() * weight.shape[0], moved_bytes(x, weight, *vectors, a["residual"], out)
+
+
+def _layernorm_mlp(a, out):
+    x, w1, w2 = a["x"], a["w1"], a["w2"]
+    rows = x.numel() // x.shape[-1]
+    normal, hidden = x.numel() * w1.element_size(), rows * w2.shape[1] * w1.element_size()
+    yield "layer_norm", a["ln_weight"], 0, moved_bytes(x, a["ln_weight"], a["ln_bias"]) + normal
+    yield "linear", w1, 2 * x.numel() * w1.shape[0], normal + moved_bytes(w1, a["b1"]) + hidden
+    vectors = (a["b2"], a["gamma"], a["row_scale"])
+    yield "linear", w2, 2 * rows * w2.numel(), hidden + moved_bytes(w2, *vectors, x, out)
+
+
+def _patch_embed(a, out):
+    images, weight = a["images"], a["weight"]
+    patches = math.prod((images.shape[2 + i] - weight.shape[2 + i]) // a["stride"][i] + 1 for i in range(2))
+    moved = moved_bytes(images, weight, a["bias"], a["pos_embed"], a["prefix_tokens"], out)
+    yield "patch_embed", weight, 2 * images.shape[0] * patches * weight.numel(), moved
+
+
+# Each yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in their order.
+_VIT_FAST = {
+    "vit_fast::attention_fwd": _attention,
+    "vit_fast::layer_norm_fwd": _layer_norm,
+    "vit_fast::layer_norm_linear_fwd": _layer_norm_linear,
+    "vit_fast::linear_residual_fwd": _linear_residual,
+    "vit_fast::layernorm_mlp_fwd": _layernorm_mlp,
+    "vit_fast::patch_embed_fwd": _patch_embed,
+}
+
+
+def _label(path):
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _storages(tensors):
+    return {t.untyped_storage()._cdata for t in tensors}
+
+
+def _moves_nothing(func, inputs, outputs):
+    """A view, or fresh memory."""
+    if func.is_view or "empty" in func._schema.name:
+        return True
+    return bool(inputs) and not func._schema.is_mutable and _storages(outputs) <= _storages(inputs)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operator call; knows parameters, and what is computed from them alone, by their names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.calls, self.module = [], ""
+        self.names = {id(p): _label(name.rpartition(".")[0] or name) for name, p in model.named_parameters()}
+        self.kept = []  # an id is a name only while its tensor lives
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs, outputs = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), out)
+        )
+        named = [self.names[id(t)] for t in inputs if id(t) in self.names]
+        if inputs and len(named) == len(inputs):
+            self.kept += outputs
+            self.names |= {id(t): named[0] for t in outputs}
+        if outputs and not _moves_nothing(func, inputs, outputs):
+            arguments = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+            operations = tuple(self._operations(func._schema.name, arguments, inputs, outputs[0], named))
+            if operations:
+                sizes = tensor_sizes([tuple(t.shape) for t in inputs])
+                self.calls.append(Call(operator_name(func._schema.name), sizes, operations))
+        return out
+
+    def _operations(self, operator, arguments, inputs, out, named):
+        if operator in _VIT_FAST:
+            for name, parameter, flop, moved in _VIT_FAST[operator](arguments, out):
+                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved)
+        elif operator.startswith("aten::"):
+            name = operator_name(operator).removeprefix("aten::").rstrip("_")
+            shown = "attention" if name == _ATTENTION else _NAMES.get(name, name)
+            module = named[-1] if named else self.module
+            yield Operation(shown, module, _aten_flop(name, inputs, out), moved_bytes(*inputs, out))
+
+
+def forward_operations(model, pixels):
+    """The calls of one forward pass of ``model`` on ``pixels``, in their order; operators of others are left out."""
+    names = {module: _label(name) for name, module in model.named_modules()}
+    recorder, stack = _Recorder(model), [""]
+
+    def enter(module, inputs):
+        stack.append(names.get(module, stack[-1]))
+        recorder.module = stack[-1]
+
+    def leave(module, inputs, output):
+        stack.pop()
+        recorder.module = stack[-1]
+
+    # Global hooks, not the modules' own: a module that carries a hook is not fused.
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    ]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        # Under inference_mode a dispatch mode sees F.linear, here what it is made of, as the profiler does.
+        with torch.inference_mode(False), torch.no_grad(), fake, recorder:
+            model(fake.from_tensor(pixels))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.calls

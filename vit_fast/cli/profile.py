@@ -1,0 +1,427 @@
+"""``vit-fast profile``: where the time of one forward pass goes, operation by operation, beside the least it can take.
+
+The floor of an operation is the greater of its FLOP at the speed of a large matrix product and its bytes at the speed
+of a copy, both measured in the same run. ``operations`` says what there is to compute, torch.profiler when each kernel
+(on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
+"""
+
+import contextlib
+import csv
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import CommandError, require
+from .bench import BACKENDS, DEFAULT_MODEL, PRECISIONS, _at_least, _device, _keyword, _one_of, _output_file, _wrong
+
+PROVIDERS = ("vit_fast", "prepared", "eager", "compile", "compile-max-autotune")
+BATCH_SIZE = {"cuda": 256, "cpu": 4}
+ITERATIONS = {"cuda": 20, "cpu": 5}
+WARM_CALLS = {"cuda": 10, "cpu": 2}
+LEAST_SHARE = 0.1  # percent of the step below which an operator without an operation is only named
+NAME_WIDTH = 60  # characters of a kernel's name in the table
+CPU_SENTENCE = "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, checked."""
+
+    model: str
+    provider: str
+    batch: int
+    device: object
+    precision: str
+    img_size: int | None
+    model_kwargs: dict
+    backend: str | None
+    iterations: int
+    trace: Path | None
+
+
+def profile(
+    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = DEFAULT_MODEL,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Images a step. [default: GPU 256, CPU 4]")
+    ] = None,
+    provider: Annotated[
+        str, typer.Option(help="vit_fast, prepared (vit_fast.prepare), or timm: eager, compile, compile-max-autotune.")
+    ] = "vit_fast",
+    img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 weights and images. [default: GPU bfloat16, CPU float32]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
+    ] = None,
+    model_kwargs: Annotated[
+        list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")
+    ] = None,
+    num_iter: Annotated[
+        int | None, typer.Option(help="Forward passes, timed and then profiled. [default: GPU 20, CPU 5]")
+    ] = None,
+    results_file: Annotated[Path | None, typer.Option(help="Write the rows here, .csv or .json.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Keep the profiler's Chrome trace here, .json.")] = None,
+):
+    """Profile a forward pass: time of every operation, its share of the step, and its floor on this device."""
+    _one_of("--provider", provider, PROVIDERS)
+    for flag, value, least in (
+        ("--batch-size", batch_size, 1),
+        ("--img-size", img_size, 1),
+        ("--num-iter", num_iter, 1),
+    ):
+        _at_least(flag, value, least)
+    if precision is not None:
+        _one_of("--precision", precision, PRECISIONS)
+    if backend is not None:
+        _one_of("--backend", backend, BACKENDS)
+        if provider not in ("vit_fast", "prepared"):
+            raise _wrong(
+                "--backend", backend, "it with --provider vit_fast or prepared: timm's models have one backend"
+            )
+    if results_file is not None and results_file.suffix not in (".csv", ".json"):
+        raise _wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
+    if trace is not None and trace.suffix != ".json":
+        raise _wrong("--trace", str(trace), "a name that ends in .json")
+    keywords = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
+    if provider not in ("vit_fast", "prepared"):
+        require("timm", "bench")
+    target = _device(device)
+    results_file, trace = _output_file("--results-file", results_file), _output_file("--trace", trace)
+
+    from . import report
+
+    settings = Settings(
+        model=model,
+        provider=provider,
+        batch=batch_size or BATCH_SIZE[target.type],
+        device=target,
+        precision=precision or ("bfloat16" if target.type == "cuda" else "float32"),
+        img_size=img_size,
+        model_kwargs=keywords,
+        backend=backend,
+        iterations=num_iter or ITERATIONS[target.type],
+        trace=trace,
+    )
+    with report.progress() as tell:
+        facts, rows = run(settings, tell)
+    _print_table(rows, settings)
+    print()
+    for sentence in _sentences(facts, rows, settings):
+        print(sentence)
+    if results_file is not None:
+        _write(facts, rows, results_file)
+        print(f"rows: {results_file}")
+    if trace is not None:
+        print(f"trace: {trace}")
+
+
+def run(settings, tell):
+    """(facts of the run, rows as dicts: operations, kernels without one, and the lines sum, gaps and step)."""
+    import torch
+
+    import vit_fast
+    from vit_fast import backends
+
+    from . import attribution, measure, operations
+
+    device, on_gpu = settings.device, settings.device.type == "cuda"
+    if on_gpu and torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        raise CommandError(
+            f"torch {torch.__version__} has no GPU profiler here (torch.profiler knows no CUDA activity)"
+        )
+    forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
+    try:
+        with forced:
+            tell(f"{settings.model}: model", 0.0)
+            model, pixels = _model_and_pixels(settings)
+            calls = operations.forward_operations(model, pixels)
+            model = _provide(model, settings.provider)
+
+            def call():
+                with torch.inference_mode():
+                    return model(pixels)
+
+            tell("warm-up", 0.1)
+            with backends.recording() as choices:
+                call()
+            for _ in range(WARM_CALLS[device.type] - 1):
+                call()
+            tell("time without the profiler", 0.3)
+            step = statistics.median(measure.step_times(call, settings.iterations, device))
+            host = statistics.median(_host_seconds(call, settings.iterations, device))
+            tell("profile", 0.6)
+            events = _trace(call, settings)
+        tell("ceilings", 0.8)
+        flop_rate = 1e12 * measure.matmul_peak(getattr(torch, settings.precision), device)
+        byte_rate = copy_bandwidth(device)
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"out of memory at --batch-size {settings.batch}: {error}") from error
+    except vit_fast.UnsupportedError as error:
+        raise CommandError(str(error)) from error
+    found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate)
+    if on_gpu and not found.rows:
+        raise CommandError(
+            "torch.profiler recorded no GPU kernel: CUPTI is missing or may not be used here (another profiler is "
+            "attached, or the driver restricts it to administrators); nothing can be attributed"
+        )
+    facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate)
+    return facts, _rows(found, facts)
+
+
+def _model_and_pixels(settings):
+    import torch
+
+    import vit_fast
+
+    words = dict(settings.model_kwargs)
+    if settings.img_size is not None:
+        words["img_size"] = settings.img_size
+    torch.manual_seed(0)
+    if settings.provider in ("vit_fast", "prepared"):
+        owner, create = "vit_fast", vit_fast.create_model
+    else:
+        import timm
+
+        owner, create = "timm", timm.create_model
+    try:
+        model = create(settings.model, **words).eval()
+    except Exception as error:
+        raise CommandError(f"{owner} cannot make the model {settings.model!r}: {error}") from error
+    model.to(settings.device, getattr(torch, settings.precision)).requires_grad_(False)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not config:
+        raise CommandError(
+            f"{owner}'s model {settings.model!r} does not tell the size of its input, so it is not profiled"
+        )
+    channels, height, width = config["input_size"]
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
+    channels = words.get("in_chans", channels)
+    pixels = torch.randn(settings.batch, channels, height, width, device=settings.device)
+    return model, pixels.to(getattr(torch, settings.precision))
+
+
+def _provide(model, provider):
+    """The model as the provider runs it."""
+    import torch
+
+    import vit_fast
+
+    if provider == "prepared":
+        if not hasattr(vit_fast, "prepare"):
+            raise CommandError("--provider prepared: this version of vit_fast has no vit_fast.prepare")
+        try:
+            return vit_fast.prepare(model)
+        except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
+            raise CommandError(f"--provider prepared: {error}") from error
+    if provider.startswith("compile"):
+        mode = "default" if provider == "compile" else provider.removeprefix("compile-")
+        return torch.compile(model, mode=mode, dynamic=False)
+    return model
+
+
+def _host_seconds(call, count, device):
+    """Seconds until a call returns on an idle device, which on a GPU is not when its work is done."""
+    from . import measure
+
+    for _ in range(count):
+        measure.synchronize(device)
+        start = time.perf_counter()
+        call()
+        yield time.perf_counter() - start
+
+
+def _trace(call, settings):
+    """The events of the profiled steps; the trace stays where the user wants it."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from . import attribution, measure
+
+    activities = [ProfilerActivity.CPU]
+    if settings.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, acc_events=True):  # the first session pays for the profiler's own start
+        call()
+        measure.synchronize(settings.device)
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+        for _ in range(settings.iterations):
+            with record_function(attribution.STEP):
+                call()
+        measure.synchronize(settings.device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = settings.trace or Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+
+
+def copy_bandwidth(device, size=None):
+    """Bytes a second that a copy reads and writes together, the best of 10; ``size`` bytes, far beyond the caches."""
+    import torch
+
+    from . import measure
+
+    size = size or (1 << 30 if device.type == "cuda" else 256 << 20)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.zeros_like(source)
+    return 2 * size / min(measure.step_times(lambda: target.copy_(source), 10, device))
+
+
+def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate):
+    import torch
+
+    import vit_fast
+
+    from . import machine
+
+    return {
+        "model": settings.model,
+        "provider": settings.provider,
+        "batch_size": settings.batch,
+        "img_size": "×".join(map(str, pixels)),
+        "precision": settings.precision,
+        "device": str(settings.device),
+        "device_name": machine.name(settings.device),
+        "cpu_threads": torch.get_num_threads(),
+        "vit_fast_backend": "+".join(sorted({chosen for _, chosen, _ in choices})) or None,
+        "iterations": settings.iterations,
+        "step_ms": 1e3 * step,
+        "host_ms": 1e3 * host,
+        "images_per_second": settings.batch / step,
+        "matmul_peak_tflops": flop_rate / 1e12,
+        "copy_tb_per_s": byte_rate / 1e12,
+        "torch": torch.__version__,
+        "triton": vit_fast.status(settings.device).versions.get("triton"),
+        "vit_fast": vit_fast.__version__,
+        "vit_fast_commit": machine.commit(),
+        **machine.gpu_state(settings.device),
+    }
+
+
+def _line(operation, seconds, span, *, module="", calls=None, flop=None, moved=None, floor=None, kernels=""):
+    return {
+        "operation": operation,
+        "module": module,
+        "calls": calls and round(calls, 3),
+        "us_per_call": calls and 1e6 * seconds / calls,
+        "us": 1e6 * seconds,
+        "percent_of_step": 100 * seconds / span if span else 0.0,
+        "gflop": flop and flop / 1e9,
+        "mb": moved and moved / 1e6,
+        "floor_us": floor and 1e6 * floor,
+        "percent_of_floor": 100 * floor / seconds if floor and seconds else None,
+        "kernels": kernels,
+    }
+
+
+def _rows(found, facts):
+    span = found.span
+    rows = []
+    for row in found.rows:
+        kernels = "; ".join(f"{name} ×{count:.3g}" for name, count in row.kernels.most_common())
+        figures = dict(calls=row.calls, flop=row.flop, moved=row.bytes, floor=row.floor, kernels=kernels)
+        rows.append(_line(row.operation, row.seconds, span, module=row.module, **figures))
+    known = [row for row in found.rows if row.floor is not None]
+    sums = {"flop": "flop", "moved": "bytes", "floor": "floor"}
+    sums = {word: sum(getattr(row, name) for row in known) for word, name in sums.items()}
+    on_gpu = facts["device"] != "cpu"
+    rows.append(_line("sum", sum(row.seconds for row in found.rows), span, **sums))
+    if found.overlap > 1e-3 * span:
+        rows.append(_line("of it beside other kernels", found.overlap, span))
+    rows.append(_line("gaps (GPU idle)" if on_gpu else "outside of operators", found.gaps, span))
+    rows.append(_line("step under the profiler", span, span))
+    return rows
+
+
+_COLUMNS = (
+    ("operation", "operation", None),
+    ("module", "module", None),
+    ("calls", "calls", ".3g"),
+    ("us_per_call", "µs/call", ".1f"),
+    ("us", "µs", ".1f"),
+    ("percent_of_step", "% of step", ".1f"),
+    ("gflop", "GFLOP", ".4g"),
+    ("mb", "MB", ".4g"),
+    ("floor_us", "floor µs", ".1f"),
+    ("percent_of_floor", "% of floor", ".1f"),
+)
+
+
+def _is_small(row):
+    """On a CPU an eager step calls dozens of operators that only look at tensors."""
+    return row["floor_us"] is None and row["calls"] and row["percent_of_step"] < LEAST_SHARE
+
+
+def _short(name):
+    return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
+
+
+def _print_table(rows, settings):
+    from rich.console import Console
+    from rich.table import Table
+
+    on_gpu = settings.device.type == "cuda"
+    table = Table()
+    for _, head, form in _COLUMNS:
+        table.add_column(head, justify="right" if form else "left", overflow="fold")
+    if on_gpu:
+        table.add_column("kernels", overflow="fold")
+    for row in rows:
+        if row["operation"] == "sum":
+            table.add_section()
+        if on_gpu or not _is_small(row):
+            values = ((row[key], form) for key, _, form in _COLUMNS)
+            cells = ["" if value is None else format(value, form) if form else _short(value) for value, form in values]
+            known = row["floor_us"] is not None and row["kernels"]
+            table.add_row(*cells, *([_short(row["kernels"]) if known else ""] if on_gpu else []))
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
+def _sentences(facts, rows, settings):
+    gpu = settings.device.type == "cuda"
+    ran = f", backend {facts['vit_fast_backend']}" if facts["vit_fast_backend"] else ""
+    threads = "" if gpu else f", {facts['cpu_threads']} threads"
+    yield (
+        f"{facts['model']} by {facts['provider']}{ran}: batch {facts['batch_size']}, {facts['img_size']} pixels, "
+        f"{facts['precision']}, random weights and pixels, on {facts['device']}, {facts['device_name']}{threads}."
+    )
+    if not gpu:
+        yield CPU_SENTENCE
+    yield (
+        f"Without the profiler a step takes {facts['step_ms']:.4g} ms, {facts['images_per_second']:.4g} images/s; the "
+        f"call returns after {facts['host_ms']:.4g} ms (medians of {facts['iterations']}). The rows are means of as "
+        "many steps under the profiler, which slows the host: gaps are shorter without it."
+    )
+    yield (
+        f"Floor: the greater of FLOP at {facts['matmul_peak_tflops']:.4g} TFLOP/s (a large matrix product) and bytes "
+        f"at {facts['copy_tb_per_s']:.3g} TB/s (a copy, read and write), both measured in this run; % of floor is "
+        "floor / time, above 100 where data stay in a cache."
+    )
+    if not gpu and (small := [row for row in rows if _is_small(row)]):
+        share = sum(row["percent_of_step"] for row in small)
+        names = ", ".join(row["operation"] for row in small)
+        yield f"Not in the table, each below {LEAST_SHARE} % of the step, together {share:.2f} %: {names}."
+    if not gpu and settings.provider.startswith("compile"):
+        yield "What the compiler fused runs inside CompiledFxGraph, which has no events of its own on a CPU."
+
+
+def _write(facts, rows, path):
+    """JSON: {facts, rows}; CSV: a row a line, with the facts in each."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump({"facts": facts, "rows": rows}, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+        else:
+            writer = csv.DictWriter(file, [*rows[0], *facts])
+            writer.writeheader()
+            writer.writerows(row | facts for row in rows)
