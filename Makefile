@@ -15,7 +15,7 @@ help:
 	@echo "make test    all tests: plain and GPU, interpreted kernels, kernels compiled ahead of time"
 	@echo "make test-full   the same with thousands of random cases (SEED=n: others) and every mutant, under an hour"
 	@echo "make mutants break the kernels in every small way and see that a test notices (ARGS=--help tells more)"
-	@echo "make gpu     on a GPU: its tests, memcheck, and all benchmarks, into benchmarks/results/ (ARGS=--help tells more)"
+	@echo "make gpu     on a GPU: limits, tests, all benchmarks, profiles, tuning, into benchmarks/results/ (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make setup   only the virtual environment, $(VENV)"

@@ -1,16 +1,19 @@
-"""All that only a GPU can show, in one command: correctness on the chip first, then the numbers.
+"""All that only a GPU can show, in one command: its ceilings, correctness on the chip, then the numbers.
 
     make gpu [ARGS="--out FOLDER --minutes 28 --only tests,models --dry-run"]
 
 A stage is a child process with its own log; one that fails, hangs or runs out of time keeps what it had written, and
-the next one runs. summary.json tells the machine, the commit, and what became of every stage. Without a CUDA device of
-capability 8.0 nothing is measured, summary.json says why, and the exit status is 1.
+the next one runs. summary.json tells the machine, the commit, what became of every stage, and which rows have no
+figures and why (memory too small, say). targets.json holds the figures in the folder against the targets; with --only,
+several runs may share a folder. Without a CUDA device of capability 8.0 nothing is measured, and where Triton does not
+run on it, nothing but its ceilings: summary.json says why, and the exit status is 1.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,16 +28,32 @@ from rich.table import Table
 from vit_fast.cli import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = (  # timm's name, pixels, batch sizes; the most telling first
-    ("vit_base_patch16_224", 224, "1,8,64,256"),
-    ("vit_small_patch16_224", 224, "1,8,64,256"),
-    ("vit_large_patch16_224", 224, "1,8,64,256"),
-    ("vit_base_patch16_384", 384, "1,8,64,256"),
-    ("vit_huge_patch14_224", 224, "1,8,64,256"),
-    ("vit_so400m_patch14_siglip_224", 224, "1,8,64,256"),
-    ("vit_base_patch16_224", 512, "16,64"),
-    ("vit_base_patch16_224", 1024, "4,16"),
+GROUPS = ("limits", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
+VIT_S, VIT_B, VIT_L = (f"vit_{width}_patch16_224" for width in ("small", "base", "large"))
+VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
+ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
+LARGE = "eager,torchvision,transformers,compile,compile-max-autotune"
+FEW = "eager,compile"
+MODELS = (  # timm's name, pixels, batch sizes, rivals, seconds at most; the most telling first
+    (VIT_B, 224, "256,1,64,8", ALL, 480),
+    (VIT_B, 512, "64", FEW, 90),
+    (VIT_B, 1024, "16", FEW, 120),
+    (VIT_S, 224, "256,1", LARGE, 180),
+    (VIT_L, 224, "256,1", LARGE, 240),
+    (VIT_H, 224, "256", LARGE, 240),
+    (SO400M, 224, "256", LARGE, 240),
+    ("vit_base_patch16_384", 384, "64,1", LARGE, 180),
 )
+# At batch size 256, how many times the images per second of the best rival.
+SPEEDUPS = {VIT_B: 1.3, VIT_S: 1.4, VIT_L: 1.25, VIT_H: 1.3, SO400M: 1.5}
+PROBE = """
+import torch
+import vit_fast
+x, weight, bias = (torch.randn(*size, device="cuda").bfloat16() for size in ((64, 768), (768,), (768,)))
+with vit_fast.backend("triton"), torch.inference_mode():
+    out = vit_fast.ops.layer_norm(x, weight, bias)
+torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (768,), weight, bias, 1e-6), atol=0.1, rtol=0.1)
+"""
 
 
 @dataclass(frozen=True)
@@ -42,33 +61,36 @@ class Stage:
     name: str
     command: tuple  # after the interpreter
     seconds: float  # at most
+    cold: bool = False  # with caches of compiled kernels of its own, empty at its start
 
 
 def stages(out, only):
     """The stages of the chosen groups, in order."""
     pytest = ("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    tests = [
-        Stage("tests", (*pytest, "tests", "-m", "gpu", "-n", "4", f"--junitxml={out}/tests.xml"), 540),
-    ]
     checked = "test_gpu_bits or test_gpu_layouts_and_mixed_dtypes or test_gpu_integers_come_out_exactly"
     memcheck = ("-c", _under("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
-    sanitizer = [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 300)]
-    operations = [Stage("operations", (*pytest, "benchmarks", f"--benchmark-json={out}/operations.json"), 300)]
     bench = ("-P", "-m", "vit_fast", "bench", "--precision", "bfloat16")
     models = []
-    for model, size, batches in MODELS:
-        words = ("--model", model, "--img-size", str(size), "--batch-size", batches)
-        file = ("--results-file", f"{out}/{model}-{size}.json")
-        models.append(Stage(f"models {model} {size}", (*bench, *words, *file), 420))
-    families = [
-        Stage("families", (*bench, "--family", "all", "--results-file", f"{out}/families.json"), 300),
-    ]
+    for model, size, batches, rivals, seconds in MODELS:
+        words = ("--model", model, "--img-size", str(size), "--batch-size", batches, "--rivals", rivals)
+        file = ("--time-budget", str(seconds - 40), "--results-file", str(_rows_file(out, model, size)))
+        models.append(Stage(f"models {model} {size}", (*bench, *words, *file), seconds, cold=True))
+    profiles = []
+    for provider, batch in (("prepared", 256), ("prepared", 1), ("vit_fast", 256)):
+        words = ("--model", VIT_B, "--provider", provider, "--batch-size", str(batch), "--precision", "bfloat16")
+        command = ("-P", "-m", "vit_fast", "profile", *words)
+        file = ("--results-file", f"{out}/profile-{provider}-{batch}.json")
+        profiles.append(Stage(f"profile {provider} {batch}", (*command, *file), 90))
+    families = (*bench, "--family", "all", "--time-budget", "260", "--results-file", f"{out}/families.json")
     groups = {
-        "tests": tests,
-        "sanitizer": sanitizer,
-        "operations": operations,
+        "limits": [Stage("limits", ("-P", "benchmarks/limits.py", "--json", f"{out}/limits.json"), 120)],
+        "tests": [Stage("tests", (*pytest, "tests", "-m", "gpu", "-n", "4", f"--junitxml={out}/tests.xml"), 360)],
+        "sanitizer": [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 150)],
         "models": models,
-        "families": families,
+        "profile": profiles,
+        "tune": [Stage("tune", ("-P", "benchmarks/tune.py", "--out", f"{out}/tune.json"), 300)],
+        "operations": [Stage("operations", (*pytest, "benchmarks", f"--benchmark-json={out}/operations.json"), 300)],
+        "families": [Stage("families", families, 300)],
     }
     wanted = only.split(",")
     if unknown := [word for word in wanted if word not in groups]:
@@ -85,7 +107,10 @@ def run(stage, out, seconds):
     """What became of one stage: "passed", "failed (exit status)" or "out of time", and its seconds."""
     begun = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with open(out / f"{stage.name.replace(' ', '-')}.log", "w") as log:
+    log_path = out / f"{stage.name.replace(' ', '-')}.log"
+    with open(log_path, "w") as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        if stage.cold:
+            environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         child = subprocess.Popen(
             [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -97,6 +122,19 @@ def run(stage, out, seconds):
             child.wait()
             verdict = "out of time"
     return {"stage": stage.name, "verdict": verdict, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def triton_error(seconds=180):
+    """Why a small kernel of ours cannot be compiled, loaded and run here, or None; asked of a child process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-P", "-c", PROBE]
+    try:
+        child = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"a small kernel did not end within {seconds} s"
+    if child.returncode == 0:
+        return None
+    return child.stderr.strip()[-2000:] or f"exit status {child.returncode} without a word"
 
 
 def facts():
@@ -114,12 +152,130 @@ def facts():
     return known
 
 
+def _stages_before(out, plan):
+    """What an earlier run into the same folder tells of stages that this one does not run."""
+    try:
+        stages = json.loads((out / "summary.json").read_text())["stages"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [stage for stage in stages if stage["stage"] not in {planned.name for planned in plan}]
+
+
+def _rows_file(out, model, size):
+    return Path(out) / f"{model}-{size}.json"
+
+
+def _rows(out, model, size):
+    """The rows that were measured on a GPU; none where the file is missing or was cut off."""
+    try:
+        rows = json.loads(_rows_file(out, model, size).read_text())
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if row["device"].startswith("cuda")]
+
+
+def without_figures(out):
+    """The rows that were not timed, in words."""
+    return [
+        f"{row['model']} {row['infer_img_size']} batch {row['infer_batch_size']} {row['provider']}: {row['status']}"
+        for model, size, *_ in MODELS
+        for row in _rows(out, model, size)
+        if row["status"] != "ok"
+    ]
+
+
+def _ours(rows, batch):
+    """The fastest of ours at a batch size, or None."""
+    ours = [
+        row
+        for row in rows
+        if row["provider"].startswith("vit_fast") and row["infer_batch_size"] == batch and row["status"] == "ok"
+    ]
+    return max(ours, key=lambda row: row["infer_samples_per_sec"], default=None)
+
+
+def _target(text, wanted, measured, note, at_most=False):
+    """One line of targets.json; ``gap`` is what is missing, 0 where the target is met."""
+    line = {"target": text, "wanted": wanted, "at_most": at_most, "measured": measured, "gap": None, "note": note}
+    if measured is None:
+        return line | {"verdict": "not measured"}
+    line["gap"] = max(0.0, measured - wanted if at_most else wanted - measured)
+    return line | {"verdict": "missed" if line["gap"] else "met"}
+
+
+def _speedup(rows, model, wanted):
+    text, row = f"{model}, batch 256: speed against the best rival", _ours(rows, 256)
+    if row is None or row.get("best_rival") is None:
+        return _target(text, wanted, None, "")
+    note = f"{row['provider']} {row['infer_samples_per_sec']:.0f} images/s, best rival {row['best_rival']}"
+    here = [other for other in rows if other["infer_batch_size"] == 256 and other["status"] != "ok"]
+    missing = [f"{other['provider']} ({other['status']})" for other in here]
+    note += f"; without {', '.join(missing)}" if missing else ""
+    return _target(text, wanted, row["speedup_vs_best_rival"], note)
+
+
+def _latency(rows, wanted):
+    text = f"{VIT_B}, batch 1: latency of torch.compile with CUDA graphs over ours"
+    here = [row for row in rows if row["infer_batch_size"] == 1 and row["status"] == "ok"]
+    ours = [row for row in here if row["provider"].startswith("vit_fast")]
+    graphs = [row for row in here if row["provider"] == "compile-cudagraphs"]
+    if not ours or not graphs:
+        return _target(text, wanted, None, "")
+    best = min(ours, key=lambda row: row["latency_ms"])
+    note = f"{best['provider']} {best['latency_ms']:.3f} ms, compile-cudagraphs {graphs[0]['latency_ms']:.3f} ms"
+    return _target(text, wanted, graphs[0]["latency_ms"] / best["latency_ms"], note)
+
+
+def _first_call(rows, wanted):
+    cold = {row["provider"]: row["first_call_s"] for row in reversed(rows) if row.get("cold_cache")}
+    theirs = f"torch.compile {cold['compile']:.1f} s" if "compile" in cold else "torch.compile not measured"
+    return _target(f"{VIT_B}: first call in seconds, caches empty", wanted, cold.get("vit_fast"), theirs, at_most=True)
+
+
+def _cost(small, large, size, wanted):
+    """How far the cost of an image departs from its FLOPs between two image sizes, each at its largest batch."""
+    text, pair = f"{VIT_B}: cost of an image from 224 to {size} pixels against its FLOPs, departure in %", []
+    for rows in (small, large):
+        timed = [_ours(rows, batch) for batch in {row["infer_batch_size"] for row in rows}]
+        pair.append(max(filter(None, timed), key=lambda row: row["infer_batch_size"], default=None))
+    if None in pair:
+        return _target(text, wanted, None, "", at_most=True)
+    cost = pair[0]["infer_samples_per_sec"] / pair[1]["infer_samples_per_sec"]
+    flops = pair[1]["infer_gmacs"] / pair[0]["infer_gmacs"]
+    note = f"cost × {cost:.2f}, FLOPs × {flops:.2f}; {' and '.join(row['provider'] for row in pair)}"
+    return _target(text, wanted, 100 * abs(cost / flops - 1), note, at_most=True)
+
+
+def targets(out):
+    """The targets against what the files of a folder hold."""
+    base = _rows(out, VIT_B, 224)
+    best = _ours(base, 256)
+    lines = [_speedup(_rows(out, model, 224), model, wanted) for model, wanted in SPEEDUPS.items()]
+    share = _target(
+        f"{VIT_B}, batch 256: % of a matrix product's FLOP/s",
+        75.0,
+        best and best["percent_of_peak"],
+        best["provider"] if best else "",
+    )
+    costs = [_cost(base, _rows(out, VIT_B, size), size, 15.0) for size in (512, 1024)]
+    return [lines[0], share, *lines[1:], _latency(base, 1.9), _first_call(base, 5.0), *costs]
+
+
+def _print_targets(lines):
+    table = Table("target", "wanted", "measured", "gap", "verdict", "note", title="Targets")
+    for line in lines:
+        figures = ("" if line[name] is None else f"{line[name]:.3g}" for name in ("measured", "gap"))
+        wanted = f"{'≤' if line['at_most'] else '≥'} {line['wanted']:g}"
+        table.add_row(line["target"], wanted, *figures, line["verdict"], line["note"])
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
 def main(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results. [default: benchmarks/results/GPU/DATE]")
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for all stages together.")] = 60.0,
-    only: Annotated[str, typer.Option(help="Groups of stages.")] = "tests,sanitizer,operations,models,families",
+    only: Annotated[str, typer.Option(help="Groups of stages.")] = ",".join(GROUPS),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, run nothing.")] = False,
 ):
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
@@ -135,19 +291,28 @@ def main(
             print(f"{stage.name}: python {' '.join(stage.command)}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    summary = known | {"stages": []}
+    if "missing" not in known and (error := triton_error()):
+        known["triton_error"] = error
+        plan = [stage for stage in plan if stage.name == "limits"]
+    summary = known | {"stages": _stages_before(out, plan)}
+    results = []
 
     def save():
+        summary["without_figures"] = without_figures(out)
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (out / "targets.json").write_text(json.dumps(targets(out), indent=1, ensure_ascii=False) + "\n")
 
     save()
     if "missing" in known:
         print(f"not measured: {known['missing']}; {out / 'summary.json'} says so")
         raise typer.Exit(1)
+    if "triton_error" in known:
+        print(f"Triton does not run on this GPU, so nothing but its limits is measured: {known['triton_error']}")
     end = time.monotonic() + 60 * minutes
     for stage in plan:
         left = end - time.monotonic()
         result = run(stage, out, left) if left > 5 else {"stage": stage.name, "verdict": "no time left", "seconds": 0.0}
+        results.append(result)
         summary["stages"].append(result)
         save()
         print(f"{result['stage']}: {result['verdict']}, {result['seconds']:.0f} s", flush=True)
@@ -155,7 +320,11 @@ def main(
     for result in summary["stages"]:
         table.add_row(result["stage"], result["verdict"], f"{result['seconds']:.0f}")
     Console().print(table)
-    raise typer.Exit(int(any(result["verdict"] != "passed" for result in summary["stages"])))
+    _print_targets(targets(out))
+    for line in summary["without_figures"]:
+        print(f"no figures: {line}")
+    bad = [result for result in results if result["verdict"] != "passed"]
+    raise typer.Exit(int(bool(bad) or "triton_error" in known))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,13 @@ from . import require
 
 DEFAULT_MODEL = "vit_base_patch16_224"
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
-RIVALS = ("eager", "compile", "compile-max-autotune")
+# The longest to compile last: what a time budget cuts is the end.
+RIVALS = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune")
+VARIANTS = ("plain", "prepared", "graphed")
+DEFAULT_RIVALS = {"cuda": RIVALS, "cpu": ("eager", "compile", "compile-max-autotune")}
+# Of 16-bit weights; vit_fast.prepare folds no others.
+DEFAULT_VARIANTS = {"cuda": VARIANTS, "cpu": ("plain", "prepared")}
+CUDA_GRAPHS = ("compile-cudagraphs", "graphed")
 PRECISIONS = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 FORMATS = ("csv", "json")
@@ -30,8 +36,6 @@ def _one_of(flag, value, words):
 
 
 def _list_of(flag, text, words):
-    if text == "none":
-        return ()
     return tuple(_one_of(flag, word, words) for word in dict.fromkeys(text.split(",")))
 
 
@@ -129,8 +133,19 @@ def bench(
         str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
     ] = None,
     rivals: Annotated[
-        str, typer.Option(help="Any of eager,compile,compile-max-autotune (timm through torch.compile), or none.")
-    ] = ",".join(RIVALS),
+        str | None,
+        typer.Option(
+            help=f"Any of {','.join(RIVALS)}, or none: timm by itself or through torch.compile, and the same network "
+            "of the other libraries. [default: GPU all, CPU eager,compile,compile-max-autotune]"
+        ),
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            help="Any of plain,prepared,graphed: our model as it is, after vit_fast.prepare, and that in a CUDA "
+            "graph. [default: GPU all, CPU plain,prepared; only plain where the weights are float32]"
+        ),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="Instead of --model: a family's main preset against plain PyTorch, or all of them."),
@@ -155,7 +170,7 @@ def bench(
     results_format: Annotated[str | None, typer.Option(help="csv or json. [default: as --results-file ends]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw images/s by batch size here, .png, .svg or .pdf.")] = None,
 ):
-    """Benchmark a model against timm eager and timm under torch.compile: parity first, then speed and memory."""
+    """Benchmark a model against timm, torch.compile and other libraries: parity first, then speed and memory."""
     start = time.perf_counter()
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise _wrong("--plot", str(plot), "a name that ends in .png, .svg or .pdf")
@@ -183,18 +198,31 @@ def bench(
             ("--model", model != DEFAULT_MODEL),
             ("--img-size", img_size),
             ("--pretrained", pretrained),
+            ("--variants", variants),
         ):
             if given:
                 raise _wrong(flag, given, "it without --family")
     if images is not None and not images.is_dir():
         raise _wrong("--images", str(images), "a folder of photographs")
-    rivals = _list_of("--rivals", rivals, RIVALS)
+    if rivals is not None:
+        rivals = () if rivals == "none" else _list_of("--rivals", rivals, RIVALS)
+    if variants is not None:
+        variants = _list_of("--variants", variants, VARIANTS)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
     keywords = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
     for module in ("timm", *(["matplotlib"] if plot else [])):
         require(module, "bench")
     target = _device(device)
     on_gpu = target.type == "cuda"
+    for flag, words in (("--rivals", rivals), ("--variants", variants)):
+        for word in CUDA_GRAPHS:
+            if not on_gpu and word in (words or ()):
+                raise _wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
+    rivals = DEFAULT_RIVALS[target.type] if rivals is None else rivals
+    precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
+    if variants is None:
+        variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
+    variants = tuple(word for word in VARIANTS if word in variants)
     results_file, plot = _output_file("--results-file", results_file), _output_file("--plot", plot)
 
     from . import compare, report
@@ -203,10 +231,11 @@ def bench(
         model=model,
         batch_sizes=sizes or BATCH_SIZES[target.type],
         device=target,
-        precision="float32" if amp else precision or ("bfloat16" if on_gpu else "float32"),
+        precision=precision,
         amp_dtype=(amp_dtype or ("float16" if on_gpu else "bfloat16")) if amp else None,
         img_size=img_size,
         model_kwargs=keywords,
+        variants=variants,
         rivals=rivals,
         warm_iterations=num_warm_iter,
         bench_iterations=num_bench_iter,
@@ -224,8 +253,13 @@ def bench(
     for index, contest in enumerate(contests):
         began = start if index == 0 else time.perf_counter()
         limit = max(seconds / (len(contests) - index), 1e-3) if budgeted else 0.0
+
+        def keep(its_rows, before=rows):
+            if results_file is not None:
+                report.write_rows(before + its_rows, results_file, file_format)
+
         with report.progress() as tell:
-            its_rows, its_failed = compare.run(contest, compare.TimeBudget(limit, began), tell)
+            its_rows, its_failed = compare.run(contest, compare.TimeBudget(limit, began), tell, keep)
         report.print_report(its_rows, contest, limit)
         seconds -= time.perf_counter() - began
         rows, failed = rows + its_rows, failed or its_failed

@@ -1,13 +1,14 @@
-"""The benchmark itself: vit_fast against its rivals, on the same weights, pixels and dtype, in one run.
+"""The benchmark itself: vit_fast in its variants against its rivals, on the same weights, pixels and dtype, in one run.
 
-The first rival's model is the reference of parity: timm's, or for a family (``families``) the plain PyTorch form.
-
-Parity comes first: a batch size whose logits are out of budget is not timed, and the run counts as failed. Then the
+timm's model is the reference of parity, or for a family (``families``) the plain PyTorch form. Parity comes first: a
+provider whose logits are out of budget is not timed, and if it is one of ours, the run counts as failed. Then the
 providers are timed in interleaved rounds, so that a clock that drifts drifts for all of them. One row is one provider
 at one batch size; ``status`` is "ok" or says why the row has no figures.
 """
 
 import contextlib
+import copy
+import functools
 import gc
 import statistics
 import time
@@ -23,8 +24,10 @@ import vit_fast
 from vit_fast import backends
 
 from . import CommandError, machine, measure, parity, photographs
+from .rivals import COMPILE_MODES, GRAPHED, AttentionOps, best_attention, build
 
-COMPILE_MODES = {"compile": "default", "compile-max-autotune": "max-autotune"}
+PLAIN, PREPARED, GRAPH = "vit_fast", "vit_fast-prepared", "vit_fast-graphed"
+VARIANTS = {"plain": PLAIN, "prepared": PREPARED, "graphed": GRAPH}
 MIN_ROUNDS = 3
 
 
@@ -39,7 +42,8 @@ class Settings:
     amp_dtype: str | None = None
     img_size: int | None = None
     model_kwargs: dict = field(default_factory=dict)
-    rivals: tuple[str, ...] = ("eager", *COMPILE_MODES)
+    variants: tuple[str, ...] = ("plain",)
+    rivals: tuple[str, ...] = ("eager",)
     warm_iterations: int = 10
     bench_iterations: int = 40
     channels_last: bool = False
@@ -66,32 +70,40 @@ class TimeBudget:
 
 @dataclass
 class Contest:
-    """Models with the same weights, their pixels, and what every row says of them."""
+    """Models with the same weights, their pixels, and what every row says of them.
+
+    ``ours`` and ``rivals`` map a provider to its module, ``absent`` those of either that have none to the reason.
+    """
 
     reference: torch.nn.Module
-    our_model: torch.nn.Module
+    ours: dict
     rivals: dict
+    absent: dict
     pixels: torch.Tensor
     flops: int
     facts: dict
+    kernel_cache: Path
 
 
 @dataclass
 class Provider:
-    """One contestant at one batch size: how to call it, its row, its times in seconds."""
+    """One contestant at one batch size: how to call it, and under which context; its row, its times in seconds."""
 
     name: str
     call: object
     row: dict
+    ours: bool = False
+    context: object = contextlib.nullcontext
     steps: list = field(default_factory=list)
     latencies: list = field(default_factory=list)
 
 
-def run(settings, budget, tell):
+def run(settings, budget, tell, keep=lambda rows: None):
     """Rows of all batch sizes, and whether vit_fast failed on any of them.
 
     Args:
         tell: called with a text and the done fraction as the work goes on; ``tell.warn`` prints a line.
+        keep: called with the rows so far after each batch size.
     """
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
     with forced:
@@ -108,6 +120,7 @@ def run(settings, budget, tell):
             batch_rows, batch_failed = _bench_batch(settings, contest, batch, budget, share, tell_batch)
             rows += batch_rows
             failed |= batch_failed
+            keep(rows)
             _release(settings.device)
     return rows, failed
 
@@ -121,17 +134,17 @@ def _perturb(model):
 
 
 def _family_models(settings):
-    """(reference, our model, rivals) of a family."""
+    """(reference, {provider of ours: module}, rivals, absent) of a family."""
     from . import families
 
     our_model, rivals = families.contestants(settings.family, _perturb)
     for model in (our_model, *rivals.values()):
-        model.to(settings.device, getattr(torch, settings.precision)).requires_grad_(False)
-    return rivals["torch"], our_model, rivals
+        model.to(settings.device, getattr(torch, settings.precision))
+    return rivals["torch"], {PLAIN: our_model}, rivals, {}
 
 
 def _models(settings):
-    """(timm's model, our model, rivals) with the same weights."""
+    """(timm's model, {provider of ours: module}, rivals, absent) with the same weights."""
     words = dict(settings.model_kwargs)
     if settings.img_size is not None:
         words["img_size"] = settings.img_size
@@ -148,9 +161,38 @@ def _models(settings):
         _perturb(timm_model)
     our_model.load_state_dict(timm_model.state_dict(), strict=True)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    for model in (timm_model, our_model):
-        model.to(settings.device, getattr(torch, settings.precision), memory_format=layout).requires_grad_(False)
-    return timm_model, our_model, dict.fromkeys(settings.rivals, timm_model)
+
+    # Parameters keep requires_grad, as in a program that only infers: without it, torch makes batched products of some.
+    def settle(model):
+        model.to(settings.device, getattr(torch, settings.precision), memory_format=layout)
+
+    settle(timm_model)
+    settle(our_model)
+    rivals, absent = build(settings.rivals, timm_model, settings.device)
+    for model in rivals.values():
+        settle(model)
+    ours, unsupported = _variants(settings.variants, our_model)
+    return timm_model, ours, rivals, absent | unsupported
+
+
+def _variants(words, model):
+    """({provider: module}, {provider: why it has none}) of our model's variants, each with its own copy of it.
+
+    The graphed one is here the prepared model: a graph is of one batch size, and captured by its first call.
+    """
+    ours, absent = {}, {}
+    for word in words:
+        try:
+            ours[VARIANTS[word]] = model if word == "plain" else vit_fast.prepare(copy.deepcopy(model))
+        except vit_fast.UnsupportedError as error:
+            absent[VARIANTS[word]] = str(error)
+    return ours, absent
+
+
+def _graphed(model, batch):
+    """A function of pixels that captures a CUDA graph when it is first called, and then replays it."""
+    captured = functools.cache(lambda: vit_fast.graphed(model, batch_sizes=[batch]))
+    return lambda pixels: captured()(pixels)
 
 
 def _input_of(reference, settings):
@@ -171,7 +213,8 @@ def _input_of(reference, settings):
 
 
 def _prepare(settings, tell):
-    reference, our_model, rivals = (_family_models if settings.family else _models)(settings)
+    kernel_cache = measure.kernel_cache()
+    reference, ours, rivals, absent = (_family_models if settings.family else _models)(settings)
     height, width, mean, std = _input_of(reference, settings)
     photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, mean, std)
     for skipped in photos.skipped:
@@ -179,6 +222,7 @@ def _prepare(settings, tell):
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     pixels = photos.pixels.to(settings.device, getattr(torch, settings.precision), memory_format=layout)
     flops = measure.flops_per_image(reference, pixels)
+    peak, sustained = measure.matmul_peaks(settings.compute_dtype, settings.device)
     facts = {
         "model": settings.model,
         "infer_img_size": height if height == width else f"{height}x{width}",
@@ -192,7 +236,8 @@ def _prepare(settings, tell):
         "device": str(settings.device),
         "device_name": machine.name(settings.device),
         "cpu_threads": torch.get_num_threads(),
-        "matmul_peak_tflops": measure.matmul_peak(settings.compute_dtype, settings.device),
+        "matmul_peak_tflops": peak,
+        "matmul_peak_sustained_tflops": sustained,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": vit_fast.status(settings.device).versions.get("triton"),
@@ -201,15 +246,15 @@ def _prepare(settings, tell):
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Contest(reference, our_model, rivals, pixels, flops, facts)
+    return Contest(reference, ours, rivals, absent, pixels, flops, facts, kernel_cache)
 
 
-def _caller(model, pixels, settings):
+def _caller(model, pixels, settings, no_grad=torch.inference_mode):
     def call():
         cast = contextlib.nullcontext()
         if settings.amp_dtype:
             cast = torch.autocast(settings.device.type, settings.compute_dtype)
-        with torch.inference_mode(), cast:
+        with no_grad(), cast:
             return model(pixels)
 
     return call
@@ -228,42 +273,66 @@ def _release(device):
         torch.cuda.empty_cache()
 
 
+def _providers(settings, contest, batch, pixels):
+    """Ours before the rivals; who has no module has a row that says so."""
+    our_names = [PLAIN] if settings.family else [VARIANTS[word] for word in settings.variants]
+    providers = []
+    for name in (*our_names, *(contest.rivals if settings.family else settings.rivals)):
+        model = contest.ours.get(name, contest.rivals.get(name))
+        if name == GRAPH and model is not None:
+            model = _graphed(model, batch)
+        if name in COMPILE_MODES:
+            model = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
+        row = dict(contest.facts, provider=name, infer_batch_size=batch, status="ok")
+        if name in contest.absent:
+            row["status"] = f"not timed: {contest.absent[name]}"
+        providers.append(Provider(name, _caller(model, pixels, settings), row, ours=name in our_names))
+    return providers
+
+
 def _bench_batch(settings, contest, batch, budget, share, tell):
     """The rows of one batch size, which may take ``share`` of the time left, and whether vit_fast failed on it."""
     pixels = contest.pixels[:batch]
     # torch.compile gives up on a function after a number of shapes, silently: each batch size starts afresh.
     torch._dynamo.reset()
-    providers = [Provider("vit_fast", _caller(contest.our_model, pixels, settings), {})]
-    for rival, model in contest.rivals.items():
-        if rival in COMPILE_MODES:
-            model = torch.compile(model, mode=COMPILE_MODES[rival], dynamic=False)
-        providers.append(Provider(rival, _caller(model, pixels, settings), {}))
-    for provider in providers:
-        provider.row.update(contest.facts, provider=provider.name, infer_batch_size=batch, status="ok")
-    ours, *rivals = providers
+    providers = _providers(settings, contest, batch, pixels)
+    ours = [provider for provider in providers if provider.ours]
+    rivals = [provider for provider in providers if not provider.ours and provider.row["status"] == "ok"]
     rows = [provider.row for provider in providers]
 
     tell("parity", 0.0)
     try:
-        golden, eager = _judge(ours, contest, pixels, settings)
+        golden = parity.golden_logits(contest.reference, pixels)
+        eager = _caller(contest.reference, pixels, settings)().clone()
     except Exception as error:
-        ours.row["status"] = _outcome(error)
-    for rival in rivals:
-        if ours.row["status"] != "ok":
-            rival.row["status"] = f"not timed: vit_fast: {ours.row['status']}"
-    if ours.row["status"] != "ok":
-        return rows, ours.row["status"] != "out of memory"
+        for provider in ours:
+            provider.row["status"] = _outcome(error)
+    for provider in ours:
+        _attempt(provider, lambda p=provider: _judge(p, golden, eager, contest, settings), settings.device)
+    well = [provider for provider in ours if provider.row["status"] == "ok"]
+    if not well:
+        first = ours[0].row["status"]
+        why = "no variant of vit_fast to compare with" if first.startswith("not timed") else f"{ours[0].name}: {first}"
+        for rival in rivals:
+            rival.row["status"] = f"not timed: {why}"
+        return rows, any(provider.row["status"] != "out of memory" for provider in ours)
 
-    timing = (MIN_ROUNDS + 1) * len(providers) * ours.row["first_call_s"]
+    timing = (MIN_ROUNDS + 1) * len(providers) * well[0].row["first_call_s"]
+    attention = {}
     for index, rival in enumerate(rivals):
         tell(f"{rival.name}, first call", (index + 1) / (len(rivals) + 1) / 2)
+        module = contest.rivals[rival.name]
+        if id(module) not in attention:
+            attention[id(module)] = _attention(module, pixels, settings)
+        columns, rival.context = attention[id(module)]
+        rival.row.update(columns)
         _first_call(rival, golden, eager, settings, budget, budget.left() * share - timing)
     weights = measure.weight_bytes(contest.reference)
     for provider in providers:
         _attempt(provider, lambda provider=provider: _memory(provider, weights, settings.device), settings.device)
     _rounds(providers, settings, budget, share, tell)
     _fill_in(providers, settings, contest, batch)
-    return rows, ours.row["status"].startswith("failed")
+    return rows, any(provider.row["status"].startswith(("failed", "parity failed")) for provider in ours)
 
 
 def _attempt(provider, work, device):
@@ -271,32 +340,48 @@ def _attempt(provider, work, device):
     if provider.row["status"] != "ok":
         return
     try:
-        work()
+        with provider.context():
+            work()
     except Exception as error:
         provider.row["status"] = _outcome(error)
     if provider.row["status"] != "ok":  # the exception, and the tensors its frames hold, are gone only here
         _release(device)
 
 
-def _judge(ours, contest, pixels, settings):
-    """Fills in vit_fast's parity, its first call and which backends ran; returns golden and eager logits."""
-    golden = parity.golden_logits(contest.reference, pixels)
-    eager = _caller(contest.reference, pixels, settings)().clone()
-    with backends.recording() as choices:
-        first, logits = measure.seconds(ours.call, settings.device)
+def _judge(ours, golden, eager, contest, settings):
+    """Fills in the parity of one of ours, its first call and which backends ran."""
+    cold = measure.is_cold(contest.kernel_cache, "*.cubin")
+    try:
+        with backends.recording() as choices:
+            first, logits = measure.seconds(ours.call, settings.device)
+    except vit_fast.UnsupportedError as error:
+        if ours.name == PLAIN:
+            raise
+        ours.row["status"] = f"not timed: {error}"
+        return
     counted = Counter(f"{chosen} {op}" for op, chosen, _ in choices)
     reasons = dict.fromkeys(reason for _, chosen, why in choices if chosen == "torch" for reason in why)
-    verdict = parity.compare(logits, eager, golden, settings.compute_dtype)
+    used = sorted({chosen for _, chosen, _ in choices})
+    verdict = parity.compare(logits.clone(), eager, golden, settings.compute_dtype)
     ours.row.update(
         verdict.columns(),
         first_call_s=first,
-        vit_fast_backend="+".join(sorted({chosen for _, chosen, _ in choices})),
+        cold_cache=cold if "triton" in used else None,
+        vit_fast_backend="+".join(used),
         vit_fast_operations=", ".join(f"{name} ×{count}" for name, count in counted.items()),
         vit_fast_reasons="; ".join(reasons),
     )
     if not verdict.passed:
         ours.row["status"] = "parity failed"
-    return golden, eager
+
+
+def _attention(module, pixels, settings):
+    """The fastest way for a module to attend: (columns of its row, function that makes a context)."""
+    way, context = best_attention(module, _caller(module, pixels, settings), settings.device)
+    ops = AttentionOps()
+    with contextlib.suppress(Exception), context(), ops:  # its first call will tell of the failure
+        _caller(module, pixels, settings, torch.no_grad)()
+    return {"attention": way, "attention_operators": ", ".join(sorted(ops.names))}, context
 
 
 def _first_call(rival, golden, eager, settings, budget, seconds_left):
@@ -307,17 +392,24 @@ def _first_call(rival, golden, eager, settings, budget, seconds_left):
         return
 
     def work():
+        cold = measure.is_cold(measure.compile_cache()) if compiled else None
         seconds, logits = measure.seconds(rival.call, settings.device)
-        rival.row.update(parity.compare(logits.clone(), eager, golden, settings.compute_dtype).columns())
+        verdict = parity.compare(logits.clone(), eager, golden, settings.compute_dtype)
+        rival.row.update(verdict.columns())
         if compiled:
-            rival.row["first_call_s"] = seconds
+            rival.row.update(first_call_s=seconds, cold_cache=cold)
             budget.longest_compile = max(budget.longest_compile, seconds)
+        if not verdict.passed:
+            rival.row["status"] = "not timed: parity failed"
 
     _attempt(rival, work, settings.device)
 
 
 def _memory(provider, weights, device):
-    peak, method = measure.peak_memory(provider.call, weights, device)
+    if device.type == "cuda" and provider.name in (GRAPH, *GRAPHED):
+        peak, method = None, "not measured: a CUDA graph keeps its memory between calls"
+    else:
+        peak, method = measure.peak_memory(provider.call, weights, device)
     provider.row["peak_memory_mib"] = None if peak is None else peak / 2**20
     provider.row["peak_memory_method"] = method
 
@@ -370,8 +462,13 @@ def _fill_in(providers, settings, contest, batch):
         row["num_bench_iter"] = len(provider.steps)
         row["achieved_tflops"] = row["infer_samples_per_sec"] * contest.flops / 1e12
         row["percent_of_peak"] = 100 * row["achieved_tflops"] / row["matmul_peak_tflops"]
-    for rival in timed:
+    rivals = [provider for provider in timed if not provider.ours]
+    for rival in rivals:
         for provider in timed:
-            if rival.name != "vit_fast":
-                ratio = provider.row["infer_samples_per_sec"] / rival.row["infer_samples_per_sec"]
-                provider.row[f"speedup_vs_{rival.name.replace('-', '_')}"] = ratio
+            ratio = provider.row["infer_samples_per_sec"] / rival.row["infer_samples_per_sec"]
+            provider.row[f"speedup_vs_{rival.name.replace('-', '_')}"] = ratio
+    if rivals:
+        best = max(rivals, key=lambda rival: rival.row["infer_samples_per_sec"])
+        for provider in (provider for provider in timed if provider.ours):
+            ratio = provider.row["infer_samples_per_sec"] / best.row["infer_samples_per_sec"]
+            provider.row.update(best_rival=best.name, speedup_vs_best_rival=ratio)

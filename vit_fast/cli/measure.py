@@ -6,11 +6,15 @@ CPU a step is wall-clock time, and so is latency.
 """
 
 import contextlib
+import copy
 import ctypes
 import gc
 import math
+import os
 import statistics
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -120,22 +124,57 @@ def peak_memory(call, weights, device):
     return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
 
 
-def matmul_peak(dtype, device, budget=1.0):
-    """TFLOP/s of the fastest square matrix product of this dtype seen in about ``budget`` s, on random numbers.
+def matmul_peaks(dtype, device, budget=1.0, sustained=0.5):
+    """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers.
 
+    sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
+    keeps. peak: the fastest single product seen in about ``budget`` s, or the sustained figure where that is higher.
     The second factor lies transposed, as in a linear layer: some libraries are slow on the other layout.
     """
-    best = 0.0
+    best, product = 0.0, None
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        first, _ = seconds(lambda a=a, b=b: F.linear(a, b), device)
-        again, _ = seconds(lambda a=a, b=b: F.linear(a, b), device)
+        call = partial(F.linear, a, b)
+        first, _ = seconds(call, device)
+        again, _ = seconds(call, device)
         count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))
-        fastest = min(step_times(lambda a=a, b=b: F.linear(a, b), count, device))
-        best = max(best, 2 * size**3 / fastest / 1e12)
+        fastest = min(step_times(call, count, device))
+        if 2 * size**3 / fastest > best:
+            best, product = 2 * size**3 / fastest, (size, fastest, call)
         if again > budget:
             break
-    return best
+    size, fastest, call = product
+    count = max(1, math.ceil(sustained / fastest))
+
+    def work():
+        for _ in range(count):
+            call()
+
+    lasting = count * 2 * size**3 / seconds(work, device)[0]
+    return max(best, lasting) / 1e12, lasting / 1e12
+
+
+def matmul_peak(dtype, device, budget=1.0):
+    """The first of ``matmul_peaks``."""
+    return matmul_peaks(dtype, device, budget)[0]
+
+
+def kernel_cache():
+    """The folder in which Triton keeps compiled kernels. torch.compile moves it, so ask before."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+
+
+def compile_cache():
+    """The folder in which torch.compile keeps what it has compiled."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+
+
+def is_cold(folder, pattern="*"):
+    """Whether a folder, which need not exist, holds no file of that pattern at any depth."""
+    return not any(path.is_file() for path in folder.rglob(pattern))
 
 
 def flops_per_image(model, pixels):
@@ -143,6 +182,7 @@ def flops_per_image(model, pixels):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    model = copy.deepcopy(model).requires_grad_(False)  # with it, the counter asks inference tensors for their history
     # The mathematical form, because the counter has no formula for the CPU's fused attention and would call it free.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels[:1])

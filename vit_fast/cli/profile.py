@@ -251,7 +251,7 @@ def _trace(call, settings):
     activities = [ProfilerActivity.CPU]
     if settings.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, acc_events=True):  # the first session pays for the profiler's own start
+    with profile(activities=activities, acc_events=True):  # the first one pays for the profiler's own start
         call()
         measure.synchronize(settings.device)
     with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:

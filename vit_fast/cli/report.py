@@ -20,7 +20,10 @@ COLUMNS = (
     "infer_samples_per_sec_p20",
     "infer_samples_per_sec_p80",
     "latency_ms",
+    "speedup_vs_best_rival",
+    "best_rival",
     "first_call_s",
+    "cold_cache",
     "peak_memory_mib",
     "achieved_tflops",
     "percent_of_peak",
@@ -95,6 +98,27 @@ def print_table(rows, rivals):
         print("  ".join([f"{batch:>{widths[0]}}", f"{provider:<{widths[1]}}", *cells]).rstrip())
 
 
+def _verdicts(rows):
+    """The fastest of ours against the best rival, a sentence a batch size."""
+    for batch in dict.fromkeys(row["infer_batch_size"] for row in rows):
+        here = {row["provider"]: row for row in rows if row["infer_batch_size"] == batch}
+        ours = [row for row in here.values() if row.get("best_rival")]
+        if not ours:
+            continue
+        row = max(ours, key=lambda row: row["speedup_vs_best_rival"])
+        ratio, pair = row["speedup_vs_best_rival"], (row, here[row["best_rival"]])
+        low = max(one["infer_samples_per_sec_p20"] for one in pair)
+        high = min(one["infer_samples_per_sec_p80"] for one in pair)
+        close = "; their p20…p80 overlap" if low <= high else ""
+        if ratio < 0.995:
+            yield (
+                f"Batch {batch}: {row['provider']} is slower than the best rival ({row['best_rival']}): "
+                f"{ratio:.2f} times its speed{close}."
+            )
+        else:
+            yield f"Batch {batch}: {row['provider']} is {ratio:.2f}× the best rival ({row['best_rival']}){close}."
+
+
 def _sentences(rows, settings, seconds):
     row = rows[0]
     kind = "GPU" if settings.device.type == "cuda" else "CPU"
@@ -114,10 +138,20 @@ def _sentences(rows, settings, seconds):
     if kind == "CPU":
         yield "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
     yield (
-        f"Peak: a matrix product of the same dtype reached {row['matmul_peak_tflops']:.3g} TFLOP/s in this run. "
+        f"Peak: a matrix product of the same dtype reached {row['matmul_peak_tflops']:.3g} TFLOP/s in this run, "
+        f"{row['matmul_peak_sustained_tflops']:.3g} sustained. "
         "First call includes compilation. Max error is against float64."
     )
-    verdicts = [row for row in rows if row["provider"] == "vit_fast" and "parity_passed" in row]
+    yield from _verdicts(rows)
+    ways = {}
+    for row in rows:
+        if row.get("attention"):
+            way = f"{row['attention']} ({row['attention_operators']})"
+            ways.setdefault(way, {})[row["provider"]] = None
+    if ways:
+        told = "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
+        yield f"Attention of the rivals (on a GPU, the fastest that each can use): {told}."
+    verdicts = [row for row in rows if row["provider"].startswith("vit_fast") and "parity_passed" in row]
     if verdicts:
         worst = max(verdicts, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
         reference = "plain PyTorch" if settings.family else "timm eager"
@@ -140,7 +174,8 @@ def _sentences(rows, settings, seconds):
 
 def print_report(rows, settings, seconds):
     """The table and what has to be known to read it."""
-    print_table(rows, [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "vit_fast"])
+    names = dict.fromkeys(row["provider"] for row in rows)
+    print_table(rows, [name for name in names if not name.startswith("vit_fast")])
     print()
     for sentence in _sentences(rows, settings, seconds):
         print(sentence)
@@ -188,7 +223,7 @@ def draw(rows, path):
         median = [row["infer_samples_per_sec"] for row in own]
         below = [row["infer_samples_per_sec"] - row["infer_samples_per_sec_p20"] for row in own]
         above = [row["infer_samples_per_sec_p80"] - row["infer_samples_per_sec"] for row in own]
-        label = provider if provider in ("vit_fast", "torch", "timm", "open_clip") else f"timm {provider}"
+        label = f"timm {provider}" if provider.startswith(("eager", "compile")) else provider
         bars = axes.bar(places, median, width, yerr=[below, above], capsize=2, label=label)
         axes.bar_label(bars, [f"{value:.3g}" for value in median], fontsize=7, padding=2)
     speeds = [row["infer_samples_per_sec"] for row in rows]
