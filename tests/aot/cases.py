@@ -224,7 +224,8 @@ def prepared_blocks_cases():
         def weight(rows, columns):
             return torch.empty(rows, columns, dtype=dtype), *(torch.empty(rows) for _ in range(2))
 
-        block = (*weight(3 * width, width), *weight(width, width)[:2], *weight(hidden, width), *weight(width, hidden)[:2])
+        proj, fc2 = weight(width, width)[:2], weight(width, hidden)[:2]
+        block = (*weight(3 * width, width), *proj, *weight(hidden, width), *fc2)
         x = torch.empty(batch, tokens, width, dtype=dtype)
         prepared_blocks(x, block * 2, heads, (width // heads) ** -0.5, "gelu", 1e-6, 1e-6)
 
