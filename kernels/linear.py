@@ -466,7 +466,7 @@ def linear_moments(x, weight, bias, residual, *, arrivals=None, config=None):
 def folded_linear(x, moments, eps, weight, column_sum, bias, activation=None, *, config=None):
     """act(LN(x) Wᵀ + bias), LN without weight and bias: ``moments`` are those of x, ``column_sum`` [N] is weight.sum(1)
     in float32 (float64 for float64), which is small where the rows of weight are centred."""
-    return _linear(x, weight, bias, activation, norm=(moments, eps, column_sum), config=config)[0]
+    return _linear(x, weight, bias, activation, norm=(moments, eps, ln.vector(column_sum)), config=config)[0]
 
 
 def linear_not_supported_reasons(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None):

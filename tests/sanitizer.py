@@ -338,10 +338,14 @@ def install():
         return {"ACQUIRE_RELEASE": "acq_rel", "ACQUIRE": "acq", "RELEASE": "rel"}.get(semantics.name, "")
 
     def atomic_rmw(self, operation, ptr, value, mask, semantics, *rest):
+        if _launch is None:
+            return shipped_rmw(self, operation, ptr, value, mask, semantics, *rest)
         plain = _launch.atomic(ptr.data, np.asarray(mask.data, bool), words(semantics))
         return shipped_rmw(self, operation, handle(plain, ptr.dtype), value, mask, semantics, *rest)
 
     def atomic_cas(self, ptr, compared, value, semantics, *rest):
+        if _launch is None:
+            return shipped_cas(self, ptr, compared, value, semantics, *rest)
         plain = _launch.atomic(ptr.data, everywhere(ptr), words(semantics))
         return shipped_cas(self, handle(plain, ptr.dtype), compared, value, semantics, *rest)
 

@@ -51,8 +51,9 @@ def run(scenario, *arguments, backend="torch"):
 
 
 def operations():
-    """All six operations on fixed inputs."""
+    """All seven operations on fixed inputs."""
     import torch
+    from vit_fast.kernels import reference
 
     from vit_fast import ops
 
@@ -63,6 +64,8 @@ def operations():
 
     x, qkv, images = randn(2, 5, 32), randn(2, 5, 96), randn(2, 3, 16, 16)
     w1, b1, w2, b2, norm = randn(64, 32), randn(64), randn(32, 64), randn(32), randn(32)
+    branches = ((randn(96, 32), randn(96)), (randn(32, 32), b2), norm), ((w1, b1), (w2, b2), norm)
+    weights = reference.prepare_block(*((norm, b2), *branches[0], (norm, b2), *branches[1]))
     return [
         ops.patch_embed(images, randn(32, 3, 8, 8), norm, randn(1, 4, 32), randn(1, 1, 32), 8),
         ops.attention(qkv, 2, 0.25),
@@ -70,6 +73,7 @@ def operations():
         ops.layer_norm_linear(x, norm, b2, 1e-6, w1, b1, "gelu"),
         ops.linear_residual(randn(2, 5, 64), w2, b2, norm, x),
         ops.layernorm_mlp(x, norm, b2, 1e-6, w1, b1, w2, b2, "gelu", norm),
+        ops.prepared_blocks(x, weights, 2, 0.25, "gelu", 1e-6, 1e-6),
     ]
 
 

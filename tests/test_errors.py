@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import bfloat16, complex64, float16, float64, inf, int32, int64, nan, nn, ones, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from vit_fast.kernels import reference
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
@@ -35,6 +36,13 @@ GOOD = {
     "patch_embed": dict(
         images=ones(2, 3, 8, 8), weight=ones(8, 3, 4, 4), bias=ones(8), pos_embed=ones(1, 4, 8),
         prefix_tokens=ones(1, 1, 8), stride=4, mean=[0.5, 0.5, 0], std=(1, 0.5, 0.5),
+    ),
+    "prepared_blocks": dict(
+        x=ones(2, 3, 4), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
+        weights=reference.prepare_block(
+            *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
+            *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)),
+        ),
     ),
 }  # fmt: skip
 FLOATS = "expected one of float16, bfloat16, float32, float64"
@@ -239,6 +247,15 @@ CASES = {
         (dict(mean=(0.5,)), ValueError, "mean has 1 values, expected 3 (one a channel)"),
         (dict(mean=(0.5, "0.5", 0.5)), TypeError, "mean[1] is str, expected a float"),
         (dict(std=(0.5, 0.0, 0.5)), ValueError, "std[1] is 0.0, expected more than 0"),
+    ],
+    "prepared_blocks": [
+        (dict(x=ones(2, 3, 4).half()), ValueError, "x has dtype torch.float16, expected float32"),
+        (dict(x=ones(3, 4)), ValueError, "x has 2 dimensions [3, 4], expected 3"),
+        (dict(x=ones(2, 3, 4).to_sparse()), ValueError, "x has layout torch.sparse_coo, expected a dense tensor"),
+        (dict(x=ones(2, 3, 5)), ValueError, "x has width 5, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 12)), ValueError, "x has width 12, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 4, device="meta")), ValueError, "x is on meta, expected cpu (as weights)"),
+        (dict(x=None), TypeError, "x is NoneType, expected a torch.Tensor"),
     ],
 }  # fmt: skip
 

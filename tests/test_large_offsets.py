@@ -1,11 +1,15 @@
 """Offsets beyond 2³¹ elements in every tensor of every kernel, on memory that is reserved and never used.
 
 Inputs: each stride in turn steps over 2³¹ elements (the kernels' own test files do so for attention, LayerNorm and
-linear; here patch embedding). Outputs, residuals and statistics: a problem whose result has more than 2³¹ elements, of
-which only the last programs run; what they leave is compared with the reference on the last rows.
+linear; here patch embedding and the moments of rows). Outputs, residuals and statistics: a problem whose result has
+more than 2³¹ elements, of which only the last programs run; what they leave is compared with the reference on the last
+rows.
 """
 
+import contextlib
 import mmap
+import sys
+from unittest import mock
 
 import pytest
 import sanitizer
@@ -20,19 +24,25 @@ LARGE = 2**31 + 64
 def reserved(*shape, dtype):
     """Zeros of which only the pages that are touched exist."""
     count = torch.Size(shape).numel()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # unnamed before Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype).reshape(shape)
 
 
-@pytest.fixture
-def large_outputs(monkeypatch):
+@contextlib.contextmanager
+def last_programs_alone():
     """``torch.empty`` reserves memory, and of every launch the last program runs."""
 
     def empty(*shape, dtype, device):
         return reserved(*(shape if isinstance(shape[0], int) else shape[0]), dtype=dtype)
 
-    monkeypatch.setattr(torch, "empty", empty)
-    with sanitizer.only_programs(lambda count: [count - 1]):
+    with mock.patch.object(torch, "empty", empty), sanitizer.only_programs(lambda count: [count - 1]):
+        yield
+
+
+@pytest.fixture
+def large_outputs():
+    with last_programs_alone():
         yield
 
 
@@ -64,6 +74,45 @@ def test_linear_output_and_residual(large_outputs, tma):
     out = linear.linear_residual(x, weight, None, None, residual, config=tiles)
     expected = reference.linear_residual(x[-1:], weight, None, None, residual[-1:])
     assert out.numel() > 2**31 and not out[0].any()
+    torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_row_moments(large_outputs):
+    """More rows than an int32 counts, of one column; and rows that begin beyond it."""
+    from vit_fast.kernels import layer_norm
+
+    for rows, width in ((2**30 + 5, 1), (2**31 + 5, 1), (LARGE // 64, 64)):
+        x = reserved(rows, width, dtype=torch.float16)
+        x[-1].copy_(torch.randn(width))
+        tiles = configs.LayerNormConfig(rows=4, block=64, num_warps=4)
+        values, _ = layer_norm.row_moments(x, tiles)
+        rest = x[-1].float() - x[-1].float().mean()
+        assert values.shape == (2, 1, rows) and not values[0, 0, 0].any()
+        torch.testing.assert_close(values[:, 0, -1], torch.stack([x[-1].float().mean(), rest.square().sum()]))
+        del x, values
+
+
+def test_linear_moments(large_outputs):
+    """Two parts of 2³⁰ rows: moments of both sorts beyond 2³¹ elements, written and read."""
+    from vit_fast.kernels import layer_norm, linear
+
+    rows, width = 2**30 + 64, 17
+    row, weight, bias = torch.randn(1, width).half(), torch.zeros(width, 16).half(), torch.randn(1)
+    tiles = configs.LinearConfig(16, 32, 16, 2, 4, 2, False)
+    x = torch.zeros(1, 16).half().expand(rows, 16)
+    out, moments = linear.linear_moments(x, weight, None, row.expand(rows, width), config=tiles)
+    values, part = moments
+    assert values.shape == (2, 2, rows) and rows * 2 > 2**31 and not values[:, :, 0].any()
+    assert torch.equal(out[-1:], row)
+    (means, squares), wide = values[:, :, -1], row.float()
+    torch.testing.assert_close(means, torch.stack([wide[0, :part].mean(), wide[0, part]]))
+    torch.testing.assert_close(squares, torch.stack([(wide[0, :part] - means[0]).square().sum(), torch.tensor(0.0)]))
+    del out
+    weight = torch.randn(1, width).half()
+    x, moments = row.expand(rows, width), layer_norm.Moments(values, part)
+    out = linear.folded_linear(x, moments, 1e-6, weight, weight.float().sum(1), bias, config=tiles)
+    expected = reference.layer_norm_linear(row, None, None, 1e-6, weight, bias.half())
+    assert not out[0].any()
     torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
 
 

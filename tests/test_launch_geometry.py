@@ -8,6 +8,7 @@ what the stores address tells which tile of the output a program writes.
 Shapes are random over what a ViT can have, with batches up to 2³¹. Expected grids and tiles come from the shapes alone.
 """
 
+import collections
 import contextlib
 import itertools
 import operator
@@ -24,7 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
-from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed
+from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.attention import TensorDescriptor
 
@@ -34,7 +35,7 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel"),
+    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_moments_kernel"),
     linear: ("_linear_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
 }
@@ -54,7 +55,7 @@ class Data:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _self
     __and__ = __rand__ = __lt__ = __gt__ = __eq__ = __getitem__ = to = reshape = permute = _self
     __hash__ = object.__hash__
-    T = dtype = element_ty = property(_self)
+    T = dtype = element_ty = shape = property(_self)
 
     def split(self):
         return self, self
@@ -140,21 +141,24 @@ class Int:
         return self
 
     def to(self, dtype):
-        return Int(self.low, self.high, {tl.int32: 32, tl.int64: 64}[dtype], self.first)
+        bits = {tl.int32: 32, tl.int64: 64}.get(dtype)
+        return Int(self.low, self.high, bits, self.first) if bits else DATA
+
+    shape = property(lambda self: DATA)
 
 
 class Pointer:
-    """An argument's address plus an offset in elements; ``stores`` collects the offsets of all stores to it."""
+    """An argument's address plus an offset in elements; ``loads`` and ``stores`` collect the offsets of all of them."""
 
     dtype = DATA
 
-    def __init__(self, stores=None, offset=None):
-        self.stores = [] if stores is None else stores
+    def __init__(self, loads=None, stores=None, offset=None):
+        self.loads, self.stores = [] if loads is None else loads, [] if stores is None else stores
         self.offset = offset or Int(0, 0, 64)
 
     def __add__(self, offset):
         offset = Int.of(offset)
-        return Pointer(self.stores, self.offset + Int(offset.low, offset.high, 64, offset.first))
+        return Pointer(self.loads, self.stores, self.offset + Int(offset.low, offset.high, 64, offset.first))
 
     __radd__ = __add__
 
@@ -185,8 +189,14 @@ def _store(pointer, _, mask=None):
     pointer.stores.append(pointer.offset)
 
 
-def _load(pointer, mask=None, other=None):
-    assert isinstance(pointer, Pointer)
+def _count(pointer, _, sem):
+    """An atomic addition; every program is taken for the last one to arrive."""
+    pointer.stores.append(pointer.offset)
+    return DATA
+
+
+def _load(pointer, mask=None, other=None, cache_modifier=""):
+    pointer.loads.append(pointer.offset)
     return DATA
 
 
@@ -205,14 +215,15 @@ def _full(shape, value, dtype):
     return Int(value, value, {tl.int32: 32, tl.int64: 64}[dtype]) if dtype in (tl.int32, tl.int64) else DATA
 
 
-def _range(*bounds):
-    """All steps of a short loop; of a long one the first, the second and the last, as int32."""
+def _range(*bounds, num_stages=None):
+    """All steps of a short loop; of a long one the first, the second and the last, as wide as the widest bound."""
     begin, end, step = bounds if len(bounds) == 3 else (0, *bounds, 1)[-3:]
     begin, end, step = (Int.of(bound) for bound in (begin, end, step))
     steps = range(begin.low, end.high, step.low)
-    Int.of(steps.stop + step.low)  # the counter that ends the loop
+    bits = max(begin.bits, end.bits, step.bits)
+    Int(steps.stop, steps.stop + step.low, bits)  # the counter that ends the loop
     chosen = steps if len(steps) <= 64 else (steps[0], steps[1], steps[-1])
-    return [Int.of(value) for value in chosen]
+    return [Int(value, value, bits) for value in chosen]
 
 
 class Language(types.SimpleNamespace):
@@ -226,7 +237,7 @@ def _language(program):
     return Language(
         program_id=lambda axis: Int(program, program, 32),
         cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
-        arange=_arange, full=_full, minimum=_minimum, load=_load, store=_store,
+        arange=_arange, full=_full, minimum=_minimum, load=_load, store=_store, atomic_add=_count, range=_range,
         static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
     )  # fmt: skip
 
@@ -339,13 +350,20 @@ class Problem:
 
 
 class LayerNorm(Problem):
+    widest = 65536
+
+    @staticmethod
+    def call(x, width):
+        """(the output, its elements a row)"""
+        return layer_norm.layer_norm_fwd(x, meta(width), meta(width), 1e-6)[0], width
+
     @classmethod
     def random(cls, batch, tokens):
         width, skip, dtype = random_width(), random.choice((0, 0, 1)), random.choice(DTYPES)
         if random.random() < 0.1:
-            width = random.randint(16385, 65536)
+            width = random.randint(cls.widest // 4 + 1, cls.widest)
         x = meta(batch, tokens + skip, width, dtype=dtype)[:, skip:]
-        out, _, _ = layer_norm.layer_norm_fwd(x, meta(width), meta(width), 1e-6)
+        out, elements = cls.call(x, width)
         rows = batch * tokens
 
         def per_program(launch):
@@ -366,7 +384,7 @@ class LayerNorm(Problem):
             out,
             lambda launch: ceiling(rows, per_program(launch)),
             lambda launch: ceiling(rows, per_program(launch)),
-            lambda launch, element: element % (per_program(launch) * width) == 0,
+            lambda launch, element: element % (per_program(launch) * elements) == 0,
             passed,
         )
 
@@ -375,6 +393,21 @@ class LayerNorm(Problem):
         (y,), (mean,), (rstd,) = seen.y_ptr.stores[:1], seen.mean_ptr.stores, seen.rstd_ptr.stores
         assert mean.first == rstd.first and y.first == mean.first * self.out.shape[-1]
         return [y.first]
+
+
+class RowMoments(LayerNorm):
+    widest = 16384
+
+    @staticmethod
+    def call(x, width):
+        moments = layer_norm.row_moments(x)
+        assert moments.width >= width and moments.values.shape == (2, 1, x.numel() // width)
+        return moments.values, 1
+
+    def written(self, launch, program):
+        mean, squares = launch.run(program).moments_ptr.stores
+        assert squares.first == mean.first + self.out.shape[2]
+        return [mean.first]
 
 
 class Linear(Problem):
@@ -409,6 +442,96 @@ class Linear(Problem):
             return row % launch.BLOCK_M == column % launch.BLOCK_N == 0
 
         return cls(bytes_of(x, weight, residual, out), out, count, count, is_corner, passed)
+
+
+class LinearMoments(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        dtype, in_features, out_features = random.choice(DTYPES), random_width(), random_width()
+        x, weight = meta(batch, tokens, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype)
+        residual = meta(batch, tokens, out_features, dtype=dtype)
+        out, moments = linear.linear_moments(x, weight, meta(out_features), residual)
+        rows = batch * tokens
+
+        def passed(launch):
+            yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
+            yield moments.width, launch.BLOCK_N // 2
+            yield moments.values.shape, (2, ceiling(out_features, moments.width), rows)
+            yield launch.moments_out_ptr is moments.values, True
+            if launch.SPLITS > 1:
+                yield launch.partial_ptr.shape, (count(launch), launch.SPLITS, launch.BLOCK_M, launch.BLOCK_N)
+                yield launch.arrivals_ptr.numel() >= count(launch), True
+
+        def count(launch):
+            return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
+
+        def is_corner(launch, element):
+            row, column = divmod(element, out_features)
+            return row % launch.BLOCK_M == column % launch.BLOCK_N == 0
+
+        memory = bytes_of(x, weight, residual, out, moments.values)
+        return cls(memory, out, lambda launch: count(launch) * launch.SPLITS, count, is_corner, passed)
+
+    def written(self, launch, program):
+        """Where each of the programs of a tile would finish it.
+
+        Moments are those of the left half of the tile, then those of the right one, which may lie beyond the last part.
+        """
+        seen = launch.run(program)
+        if launch.SPLITS > 1:
+            tile, size = program // launch.SPLITS, launch.BLOCK_M * launch.BLOCK_N
+            assert [store.first for store in seen.partial_ptr.stores] == [program * size]
+            parts = range(tile * launch.SPLITS, (tile + 1) * launch.SPLITS)
+            assert [load.first for load in seen.partial_ptr.loads] == [part * size for part in parts]
+            assert [count.first for count in seen.arrivals_ptr.stores] == [tile]
+        corner = min(store.first for store in seen.out_ptr.stores)
+        row, column = divmod(corner, self.out.shape[-1])
+        _, parts, rows = launch.moments_out_ptr.shape
+        stores = [store.first for store in seen.moments_out_ptr.stores]
+        left, right = (column // (launch.BLOCK_N // 2) + half for half in range(2))
+        assert stores == [(part + which * parts) * rows + row for part in (left, right) for which in range(2)]
+        return [corner]
+
+
+class FoldedLinear(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        dtype, activation = random.choice(DTYPES), random.choice((None, "gelu", "swiglu"))
+        in_features, out_features = random_width(), random.choice((1, 3, 4)) * random_width()
+        x, part = meta(batch, tokens, in_features, dtype=dtype), random.choice((16, 32, 64, 1024, 16384))
+        weight = meta(out_features * (1 + (activation == "swiglu")), in_features, dtype=dtype)
+        rows, parts = batch * tokens, ceiling(in_features, part)
+        values, vector = meta(2, parts, rows, dtype=torch.float32), meta(weight.shape[0], dtype=torch.float32)
+        out = linear.folded_linear(x, layer_norm.Moments(values, part), 1e-6, weight, vector, vector, activation)
+
+        def passed(launch):
+            yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
+            yield (launch.moments_ptr is values, launch.column_sum_ptr is vector), (True, True)
+            yield (launch.PART, launch.eps), (part, 1e-6)
+            yield launch.PARTS, next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+
+        def count(launch):
+            return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
+
+        def is_corner(launch, element):
+            row, column = divmod(element, out_features)
+            return row % launch.BLOCK_M == column % launch.BLOCK_N == 0
+
+        return cls(bytes_of(x, weight, values, out), out, count, count, is_corner, passed)
+
+    def written(self, launch, program):
+        """Parts are read PARTS at a time, the means and the squares, up to the last one."""
+        seen = launch.run(program)
+        corner = min(store.first for store in seen.out_ptr.stores)
+        _, parts, rows = launch.moments_ptr.shape
+        steps = [0, *range(launch.PARTS, parts, launch.PARTS)]
+        steps = steps if len(steps) <= 64 else (*steps[:2], steps[-1])
+        row = corner // self.out.shape[-1]
+        loads = [load.first for load in seen.moments_ptr.loads]
+        assert loads == [(step + which * parts) * rows + row for step in steps for which in range(2)]
+        reach = launch.BLOCK_M + (launch.PARTS - 1) * rows
+        assert all(load.high - load.first < reach for load in seen.moments_ptr.loads)
+        return [corner]
 
 
 class PatchEmbed(Problem):
@@ -502,7 +625,7 @@ class Attention(Problem):
         return elements
 
 
-PROBLEM_KINDS = (LayerNorm, Linear, PatchEmbed, Attention)
+PROBLEM_KINDS = (LayerNorm, RowMoments, Linear, LinearMoments, FoldedLinear, PatchEmbed, Attention)
 
 
 @pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
@@ -515,7 +638,7 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind in (Linear, PatchEmbed) and refused > MAX_ROWS and not launches
+                assert kind not in (LayerNorm, RowMoments, Attention) and refused > MAX_ROWS and not launches
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -549,9 +672,9 @@ def test_every_tile_is_written_once(kind):
                 continue
             corners = [problem.written(launch, program) for program in range(launch.grid[0])]
             assert all(corners), "a program without a tile"
-            corners = list(itertools.chain(*corners))
-            assert len(set(corners)) == len(corners) == problem.tiles(launch)
-            assert all(problem.is_corner(launch, corner) for corner in corners)
+            times = collections.Counter(itertools.chain(*corners))
+            assert len(times) == problem.tiles(launch) and set(times.values()) == {launch.arguments.get("SPLITS", 1)}
+            assert all(problem.is_corner(launch, corner) for corner in times)
             launched += 1
     assert launched > PROBLEMS / 80
 
@@ -594,11 +717,42 @@ def test_layernorm_mlp_launches_its_parts():
         assert [launch.out_features for launch in launches[1:]] == ([hidden, 768] if batch else [])
 
 
+def prepared_weights(depth, width, hidden):
+    shapes = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
+    qkv, proj, fc1, fc2 = ((meta(*shape), *[meta(shape[0], dtype=torch.float32)] * 2) for shape in shapes)
+    return [*qkv, *proj[:2], *fc1, *fc2[:2]] * depth
+
+
+def test_prepared_blocks_hand_the_moments_on():
+    """Each folded LayerNorm reads the moments of its own x, which the launch that wrote this x has left."""
+    with recording() as launches:
+        prepared_blocks.prepared_blocks(
+            meta(2**10, 197, 768), prepared_weights(3, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
+        )
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    five = ["_linear_fwd_kernel", "_attention_fwd_streaming_kernel", *["_linear_fwd_kernel"] * 3]
+    assert names == ["_row_moments_kernel", *five * 3]
+    left = [(launches[0].x_ptr, launches[0].moments_ptr, launches[0].BLOCK)]
+    for i in range(1, len(launches), 5):
+        qkv, _, proj, fc1, fc2 = launches[i : i + 5]
+        for norm, eps, writer in ((qkv, 1e-6, proj), (fc1, 1e-5, fc2)):
+            x, moments, part = left.pop()
+            assert norm.x_src is x and norm.moments_ptr is moments and (norm.PART, norm.eps) == (part, eps)
+            assert norm.moments_out_ptr is None and writer.moments_ptr is None and writer.residual_ptr is x
+            left.append((writer.out_ptr, writer.moments_out_ptr, writer.BLOCK_N // 2))
+        assert fc2.x_src is fc1.out_ptr and proj.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
+
+
 EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
+    "row_moments": lambda: layer_norm.row_moments(meta(0, 197, 768)).values,
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
+    "linear_moments": lambda: linear.linear_moments(meta(8, 0, 768), meta(768, 768), None, meta(8, 0, 768))[1].values,
+    "prepared_blocks": lambda: prepared_blocks.prepared_blocks(
+        meta(0, 197, 768), prepared_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-6
+    ),
     "patch_embed": lambda: patch_embed.patch_embed(
         meta(0, 3, 224, 224), meta(768, 3, 16, 16), None, None, None, (16, 16)
     ),
@@ -630,10 +784,13 @@ def test_rows_beyond_int32(rows):
     """Sixteen columns: as many rows as a large GPU holds, more than an int32 counts. Sizes then come as int64."""
     with recording() as launches:
         out = ROWS_BEYOND["layer_norm"](rows)
-    (launch,) = launches
-    for program in (0, launch.grid[0] // 2, launch.grid[0] - 1):
-        stores = launch.run(program).y_ptr.stores
-        assert min(store.first for store in stores) == program * launch.ROWS * 16 < out.numel()
+        layer_norm.row_moments(meta(rows, 16))
+    normal, moments = launches
+    for program in (0, normal.grid[0] // 2, normal.grid[0] - 1):
+        stores = normal.run(program).y_ptr.stores
+        assert min(store.first for store in stores) == program * normal.ROWS * 16 < out.numel()
+        stores = [store.first for store in moments.run(program).moments_ptr.stores]
+        assert stores == [program * moments.ROWS, rows + program * moments.ROWS]
 
 
 @pytest.mark.parametrize("operation", ("linear", "patch_embed"))

@@ -276,6 +276,8 @@ def test_a_folded_layer_norm(kernels, activation, dtype, tiles):
     x, moments = kernels.linear_moments(*stream((2, 25, 80), dtype), config=tiles)
     weight, bias = centred(96, 80, dtype), torch.randn(96).to(dtype).float()
     out = check_folded(kernels, x, moments, weight, bias, activation, config=tiles)
+    strided = torch.stack([weight.double().sum(1), torch.full((96,), 100.0)], 1).to(moments.values.dtype)[:, 0]
+    assert torch.equal(kernels.folded_linear(x, moments, 1e-6, weight, strided, bias, activation, config=tiles), out)
     whole = kernels.ln.row_moments(x)
     assert whole.values.shape == (2, 1, 50) and whole.width == 128
     torch.testing.assert_close(

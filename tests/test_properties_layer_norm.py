@@ -1,4 +1,4 @@
-"""Random LayerNorm problems: the error budget against float64, and laws that hold bit for bit."""
+"""Random LayerNorm problems and moments of rows: the error budget against float64, and laws that hold bit for bit."""
 
 from dataclasses import dataclass
 
@@ -45,22 +45,28 @@ class LayerNormCase(properties.Case):
         from vit_fast.kernels import layer_norm
 
         tiles = LayerNormConfig(rows or self.rows, self.block, 4)
-        out_dtype = properties.DTYPES[self.out_dtype]
-        return layer_norm.layer_norm_fwd(x, weight, bias, self.eps if eps is None else eps, out_dtype, tiles)
+        whole = LayerNormConfig(rows or self.rows, max(16, 1 << (self.width - 1).bit_length()), 4)
+        out_dtype, eps = properties.DTYPES[self.out_dtype], self.eps if eps is None else eps
+        ((row_mean,), (squares,)), _ = layer_norm.row_moments(x, whole)
+        return *layer_norm.layer_norm_fwd(x, weight, bias, eps, out_dtype, tiles), row_mean, squares
 
     def eager(self, x, weight, bias):
         y, mean, rstd = reference.layer_norm_fwd(x, weight, bias, self.eps)
-        return y.to(properties.DTYPES[self.out_dtype]), mean, rstd
+        rest = x.flatten(0, 1).to(mean.dtype) - mean[:, None]
+        return y.to(properties.DTYPES[self.out_dtype]), mean, rstd, mean, rest.square().sum(1)
 
     def golden(self, x, weight, bias):
-        return formula(x, weight, bias, self.eps)
+        y, mean, rstd = formula(x, weight, bias, self.eps)
+        return y, mean, rstd, mean, (x.flatten(0, 1).double() - mean[:, None]).square().sum(1)
 
     def order(self, x, weight, bias):
         """The mean may change by some ulps of the mean size, and every difference to it with it."""
-        _, _, rstd = self.golden(x, weight, bias)
+        _, _, rstd, _, squares = self.golden(x, weight, bias)
         change = 2.0**-22 * x.double().abs().mean(-1).flatten()
         slope = 1.0 if weight is None else weight.double().abs().max().item()
-        return (change * rstd).max().item() * slope, change.max().item(), 2.0**-22 * rstd.max().item()
+        orders = change * rstd * slope, change, 2.0**-22 * rstd, change
+        squared = 2.0**-22 * squares + self.width * change.square() + 2 * change * (self.width * squares).sqrt()
+        return [order.max().item() for order in (*orders, squared)]
 
     def law_layout(self, inputs, results):
         self.same_bits(self.kernel(*properties.all_laid_out(self.layout, *inputs)), results)
@@ -69,23 +75,25 @@ class LayerNormCase(properties.Case):
         x, *sides = inputs
         image = self.seed % self.batch
         rows = slice(image * self.tokens, (image + 1) * self.tokens)
-        y, mean, rstd = results
-        self.same_bits(self.kernel(x[image], *sides), (y[image], mean[rows], rstd[rows]))
+        y, *statistics = results
+        self.same_bits(self.kernel(x[image], *sides), (y[image], *(s[rows] for s in statistics)))
 
     def law_rows_permuted(self, inputs, results):
         x, *sides = inputs
         order = properties.permutation(self.batch * self.tokens, self.seed)
-        y, mean, rstd = results
-        self.same_bits(self.kernel(x.flatten(0, 1)[order], *sides), (y.flatten(0, 1)[order], mean[order], rstd[order]))
+        y, *statistics = results
+        wanted = (y.flatten(0, 1)[order], *(s[order] for s in statistics))
+        self.same_bits(self.kernel(x.flatten(0, 1)[order], *sides), wanted)
 
     def law_rows_per_program(self, inputs, results):
         self.same_bits(self.kernel(*inputs, rows=self.rows + 1 if self.rows == 1 else 1), results)
 
     def law_powers_of_two(self, inputs, results):
         x, *sides = inputs
-        y, mean, rstd = results
+        y, mean, rstd, row_mean, squares = results
         if self.values != "subnormal" and (x * 4).isfinite().all():
-            self.same_bits(self.kernel(x * 4, *sides, eps=self.eps * 16), (y, mean * 4, rstd / 4))
+            wanted = (y, mean * 4, rstd / 4, row_mean * 4, squares * 16)
+            self.same_bits(self.kernel(x * 4, *sides, eps=self.eps * 16), wanted)
 
     def law_without_statistics(self, inputs, results):
         from vit_fast.kernels import layer_norm

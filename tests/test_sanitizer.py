@@ -304,3 +304,11 @@ def test_what_was_written_before_a_release_may_be_read_after_an_acquire(order):
     for semantics, late in (("relaxed", False), ("acquire", False), ("release", False), ("acq_rel", True)):
         with pytest.raises(MemoryFault, match="conflict, load of what another program writes"):
             run(semantics, late)
+
+
+def test_atomics_of_only_some_programs():
+    total, lock = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with sanitizer.only_programs(lambda count: [0, count - 1]):
+        count_kernel[(5,)](total, None, 0)
+        exchange_kernel[(5,)](lock, 0)
+    assert total.item() == 2 and lock.item() == 1

@@ -66,6 +66,7 @@ ORDER = (OTHER, CONST, WIDE, POSITION, SIZE, STRIDE, PROGRAM, PRODUCT, POINTER)
 class Value(NamedTuple):
     kind: str
     divisors: frozenset = frozenset()  # names it was divided by: times them it is no larger than before
+    below: str = ""  # a name that it is smaller than
 
 
 def join(values):
@@ -204,7 +205,7 @@ class Flow:
         if kinds == {CONST} or left.kind == PRODUCT:
             return Value(left.kind)
         if operator is ast.Mod:
-            return Value(POSITION)
+            return Value(POSITION, below=dotted(node.right))
         if operator is ast.FloorDiv:
             names = {name.id for name in ast.walk(node.right) if isinstance(name, ast.Name)}
             return Value(SIZE if left.kind == CONST else left.kind, left.divisors | names)
@@ -230,9 +231,9 @@ class Flow:
         self.meet(node, left, right)
         if WIDE in kinds:
             return Value(WIDE)
-        for factor, name in ((left, node.right), (right, node.left)):
-            if dotted(name) in factor.divisors:
-                return Value(factor.kind, factor.divisors - {dotted(name)})
+        for factor, other, name in ((left, right, node.right), (right, left, node.left)):
+            if names := factor.divisors & {dotted(name), other.below}:
+                return Value(factor.kind, factor.divisors - names)
         if kinds <= {CONST, POSITION}:
             return join([left, right])
         return Value(PRODUCT)
@@ -259,7 +260,7 @@ class Flow:
         if name == "arange":
             return Value(POSITION)
         if name == "cdiv":
-            return Value(values[0].kind)
+            return Value(values[0].kind, values[0].divisors | {dotted(node.args[1])} - {""})
         if name == "minimum" and not {value.kind for value in values} & {OTHER, WIDE}:
             least = min(values, key=lambda value: ORDER.index(value.kind)).kind
             return Value(POSITION if least == CONST else least)
@@ -379,11 +380,19 @@ def beyond_the_interpreter(source):
 
 
 def unordered_or_tuned(source):
-    """Atomics, whose sums come in any order, and autotuning on a user's call."""
+    """Atomics, whose sums come in any order, but for those that count; and autotuning on a user's call."""
+    tree = ast.parse(source)
+    counts = [
+        call.func
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and dotted(call.func) == "tl.atomic_add" and len(call.args) > 1
+        if isinstance(call.args[1], ast.Constant) and isinstance(call.args[1].value, int)
+    ]
     return [
         (node.lineno, node.attr)
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and (node.attr.startswith("atomic_") or node.attr == "autotune")
+        if node not in counts
     ]
 
 
@@ -518,6 +527,8 @@ SNIPPETS = {
             "    if F:\n        r = tl.program_id(0)\n    x_ptr += r * n",
             JIT + "def helper(r, stride):\n    return r * stride\n"
             "@triton.jit\ndef kernel(x_ptr, stride_n):\n    x_ptr += helper(tl.program_id(0), stride_n)",
+            JIT + "def kernel(x_ptr, n, S: tl.constexpr, B: tl.constexpr):\n    r = tl.program_id(0) % B\n"
+            "    x_ptr += r * (tl.cdiv(tl.cdiv(n, B), S) * B)",
         ],
         [
             JIT + "def kernel(x_ptr, stride_n):\n    tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride_n)",
@@ -529,6 +540,8 @@ SNIPPETS = {
             + "def kernel(x_ptr, stride_n, A: tl.constexpr):\n    stride_n = stride_n // A * A\n    x_ptr += stride_n",
             JIT + "def helper(r, stride):\n    return r * stride\n"
             "@triton.jit\ndef kernel(x_ptr, stride_n):\n    x_ptr += helper(tl.program_id(0).to(tl.int64), stride_n)",
+            JIT + "def kernel(x_ptr, n, S: tl.constexpr, B: tl.constexpr):\n    r = tl.program_id(0) % S\n"
+            "    x_ptr += r * (tl.cdiv(tl.cdiv(n, B), S) * B)",
         ],
     ),
     loose_dots: (
@@ -586,8 +599,13 @@ SNIPPETS = {
         ["tl.exp2(x)", "from triton.tools.tensor_descriptor import TensorDescriptor"],
     ),
     unordered_or_tuned: (
-        ["tl.atomic_add(x_ptr, x)", "tl.atomic_max(x_ptr, x)", "@triton.autotune([], [])\ndef f():\n    pass"],
-        ["tl.store(x_ptr, x)", "tl.sum(x, 0)"],
+        [
+            "tl.atomic_add(x_ptr, x)",
+            "tl.atomic_add(x_ptr, 1.0)",
+            "tl.atomic_max(x_ptr, 1)",
+            "@triton.autotune([], [])\ndef f():\n    pass",
+        ],
+        ["tl.store(x_ptr, x)", "tl.sum(x, 0)", "tl.atomic_add(count_ptr, 1, sem='acq_rel')"],
     ),
     kept_kernels: (
         [

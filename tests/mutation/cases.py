@@ -7,7 +7,6 @@ Triton's interpreter under the memory sanitizer. The cheapest cases, and those t
 
 import itertools
 import math
-import mmap
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,11 +16,14 @@ import numpy as np
 import pytest
 import test_attention
 import test_errors
+import test_large_offsets
 import test_layer_norm
 import test_layernorm_mlp
 import test_linear
 import test_patch_embed
+import test_prepared_blocks
 import torch
+from test_large_offsets import last_programs_alone, reserved
 from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -30,6 +32,8 @@ from vit_fast.kernels import layer_norm as layer_norm_kernels
 from vit_fast.kernels import layernorm_mlp as layernorm_mlp_kernels
 from vit_fast.kernels import linear as linear_kernels
 from vit_fast.kernels import patch_embed as patch_embed_kernels
+from vit_fast.kernels import prepared_blocks as prepared_blocks_kernels
+from vit_fast.kernels import reference
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.configs import LayerNormConfig, LinearConfig, PatchEmbedConfig
 
@@ -57,14 +61,6 @@ def matmul_precision(word):
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def reserved_memory(elements):
-    """float16 memory of which only the pages that are touched exist."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    with mmap.mmap(-1, 2 * elements, flags=flags) as memory:
-        yield torch.frombuffer(memory, dtype=FLOAT16)
 
 
 def device_is_made_current(kernels, kernel, call):
@@ -128,6 +124,9 @@ def _right_arguments():
         yield "layer_norm_linear", dict(weight=ones(rows, 4), bias=ones(rows), activation=activation)
     yield "linear_residual", dict(x=ones(2, 4), residual=ones(2, 8), row_scale=None)
     yield "layernorm_mlp", dict(x=ones(2, 4))
+    for dtype in DTYPES:
+        weights = [weight.to(dtype) for weight in test_errors.GOOD["prepared_blocks"]["weights"]]
+        yield "prepared_blocks", dict(x=ones(1, 2, 4).to(dtype).transpose(0, 1), weights=weights)
     oblong = dict(images=ones(2, 3, 8, 12), weight=ones(8, 3, 4, 6))
     for changes in (
         oblong | dict(stride=[2, 6], pos_embed=ones(1, 6, 8)), oblong | dict(stride=(4, 3), pos_embed=ones(1, 6, 8)),
@@ -169,6 +168,45 @@ def layer_norm():
     module.test_a_bad_row_stays_alone(kernels, math.nan)
     module.test_nothing_to_do(kernels, (2, 0, 48))
     _device_reasons(kernels)
+    _row_moments(kernels, module)
+
+
+def _row_moments(kernels, module):
+    for dtype in DTYPES:
+        for shape in ((2, 3, 100), (5, 1)):  # the sum of the first rows is beyond float16
+            module.test_row_moments(kernels, shape, 1000.0, dtype)
+    for layout in ("class token", "axes swapped", "channels first", "three strides"):
+        module.test_row_moments_of_any_layout(kernels, layout)
+    x = torch.randn(3, 5, 16).half()
+    expected = kernels.row_moments(x).values
+    memory = reserved(16 * (2**27 + 2**24), dtype=FLOAT16)
+    for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
+        far = torch.as_strided(memory, x.shape, strides).copy_(x)
+        assert torch.equal(kernels.row_moments(far).values, expected)
+    assert torch.equal(kernels.row_moments(x[1, 2]).values, expected[..., 7:8])
+    with last_programs_alone():
+        test_large_offsets.test_row_moments(None)
+    with np.errstate(divide="raise"):
+        kernels.row_moments(x, LayerNormConfig(4, 64, 4))
+    recorder = Recorder()
+    with mock.patch.object(kernels, "_row_moments_kernel", recorder):
+        for moments, part in (
+            (kernels.row_moments(x), 16), (kernels.row_moments(x.double(), LayerNormConfig(2, 64, 8)), 64),
+            (kernels.row_moments(x[:0]), 16),
+        ):  # fmt: skip
+            assert moments.width == part and moments.values.shape[:2] == (2, 1)
+    found = [(n.grid, n.BLOCK, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches]
+    assert found == [((1,), 16, 256, 4, "fp32"), ((8,), 64, 2, 8, "fp64")]
+    launch = device_is_made_current(
+        kernels, "_row_moments_kernel", lambda: kernels.row_moments(torch.empty(2, 5, 48, device="cuda"))
+    )
+    assert launch.args[0].device.type == "cuda"
+    wide = torch.zeros(2, 16385, device="meta")
+    assert kernels.row_moments_not_supported_reasons(wide) == ["width 16385 is above 16384"]
+    assert kernels.row_moments_not_supported_reasons(wide[:, 1:]) == []
+    with mock.patch.object(kernels, "INTERPRETED", False):
+        assert len(kernels.row_moments_not_supported_reasons(wide)) == 2
+        assert len(kernels.row_moments_not_supported_reasons(wide[:, 1:])) == 1
 
 
 def _row_layouts(kernels):
@@ -221,6 +259,8 @@ def _device_reasons(kernels):
 def linear():
     kernels, module = linear_kernels, test_linear
     tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
+    _folded_linear(kernels, module, tiny, tma)
+    _linear_moments(kernels, module, tiny, tma)
     for dtype in DTYPES:
         for tiles in (tiny, tma):
             module.check(kernels, *module.problem((2, 11, 40), 72, dtype), "swiglu", config=tiles)
@@ -228,6 +268,7 @@ def linear():
             gamma, residual, row_scale = module.branch(x.shape, 48, dtype)
             module.check(kernels, x, weight, bias, config=tiles, gamma=gamma, residual=residual, row_scale=row_scale)
     _linear_launches(kernels, module)
+    _split_linear(kernels, module)
     weight = torch.empty(16, 1, device="meta")
     refuses_too_many_rows(lambda rows: kernels.linear(torch.empty(rows, 1, device="meta"), weight, None))
     for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu"):
@@ -260,20 +301,130 @@ def linear():
     module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
 
 
+def cut(x, part):
+    """``Moments`` of the rows of x, in float64 and then rounded."""
+    rows = x.double().reshape(-1, x.shape[-1])
+    means = torch.stack([piece.mean(1) for piece in rows.split(part, dim=1)])
+    squares = torch.stack([piece.var(1, correction=0) * piece.shape[1] for piece in rows.split(part, dim=1)])
+    return layer_norm_kernels.Moments(torch.stack([means, squares]).float(), part)
+
+
+def _linear_moments(kernels, module, tiny, tma):
+    for dtype in DTYPES:
+        for shape, tiles in (((2, 17, 40), tiny), ((1, 3, 65), tma), ((1, 3, 1), tiny)):
+            module.test_moments_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
+    module.test_no_rows_have_no_moments(kernels)
+    x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
+    recorder = Recorder()
+    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
+        out, moments = kernels.linear_moments(x, weight, bias, residual.double(), config=tma)
+        assert (out.dtype, moments.values.dtype, moments.width) == (FLOAT64, FLOAT64, 16)
+        empty = kernels.linear_moments(x[:0], weight, bias, residual[:0], config=tma)[1]
+        assert empty.values.shape == (2, 1, 0) and (empty.values.dtype, empty.width) == (FLOAT32, 48)
+        plain = kernels.linear_residual(x, weight, bias, None, residual, config=tma)
+        assert len(recorder.launches) == 2 and plain.shape == out.shape
+    first, second = recorder.launches
+    assert first.args[4] is moments.values and second.args[4] is None
+    with last_programs_alone():
+        test_large_offsets.test_linear_moments(None)
+    launch = device_is_made_current(
+        kernels,
+        "_linear_fwd_kernel",
+        lambda: kernels.linear_moments(
+            *(torch.empty(t.shape, dtype=FLOAT16, device="cuda") for t in (x, weight, bias, residual)),
+            config=module.SPLIT,
+        ),
+    )
+    assert {launch.args[place].device.type for place in (0, 4, 10, 11)} == {"cuda"}
+
+
+def _folded_linear(kernels, module, tiny, tma):
+    """Moments in one part, in parts that fill the row and that do not, in more of them than are merged at a time."""
+    x = (torch.randn(1, 17, 100) + 30 * torch.randn(1, 17, 1)).half()
+    for activation, width, tiles in ((None, 33, tiny), ("gelu", 33, tma), ("swiglu", 66, tma)):
+        weight, bias = module.problem(x.shape, width, FLOAT16)[1:]
+        for part in (128, 64, 3) if activation else (100, 3, 1):
+            _check_folded(kernels, module, x, cut(x, part), weight, bias.float(), activation, tiles)
+    _check_folded(kernels, module, x, cut(x, 16), weight, None, None, tiny)
+    for dtype, activation, tiles in ((FLOAT64, "gelu", tma), (BFLOAT16, "swiglu", tiny)):
+        module.test_a_folded_layer_norm(kernels, activation, dtype, tiles)
+    for eps in (0.5, 1e-6):
+        _check_folded(kernels, module, x / 30, cut(x / 30, 16), weight, bias.float(), "swiglu", tiny, eps)
+    _far_statistics(kernels, tiny)
+    recorder, moments = Recorder(), cut(x, 3)
+    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
+        for width in (3, 7, 16, 50, 100):
+            kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
+        kernels.linear(x, weight, bias, config=tiny)
+    found = [(launch.PART, launch.PARTS, launch.args[18]) for launch in recorder.launches]
+    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, 0.0)]
+    assert recorder.launches[-1].args[3] is None and recorder.launches[-1].args[5] is None
+    assert {launch.BLOCK_M for launch in recorder.launches} == {16}
+    with np.errstate(divide="raise", invalid="raise", over="raise"):
+        kernels.folded_linear(x, moments, 1e-6, weight, weight.float().sum(1), None, config=tiny)
+
+
+def _far_statistics(kernels, tiles):
+    """Parts of one mean, a million and more: it is found to the bit, and nothing is left of the row."""
+    row = torch.full((17, 300), 1e6) + torch.arange(17)[:, None] / 3
+    weight = torch.eye(1, 300)
+    for add, wanted in ((0.0, 0.0), (1.0, 1e3)):
+        out = kernels.folded_linear(row + add, cut(row, 16), 1e-6, weight, torch.ones(1), None, config=tiles)
+        torch.testing.assert_close(out, torch.full_like(out, wanted), rtol=1e-4, atol=0)
+
+
+def _check_folded(kernels, module, x, moments, weight, bias, activation, tiles, eps=1e-6):
+    """In float32 digits, whose loss is that of the products before they cancel."""
+    sums = weight.double().sum(1).float()
+    weight = weight.float()
+    out = kernels.folded_linear(x.float(), moments, eps, weight, sums, bias, activation, config=tiles)
+    rest = x.double() - x.double().mean(-1, keepdim=True)
+    normal = rest * (rest.square().mean(-1, keepdim=True) + eps) ** -0.5
+    wanted = module.formula(normal, weight, bias, activation)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=3e-4)
+
+
+def _split_linear(kernels, module):
+    """Sums that programs share: complete, in one order, arrivals counted where the caller says."""
+    module.test_split_sums(kernels, 9, 147, 40, FLOAT16, module.SPLIT)
+    module.test_split_sums(kernels, 1, 16, 33, FLOAT64, module.SPLIT_TMA)
+    recorder, cut_by = Recorder(), []
+
+    def split(config, *args):
+        cut_by.append(args)
+        return replace(config, splits=2)
+
+    x, weight, bias, residual = module.stream((2, 40, 96), FLOAT16)
+    room = torch.zeros(9, dtype=torch.int32)
+    with (
+        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.multiple(configs_module, split_linear_config=split, multiprocessors_of=lambda device: 7),
+    ):
+        kernels.linear_moments(x[..., :64], weight[:, :64], bias, residual)
+        for tiles in (module.SPLIT, module.POINTERS):
+            kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=tiles)
+    assert cut_by == [(80, 96, 64, 7)] and [launch.SPLITS for launch in recorder.launches] == [2, 3, 1]
+    assert recorder.launches[0].args[10].dtype == FLOAT32
+    assert recorder.launches[1].args[11] is room and recorder.launches[2].args[11] is None
+    module.test_split_integers_come_out_exactly(kernels)
+    module.test_arrivals_are_counted_where_the_caller_says(kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        module.test_the_shipped_rule_splits_moments_alone(kernels, patch)
+
+
 def _far_linear(kernels, tiles):
     """Offsets beyond 2³¹ that are products of small numbers, on every axis of x, weight and residual."""
     x, weight, residual = (torch.randn(shape).half() for shape in ((3, 5, 16), (16, 16), (3, 5, 16)))
     expected = kernels.linear(x, weight, None, residual=residual, config=tiles)
-    with reserved_memory(16 * (2**27 + 2**24)) as memory:
-        for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
-            for arguments in ((far := torch.as_strided(memory, x.shape, strides), residual), (x, far)):
-                far.copy_(x if arguments[0] is far else residual)
-                out = kernels.linear(arguments[0], weight, None, residual=arguments[1], config=tiles)
-                assert torch.equal(out, expected)
-        for strides in ((2**27 + 2**24, 1), (1, 2**27 + 2**24)):
-            far = torch.as_strided(memory, weight.shape, strides).copy_(weight)
-            assert torch.equal(kernels.linear(x, far, None, residual=residual, config=tiles), expected)
-        del far, arguments
+    memory = reserved(16 * (2**27 + 2**24), dtype=FLOAT16)
+    for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
+        for arguments in ((far := torch.as_strided(memory, x.shape, strides), residual), (x, far)):
+            far.copy_(x if arguments[0] is far else residual)
+            out = kernels.linear(arguments[0], weight, None, residual=arguments[1], config=tiles)
+            assert torch.equal(out, expected)
+    for strides in ((2**27 + 2**24, 1), (1, 2**27 + 2**24)):
+        far = torch.as_strided(memory, weight.shape, strides).copy_(weight)
+        assert torch.equal(kernels.linear(x, far, None, residual=residual, config=tiles), expected)
 
 
 def _linear_launches(kernels, module):
@@ -437,14 +588,13 @@ def _far_attention(kernels, tiles):
     small = torch.randn(3, 3, 5, 48).half()
     expected = torch.empty(3, 5, 48, dtype=FLOAT16)
     kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles)
-    with reserved_memory(48 * (2**27 + 2**24)) as memory:
-        for strides in ((2**30 + 64, 196, 4), (1024, 2**29 + 64, 4), (4, 16, 2**27 + 2**24)):
-            far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(4)]
-            for tensor, values in zip(far, small):
-                tensor.copy_(values)
-            kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles)
-            assert torch.equal(far[3], expected)
-        del far, tensor
+    memory = reserved(48 * (2**27 + 2**24), dtype=FLOAT16)
+    for strides in ((2**30 + 64, 196, 4), (1024, 2**29 + 64, 4), (4, 16, 2**27 + 2**24)):
+        far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(4)]
+        for tensor, values in zip(far, small):
+            tensor.copy_(values)
+        kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles)
+        assert torch.equal(far[3], expected)
 
 
 def _attention_launches(kernels, module):
@@ -599,14 +749,13 @@ def _far_images(kernels):
     step = 2**30 + 64
     images, weight, prefix = (torch.randn(shape).half() for shape in ((3, 3, 8, 8), (16, 3, 4, 4), (3, 3, 16)))
     expected = kernels.patch_embed(images, weight, None, None, prefix, (4, 4))
-    with reserved_memory(8 * step) as memory:
-        for strides in ((step, 64, 8, 1), (64, step, 8, 1), (192, 64, step, 1), (192, 64, 1, step)):
-            far = torch.as_strided(memory, images.shape, strides).copy_(images)
-            assert torch.equal(kernels.patch_embed(far, weight, None, None, prefix, (4, 4)), expected)
-        for strides in ((step, 16, 1), (16, step, 1), (48, 1, step // 4)):
-            far = torch.as_strided(memory, prefix.shape, strides).copy_(prefix)
-            assert torch.equal(kernels.patch_embed(images, weight, None, None, far, (4, 4)), expected)
-        del far
+    memory = reserved(8 * step, dtype=FLOAT16)
+    for strides in ((step, 64, 8, 1), (64, step, 8, 1), (192, 64, step, 1), (192, 64, 1, step)):
+        far = torch.as_strided(memory, images.shape, strides).copy_(images)
+        assert torch.equal(kernels.patch_embed(far, weight, None, None, prefix, (4, 4)), expected)
+    for strides in ((step, 16, 1), (16, step, 1), (48, 1, step // 4)):
+        far = torch.as_strided(memory, prefix.shape, strides).copy_(prefix)
+        assert torch.equal(kernels.patch_embed(images, weight, None, None, far, (4, 4)), expected)
 
 
 def _patch_embed_launches(kernels, module):
@@ -700,3 +849,41 @@ def configs():
         assert (module.arch_of(cuda), module.arch_of(cpu)) == (91, 80)
         assert (module.multiprocessors_of(cuda), module.multiprocessors_of(cpu)) == (132, 1)
     assert module.AttentionConfig(16, 16, 4, 2).tma is False
+
+
+def prepared_blocks():
+    """Each of ten tensors and each word has a part in the result; moments go from launch to launch."""
+    kernels, module = prepared_blocks_kernels, test_prepared_blocks
+    for shape, hidden, activation, layout in (
+        ((2, 5, 32), 40, "gelu", "tail"), ((1, 3, 48), 40, "swiglu", "swapped"),
+    ):  # fmt: skip
+        module.test_kernels_are_within_the_budget_of_eager(shape, hidden, activation, layout, FLOAT64)
+    module.test_kernels_are_within_the_budget_of_eager((2, 9, 48), 40, "gelu", "contiguous", BFLOAT16)
+    x, weights = torch.randn(2, 5, 32).double(), module.prepared([module.block(32, 40, "relu") for _ in range(2)])
+    words = (2, 0.3, "relu", 0.5, 2.0)
+    golden = reference.prepared_blocks(x, weights, *words)
+    torch.testing.assert_close(kernels.prepared_blocks(x, weights, *words), golden, rtol=1e-11, atol=1e-11)
+    assert torch.equal(kernels.prepared_blocks(x, [], *words), x)
+    with pytest.MonkeyPatch.context() as patch:
+        module.test_five_launches_a_block_and_one_in_front(patch)
+    used, shipped = [], linear_kernels.linear_moments
+
+    def spy(*args, arrivals):
+        used.append(arrivals)
+        return shipped(*args, arrivals=arrivals)
+
+    with mock.patch.object(kernels, "linear_moments", spy):
+        kernels.prepared_blocks(x, weights, *words)
+    assert len({room.data_ptr() for room in used}) == 4
+    for room in used:
+        assert room.dtype == torch.int32 and room.shape == (256,) and not room.any()
+    wide = torch.zeros(2, 3, 16385, device="meta")
+    weight = torch.zeros(48, 514, dtype=FLOAT16)
+    assert kernels.not_supported_reasons(wide, [weight], 1) == ["width 16385 is above 16384"]
+    assert kernels.not_supported_reasons(x, [torch.zeros(3 * 514, 514)], 1) == ["head size 514 is above 256"]
+    assert kernels.not_supported_reasons(x, weights, 2) == []
+    with mock.patch.multiple(layer_norm_kernels, INTERPRETED=False):
+        assert len(kernels.not_supported_reasons(x, weights, 2)) == 2
+        with mock.patch.multiple(attention_kernels, _INTERPRETED=False):
+            both = kernels.not_supported_reasons(x.half(), weights, 2)
+            assert len(both) == len(set(both)) == 3
