@@ -116,6 +116,21 @@ def test_linear_moments(large_outputs):
     torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
 
 
+def test_partial_sums(large_outputs):
+    """Parts of split sums over K beyond 2³¹ elements: the eight programs of the last tile."""
+    from vit_fast.kernels import linear
+
+    rows, width = 16 * (2**19 + 2), 128
+    x, weight = torch.randn(1, width).half().expand(rows, width), torch.randn(32, width).half() / 16
+    residual = torch.zeros(1, 32).half().expand(rows, 32)
+    tiles = configs.LinearConfig(16, 32, 16, 1, 4, 2, False, splits=8)
+    with sanitizer.only_programs(lambda count: range(count - 8, count)):
+        out = linear.linear_residual(x, weight, None, None, residual, config=tiles)
+    expected = reference.linear_residual(x[-16:], weight, None, None, residual[-16:])
+    assert (2**19 + 2) * 8 * 16 * 32 > 2**31 and not out[0].any()
+    torch.testing.assert_close(out[-16:], expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("block_n", (0, 16), ids=("resident", "streaming"))
 @pytest.mark.parametrize("tma", (False, True), ids=("pointers", "tma"))
 def test_attention_output_and_lse(large_outputs, monkeypatch, block_n, tma):

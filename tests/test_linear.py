@@ -339,6 +339,12 @@ def test_split_sums(kernels, tokens, in_features, out_features, dtype, tiles):
 
 
 @pytest.mark.interp
+def test_swiglu_has_no_split_sums(kernels):
+    with pytest.raises(Exception, match="swiglu has no split sums"):
+        kernels.linear(*problem((2, 5, 48), 64, torch.float16), "swiglu", config=SPLIT)
+
+
+@pytest.mark.interp
 def test_split_integers_come_out_exactly(kernels):
     x, weight = (torch.randint(-4, 5, shape).half() for shape in ((2, 40, 208), (72, 208)))
     residual = torch.randint(-4, 5, (2, 40, 72)).float()
@@ -552,18 +558,19 @@ def test_offsets_beyond_two_to_the_31(kernels):
         storage = torch.frombuffer(memory, dtype=torch.float16)
         x, weight, bias = problem((2, 3, 40), 4, torch.float16)
         residual = torch.randn(2, 3, 4).half()
-        expected = kernels.linear_residual(x, weight, bias, None, residual, config=SHORT)
-        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 16), (3 * (step // 3), step // 3, 1)):
-            far = torch.as_strided(storage, x.shape, strides).copy_(x)
-            assert torch.equal(kernels.linear_residual(far, weight, bias, None, residual, config=SHORT), expected)
-        for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 2), (3 * (step // 3), step // 3, 1)):
-            far = torch.as_strided(storage, residual.shape, strides).copy_(residual)
-            assert torch.equal(kernels.linear_residual(x, weight, bias, None, far, config=SHORT), expected)
-        for strides in ((step, 1), (step // 2, 1), (1, step // 16)):
-            far = torch.as_strided(storage, weight.shape, strides).copy_(weight)
-            assert torch.equal(kernels.linear_residual(x, far, bias, None, residual, config=SHORT), expected)
-            glu = kernels.linear(x, far, bias, "swiglu", config=SHORT)
-            assert torch.equal(glu, kernels.linear(x, weight, bias, "swiglu", config=SHORT))
+        glu = kernels.linear(x, weight, bias, "swiglu", config=SHORT)
+        for tiles in (SHORT, dataclasses.replace(SHORT, splits=2)):
+            expected = kernels.linear_residual(x, weight, bias, None, residual, config=tiles)
+            for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 16), (3 * (step // 3), step // 3, 1)):
+                far = torch.as_strided(storage, x.shape, strides).copy_(x)
+                assert torch.equal(kernels.linear_residual(far, weight, bias, None, residual, config=tiles), expected)
+            for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 2), (3 * (step // 3), step // 3, 1)):
+                far = torch.as_strided(storage, residual.shape, strides).copy_(residual)
+                assert torch.equal(kernels.linear_residual(x, weight, bias, None, far, config=tiles), expected)
+            for strides in ((step, 1), (step // 2, 1), (1, step // 16)):
+                far = torch.as_strided(storage, weight.shape, strides).copy_(weight)
+                assert torch.equal(kernels.linear_residual(x, far, bias, None, residual, config=tiles), expected)
+                assert torch.equal(kernels.linear(x, far, bias, "swiglu", config=SHORT), glu)
         del storage, far
 
 

@@ -407,6 +407,9 @@ def _split_linear(kernels, module):
     assert recorder.launches[0].args[10].dtype == FLOAT32
     assert recorder.launches[1].args[11] is room and recorder.launches[2].args[11] is None
     module.test_split_integers_come_out_exactly(kernels)
+    module.test_swiglu_has_no_split_sums(kernels)
+    with last_programs_alone():
+        test_large_offsets.test_partial_sums(None)
     module.test_arrivals_are_counted_where_the_caller_says(kernels)
     with pytest.MonkeyPatch.context() as patch:
         module.test_the_shipped_rule_splits_moments_alone(kernels, patch)
