@@ -367,14 +367,16 @@ def test_arrivals_are_counted_where_the_caller_says(kernels):
     assert torch.equal(out, expected) and not room.any()
 
 
-@pytest.mark.parametrize(
-    "rows,out_features,in_features,processors,splits",
-    (
-        (197, 768, 3072, 132, 4), (197, 768, 768, 132, 2), (197, 384, 1536, 132, 4), (197, 384, 384, 132, 1),
-        (197, 1024, 4096, 132, 4), (257, 1280, 5120, 132, 2), (1576, 768, 3072, 132, 1), (1, 64, 8192, 132, 8),
-        (1, 64, 8192, 1, 2), (197, 768, 3072, 1, 1),
-    ),
+FEW_TILES = (  # rows, out_features, in_features, multiprocessors, splits
+    (197, 768, 3072, 132, 4), (197, 768, 768, 132, 2), (197, 384, 1536, 132, 4), (197, 384, 384, 132, 1),
+    (197, 1024, 4096, 132, 4), (257, 1280, 5120, 132, 2), (1576, 768, 3072, 132, 1), (1, 64, 8192, 132, 8),
+    (1, 64, 8192, 1, 2), (197, 768, 3072, 1, 1), (64, 64, 64 * 12, 8, 2), (64, 64, 64 * 11, 8, 1),
+    (64, 64, 64 * 11 + 1, 8, 2), (64, 128, 8192, 2, 2), (65, 64, 8192, 2, 2), (65, 65, 8192, 2, 1),
+    (128, 64, 8192, 3, 2),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows,out_features,in_features,processors,splits", FEW_TILES)
 def test_few_tiles_split_their_sums(rows, out_features, in_features, processors, splits):
     shipped = configs.pick_linear_config(rows, out_features, False, torch.float16, torch.float16, False, False, 90)
     tiles = configs.split_linear_config(shipped, rows, out_features, in_features, processors)

@@ -843,6 +843,8 @@ def configs():
             stage = (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize * tiles.num_stages
             assert dtype == FLOAT64 or stage <= 99 * 1024
     test_layer_norm.test_every_width_has_a_config()
+    for sizes in test_linear.FEW_TILES:
+        test_linear.test_few_tiles_split_their_sums(*sizes)
     assert all(size & (size - 1) == 0 for size in picked)
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
     properties = SimpleNamespace(multi_processor_count=132)
@@ -852,6 +854,7 @@ def configs():
         assert (module.arch_of(cuda), module.arch_of(cpu)) == (91, 80)
         assert (module.multiprocessors_of(cuda), module.multiprocessors_of(cpu)) == (132, 1)
     assert module.AttentionConfig(16, 16, 4, 2).tma is False
+    assert module.LinearConfig(16, 16, 16, 1, 4, 2, False).splits == 1
 
 
 def prepared_blocks():
