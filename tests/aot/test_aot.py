@@ -71,6 +71,7 @@ def test_ledger_keeps_the_rules():
     "change,words",
     (
         ({"spill": 8}, "spills 8"),
+        ({"handover": False}, "counts an arrival before all threads have stored"),
         ({"shared": 232_449}, "shared memory"),
         ({"arch": 80, "shared": 166_913}, "shared memory"),
         ({"mma": ""}, "no tensor-core"),
