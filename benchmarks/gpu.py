@@ -16,11 +16,9 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -135,21 +133,6 @@ def triton_error(seconds=180):
     if child.returncode == 0:
         return None
     return child.stderr.strip()[-2000:] or f"exit status {child.returncode} without a word"
-
-
-def facts():
-    """Machine, versions and commit; "missing" says why nothing can be measured, if so."""
-    known = {"commit": machine.commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    known["torch"] = torch.__version__
-    if not torch.cuda.is_available():
-        return known | {"missing": "torch finds no CUDA device"}
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = torch.cuda.get_device_capability(device)
-    known |= {"gpu": machine.name(device), "capability": list(capability), **machine.gpu_state(device)}
-    known["memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
-    if capability < (8, 0):
-        known["missing"] = f"the GPU has capability {capability[0]}.{capability[1]}, wanted 8.0 or more"
-    return known
 
 
 def _stages_before(out, plan):
@@ -279,7 +262,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, run nothing.")] = False,
 ):
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
-    known = facts()
+    known = machine.gpu_facts()
     folder = ROOT / "out" / "gpu"  # where nothing is measured there is no result to keep
     if "missing" not in known:
         slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -611,20 +610,6 @@ def table(rows, title):
     return result
 
 
-def facts():
-    """Machine, versions and commit; "missing" says why nothing can be timed, if so."""
-    known = {"commit": machine.commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    known["torch"] = torch.__version__
-    if not torch.cuda.is_available():
-        return known | {"missing": "torch finds no CUDA device"}
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = torch.cuda.get_device_capability(device)
-    known |= {"gpu": machine.name(device), "capability": list(capability), **machine.gpu_state(device)}
-    if capability < (8, 0):
-        known["missing"] = f"the GPU has capability {capability[0]}.{capability[1]}, wanted 8.0 or more"
-    return known
-
-
 def _listed(option, text, known):
     words = tuple(text.split(","))
     if unknown := [word for word in words if word not in known]:
@@ -713,7 +698,7 @@ def main(
         save(out, {"arch": arch, "torch": torch.__version__, "compiled": taken, "refused": refused})
         print(f"{taken} candidates compile for sm_{arch}, {len(refused)} do not; {out} names these")
         return
-    known = facts()
+    known = machine.gpu_facts()
     if "missing" in known:
         save(out, known | {"rows": []})
         print(f"not measured: {known['missing']}; {out} says so")

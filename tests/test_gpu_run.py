@@ -48,7 +48,7 @@ def test_an_old_gpu_is_told(gpu, monkeypatch):
     monkeypatch.setattr(gpu.machine, "gpu_state", lambda device: {"driver": "580.1"})
     properties = type("Properties", (), {"total_memory": 15 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    known = gpu.facts()
+    known = gpu.machine.gpu_facts()
     assert known["missing"] == "the GPU has capability 7.5, wanted 8.0 or more"
     assert known["memory_gib"] == 15.0 and known["driver"] == "580.1"
 
@@ -126,7 +126,7 @@ def machine(gpu, monkeypatch):
     """A GPU that is pretended; stages run as empty commands. The names of what ran, and what Triton says there."""
     ran, says = [], {"error": None, "verdict": "passed"}
     known = {"gpu": "NVIDIA H200", "time": "2026-01-01T00:00:00", "torch": "2.11"}
-    monkeypatch.setattr(gpu, "facts", lambda: dict(known))
+    monkeypatch.setattr(gpu.machine, "gpu_facts", lambda: dict(known))
     monkeypatch.setattr(gpu, "triton_error", lambda: says["error"])
 
     def run(stage, out, seconds):

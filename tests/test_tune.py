@@ -335,7 +335,7 @@ def test_a_dry_run_lists_what_would_run():
 def test_the_program_from_the_plan_to_the_table(tune, made_up, monkeypatch, tmp_path, capsys):
     """With a made-up device: all that main does but the device."""
     make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90)
-    monkeypatch.setattr(tune, "facts", lambda: {"gpu": "Made up"})
+    monkeypatch.setattr(tune.machine, "gpu_facts", lambda: {"gpu": "Made up"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune.Chip, "of", lambda device: chip)
     monkeypatch.setattr(tune, "Maker", lambda device, dtype, filled: make)

@@ -117,11 +117,10 @@ def _not_supported_reasons(blocks):
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
     if any(t.device.type == "meta" for t in tensors):
         reasons.append("the weights are on the device meta")
-    if {t.dtype for t in tensors} - set(_DTYPES) or len({t.dtype for t in tensors}) > 1:
-        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in {t.dtype for t in tensors}))
-        reasons.append(
-            f"the weights are {dtypes}, folding is for all float16 or all bfloat16 (model.to(torch.bfloat16))"
-        )
+    dtypes = {t.dtype for t in tensors}
+    if dtypes - set(_DTYPES) or len(dtypes) > 1:
+        came = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        reasons.append(f"the weights are {came}, folding is for all float16 or all bfloat16 (model.to(torch.bfloat16))")
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -56,3 +57,18 @@ def gpu_state(device):
     answer = _run("nvidia-smi", "-i", uuid, query, "--format=csv,noheader,nounits")
     values = answer.splitlines()[0].split(", ") if answer else []
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def gpu_facts():
+    """The current CUDA device, versions and commit; "missing" says why nothing of ours can be measured, if so."""
+    known = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    known["torch"] = torch.__version__
+    if not torch.cuda.is_available():
+        return known | {"missing": "torch finds no CUDA device"}
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(device)
+    known |= {"gpu": name(device), "capability": list(capability), **gpu_state(device)}
+    known["memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+    if capability < (8, 0):
+        known["missing"] = f"the GPU has capability {capability[0]}.{capability[1]}, wanted 8.0 or more"
+    return known
