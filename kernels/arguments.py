@@ -320,8 +320,15 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
 
 
 def check_prepared_blocks(x, weights):
-    op, weight = "prepared_blocks", weights[0]
-    _check_tensor(op, "x", x, 3, (weight.dtype,))
+    _check_blocks("prepared_blocks", x, weights[0], (weights[0].dtype,))
+
+
+def check_fp8_blocks(x, weights):
+    _check_blocks("fp8_blocks", x, weights[1], (torch.float16, torch.bfloat16))
+
+
+def _check_blocks(op, x, weight, dtypes):
+    _check_tensor(op, "x", x, 3, dtypes)
     if x.shape[2] != weight.shape[1]:
         raise ValueError(f"vit_fast.{op}: x has width {x.shape[2]}, expected {weight.shape[1]} (as the weights)")
     _check_device(op, "x", x, "weights", weight)

@@ -1,7 +1,7 @@
 """Attention forward: per head out = softmax(scale · q kᵀ) v, and the natural-log LSE of every row.
 
 q [B, Nq, C], k and v [B, Nk, C], C = H·D, D = 1 … 256: one packed projection [B, N, 3C] (channels q | k | v, heads
-contiguous) or three tensors, any strides, read in place. out [B, Nq, C] contiguous, in the dtype of the input;
+contiguous) or three tensors, any strides, read in place. out [B, Nq, C] contiguous, in the dtype of the input or e4m3;
 lse [B, H, Nq]. Scores, softmax, LSE and accumulators are fp32 (float64 for float64, interpreted only); the weights are
 rounded to the dtype of v before they meet v. The scale, times log2(e), is applied in fp32 after the dot, and after the
 row's largest score is subtracted: 2^(s·scale − top·scale) would lose the last digits of large scores.
@@ -31,6 +31,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
+from .layer_norm import launch_options, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 _MAX_PROGRAMS = 2**31 - 1
@@ -40,6 +41,7 @@ _TL_DTYPE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+_OUT_DTYPE = _TL_DTYPE | {torch.float8_e4m3fn: tl.float8e4nv}
 
 
 @triton.jit
@@ -73,14 +75,14 @@ def _load(
 @triton.jit
 def _store(
     out, lse_ptr, acc, total, top, image, head, num_heads, first, count, stride_b, stride_n, stride_c,
-    ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, OUT: tl.constexpr,
     LSE: tl.constexpr,
 ):  # fmt: skip
     """Normalises and writes ROWS rows of one head and their LSE; the LSE is kept with base 2 until here."""
     rows = first + tl.arange(0, ROWS)
     inverse = 1.0 / total
     for i in tl.static_range(len(PARTS)):
-        tile = (acc[i] * inverse[:, None]).to(DTYPE)
+        tile = (acc[i] * inverse[:, None]).to(OUT)
         if TMA:
             out.store([image.to(tl.int32), first, head.to(tl.int32) * D], tile.reshape(1, ROWS, D))
         else:
@@ -131,9 +133,10 @@ def _attention_fwd_streaming_kernel(
     stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
     D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
+    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     blocks = tl.cdiv(num_queries, BLOCK_M)
     pid = tl.program_id(0)
     pair = pid // blocks
@@ -170,7 +173,7 @@ def _attention_fwd_streaming_kernel(
         acc = _weigh(decayed, p, v, DTYPE, ACC, PRECISION)
     _store(
         out_ptr, lse_ptr, acc, total, top * scale_log2, image, head, num_heads, first_query, num_queries,
-        stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
+        stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, OUT, LSE,
     )  # fmt: skip
 
 
@@ -182,9 +185,10 @@ def _attention_fwd_resident_kernel(
     stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
     D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
-    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr,
+    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     LAST: tl.constexpr = len(CHUNKS) - 1
     pid = tl.program_id(0)
     pair = pid // programs_per_head
@@ -228,7 +232,7 @@ def _attention_fwd_resident_kernel(
             acc = _weigh(acc, p, v[j], DTYPE, ACC, PRECISION)
         _store(
             out_ptr, lse_ptr, acc, total, top * scale_log2, image, head, num_heads, first_query, num_queries,
-            stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, DTYPE, LSE,
+            stride_ob, stride_on, stride_oc, BLOCK_M, D, PARTS, TMA, OUT, LSE,
         )  # fmt: skip
 
 
@@ -290,7 +294,7 @@ def _descriptor(x, rows, head_size):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, head_size])
 
 
-def _launch(out, lse, q, k, v, num_heads, scale, precision, config):
+def _launch(out, lse, q, k, v, num_heads, scale, precision, config, dependent):
     batch, num_queries, width = q.shape
     num_keys, head_size = k.shape[1], width // num_heads
     resident, parts = config.block_n == 0, _head_parts(head_size)
@@ -305,9 +309,9 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config):
     strides = [stride for x in (out, q, k, v) for stride in x.stride()]
     options = dict(
         D=head_size, PARTS=parts, BLOCK_M=config.block_m, NEGATIVE=scale < 0, DTYPE=_TL_DTYPE[q.dtype],
-        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, PRECISION=precision,
+        OUT=_OUT_DTYPE[out.dtype], ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, PRECISION=precision,
         UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, TMA=tma, LSE=lse is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **launch_options(dependent, config.num_warps, num_stages=config.num_stages),
     )  # fmt: skip
     blocks, pairs = triton.cdiv(num_queries, config.block_m), batch * num_heads
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
@@ -327,10 +331,10 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config):
             )
 
 
-def _forward(qkv, num_heads, scale, k, v, config, with_lse):
+def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, dependent=False):
     q, k, v = qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
     batch, num_queries, width = q.shape
-    out = torch.empty(batch, num_queries, width, dtype=q.dtype, device=q.device)
+    out = torch.empty(batch, num_queries, width, dtype=out_dtype or q.dtype, device=q.device)
     lse = None
     if with_lse:
         acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -340,15 +344,17 @@ def _forward(qkv, num_heads, scale, k, v, config, with_lse):
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if config is None:
         arch, head_size = configs.arch_of(q.device), width // num_heads
-        config = configs.pick_attention_config(num_queries, k.shape[1], head_size, q.dtype, precision == "tf32", arch)
+        tf32, fp8_out = precision == "tf32", out.dtype != q.dtype
+        config = configs.pick_attention_config(num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out)
     images = max(1, _MAX_PROGRAMS // (num_heads * triton.cdiv(num_queries, config.block_m)))
     if batch <= images:
-        _launch(out, lse, q, k, v, num_heads, scale, precision, config)
+        _launch(out, lse, q, k, v, num_heads, scale, precision, config, dependent)
     else:
         for first in range(0, batch, images):
             part = slice(first, first + images)
             lse_part = lse[part] if with_lse else None
-            _launch(out[part], lse_part, q[part], k[part], v[part], num_heads, scale, precision, config)
+            parts = (out[part], lse_part, q[part], k[part], v[part])
+            _launch(*parts, num_heads, scale, precision, config, dependent)
     return out, lse
 
 
@@ -357,6 +363,9 @@ def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
     return _forward(qkv, num_heads, scale, k, v, config, with_lse=True)
 
 
-def attention(qkv, num_heads, scale, *, k=None, v=None):
-    """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C]."""
-    return _forward(qkv, num_heads, scale, k, v, None, with_lse=False)[0]
+def attention(qkv, num_heads, scale, *, k=None, v=None, out_dtype=None, dependent=False):
+    """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C].
+
+    ``out_dtype``: the input's, or float8 e4m3, whose largest number is 448 (v is scaled to it, see ``fp8_blocks``).
+    """
+    return _forward(qkv, num_heads, scale, k, v, None, False, out_dtype, dependent)[0]

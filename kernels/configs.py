@@ -57,7 +57,10 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
     small = few and not blackwell  # tcgen05 works on 128 rows
     tma = hopper or blackwell
-    if dtype not in (torch.float16, torch.bfloat16) and not tf32:
+    if dtype == torch.float8_e4m3fn:
+        depth = 128 if tma else 64
+        tile = ((64 if small else 128), 64, depth, 4, 4) if few else (128, 128, depth, 4 if hopper else 8, 3)
+    elif dtype not in (torch.float16, torch.bfloat16) and not tf32:
         tile = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
         tma = False
     elif scattered:
@@ -80,6 +83,12 @@ def split_linear_config(config, rows, out_features, in_features, processors):
     tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
     most = min(2 * processors // tiles, -(-in_features // config.block_k) // 6, 8)
     return replace(config, splits=1 << max(0, most.bit_length() - 1))
+
+
+def dependent_launch(rows, arch):
+    """Whether the kernels of a stack of blocks are launched before the one in front has ended (programmatic dependent
+    launch, capability 9.0): worth a try where kernels are short. Not measured."""
+    return arch >= 90 and rows <= 8192
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,11 @@ def multiprocessors_of(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch):
-    """Does not see the batch, so that the bits of an image cannot depend on its batch mates."""
+def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch, fp8_out=False):
+    """Does not see the batch, so that the bits of an image cannot depend on its batch mates.
+
+    An e4m3 out takes no tiles of 128 queries: with a head of two parts (72 = 64 + 16) ptxas serialises their wgmma.
+    """
     width = -(-head_size // 16) * 16
     if dtype in (torch.float32, torch.float64):
         if width > 128:
@@ -139,7 +151,7 @@ def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch):
     if wgmma:
         if width > 160:
             return AttentionConfig(block_m=128, block_n=32, num_warps=8, num_stages=2, tma=True)
-        if num_queries > 512:
+        if num_queries > 512 and not fp8_out:
             return AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True)
         return AttentionConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, tma=True)
     if width > 128:

@@ -1,7 +1,8 @@
 """LayerNorm over the last axis: y = (x − mean) · rstd · weight + bias, rstd = 1/sqrt(var + eps).
 
 x [..., C] with any strides, float32, float16 or bfloat16 (float64 interpreted); weight and bias [C] or None, each of
-any of these dtypes; y [..., C] contiguous, in x's dtype or in the one asked for; mean and rstd [rows], float32.
+any of these dtypes; y [..., C] contiguous, in x's dtype or in the one asked for, float8 e4m3 among them (the weight is
+then its scale: values beyond 448 saturate); mean and rstd [rows], float32.
 Everything between load and store is float32. The variance is taken around the mean in a second pass, and the mean is
 first corrected by the mean of what is left: a row whose mean is 1e6 times its spread keeps its variance, and a
 constant row normalises to zero.
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import configs
 
@@ -37,6 +39,15 @@ class Moments(NamedTuple):
 
     values: torch.Tensor
     width: int
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """First in a kernel: one that was launched before the kernel in front of it had ended allows the next one the same,
+    and waits for the end of the one in front, whose writes it then sees."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -64,10 +75,12 @@ def _layer_norm_fwd_kernel(
     stride_xi,
     stride_xc,
     SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK).to(tl.int64)
     in_rows, in_width = row < rows, column < width
@@ -104,9 +117,11 @@ def _layer_norm_wide_fwd_kernel(
     stride_xi,
     stride_xc,
     SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row_offset(row, inner, stride_xo, stride_xi, SPLIT)
     lane = tl.arange(0, BLOCK).to(tl.int64)
@@ -155,10 +170,12 @@ def _row_moments_kernel(
     stride_xi,
     stride_xc,
     SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK).to(tl.int64)
     in_rows, in_width = row < rows, column < width
@@ -220,6 +237,12 @@ def launch_guard(x):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+def launch_options(dependent, num_warps, **options):
+    """Of a launch; ``dependent``: before the kernel in front of it has ended (see ``wait_for_previous``)."""
+    options.update(DEPENDENT=dependent, num_warps=num_warps)
+    return options | {"launch_pdl": True} if dependent else options
+
+
 def device_reasons(*tensors):
     """Why these tensors cannot go to a Triton kernel at all."""
     if INTERPRETED:
@@ -240,7 +263,7 @@ def not_supported_reasons(x, weight, bias, eps):
     return reasons
 
 
-def _launch(x, weight, bias, eps, out_dtype, config, statistics):
+def _launch(x, weight, bias, eps, out_dtype, config, statistics, dependent=False):
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     width = x.shape[-1]
     rows = x.numel() // width
@@ -260,14 +283,15 @@ def _launch(x, weight, bias, eps, out_dtype, config, statistics):
                 y, mean, rstd, x, weight, bias,
                 rows, inner, width, eps,
                 stride_xo, stride_xi, x.stride(-1),
-                SPLIT=split, ACC=acc, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+                SPLIT=split, ACC=acc, ROWS=config.rows, BLOCK=config.block,
+                **launch_options(dependent, config.num_warps),
             )  # fmt: skip
         else:
             _layer_norm_wide_fwd_kernel[(rows,)](
                 y, mean, rstd, x, weight, bias,
                 inner, width, eps,
                 stride_xo, stride_xi, x.stride(-1),
-                SPLIT=split, ACC=acc, BLOCK=config.block, num_warps=config.num_warps,
+                SPLIT=split, ACC=acc, BLOCK=config.block, **launch_options(dependent, config.num_warps),
             )  # fmt: skip
     return y, mean, rstd
 
@@ -277,12 +301,12 @@ def layer_norm_fwd(x, weight, bias, eps, out_dtype=None, config=None):
     return _launch(x, weight, bias, eps, out_dtype, config, statistics=True)
 
 
-def layer_norm(x, weight, bias, eps, out_dtype=None, config=None):
+def layer_norm(x, weight, bias, eps, out_dtype=None, config=None, dependent=False):
     """y [..., C] alone; the statistics are not stored."""
-    return _launch(x, weight, bias, eps, out_dtype, config, statistics=False)[0]
+    return _launch(x, weight, bias, eps, out_dtype, config, statistics=False, dependent=dependent)[0]
 
 
-def row_moments(x, config=None):
+def row_moments(x, config=None, dependent=False):
     """``Moments`` of the rows of x [..., C], one part a row."""
     width = x.shape[-1]
     rows = x.numel() // width
@@ -295,7 +319,8 @@ def row_moments(x, config=None):
     with launch_guard(x):
         _row_moments_kernel[(triton.cdiv(rows, config.rows),)](
             values, x, rows, inner, width, stride_xo, stride_xi, x.stride(-1),
-            SPLIT=split, ACC=accumulator(x.dtype), ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps,
+            SPLIT=split, ACC=accumulator(x.dtype), ROWS=config.rows, BLOCK=config.block,
+            **launch_options(dependent, config.num_warps),
         )  # fmt: skip
     return Moments(values, config.block)
 

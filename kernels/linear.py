@@ -4,6 +4,8 @@
 
     out = act((LN(x) without weight and bias) Wᵀ + bias)            the LayerNorm folded into the epilogue
 
+    out = residual + gamma · act(weight_scale · (x Wᵀ) + bias)      x and W in float8 e4m3
+
 x [B, ..., K] and residual [B, ..., N] with any strides, weight [N, K] also as a transposed view, bias [N], gamma [N],
 row_scale [B], out [B, ..., N] contiguous. float32, float16, bfloat16 (float64 interpreted). The product is taken in the
 weight's dtype and accumulated in float32; the epilogue is float32; out has the residual's dtype, else the weight's.
@@ -14,11 +16,13 @@ out = silu(gate) · value is N/2 wide, from two accumulators of one launch.
 Folded: rstd · (x Wᵀ − mean · colsum(W)) + bias, mean and rstd of each row merged (Chan) from the ``Moments`` of its
 parts. Whoever wrote x has left them: ``linear_moments`` emits those of out, as it is stored, a part per half tile. The
 rows of W shall be centred, so that what is subtracted stays small: x Wᵀ loses 2^-22 · |mean|/spread of its digits.
+e4m3: weight_scale [N] takes back the scales of x and of the rows of W, and gamma can be the scale of an out in e4m3;
+capability 8.9 and later. On sm_90 the tensor cores then add with less than float32 has: about 2^-13 of a long sum.
 
 One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N), in
 panels of GROUP_M tile rows, so that tiles which run together share their operands in L2. In ``linear_moments``, where
-tiles are few, SPLITS programs share the sum over K of one: each stores what it has, and the last to arrive adds up, in
-the order of K, and finishes the tile. No program waits for another.
+tiles are few, SPLITS programs share the sum over K of one (so in ``fp8_linear``): each stores what it has, and the last
+to arrive adds up, in the order of K, and finishes the tile. No program waits for another.
 Tiles of x and W come through host tensor descriptors (TMA) where the config asks for it and base addresses and row
 strides are multiples of 16 bytes; through masked pointers, at any strides, otherwise. Rows at two strides (x[:, 1:])
 are read in place; a tensor whose leading axes need three is copied first, as are vectors that are not contiguous.
@@ -134,6 +138,7 @@ def _store_tile(
     out_ptr,
     moments_out_ptr,
     column_sum_ptr,
+    weight_scale_ptr,
     bias_ptr,
     gamma_ptr,
     row_scale_ptr,
@@ -159,6 +164,8 @@ def _store_tile(
     mask = in_rows[:, None] & in_columns[None, :]
     if column_sum_ptr is not None:
         acc = _unfold(acc, mean, rstd, column_sum_ptr, column, in_columns, ACC)
+    if weight_scale_ptr is not None:
+        acc *= tl.load(weight_scale_ptr + column, mask=in_columns, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
     if value is None:
@@ -166,6 +173,8 @@ def _store_tile(
     else:
         if column_sum_ptr is not None:
             value = _unfold(value, mean, rstd, column_sum_ptr + out_features, column, in_columns, ACC)
+        if weight_scale_ptr is not None:
+            value *= tl.load(weight_scale_ptr + out_features + column, mask=in_columns, other=0.0)[None, :]
         if bias_ptr is not None:
             value += tl.load(bias_ptr + out_features + column, mask=in_columns, other=0.0).to(ACC)[None, :]
         acc = acc * sigmoid(acc, EXACT) * value
@@ -194,6 +203,7 @@ def _linear_fwd_kernel(
     moments_ptr,  # [2, parts of x, rows] contiguous, or None
     moments_out_ptr,  # [2, parts of out, rows] contiguous, or None
     column_sum_ptr,  # vectors contiguous, or None
+    weight_scale_ptr,
     bias_ptr,
     gamma_ptr,
     row_scale_ptr,  # [rows / rows_per_sample]
@@ -226,6 +236,7 @@ def _linear_fwd_kernel(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -234,6 +245,7 @@ def _linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    ln.wait_for_previous(DEPENDENT)
     # Triton itself sees only whether a size or stride is a multiple of 16; this tells it of 2, 4 and 8.
     if ALIGN_K > 1 and ALIGN_K < 16:
         in_features = in_features // ALIGN_K * ALIGN_K
@@ -331,8 +343,8 @@ def _linear_fwd_kernel(
         for half in tl.static_range(2):
             _store_tile(
                 left if half == 0 else right, left_value if half == 0 else right_value, mean, rstd,
-                out_ptr, moments_out_ptr, column_sum_ptr, bias_ptr, gamma_ptr, row_scale_ptr, residual_ptr,
-                row, first + half * HALF, rows, out_features, residual_inner, rows_per_sample,
+                out_ptr, moments_out_ptr, column_sum_ptr, weight_scale_ptr, bias_ptr, gamma_ptr, row_scale_ptr,
+                residual_ptr, row, first + half * HALF, rows, out_features, residual_inner, rows_per_sample,
                 stride_ro, stride_ri, stride_rn, ACTIVATION, EXACT, SPLIT_RESIDUAL, HALF, ACC,
             )  # fmt: skip
 
@@ -365,18 +377,21 @@ def _upcast(weight_dtype, out_dtype):
         return None
     if out_dtype == torch.float64:
         return tl.float64
-    return tl.float32 if weight_dtype == torch.bfloat16 else None
+    return tl.float32 if weight_dtype in (torch.bfloat16, torch.float8_e4m3fn) else None
 
 
 def _linear(
-    x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None, norm=None, with_moments=False,
-    arrivals=None, config=None,
+    x, weight, bias, activation=None, *, weight_scale=None, gamma=None, residual=None, row_scale=None, norm=None,
+    with_moments=False, out_dtype=None, arrivals=None, dependent=False, config=None,
 ):  # fmt: skip
-    """(out, its ``Moments`` or None); ``norm``: (Moments of x, eps, column sums of weight) of a folded LayerNorm."""
+    """(out, its ``Moments`` or None); ``norm``: (Moments of x, eps, column sums of weight) of a folded LayerNorm;
+    ``arrivals``: int32 zeros for split sums to count in, allowed where they are given or moments are asked for."""
     swiglu = activation == "swiglu"
     out_features = weight.shape[0] // 2 if swiglu else weight.shape[0]
     in_features = weight.shape[1]
-    out_dtype = weight.dtype if residual is None else residual.dtype
+    if residual is not None:
+        out_dtype = residual.dtype
+    out_dtype = out_dtype or weight.dtype
     rows = x.numel() // in_features
     check_rows("linear", rows)
     out = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
@@ -396,7 +411,7 @@ def _linear(
     if config is None:
         arch = configs.arch_of(x.device)
         config = configs.pick_linear_config(rows, out_features, swiglu, weight.dtype, out_dtype, tf32, scattered, arch)
-        if with_moments:
+        if with_moments or arrivals is not None:
             processors = configs.multiprocessors_of(x.device)
             config = configs.split_linear_config(config, rows, out_features, in_features, processors)
     (moments, part), eps, column_sum = norm or ((None, 1), 0.0, None)
@@ -422,7 +437,7 @@ def _linear(
             arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     with ln.launch_guard(x):
         _linear_fwd_kernel[(tiles * config.splits,)](
-            out, x_src, weight_src, moments, moments_out and moments_out.values, column_sum,
+            out, x_src, weight_src, moments, moments_out and moments_out.values, column_sum, weight_scale,
             bias, gamma, row_scale, residual, partial, arrivals if config.splits > 1 else None,
             rows, out_features, in_features, x_inner, residual_inner, rows_per_sample, eps,
             stride_xo, stride_xi, x.stride(-1), weight.stride(0), weight.stride(1), stride_ro, stride_ri, stride_rn,
@@ -444,8 +459,7 @@ def _linear(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **ln.launch_options(dependent, config.num_warps, num_stages=config.num_stages),
         )  # fmt: skip
     return out, moments_out
 
@@ -455,18 +469,36 @@ def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_s
     return _linear(x, weight, bias, activation, gamma=gamma, residual=residual, row_scale=row_scale, config=config)[0]
 
 
-def linear_moments(x, weight, bias, residual, *, arrivals=None, config=None):
+def linear_moments(x, weight, bias, residual, *, arrivals=None, dependent=False, config=None):
     """(residual + x Wᵀ + bias in the residual's dtype, the ``Moments`` of its rows).
 
     ``arrivals``: int32 zeros that this call alone may count in; where they are None or too few, some are made.
     """
-    return _linear(x, weight, bias, residual=residual, with_moments=True, arrivals=arrivals, config=config)
+    return _linear(
+        x, weight, bias, residual=residual, with_moments=True, arrivals=arrivals, dependent=dependent, config=config
+    )
 
 
-def folded_linear(x, moments, eps, weight, column_sum, bias, activation=None, *, config=None):
+def folded_linear(x, moments, eps, weight, column_sum, bias, activation=None, *, dependent=False, config=None):
     """act(LN(x) Wᵀ + bias), LN without weight and bias: ``moments`` are those of x, ``column_sum`` [N] is weight.sum(1)
     in float32 (float64 for float64), which is small where the rows of weight are centred."""
-    return _linear(x, weight, bias, activation, norm=(moments, eps, ln.vector(column_sum)), config=config)[0]
+    norm = (moments, eps, ln.vector(column_sum))
+    return _linear(x, weight, bias, activation, norm=norm, dependent=dependent, config=config)[0]
+
+
+def fp8_linear(
+    x, weight, weight_scale, bias, activation=None, *, out_scale=None, residual=None, out_dtype=None, arrivals=None,
+    dependent=False, config=None,
+):  # fmt: skip
+    """residual + out_scale · act(weight_scale · (x Wᵀ) + bias) in the residual's dtype, else in ``out_dtype``.
+
+    x [..., K] and weight [N, K] float8 e4m3; weight_scale [N], bias [N] or None, out_scale [width of out] or None,
+    float32. ``arrivals``: int32 zeros that this call alone may count in; with them the sums over K may be split.
+    """
+    return _linear(
+        x, weight, bias, activation, weight_scale=ln.vector(weight_scale), gamma=out_scale, residual=residual,
+        out_dtype=out_dtype, arrivals=arrivals, dependent=dependent, config=config,
+    )[0]  # fmt: skip
 
 
 def linear_not_supported_reasons(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None):

@@ -15,7 +15,8 @@ into the projection that follows it, LayerScale into the one that ends the branc
     fc1: GEMM, LN2 and activation in the epilogue   rows·C, rows·F
     fc2: GEMM + residual, moments of x              rows·(F + C), rows·C
 
-and two more in front: the moments of the first x, and zeros for split sums over K to count arrivals in (``linear``).
+and two more in front: zeros for split sums over K to count arrivals in (``linear``), and the moments of the first x.
+On capability 9.0 and later, with few rows, each of these kernels is launched before the one in front has ended.
 A separate LayerNorm costs a launch and 2·rows·C elements, twice a block: that is what is saved.
 Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
 Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean as a rank-one correction.
@@ -24,6 +25,7 @@ Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean a
 import torch
 
 from . import attention as attn
+from . import configs
 from . import layer_norm as ln
 from .linear import folded_linear, linear_moments
 from .reference import TENSORS_PER_BLOCK
@@ -39,15 +41,16 @@ def not_supported_reasons(x, weights, num_heads):
 
 def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/10 blocks; out [B, N, C]."""
-    moments = ln.row_moments(x)
     depth = len(weights) // TENSORS_PER_BLOCK
     arrivals = torch.zeros(depth, 2, _ARRIVALS, dtype=torch.int32, device=x.device)
+    dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
+    moments = ln.row_moments(x, dependent=dependent)
     for i in range(depth):
         block = weights[i * TENSORS_PER_BLOCK : (i + 1) * TENSORS_PER_BLOCK]
         qkv, qkv_sums, qkv_bias, proj, proj_bias, fc1, fc1_sums, fc1_bias, fc2, fc2_bias = block
-        packed = folded_linear(x, moments, eps1, qkv, qkv_sums, qkv_bias)
-        out = attn.attention(packed, num_heads, scale)
-        x, moments = linear_moments(out, proj, proj_bias, x, arrivals=arrivals[i, 0])
-        hidden = folded_linear(x, moments, eps2, fc1, fc1_sums, fc1_bias, activation)
-        x, moments = linear_moments(hidden, fc2, fc2_bias, x, arrivals=arrivals[i, 1])
+        packed = folded_linear(x, moments, eps1, qkv, qkv_sums, qkv_bias, dependent=dependent)
+        out = attn.attention(packed, num_heads, scale, dependent=dependent)
+        x, moments = linear_moments(out, proj, proj_bias, x, arrivals=arrivals[i, 0], dependent=dependent)
+        hidden = folded_linear(x, moments, eps2, fc1, fc1_sums, fc1_bias, activation, dependent=dependent)
+        x, moments = linear_moments(hidden, fc2, fc2_bias, x, arrivals=arrivals[i, 1], dependent=dependent)
     return x

@@ -65,7 +65,8 @@ def operations():
     x, qkv, images = randn(2, 5, 32), randn(2, 5, 96), randn(2, 3, 16, 16)
     w1, b1, w2, b2, norm = randn(64, 32), randn(64), randn(32, 64), randn(32), randn(32)
     branches = ((randn(96, 32), randn(96)), (randn(32, 32), b2), norm), ((w1, b1), (w2, b2), norm)
-    weights = reference.prepare_block(*((norm, b2), *branches[0], (norm, b2), *branches[1]))
+    parts = ((norm, b2), *branches[0], (norm, b2), *branches[1])
+    weights, quantised = reference.prepare_block(*parts), reference.fp8_block(*parts, "gelu")
     return [
         ops.patch_embed(images, randn(32, 3, 8, 8), norm, randn(1, 4, 32), randn(1, 1, 32), 8),
         ops.attention(qkv, 2, 0.25),
@@ -74,6 +75,7 @@ def operations():
         ops.linear_residual(randn(2, 5, 64), w2, b2, norm, x),
         ops.layernorm_mlp(x, norm, b2, 1e-6, w1, b1, w2, b2, "gelu", norm),
         ops.prepared_blocks(x, weights, 2, 0.25, "gelu", 1e-6, 1e-6),
+        ops.fp8_blocks(x.half(), quantised, 2, 0.25, "gelu", 1e-6, 1e-6),
     ]
 
 

@@ -44,6 +44,13 @@ GOOD = {
             *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)),
         ),
     ),
+    "fp8_blocks": dict(
+        x=ones(2, 3, 4).half(), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
+        weights=reference.fp8_block(
+            *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
+            *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)), "gelu",
+        ),
+    ),
 }  # fmt: skip
 FLOATS = "expected one of float16, bfloat16, float32, float64"
 WORDS = "expected one of gelu, gelu_tanh, quick_gelu, relu, swiglu"
@@ -255,6 +262,15 @@ CASES = {
         (dict(x=ones(2, 3, 5)), ValueError, "x has width 5, expected 4 (as the weights)"),
         (dict(x=ones(2, 3, 12)), ValueError, "x has width 12, expected 4 (as the weights)"),
         (dict(x=ones(2, 3, 4, device="meta")), ValueError, "x is on meta, expected cpu (as weights)"),
+        (dict(x=None), TypeError, "x is NoneType, expected a torch.Tensor"),
+    ],
+    "fp8_blocks": [
+        (dict(x=ones(2, 3, 4)), ValueError, "x has dtype torch.float32, expected one of float16, bfloat16"),
+        (dict(x=ones(2, 3, 4).to(torch.float8_e4m3fn)), ValueError,
+         "x has dtype torch.float8_e4m3fn, expected one of float16, bfloat16"),
+        (dict(x=ones(3, 4).half()), ValueError, "x has 2 dimensions [3, 4], expected 3"),
+        (dict(x=ones(2, 3, 12).half()), ValueError, "x has width 12, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 4, device="meta").half()), ValueError, "x is on meta, expected cpu (as weights)"),
         (dict(x=None), TypeError, "x is NoneType, expected a torch.Tensor"),
     ],
 }  # fmt: skip

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
+from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.attention import TensorDescriptor
 
@@ -743,6 +744,30 @@ def test_prepared_blocks_hand_the_moments_on():
         assert fc2.x_src is fc1.out_ptr and proj.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
 
 
+def fp8_weights(depth, width, hidden):
+    shapes = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
+
+    def linear(rows, columns):
+        return meta(rows, columns, dtype=torch.float8_e4m3fn), *[meta(rows, dtype=torch.float32)] * 2
+
+    qkv, proj, fc1, fc2 = (linear(*shape) for shape in shapes)
+    scale = meta(width, dtype=torch.float32)
+    return [scale, *qkv, *proj, *fc1, meta(hidden, dtype=torch.float32), *fc2] * depth
+
+
+@pytest.mark.parametrize("arch,rows,dependent", ((80, 197, False), (90, 197, True), (90, 2**20, False)))
+@pytest.mark.parametrize("stack", ("prepared_blocks", "fp8_blocks"))
+def test_stacks_of_short_kernels_are_launched_early(stack, arch, rows, dependent):
+    """All kernels of a stack or none: one that does not wait would let the next one overtake it."""
+    module = {"prepared_blocks": prepared_blocks, "fp8_blocks": fp8_blocks_kernels}[stack]
+    weights = {"prepared_blocks": prepared_weights, "fp8_blocks": fp8_weights}[stack](2, 768, 3072)
+    with recording(arch) as launches:
+        getattr(module, stack)(meta(rows // 197, 197, 768), weights, 12, 0.125, "gelu", 1e-6, 1e-5)
+    assert len(launches) == {"prepared_blocks": 11, "fp8_blocks": 14}[stack]
+    assert [launch.DEPENDENT for launch in launches] == [dependent] * len(launches)
+    assert [launch.arguments.get("launch_pdl", False) for launch in launches] == [dependent] * len(launches)
+
+
 EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
@@ -752,6 +777,9 @@ EMPTY = {
     "linear_moments": lambda: linear.linear_moments(meta(8, 0, 768), meta(768, 768), None, meta(8, 0, 768))[1].values,
     "prepared_blocks": lambda: prepared_blocks.prepared_blocks(
         meta(0, 197, 768), prepared_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-6
+    ),
+    "fp8_blocks": lambda: fp8_blocks_kernels.fp8_blocks(
+        meta(0, 197, 768), fp8_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-6
     ),
     "patch_embed": lambda: patch_embed.patch_embed(
         meta(0, 3, 224, 224), meta(768, 3, 16, 16), None, None, None, (16, 16)

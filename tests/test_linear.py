@@ -153,7 +153,7 @@ def test_shipped_configs(kernels, monkeypatch, dtype, arch):
 @pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
 def test_every_shape_has_a_config_that_fits(arch):
     limit = 227 * 1024 if arch in (90, 100) else 99 * 1024
-    types = ((torch.float16, False), (torch.float32, False), (torch.float32, True))
+    types = ((torch.float16, False), (torch.float32, False), (torch.float32, True), (torch.float8_e4m3fn, False))
     flags = (False, True)
     for rows, out_features, swiglu, (dtype, tf32), out_dtype, scattered in itertools.product(
         (1, 197, 50432, 10**7), (1, 768, 4304), flags, types, DTYPES, flags

@@ -22,6 +22,7 @@ BASE = dict(batch=8, side=224, patch=16, width=768, heads=12, hidden=3072)
 FEW = BASE | dict(batch=1)  # few tiles: sums over K are shared
 LARGE = 2**31 + 2**20
 FREE_MEMORY = 24 * 2**30
+NO_FLOAT8 = "the GPU has no float8"
 TOO_SMALL = "the GPU has less than 24 GiB of free memory"
 
 
@@ -69,17 +70,25 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
             lambda x, *weights: ops.prepared_blocks(x, [*weights, *weights], heads, scale, "gelu", 1e-6, 1e-6),
             (x, *weights),
         )
+        quantised = reference.fp8_block(*first, *second, "gelu")
+        found["fp8_blocks"] = (
+            lambda x, *weights: ops.fp8_blocks(x, [*weights, *weights], heads, scale, "gelu", 1e-6, 1e-6),
+            (x, *quantised),
+        )
     return found
 
 
 NAMES = list(_tensors(torch.bfloat16, "cpu", **SMALL))
-CASES = [(name, dtype) for dtype in DTYPES for name in NAMES if (name, dtype) != ("prepared_blocks", "float32")]
+STACKS = ("prepared_blocks", "fp8_blocks")
+CASES = [(name, dtype) for dtype in DTYPES for name in NAMES if name not in STACKS or dtype != "float32"]
 each = pytest.mark.parametrize("name,dtype", CASES)
 sizes = pytest.mark.parametrize("size", (BASE, FEW), ids=("batch 8", "batch 1"))
 
 
 def problem(name, dtype, device, size):
     """(function, tensors) that runs the Triton kernels."""
+    if name == "fp8_blocks" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip(NO_FLOAT8)
     function, tensors = _tensors(DTYPES[dtype], device, **size)[name]
 
     def call(*tensors):
@@ -102,9 +111,10 @@ def results(device):
     return found
 
 
-def agree(actual, expected):
+def agree(actual, expected, name=""):
     """Sums in another order: a number may be rounded to its neighbour, of which the next product sums many."""
-    allowed = {torch.float32: 256}.get(actual.dtype, 2) * torch.finfo(actual.dtype).eps * expected.abs().max()
+    steps = {torch.float32: 256}.get(actual.dtype, 2) * torch.finfo(actual.dtype).eps
+    allowed = (2**-4 if name == "fp8_blocks" else steps) * expected.abs().max()
     assert actual.shape == expected.shape and actual.isfinite().all()
     assert (actual.double() - expected.double()).abs().max() <= allowed
 
@@ -116,7 +126,7 @@ def test_the_interpreters_results_are_those_of_torch():
         with vit_fast.backend("torch"):
             expected = function(*tensors)
         assert actual.dtype == expected.dtype and expected.std() > 0.05
-        agree(actual / 4, expected / 4)
+        agree(actual / 4, expected / 4, name)
 
 
 def test_the_interpreters_side_is_written(tmp_path):
@@ -139,7 +149,7 @@ def interpreted(folder):
 def test_gpu_agrees_with_the_interpreter(tmp_path):
     expected = interpreted(tmp_path)
     for case, actual in results("cuda").items():
-        agree(actual, expected[case])
+        agree(actual, expected[case], case[0])
 
 
 @pytest.mark.gpu
@@ -196,7 +206,7 @@ def test_gpu_graphs_replay_the_same_bits(name, dtype, size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name,dtype", [case for case in CASES if case[0] != "prepared_blocks"])
+@pytest.mark.parametrize("name,dtype", [case for case in CASES if case[0] not in STACKS])
 def test_gpu_the_bits_of_an_image_do_not_depend_on_its_batch_mates(name, dtype):
     call, tensors = problem(name, dtype, "cuda", BASE | dict(batch=64))
     whole = call(*tensors)

@@ -45,11 +45,11 @@ def images(batch=2, dtype=torch.bfloat16):
     return torch.randn(batch, 3, 32, 32).to(dtype)
 
 
-def used(model, x):
+def used(model, x, operation="prepared_blocks"):
     """Whether prepared weights serve the call."""
     with vit_fast.backends.recording() as choices:
         model(x)
-    return "prepared_blocks" in [op for op, *_ in choices]
+    return operation in [op for op, *_ in choices]
 
 
 def logits(output):
@@ -81,6 +81,101 @@ def test_variants_are_within_the_budget_of_a_model(variant, dtype):
 def test_families_are_within_the_budget_of_a_model(name):
     model = moved(vit_fast.create_model(name))
     check(model, torch.randn(2, 3, 224, 224).bfloat16())
+
+
+def relative(actual, golden):
+    return ((actual.double() - golden).norm() / golden.norm()).item()
+
+
+def with_row_scales(model, x):
+    """Logits in float64, where every projection of a block rounds the rows of its weight and of its input to e4m3, each
+    by a scale of its own that is taken from the row."""
+
+    def rounded(rows):
+        scale = 448 / rows.abs().amax(-1, keepdim=True)
+        return (rows * scale).float().to(torch.float8_e4m3fn).double() / scale
+
+    model = copy.deepcopy(model).double()
+    blocks = [module for module in model.modules() if hasattr(module, "params")]
+    projections = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    for layer in projections:
+        layer.weight.data = rounded(layer.weight.data)
+        layer.register_forward_pre_hook(lambda layer, inputs: (rounded(inputs[0]),))
+    assert len(projections) == 4 * len(blocks)
+    return logits(model(x.double()))
+
+
+def check_fp8(models, x):
+    """Scales that are bounds cost no more than scales taken from the data: errors of logits over some models, whose
+    weights are rounded but once."""
+    errors = []
+    for model in models:
+        golden_model = copy.deepcopy(model).double()
+        with torch.inference_mode():
+            golden, eager, row_scales = logits(golden_model(x.double())), logits(model(x)), with_row_scales(model, x)
+            assert vit_fast.prepare(model, precision="fp8") is model
+            assert used(model, x, "fp8_blocks") and not used(model, x)
+            errors.append([relative(output, golden) for output in (logits(model(x)), row_scales, eager)])
+    fp8, row_scales, eager = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert 0.9 * eager < fp8 < 1.25 * (row_scales**2 + eager**2) ** 0.5 < 0.2
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_in_float8(variant, dtype):
+    check_fp8((small(dtype, **VARIANTS[variant]) for _ in range(6)), images(16, dtype))
+
+
+@pytest.mark.parametrize("name", ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "ViT-B_16", "vit_tiny_patch16_224"))
+def test_families_in_float8(name):
+    check_fp8((moved(vit_fast.create_model(name)) for _ in range(2)), torch.randn(2, 3, 224, 224).bfloat16())
+
+
+def test_refresh_keeps_the_precision(caplog):
+    model, x = small(), images()
+    vit_fast.prepare(model, precision="fp8")
+    with torch.no_grad():
+        before = model(x)
+        vit_fast.refresh(model)
+        assert torch.equal(model(x), before)
+        model.blocks[2].mlp.fc2.weight.mul_(2)
+        with caplog.at_level(logging.WARNING, "vit_fast"):
+            assert not used(model, x, "fp8_blocks") and "prepared weights are dropped" in caplog.text
+        vit_fast.refresh(model)
+        assert used(model, x, "fp8_blocks") and not torch.equal(model(x), before)
+        vit_fast.prepare(model)
+        assert used(model, x) and not used(model, x, "fp8_blocks")
+        vit_fast.refresh(model)
+        assert used(model, x)
+        other = copy.deepcopy(model)
+        vit_fast.refresh(other)
+        assert used(other, x)
+
+
+def test_bad_precision_and_capability(monkeypatch):
+    for precision in ("fp16", "FP8", torch.float8_e4m3fn, 8):
+        with pytest.raises(ValueError) as raised:
+            vit_fast.prepare(small(), precision=precision)
+        assert str(raised.value) == f"vit_fast.prepare: precision is {precision!r}, expected None or 'fp8'"
+
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    model = small()
+    for block in model.blocks:
+        for module in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(OnCuda), requires_grad=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(vit_fast.UnsupportedError) as raised:
+        vit_fast.prepare(model, precision="fp8")
+    assert str(raised.value).endswith("blocks: float8 needs capability 8.9, cuda:0 has 8.6")
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def test_interpreted_kernels_in_float8(dtype):
+    with vit_fast.backend("triton"):
+        check_fp8([small(dtype, init_values=0.5) for _ in range(2)], images(4, dtype))
 
 
 @pytest.mark.interp

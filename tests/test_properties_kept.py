@@ -6,13 +6,17 @@ from pathlib import Path
 import properties
 import pytest
 from test_properties_attention import AttentionCase
+from test_properties_fp8_blocks import Fp8BlocksCase
 from test_properties_layer_norm import LayerNormCase
 from test_properties_layernorm_mlp import LayerNormMlpCase
 from test_properties_linear import FoldedCase, LinearCase
 from test_properties_patch_embed import PatchEmbedCase
 from test_properties_prepared_blocks import PreparedBlocksCase
 
-CASES = (AttentionCase, FoldedCase, LayerNormCase, LayerNormMlpCase, LinearCase, PatchEmbedCase, PreparedBlocksCase)
+CASES = (
+    AttentionCase, FoldedCase, Fp8BlocksCase, LayerNormCase, LayerNormMlpCase, LinearCase, PatchEmbedCase,
+    PreparedBlocksCase,
+)  # fmt: skip
 LINES = Path(__file__).with_name("kept_cases.txt").read_text().splitlines()
 TEXTS = [line for line in LINES if line and not line.startswith("#")]
 if given := os.environ.get("VIT_FAST_CASE"):

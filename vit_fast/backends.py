@@ -22,9 +22,12 @@ from .kernels.arguments import UnsupportedError
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 OPERATIONS = (
     "patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp",
-    "prepared_blocks",
+    "prepared_blocks", "fp8_blocks",
 )  # fmt: skip
 WORDS = ("auto", *BACKENDS)
+_MODULES = (
+    "patch_embed", "attention", "layer_norm", "linear", "layernorm_mlp", "prepared_blocks", "fp8_blocks"
+)  # fmt: skip
 
 _logger = logging.getLogger("vit_fast")
 _ENVIRONMENT = os.environ.get("VIT_FAST_BACKEND", "auto")
@@ -90,7 +93,7 @@ def _triton_reasons():
             _triton_failure = ("triton is not installed",)
         else:
             try:
-                for name in ("patch_embed", "attention", "layer_norm", "linear", "layernorm_mlp", "prepared_blocks"):
+                for name in _MODULES:
                     _kernels[name] = importlib.import_module(f".kernels.{name}", __package__)
                 _triton_failure = ()
             except Exception as error:

@@ -7,7 +7,7 @@ and a FLOP formula, and record the backend, so that forward and backward may run
 ``vit_fast::<op>_bwd`` is the closed formula of ``kernels.reference``; differentiating it once more raises.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
-``prepared_blocks`` has no gradient: ``vit_fast.prepare`` calls it in inference only.
+``prepared_blocks`` and ``fp8_blocks`` have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
 import contextlib
@@ -476,30 +476,34 @@ def attention(
     return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, with_lse, name)[0]
 
 
-# prepared_blocks
-
-_library.define(
-    "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
-    "str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+# prepared_blocks, fp8_blocks
 
 
-def _run_prepared_blocks(x, weights, *arguments):
-    *arguments, _ = arguments
-    with _interpreter if x.device.type == "cpu" else contextlib.nullcontext():
-        return backends.kernel("prepared_blocks").prepared_blocks(x, weights, *arguments).contiguous()
+def _register_blocks(name, tensors_per_block):
+    """Registers ``vit_fast::<name>``, blocks on prepared weights; no gradient."""
+    _library.define(
+        f"{name}(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
+        "str backend) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def run(x, weights, *arguments):
+        *arguments, _ = arguments
+        with _interpreter if x.device.type == "cpu" else contextlib.nullcontext():
+            return getattr(backends.kernel(name), name)(x, weights, *arguments).contiguous()
+
+    def flops(x, weights, *_, **__):
+        batch, tokens, width = x
+        matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
+        return matrices + len(weights) // tensors_per_block * 4 * batch * tokens * tokens * width
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vit_fast::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
+    register_flop_formula(getattr(torch.ops.vit_fast, name))(flops)
 
 
-def _prepared_blocks_flops(x, weights, *_, **__):
-    batch, tokens, width = x
-    matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
-    return matrices + len(weights) // reference.TENSORS_PER_BLOCK * 4 * batch * tokens * tokens * width
-
-
-_library.impl("prepared_blocks", _run_prepared_blocks, "CompositeExplicitAutograd")
-torch.library.register_fake("vit_fast::prepared_blocks", lambda x, *_: x.new_empty(x.shape), lib=_library)
-register_flop_formula(torch.ops.vit_fast.prepared_blocks)(_prepared_blocks_flops)
+_register_blocks("prepared_blocks", reference.TENSORS_PER_BLOCK)
+_register_blocks("fp8_blocks", reference.TENSORS_PER_FP8_BLOCK)
 
 
 def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
@@ -525,6 +529,30 @@ def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, e
     if name == "torch":
         return reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
     return torch.ops.vit_fast.prepared_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, name)
+
+
+def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
+    """x through a stack of pre-norm transformer blocks in float8 e4m3 (``vit_fast.prepare``); inference only.
+
+    Args:
+        x: [B, N, C], float16 or bfloat16.
+        weights: the tensors of ``reference.fp8_block`` of each block, one block after the other.
+        num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``, that of the weights.
+        eps1, eps2: of the LayerNorm before qkv and before fc1.
+    Returns:
+        [B, N, C] in the dtype of x.
+    Raises:
+        ValueError: x does not fit the weights.
+        UnsupportedError: a forced backend cannot.
+    Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
+    """
+    arguments.check_fp8_blocks(x, weights)
+    name = backends.select(
+        "fp8_blocks", x.device, lambda: backends.kernel("fp8_blocks").not_supported_reasons(x, weights, num_heads)
+    )
+    if name == "torch":
+        return reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+    return torch.ops.vit_fast.fp8_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, name)
 
 
 # patch_embed

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import test_attention
 import test_errors
+import test_fp8_blocks
 import test_large_offsets
 import test_layer_norm
 import test_layernorm_mlp
@@ -28,6 +29,7 @@ from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
 from vit_fast.kernels import configs as configs_module
+from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels import layer_norm as layer_norm_kernels
 from vit_fast.kernels import layernorm_mlp as layernorm_mlp_kernels
 from vit_fast.kernels import linear as linear_kernels
@@ -127,6 +129,8 @@ def _right_arguments():
     for dtype in DTYPES:
         weights = [weight.to(dtype) for weight in test_errors.GOOD["prepared_blocks"]["weights"]]
         yield "prepared_blocks", dict(x=ones(1, 2, 4).to(dtype).transpose(0, 1), weights=weights)
+    for dtype in (FLOAT16, BFLOAT16):
+        yield "fp8_blocks", dict(x=ones(1, 2, 4).to(dtype).transpose(0, 1))
     oblong = dict(images=ones(2, 3, 8, 12), weight=ones(8, 3, 4, 6))
     for changes in (
         oblong | dict(stride=[2, 6], pos_embed=ones(1, 6, 8)), oblong | dict(stride=(4, 3), pos_embed=ones(1, 6, 8)),
@@ -169,6 +173,36 @@ def layer_norm():
     module.test_nothing_to_do(kernels, (2, 0, 48))
     _device_reasons(kernels)
     _row_moments(kernels, module)
+    for shape in ((3, 7, 48), (1, 2, 16385)):
+        test_fp8_blocks.test_layer_norm_rounds_once(shape, BFLOAT16)
+    _dependent_launches(kernels)
+
+
+def _dependent_launches(kernels):
+    """Who is launched early, and what it then does first; the interpreter knows none of it."""
+    done = []
+    with mock.patch.multiple(
+        kernels, gdc_launch_dependents=lambda: done.append("let go"), gdc_wait=lambda: done.append("wait")
+    ):
+        kernels.wait_for_previous.fn(False)
+        assert not done
+        kernels.wait_for_previous.fn(True)
+    assert done == ["let go", "wait"]
+    assert kernels.launch_options(False, 8, num_stages=3) == dict(DEPENDENT=False, num_warps=8, num_stages=3)
+    assert kernels.launch_options(True, 4) == dict(DEPENDENT=True, num_warps=4, launch_pdl=True)
+    recorder, x, loop = Recorder(), torch.randn(5, 64), LayerNormConfig(1, 32, 8)
+    with mock.patch.multiple(
+        kernels, _layer_norm_fwd_kernel=recorder, _layer_norm_wide_fwd_kernel=recorder, _row_moments_kernel=recorder
+    ):
+        for config in (None, loop):
+            kernels.layer_norm(x, None, None, 1e-6, None, config)
+            kernels.layer_norm(x, None, None, 1e-6, None, config, dependent=True)
+            kernels.layer_norm_fwd(x, None, None, 1e-6, None, config)
+        kernels.row_moments(x)
+        kernels.row_moments(x, dependent=True)
+    found = [launch.DEPENDENT for launch in recorder.launches]
+    assert found == [False, True, False] * 2 + [False, True]
+    assert {launch.num_warps for launch in recorder.launches[3:6]} == {8}
 
 
 def _row_moments(kernels, module):
@@ -299,6 +333,48 @@ def linear():
         module.test_mixed_dtypes(kernels, *mixed)
     module.test_a_float64_residual(kernels, BFLOAT16)
     module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
+    _fp8_linear(kernels, module)
+
+
+def _fp8_linear(kernels, module):
+    for activation in (None, "gelu", "swiglu"):
+        test_fp8_blocks.test_linear_is_within_the_budget(5, 24, 33, activation, BFLOAT16)
+        test_fp8_blocks.test_linear_rounds_once_to_e4m3(activation)
+    for splits in (1, 4):
+        test_fp8_blocks.test_linear_adds_the_residual_and_splits_its_sums(splits, FLOAT16)
+    recorder, picked, cut_by = Recorder(), [], []
+
+    def pick(*args):
+        picked.append(args)
+        return LinearConfig(32, 32, 16, 8, 4, 2, True)
+
+    def split(config, *args):
+        cut_by.append(args)
+        return replace(config, splits=2)
+
+    x, weight, scale, bias, out_scale = test_fp8_blocks.parts_of_linear(33, 48, 64, None)
+    room = torch.zeros(9, dtype=torch.int32)
+    with (
+        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.multiple(
+            configs_module, pick_linear_config=pick, split_linear_config=split, multiprocessors_of=lambda device: 7
+        ),
+    ):
+        kernels.fp8_linear(x, weight, scale, bias, out_scale=out_scale, out_dtype=BFLOAT16)
+        kernels.fp8_linear(x, weight, scale, None, residual=torch.zeros(33, 48), arrivals=room, dependent=True)
+        kernels.linear(x.half(), weight.half(), None)
+        x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
+        for dependent in (False, True):
+            out, moments = kernels.linear_moments(x, weight, bias, residual, dependent=dependent)
+            kernels.folded_linear(out, moments, 1e-6, weight, bias, bias, dependent=dependent)
+    E4M3 = torch.float8_e4m3fn
+    assert [args[3:5] for args in picked[:3]] == [(E4M3, BFLOAT16), (E4M3, FLOAT32), (FLOAT16, FLOAT16)]
+    assert cut_by[0] == (33, 48, 64, 7) and len(cut_by) == 3
+    assert [launch.SPLITS for launch in recorder.launches[:3]] == [1, 2, 1]
+    assert [launch.DEPENDENT for launch in recorder.launches] == [False, True, *[False] * 3, True, True]
+    first, second, plain, *_ = recorder.launches
+    assert not first.EXACT and [str(n.ACC) for n in (first, second)] == ["fp32"] * 2
+    assert first.args[6] is not None and plain.args[6] is None and second.args[12] is room
 
 
 def cut(x, part):
@@ -335,7 +411,7 @@ def _linear_moments(kernels, module, tiny, tma):
             config=module.SPLIT,
         ),
     )
-    assert {launch.args[place].device.type for place in (0, 4, 10, 11)} == {"cuda"}
+    assert {launch.args[place].device.type for place in (0, 4, 11, 12)} == {"cuda"}
 
 
 def _folded_linear(kernels, module, tiny, tma):
@@ -356,7 +432,7 @@ def _folded_linear(kernels, module, tiny, tma):
         for width in (3, 7, 16, 50, 100):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
-    found = [(launch.PART, launch.PARTS, launch.args[18]) for launch in recorder.launches]
+    found = [(launch.PART, launch.PARTS, launch.args[19]) for launch in recorder.launches]
     assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, 0.0)]
     assert recorder.launches[-1].args[3] is None and recorder.launches[-1].args[5] is None
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
@@ -404,8 +480,8 @@ def _split_linear(kernels, module):
         for tiles in (module.SPLIT, module.POINTERS):
             kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=tiles)
     assert cut_by == [(80, 96, 64, 7)] and [launch.SPLITS for launch in recorder.launches] == [2, 3, 1]
-    assert recorder.launches[0].args[10].dtype == FLOAT32
-    assert recorder.launches[1].args[11] is room and recorder.launches[2].args[11] is None
+    assert recorder.launches[0].args[11].dtype == FLOAT32
+    assert recorder.launches[1].args[12] is room and recorder.launches[2].args[12] is None
     module.test_split_integers_come_out_exactly(kernels)
     module.test_swiglu_has_no_split_sums(kernels)
     with last_programs_alone():
@@ -556,6 +632,7 @@ def attention():
     module.test_key_chunks_cover_the_keys(kernels)
     module.test_head_parts_pad_to_the_next_16_only(kernels)
     _attention_launches(kernels, module)
+    _attention_in_float8(kernels, module)
     for tiles in (resident, streaming):
         for dtype in (FLOAT16, BFLOAT16, FLOAT64):
             module.check(kernels, module.random_qkv(1, 19, 2, 24, dtype), 2, 0.2, config=tiles)
@@ -590,13 +667,13 @@ def _far_attention(kernels, tiles):
     """Offsets beyond 2³¹ that are products of small numbers, on every axis of q, k, v and out."""
     small = torch.randn(3, 3, 5, 48).half()
     expected = torch.empty(3, 5, 48, dtype=FLOAT16)
-    kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles)
+    kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles, False)
     memory = reserved(48 * (2**27 + 2**24), dtype=FLOAT16)
     for strides in ((2**30 + 64, 196, 4), (1024, 2**29 + 64, 4), (4, 16, 2**27 + 2**24)):
         far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(4)]
         for tensor, values in zip(far, small):
             tensor.copy_(values)
-        kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles)
+        kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles, False)
         assert torch.equal(far[3], expected)
 
 
@@ -622,7 +699,7 @@ def _attention_launches(kernels, module):
                 kernels.attention(module.random_qkv(2, 61, 3, 16, BFLOAT16), 3, -0.5)
                 kernels.attention_fwd(module.random_qkv(1, 60, 2, 24, FLOAT32), 2, 0.5)
     assert picked == [
-        (61, 61, 16, BFLOAT16, t, 90) if n else (60, 60, 24, FLOAT32, t, 90) for t in (False, True) for n in (1, 0)
+        (*shape, tf32, 90, False) for tf32 in (False, True) for shape in ((61, 61, 16, BFLOAT16), (60, 60, 24, FLOAT32))
     ]
     for launch, precision in zip(streaming.launches, ("ieee", "tf32"), strict=True):
         assert launch.grid == (12,) and launch.PRECISION == precision and launch.args[1] is None
@@ -668,6 +745,31 @@ def _attention_launches(kernels, module):
         "_attention_fwd_streaming_kernel",
         lambda: kernels.attention(torch.empty(1, 5, 48, device="cuda"), 1, 1.0),
     )
+
+
+def _attention_in_float8(kernels, module):
+    for tokens, head_size in ((17, 16), (300, 32)):
+        test_fp8_blocks.test_attention_rounds_its_mean_of_values(tokens, head_size, BFLOAT16)
+    recorder, picked = Recorder(), []
+
+    def pick(*args):
+        picked.append(args)
+        return module.config(16, 0)
+
+    qkv = module.random_qkv(2, 33, 3, 16, BFLOAT16)
+    with (
+        mock.patch.object(kernels, "_attention_fwd_resident_kernel", recorder),
+        mock.patch.object(configs_module, "pick_attention_config", pick),
+        mock.patch.object(kernels, "_MAX_PROGRAMS", 9),
+    ):
+        for out_dtype in (None, torch.float8_e4m3fn):
+            for dependent in (False, True):
+                kernels.attention(qkv, 3, 0.5, out_dtype=out_dtype, dependent=dependent)
+        kernels.attention_fwd(qkv, 3, 0.5)
+    assert [args[-1] for args in picked] == [False, False, True, True, False]
+    found = [(str(launch.OUT), launch.DEPENDENT) for launch in recorder.launches[::2]]
+    assert found == [("bf16", False), ("bf16", True), ("fp8e4nv", False), ("fp8e4nv", True), ("bf16", False)]
+    assert recorder.launches[1].DEPENDENT is False and recorder.launches[3].DEPENDENT is True
 
 
 def _attention_shares(kernels, module):
@@ -833,6 +935,9 @@ def configs():
                 tiles = module.pick_attention_config(many, many, head_size, dtype, tf32, arch)
                 assert not tiles.tma or arch in (90, 100)
                 picked += [tiles.block_m, tiles.block_n or 16, tiles.num_warps]
+                for_fp8 = module.pick_attention_config(many, many, head_size, dtype, tf32, arch, True)
+                large = tiles == module.AttentionConfig(128, 64, 8, 2, True)
+                assert for_fp8 == (module.AttentionConfig(64, 64, 4, 2, True) if large else tiles)
             for swiglu, scattered in itertools.product((False, True), (False, True)):
                 for out_dtype in (FLOAT16, FLOAT32):
                     tiles = module.pick_linear_config(many, 768, swiglu, dtype, out_dtype, tf32, scattered, arch)
@@ -842,6 +947,9 @@ def configs():
             assert tiles.block_k == module.pick_patch_embed_config(1, 768, dtype, "tf32" if tf32 else "ieee").block_k
             stage = (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize * tiles.num_stages
             assert dtype == FLOAT64 or stage <= 99 * 1024
+    test_fp8_blocks.test_tiles_of_float8()
+    for arch, rows, early in ((89, 1, False), (90, 8192, True), (90, 8193, False), (100, 1, True)):
+        assert module.dependent_launch(rows, arch) is early
     test_layer_norm.test_every_width_has_a_config()
     for sizes in test_linear.FEW_TILES:
         test_linear.test_few_tiles_split_their_sums(*sizes)
@@ -855,6 +963,70 @@ def configs():
         assert (module.multiprocessors_of(cuda), module.multiprocessors_of(cpu)) == (132, 1)
     assert module.AttentionConfig(16, 16, 4, 2).tma is False
     assert module.LinearConfig(16, 16, 16, 1, 4, 2, False).splits == 1
+
+
+def _stack_launches(kernels, name, functions, arguments, launches):
+    """Every kernel of a stack of two blocks is launched early, or none; every split sum counts in zeros of its own."""
+    asked, early, rooms = [], [], []
+
+    def spy_on(shipped):
+        def spy(*args, dependent, **options):
+            early.append(dependent)
+            rooms.extend(room.clone() for key, room in options.items() if key == "arrivals")
+            places.extend(room.data_ptr() for key, room in options.items() if key == "arrivals")
+            return shipped(*args, **options)
+
+        return spy
+
+    def dependent_launch(rows, arch):
+        asked.append((rows, arch))
+        return len(asked) == 2
+
+    for _ in range(2):
+        places = []
+        with (
+            mock.patch.multiple(kernels, **{word: spy_on(getattr(kernels, word)) for word in functions}),
+            mock.patch.object(attention_kernels, "attention", spy_on(attention_kernels.attention)),
+            mock.patch.object(layer_norm_kernels, "layer_norm", spy_on(layer_norm_kernels.layer_norm)),
+            mock.patch.object(layer_norm_kernels, "row_moments", spy_on(layer_norm_kernels.row_moments)),
+            mock.patch.multiple(configs_module, dependent_launch=dependent_launch, arch_of=lambda device: 80),
+        ):
+            getattr(kernels, name)(*arguments)
+        assert len(set(places)) == 4
+    batch, tokens, _ = arguments[0].shape
+    assert asked == [(batch * tokens, 80)] * 2
+    assert early == [False] * launches + [True] * launches
+    for room in rooms:
+        assert room.dtype == torch.int32 and room.shape == (256,) and not room.any()
+
+
+def fp8_blocks():
+    """Each of fourteen tensors and each word has a part in the result."""
+    kernels, module = fp8_blocks_kernels, test_fp8_blocks
+    for case in (((2, 17, 48), 96, "gelu", "tail"), ((3, 5, 32), 80, "swiglu", "swapped")):
+        module.test_kernels_err_as_the_formula_does(*case, BFLOAT16)
+    torch.manual_seed(0)
+    x, activation = torch.randn(2, 5, 32).half(), "relu"
+    weights = module.quantised([module.block(32, 40, activation) for _ in range(2)], activation)
+    words = (2, 0.3, activation, 0.5, 2.0)
+    out, golden = kernels.fp8_blocks(x, weights, *words), module.unrounded(x, weights, *words)
+    formula = reference.fp8_blocks(x, weights, *words)
+    module.assert_errs_as(out, formula, golden)
+    assert torch.equal(kernels.fp8_blocks(x, [], *words), x)
+    with pytest.MonkeyPatch.context() as patch:
+        module.test_seven_launches_a_block(patch)
+    _stack_launches(kernels, "fp8_blocks", ("fp8_linear",), (x, weights, *words), 14)
+    with pytest.MonkeyPatch.context() as patch:
+        module.test_capability_is_a_reason(patch)
+    wide, weight = torch.zeros(1, 2, 65537, device="meta"), torch.zeros(3 * 514, 514)
+    assert kernels.not_supported_reasons(wide.half(), [None, torch.zeros(48, 16)], 1) == ["width 65537 is above 65536"]
+    assert kernels.not_supported_reasons(x, [None, weight], 1) == ["head size 514 is above 256"]
+    assert kernels.not_supported_reasons(x, weights, 2) == []
+    with mock.patch.multiple(layer_norm_kernels, INTERPRETED=False):
+        assert len(kernels.not_supported_reasons(x, weights, 2)) == 1
+        with mock.patch.multiple(attention_kernels, _INTERPRETED=False):
+            both = kernels.not_supported_reasons(x, weights, 2)
+            assert len(both) == len(set(both)) == 2
 
 
 def prepared_blocks():
@@ -872,17 +1044,7 @@ def prepared_blocks():
     assert torch.equal(kernels.prepared_blocks(x, [], *words), x)
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
-    used, shipped = [], linear_kernels.linear_moments
-
-    def spy(*args, arrivals):
-        used.append(arrivals)
-        return shipped(*args, arrivals=arrivals)
-
-    with mock.patch.object(kernels, "linear_moments", spy):
-        kernels.prepared_blocks(x, weights, *words)
-    assert len({room.data_ptr() for room in used}) == 4
-    for room in used:
-        assert room.dtype == torch.int32 and room.shape == (256,) and not room.any()
+    _stack_launches(kernels, "prepared_blocks", ("linear_moments", "folded_linear"), (x, weights, *words), 11)
     wide = torch.zeros(2, 3, 16385, device="meta")
     weight = torch.zeros(48, 514, dtype=FLOAT16)
     assert kernels.not_supported_reasons(wide, [weight], 1) == ["width 16385 is above 16384"]

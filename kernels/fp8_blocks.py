@@ -1,0 +1,60 @@
+"""A stack of pre-norm transformer blocks whose matrix products are taken in float8 e4m3, for inference.
+
+    x = x + proj(attention(qkv(LN1(x))))
+    x = x + fc2(act(fc1(LN2(x))))
+
+x [B, N, C] with any strides, out [B, N, C] contiguous, float16 or bfloat16. The weights are those of
+``reference.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
+product reads is rounded to e4m3 by the kernel that makes it, with scales that come from the weights alone (bounds that
+no input exceeds), so that nothing saturates, nothing is calibrated, and no image's scale depends on its batch mates.
+
+    launch                                          reads, writes (bytes, rows = B·N, weights aside)
+    LN1, rounded                                    rows·2C, rows·C
+    qkv: GEMM                                       rows·C, rows·6C
+    attention in 16 bits, rounded                   rows·6C, rows·C
+    proj: GEMM + residual                           rows·3C, rows·2C
+    LN2, rounded                                    rows·2C, rows·C
+    fc1: GEMM, activation, rounded                  rows·C, rows·F
+    fc2: GEMM + residual                            rows·(F + 2C), rows·2C
+
+LayerNorm is not folded into the products here (as ``prepared_blocks`` does): x would be rounded before its mean is
+gone. Every product errs by about 2^-5 of its spread, ten times as much as in bfloat16; attention and the residual stay
+as they are. Limits: those of the parts; capability 8.9 and later; no dropout, no drop path.
+Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433); the bounds are ours.
+"""
+
+import torch
+
+from . import attention as attn
+from . import configs
+from . import layer_norm as ln
+from .linear import fp8_linear
+from .reference import E4M3, TENSORS_PER_FP8_BLOCK
+
+_ARRIVALS = 256  # tiles; sums over K are split where there are no more of them than multiprocessors
+
+
+def not_supported_reasons(x, weights, num_heads):
+    packed = x.new_empty(0, 0, weights[1].shape[0])
+    reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(packed, num_heads)
+    if not ln.INTERPRETED and x.device.type == "cuda" and configs.arch_of(x.device) < 89:
+        reasons.append(f"float8 needs capability 8.9, the device has {configs.arch_of(x.device) / 10}")
+    return list(dict.fromkeys(reasons))
+
+
+def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+    """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
+    depth = len(weights) // TENSORS_PER_FP8_BLOCK
+    arrivals = torch.zeros(depth, 2, _ARRIVALS, dtype=torch.int32, device=x.device)
+    dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
+    for i in range(depth):
+        norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]
+        qkv, proj, fc1, hidden_scale, fc2 = linears[:3], linears[3:6], linears[6:9], linears[9], linears[10:]
+        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, dependent=dependent)
+        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, dependent=dependent)
+        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, dependent=dependent)
+        x = fp8_linear(out, *proj, residual=x, arrivals=arrivals[i, 0], dependent=dependent)
+        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, dependent=dependent)
+        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, dependent=dependent)
+        x = fp8_linear(hidden, *fc2, residual=x, arrivals=arrivals[i, 1], dependent=dependent)
+    return x
