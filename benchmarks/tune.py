@@ -8,6 +8,9 @@ compile them ahead, in the order of the timing, into Triton's cache. A candidate
 against float64 (vit_fast.cli.parity); one that fails to launch, or is wrong, is written down with the reason. Times are
 medians of event-timed steps with a cold L2 cache, queued while the device pauses, so that the host's time to launch is
 not in them; the best, the rule's and the libraries' are taken again together.
+On sm_90 the linear problems have the configs of kernels/linear_hopper.py beside those of kernels/linear.py. A kernel
+whose partitions wait for each other can hang: they are checked and timed by a process of its own, which is ended when
+an answer is late; none of them is run after that, and the others go on.
 The most telling shapes come first and the file is written after each, so that the budget may end anywhere.
 Winners are put into kernels/configs.py by hand, with machine, date and commit.
 
@@ -41,6 +44,7 @@ from vit_fast.cli import machine, measure, parity
 OPERATIONS = ("linear", "attention", "patch_embed", "layer_norm")
 BATCHES = (256, 1, 64, 8)  # the most telling first
 COMPILE_SECONDS = 60
+START_SECONDS, RUN_SECONDS = 60, 20  # of the process for kernels that may hang: until it is ready, until it answers
 CHECKED_IMAGES = 8  # compared with float64: the first and the last of a batch, because float64 takes memory
 STEPS, FINAL_STEPS = 15, 40
 PAUSE = 600_000  # clock cycles, some 300 µs: longer than the host takes to queue a step
@@ -94,6 +98,7 @@ class Work(NamedTuple):
     tensors: tuple  # those with a row an image come first
     batched: int  # how many these are
     libraries: dict[str, Callable[[], torch.Tensor]]
+    hopper: Callable[..., torch.Tensor] | None = None  # of a config: the same by linear_hopper, where it can
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,17 @@ def _moments(x, filled):
     return values
 
 
+def _by_hopper(*arguments, **options):
+    """The call of ``linear_hopper``, which is imported where it is called."""
+
+    def call(config):
+        from vit_fast.kernels.linear_hopper import linear_hopper
+
+        return linear_hopper(*arguments, config=config, **options)[0]
+
+    return call
+
+
 def linear_work(problem, vit, new):
     from vit_fast.kernels import layer_norm, linear
 
@@ -172,7 +188,9 @@ def linear_work(problem, vit, new):
         def kernel():
             return linear.folded_linear(x, moments, 1e-6, weight, sums, wide_bias, activation)
 
-        return Work(kernel, eager, (x, weight, bias), 1, libraries | {"eager": lambda: eager(x, weight, bias)})
+        libraries["eager"] = lambda: eager(x, weight, bias)
+        hopper = _by_hopper(x, weight, wide_bias, activation, norm=(moments, 1e-6, sums))
+        return Work(kernel, eager, (x, weight, bias), 1, libraries, hopper)
     if ends:
         gamma, wide_bias = None if problem.name in PREPARED else new(features), bias.float()
 
@@ -186,7 +204,8 @@ def linear_work(problem, vit, new):
             return linear.linear(x, weight, bias, gamma=gamma, residual=residual)
 
         tensors = (x, residual, weight, bias)
-        return Work(kernel, eager, tensors, 2, libraries | {"eager": lambda: eager(*tensors)})
+        hopper = _by_hopper(x, weight, wide_bias, residual=residual, with_moments=True) if gamma is None else None
+        return Work(kernel, eager, tensors, 2, libraries | {"eager": lambda: eager(*tensors)}, hopper)
 
     def eager(x, weight, bias):
         out = F.linear(x, weight, bias)
@@ -197,7 +216,8 @@ def linear_work(problem, vit, new):
             bias, x.flatten(0, 1), weight.t(), use_gelu=True
         )
         libraries["eager"] = lambda: eager(x, weight, bias)
-    return Work(lambda: linear.linear(x, weight, bias, activation), eager, (x, weight, bias), 1, libraries)
+    hopper = _by_hopper(x, weight, bias, activation)
+    return Work(lambda: linear.linear(x, weight, bias, activation), eager, (x, weight, bias), 1, libraries, hopper)
 
 
 def attention_work(problem, vit, new):
@@ -388,11 +408,37 @@ def candidates(problem, pick, chip):
     return list(dict.fromkeys([pick, *(c for c in NEIGHBOURS[problem.operation](pick) if fits(problem, c, chip))]))
 
 
+def hopper_candidates(work, chip):
+    """Configs of ``linear_hopper``, on the one architecture that it has."""
+    if chip.arch != 90 or work.hopper is None:
+        return []
+    from vit_fast.kernels import linear_hopper
+
+    shipped = linear_hopper.LinearHopperConfig()
+    changes = ({}, dict(group_m=4), dict(group_m=16), dict(num_stages=6), dict(block_n=64, num_stages=6))
+    return [] if linear_hopper.INTERPRETED else [replace(shipped, **change) for change in changes]
+
+
+def may_hang(config):
+    return type(config).__name__ == "LinearHopperConfig"
+
+
+@contextlib.contextmanager
+def calling(problem, work, config):
+    """The call that runs a candidate."""
+    if may_hang(config):
+        yield functools.partial(work.hopper, config)
+    else:
+        with rule(problem.operation, lambda shipped: config):
+            yield work.kernel
+
+
 def plan(problem, chip):
     """The candidates of a problem on a chip that need not be there; the first is the rule's."""
     with pretending(chip):
         work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
-        return candidates(problem, picked(problem.operation, work.kernel), chip)
+        found = candidates(problem, picked(problem.operation, work.kernel), chip)
+        return found + hopper_candidates(work, chip)
 
 
 # Compiling ahead
@@ -433,8 +479,10 @@ def become_compiler(chip):
 def compile_ahead(problem, config, chip):
     """Compiles a candidate; None, or what went wrong."""
     try:
-        with pretending(chip), rule(problem.operation, lambda shipped: config):
-            WORKS[problem.operation](problem, VITS[problem.model], PLANNED).kernel()
+        with pretending(chip):
+            work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
+            with calling(problem, work, config) as call:
+                call()
     except Exception as error:
         return _words(error)
     return None
@@ -521,11 +569,109 @@ def _time(call, steps, device, timer):
     return 1e6 * statistics.median(timer(call, steps, device))
 
 
-def _time_candidates(problem, work, configs, compilers, timer, end, device, dtype):
+class Reference(NamedTuple):
+    """What a result is compared with: some images of it, by eager in the kernel's dtype and in float64."""
+
+    images: list[int]
+    eager: torch.Tensor
+    golden: torch.Tensor
+
+    @classmethod
+    def of(cls, work):
+        few, images = _few(work.tensors, work.batched)
+        return cls(images, work.eager(*few), work.eager(*(t if t is None else t.double() for t in few)))
+
+
+def check_and_time(problem, work, reference, config, steps, device, dtype, timer):
+    """(µs, None), or (None, why not)."""
+    with calling(problem, work, config) as call:
+        out = call()
+        measure.synchronize(device)
+        verdict = parity.compare(out[reference.images], reference.eager, reference.golden, dtype)
+        del out
+        if not verdict.passed:
+            return None, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+        return _time(call, steps, device, timer), None
+
+
+def _serve(connection, device, dtype):
+    """The process of ``Guarded``: answers (problem, config, steps) with (µs, why not) until nobody asks."""
+    make, known = Maker(device, dtype, filled=True), None
+    make(1)
+    connection.send("ready")
+    while True:
+        try:
+            problem, config, steps = connection.recv()
+        except EOFError:
+            return
+        try:
+            with torch.inference_mode():
+                if known is None or known[0] != problem:
+                    torch.manual_seed(0)
+                    work = WORKS[problem.operation](problem, VITS[problem.model], make)
+                    known = problem, work, Reference.of(work)
+                answer = check_and_time(*known, config, steps, device, dtype, step_times)
+        except Exception as error:
+            answer = None, _words(error)
+        connection.send(answer)
+
+
+class Guarded:
+    """A process that checks and times kernels that may hang; after one that did, none."""
+
+    def __init__(self, device, dtype, serve=_serve):
+        self.arguments, self.serve, self.process, self.hung = (device, dtype), serve, None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+    def _ask(self, question, seconds):
+        """The answer; None where there is none in time."""
+        if question is not None:
+            self.connection.send(question)
+        return self.connection.recv() if self.connection.poll(max(0.0, seconds)) else None
+
+    def time(self, problem, config, steps, seconds):
+        """(µs, why not)."""
+        if self.hung:
+            return None, self.hung
+        try:
+            if self.process is None:
+                spawn = multiprocessing.get_context("spawn")  # not fork: this process may hold a GPU
+                self.connection, theirs = spawn.Pipe()
+                self.process = spawn.Process(target=self.serve, args=(theirs, *self.arguments), daemon=True)
+                self.process.start()
+                theirs.close()
+                if self._ask(None, min(seconds, START_SECONDS)) is None:
+                    self.close()
+                    return None, NO_TIME if seconds < START_SECONDS else "the process of its own does not start"
+            answer = self._ask((problem, config, steps), min(seconds, RUN_SECONDS))
+        except (EOFError, OSError) as error:
+            answer = None, f"the process of its own ended: {_words(error)}"
+        if answer is None:
+            self.close()
+            if seconds < RUN_SECONDS:
+                return None, NO_TIME
+            self.hung = f"not run: {config} of {problem} did not end"
+            return None, f"did not end in {RUN_SECONDS} s"
+        if answer[0] is None:
+            self.close()  # its device may be lost
+        return answer
+
+
+def _time_candidates(problem, work, configs, compilers, timer, end, device, dtype, guarded):
     """({config: µs}, [(config, why not)])."""
-    few, images = _few(work.tensors, work.batched)
-    eager = work.eager(*few)
-    golden = work.eager(*(t if t is None else t.double() for t in few))
+    reference = Reference.of(work)
     times, failures = {}, []
     for config in configs:
         left = end - time.monotonic()
@@ -533,34 +679,40 @@ def _time_candidates(problem, work, configs, compilers, timer, end, device, dtyp
         if said in (NO_TIME, NOT_COMPILED):
             failures.append((config, said))
             continue  # whatever else a compiler said, the device will say it too
-        with rule(problem.operation, lambda shipped, config=config: config):
-            try:
-                out = work.kernel()
-                measure.synchronize(device)
-                verdict = parity.compare(out[images], eager, golden, dtype)
-                del out
-                if verdict.passed:
-                    times[config] = _time(work.kernel, STEPS, device, timer)
-                else:
-                    failures.append((config, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"))
-            except Exception as error:
-                failures.append((config, _words(error)))
-                measure.synchronize(device)  # raises where the device is lost
+        try:
+            if may_hang(config):
+                took, why = guarded.time(problem, config, STEPS, end - time.monotonic())
+            else:
+                took, why = check_and_time(problem, work, reference, config, STEPS, device, dtype, timer)
+        except Exception as error:
+            failures.append((config, _words(error)))
+            measure.synchronize(device)  # raises where the device is lost
+            continue
+        if took is None:
+            failures.append((config, why))
+        else:
+            times[config] = took
     return times, failures
 
 
-def tune(problem, chip, make, compilers, timer, end):
+def tune(problem, chip, make, compilers, timer, end, guarded=None):
     """The row of a problem: times of its candidates and of the libraries, where the rule's config stands."""
     torch.manual_seed(0)
     device, dtype = make.device, make.dtype
     work = WORKS[problem.operation](problem, VITS[problem.model], make)
     pick = picked(problem.operation, work.kernel)
-    configs_ = candidates(problem, pick, chip)
-    times, failures = _time_candidates(problem, work, configs_, compilers, timer, end, device, dtype)
+    configs_ = candidates(problem, pick, chip) + (hopper_candidates(work, chip) if guarded else [])
+    times, failures = _time_candidates(problem, work, configs_, compilers, timer, end, device, dtype, guarded)
     ranking = sorted(times, key=times.get)
     for config in ranking[:3] if pick not in times else dict.fromkeys([*ranking[:3], pick]):
-        with rule(problem.operation, lambda shipped, config=config: config):
-            times[config] = _time(work.kernel, FINAL_STEPS, device, timer)
+        if may_hang(config):
+            times[config], why = guarded.time(problem, config, FINAL_STEPS, RUN_SECONDS)
+            if why is not None:
+                del times[config]
+                failures.append((config, why))
+        else:
+            with calling(problem, work, config) as call:
+                times[config] = _time(call, FINAL_STEPS, device, timer)
     ranking = sorted(times, key=times.get)
     libraries = {}
     for name, call in work.libraries.items():
@@ -576,19 +728,25 @@ def tune(problem, chip, make, compilers, timer, end):
         "picked_us": own,
         "rank": ranking.index(pick) + 1 if own else None,
         "of": len(configs_),
-        "best": asdict(ranking[0]) if ranking else None,
+        "best": _words_of(ranking[0]) if ranking else None,
         "best_us": best,
         "loss": own / best - 1 if own else None,
         "libraries_us": libraries,
-        "ranking": [{"us": times[config], "config": asdict(config)} for config in ranking],
-        "failures": [{"config": c if isinstance(c, str) else asdict(c), "why": why} for c, why in failures],
+        "ranking": [{"us": times[config], "config": _words_of(config)} for config in ranking],
+        "failures": [{"config": c if isinstance(c, str) else _words_of(c), "why": why} for c, why in failures],
     }
+
+
+def _words_of(config):
+    return ({"kernel": "linear_hopper"} if may_hang(config) else {}) | asdict(config)
 
 
 def _difference(row):
     """What the best config has that the rule's has not."""
     if row["best"] is None:
         return "none ran"
+    if "kernel" in row["best"]:
+        return " ".join(f"{word}={value}" for word, value in row["best"].items())
     changed = [f"{word} {old}→{row['best'][word]}" for word, old in row["picked"].items() if row["best"][word] != old]
     return ", ".join(changed) or "the rule's"
 
@@ -625,7 +783,7 @@ def save(path, content):
     part.replace(path)
 
 
-def run(wanted, chip, make, compilers, timer, end, keep):
+def run(wanted, chip, make, compilers, timer, end, keep, guarded=None):
     """Tunes problem by problem while there is time; ``keep(rows, errors, problems not reached)`` after each."""
     rows, errors = [], []
     for done, problem in enumerate(wanted):
@@ -633,7 +791,7 @@ def run(wanted, chip, make, compilers, timer, end, keep):
             break
         try:
             with torch.inference_mode():
-                row = tune(problem, chip, make, compilers, timer, end)
+                row = tune(problem, chip, make, compilers, timer, end, guarded)
         except Exception as error:
             errors.append({"problem": str(problem), "why": _words(error)})
             print(f"{problem}: {errors[-1]['why']}", flush=True)
@@ -655,7 +813,7 @@ def compile_only(wanted, chip, compilers, end):
             said = NO_TIME if left <= 0 else compilers.result(problem, config, left)
             taken += said is None
             if said is not None:
-                refused.append({"problem": str(problem), "config": asdict(config), "why": said})
+                refused.append({"problem": str(problem), "config": _words_of(config), "why": said})
     return refused, taken
 
 
@@ -711,12 +869,12 @@ def main(
         content.update(rows=list(rows), errors=list(errors), not_reached=list(map(str, not_reached)))
         save(out, content)
 
-    with Compilers(jobs, chip) as compilers:
+    with Compilers(jobs, chip) as compilers, Guarded(device, make.dtype) as guarded:
         for problem in wanted:
             with contextlib.suppress(Exception):  # tuning it will say the same
                 compilers.submit(problem, plan(problem, chip))
         try:
-            run(wanted, chip, make, compilers, step_times, end, keep)
+            run(wanted, chip, make, compilers, step_times, end, keep, guarded)
         except Exception as error:  # the device is lost; what was timed stays
             content["lost"] = _words(error)
             save(out, content)

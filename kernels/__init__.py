@@ -2,14 +2,17 @@
 
 One file is one operation: head comment, device code, launch, public function.
 
-=================  ==========================================================
-``arguments``      what every backend demands of its arguments, and the errors
-``reference``      the same operations in plain PyTorch: truth and last fallback
-``configs``        launch configurations as data
-``layer_norm``     LayerNorm over the last axis
-``linear``         GEMM with fused epilogues: activation, LayerScale, residual
-``layernorm_mlp``  LayerNorm + MLP + residual
-``attention``      attention on packed or separate q, k, v
-``patch_embed``    patch embedding as an implicit GEMM
-=================  ==========================================================
+===================  ==========================================================
+``arguments``        what every backend demands of its arguments, and the errors
+``reference``        the same operations in plain PyTorch: truth and last fallback
+``configs``          launch configurations as data
+``layer_norm``       LayerNorm over the last axis
+``linear``           GEMM with fused epilogues: activation, LayerScale, residual
+``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune.py
+``layernorm_mlp``    LayerNorm + MLP + residual
+``attention``        attention on packed or separate q, k, v
+``patch_embed``      patch embedding as an implicit GEMM
+``prepared_blocks``  transformer blocks on folded weights
+``fp8_blocks``       transformer blocks in float8
+===================  ==========================================================
 """

@@ -1,0 +1,299 @@
+"""A Hopper multiprocessor in Python, as far as a warp-specialised GEMM can tell: mbarriers, TMA and wgmma at any pace.
+
+``functions(module)`` are the device functions of a Gluon kernel file as Python, over stand-ins for gl, mbarrier, tma
+and wgmma that act on the current ``Machine``. The partitions of a kernel are threads of which one runs at a time, up to
+its next wait, arrival, copy or product; a copy and a product take effect at any later moment up to where somebody waits
+for them. Which of all that goes on next is drawn at random, each at a pace of its own. Not modelled: layouts,
+registers, the threads of a warpgroup, memory ordering.
+
+A ``Fault`` is a wait that nobody ends, an arrival too many, a slot written while it is read or before it was read, read
+while it is written, and a result taken before its products are done.
+"""
+
+import functools
+import random
+import threading
+import types
+
+import numpy as np
+import triton
+
+
+class Fault(AssertionError):
+    pass
+
+
+class _Stopped(BaseException):
+    """Ends the threads of a machine that failed."""
+
+
+class Barrier:
+    """An mbarrier: a phase ends when its arrivals and the bytes that it expects are there."""
+
+    def __init__(self):
+        self.count = None
+
+    def init(self, count):
+        self.count = self.missing = count
+        self.bytes = self.phases = 0
+
+    def arrive(self, count=1):
+        if self.count is None:
+            raise Fault("a barrier that is not initialised")
+        if count > self.missing:
+            raise Fault("an arrival too many")
+        self.missing -= count
+        self._end()
+
+    def take(self, count):
+        self.bytes -= count
+        self._end()
+
+    def _end(self):
+        if self.missing == 0 and self.bytes == 0:
+            self.missing = self.count
+            self.phases += 1
+
+    def has_ended(self, parity):
+        """What a wait for the phase of this parity sees."""
+        return self.phases & 1 != parity
+
+
+class Slot:
+    def __init__(self):
+        self.data, self.copies, self.products, self.unread = None, 0, 0, False
+
+    def permute(self, order):
+        assert order == (1, 0)
+        return self
+
+
+class Ring:
+    """Shared memory: ``shape[0]`` slots or barriers."""
+
+    def __init__(self, kind, shape):
+        self.shape, self.parts = tuple(shape), [kind() for _ in range(shape[0])]
+
+    def index(self, i):
+        assert 0 <= i < len(self.parts)
+        return self.parts[i]
+
+
+class Matrix:
+    """A descriptor of a matrix in tiles of ``shape``; zeros beyond its edges."""
+
+    dtype, layout = "elements", None
+
+    def __init__(self, values, shape):
+        self.values, self.block_type = values, types.SimpleNamespace(shape=shape, nbytes=2 * shape[0] * shape[1])
+
+    def tile(self, coordinates):
+        (i, k), (height, width) = coordinates, self.block_type.shape
+        part = self.values[i : i + height, k : k + width]
+        return np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1])))
+
+
+class _Partition(threading.Thread):
+    def __init__(self, machine, name, call):
+        super().__init__(name=name, daemon=True)
+        self.machine, self.call, self.pace = machine, call, machine.random.uniform(-2, 0)
+        self.go, self.ready, self.done, self.products = threading.Semaphore(0), lambda: True, False, []
+
+    def run(self):
+        try:
+            self.go.acquire()
+            if not self.machine.failure:
+                self.call()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.machine.failure = error
+        self.done = True
+        self.machine.back.release()
+
+
+class Machine:
+    """Runs one program: ``program`` of ``programs``."""
+
+    current = None
+
+    def __init__(self, seed, program, programs):
+        self.random, self.program, self.programs = random.Random(seed), program, programs
+        self.back, self.failure, self.partitions, self.copies = threading.Semaphore(0), None, [], []
+        self.paces = [self.random.uniform(-2, 0) for _ in range(2)]
+        Machine.current = self
+
+    def pause(self, ready=lambda: True):
+        """Of a partition: lets the others go on until its turn comes, once it is ready."""
+        partition = threading.current_thread()
+        partition.ready = ready
+        self.back.release()
+        partition.go.acquire()
+        if self.failure:
+            raise _Stopped
+
+    def run(self, calls):
+        self.partitions = [_Partition(self, f"partition {i}", call) for i, call in enumerate(calls)]
+        for partition in self.partitions:
+            partition.start()
+        try:
+            while not self.failure and not all(partition.done for partition in self.partitions):
+                self._step()
+        except Fault as fault:
+            self.failure = fault
+        for partition in self.partitions:
+            while not partition.done:
+                partition.go.release()
+                self.back.acquire()
+        if self.failure:
+            raise self.failure
+        if self.copies:
+            raise Fault("copies that nobody waits for")
+
+    def _step(self):
+        choices = [(p.pace, functools.partial(self._resume, p)) for p in self.partitions if not p.done and p.ready()]
+        choices += [(self.paces[0], functools.partial(self._copy, copy)) for copy in self.copies]
+        choices += [(self.paces[1], functools.partial(self._multiply, p)) for p in self.partitions if p.products]
+        if not choices:
+            raise Fault("every partition waits")
+        self.random.choices([go for _, go in choices], [10**pace for pace, _ in choices])[0]()
+
+    def _resume(self, partition):
+        partition.go.release()
+        self.back.acquire()
+
+    def _copy(self, copy):
+        self.copies.remove(copy)
+        source, coordinates, barrier, slot = copy
+        slot.data, slot.unread = source.tile(coordinates), True
+        slot.copies -= 1
+        barrier.take(source.block_type.nbytes)
+
+    def _multiply(self, partition):
+        acc, a, b = partition.products.pop(0)
+        acc += a.data @ b.data.T
+        for slot in (a, b):
+            slot.products -= 1
+            slot.unread = False
+
+
+def _machine():
+    return Machine.current
+
+
+class mbarrier:
+    def MBarrierLayout():
+        return None
+
+    def init(barrier, count):
+        barrier.init(count)
+
+    def wait(barrier, parity):
+        _machine().pause(lambda: barrier.has_ended(parity))
+
+    def expect(barrier, count):
+        _machine().pause()
+        barrier.bytes += count
+        barrier.arrive()
+
+    def arrive(barrier, count):
+        _machine().pause()
+        barrier.arrive(count)
+
+
+class tma:
+    def async_copy_global_to_shared(source, coordinates, barrier, slot):
+        _machine().pause()
+        if slot.products or slot.copies or slot.unread:
+            raise Fault("a slot is written that is still read")
+        slot.copies += 1
+        _machine().copies.append((source, coordinates, barrier, slot))
+
+
+def warpgroup_mma(a, b, acc, is_async):
+    assert is_async
+    _machine().pause()
+    for slot in (a, b):
+        if slot.copies or slot.data is None:
+            raise Fault("a slot is read before it is written")
+        slot.products += 1
+    threading.current_thread().products.append((acc, a, b))
+    return acc
+
+
+def warpgroup_mma_wait(most, deps):
+    products = threading.current_thread().products
+    _machine().pause(lambda: len(products) <= most)
+    return deps[0]
+
+
+class Int(int):
+    def to(self, dtype):
+        return self
+
+
+class gl:
+    int64, float32, constexpr, static_range = "int64", "float32", object, range
+
+    def static_assert(condition, words=""):
+        assert condition, words
+
+    def cdiv(a, b):
+        return -(-a // b)
+
+    def program_id(axis):
+        return _machine().program
+
+    def num_programs(axis):
+        return _machine().programs
+
+    def zeros(shape, dtype, layout):
+        return np.zeros(shape)
+
+    def allocate_shared_memory(dtype, shape, layout):
+        return Ring(Barrier if dtype == gl.int64 else Slot, shape)
+
+    def NVMMADistributedLayout(*_):
+        return None
+
+    BlockedLayout = NVMMADistributedLayout
+
+    def warp_specialize(partitions, warps, registers):
+        assert len(warps) == len(registers) == len(partitions) - 1
+        _machine().run([functools.partial(function, *arguments) for function, arguments in partitions])
+
+
+def _halves(t, dim):
+    """Also the place where a result is first looked at."""
+    if threading.current_thread().products:
+        raise Fault("a result is read before its products are done")
+    return np.split(t, 2, axis=dim)
+
+
+def _finish(acc, mean, rstd, out, moments, column_sum, bias, residual, top, left, rows, columns, activation):
+    """An epilogue that stores the sums and takes its time."""
+    _machine().pause()
+    height, width = (max(0, min(size, most)) for size, most in zip(acc.shape, (rows - top, columns - left)))
+    part = out[top : top + height, left : left + width]
+    if not np.isnan(part).all():
+        raise Fault("an element is stored twice")
+    part[:] = acc[:height, :width]
+
+
+def functions(module, changed=("", "", "")):
+    """Name → Python function of a kernel file's device functions; ``changed``: (function, its text, another text)."""
+    space = dict(
+        vars(module), gl=gl, mbarrier=mbarrier, tma=tma, fence_async_shared=lambda: None,
+        warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
+    )  # fmt: skip
+    name, old, new = changed
+    for key, value in vars(module).items():
+        if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__:
+            source = value.src
+            if key == name:
+                assert source.count(old) == 1, f"{source.count(old)} times in {key}: {old}"
+                source = source.replace(old, new)
+            exec(compile(source, module.__file__, "exec"), space)
+    place = space["_place"]
+    space.update(_halves=_halves, _finish=_finish, _place=lambda *a: tuple(Int(number) for number in place(*a)))
+    return space
