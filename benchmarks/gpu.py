@@ -4,9 +4,10 @@
 
 A stage is a child process with its own log; one that fails, hangs or runs out of time keeps what it had written, and
 the next one runs. summary.json tells the machine, the commit, what became of every stage, and which rows have no
-figures and why (memory too small, say). targets.json holds the figures in the folder against the targets; with --only,
-several runs may share a folder. Without a CUDA device of capability 8.0 nothing is measured, and where Triton does not
-run on it, nothing but its ceilings: summary.json says why, and the exit status is 1.
+figures and why (memory too small, say). targets.json holds the figures in the folder against the targets, which are
+those of 16-bit products; of float8 it records the figures beside them. With --only, several runs may share a folder.
+What needs float8 is left out below capability 8.9. Without a CUDA device of capability 8.0 nothing is measured, and
+where Triton does not run on it, nothing but its ceilings: summary.json says why, and the exit status is 1.
 """
 
 import json
@@ -32,6 +33,7 @@ VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
 LARGE = "eager,torchvision,transformers,compile,compile-max-autotune"
 FEW = "eager,compile"
+FLOAT8 = "224-fp8"  # in the place of a size: 224 pixels, in float8, and its own rival
 MODELS = (  # timm's name, pixels, batch sizes, rivals, seconds at most; the most telling first
     (VIT_B, 224, "256,1,64,8", ALL, 480),
     (VIT_B, 512, "64", FEW, 90),
@@ -60,6 +62,7 @@ class Stage:
     command: tuple  # after the interpreter
     seconds: float  # at most
     cold: bool = False  # with caches of compiled kernels of its own, empty at its start
+    float8: bool = False  # needs capability 8.9
 
 
 def stages(out, only):
@@ -73,12 +76,15 @@ def stages(out, only):
         words = ("--model", model, "--img-size", str(size), "--batch-size", batches, "--rivals", rivals)
         file = ("--time-budget", str(seconds - 40), "--results-file", str(_rows_file(out, model, size)))
         models.append(Stage(f"models {model} {size}", (*bench, *words, *file), seconds, cold=True))
+    words = ("--model", VIT_B, "--batch-size", "256,64", "--variants", "prepared,fp8", "--rivals", "compile,scaled-mm")
+    file = ("--time-budget", "260", "--results-file", str(_rows_file(out, VIT_B, FLOAT8)))
+    models.insert(1, Stage(f"models {VIT_B} {FLOAT8}", (*bench, *words, *file), 300, cold=True, float8=True))
     profiles = []
-    for provider, batch in (("prepared", 256), ("prepared", 1), ("vit_fast", 256)):
+    for provider, batch in (("prepared", 256), ("prepared", 1), ("vit_fast", 256), ("fp8", 256)):
         words = ("--model", VIT_B, "--provider", provider, "--batch-size", str(batch), "--precision", "bfloat16")
         command = ("-P", "-m", "vit_fast", "profile", *words)
         file = ("--results-file", f"{out}/profile-{provider}-{batch}.json")
-        profiles.append(Stage(f"profile {provider} {batch}", (*command, *file), 90))
+        profiles.append(Stage(f"profile {provider} {batch}", (*command, *file), 90, float8=provider == "fp8"))
     families = (*bench, "--family", "all", "--time-budget", "260", "--results-file", f"{out}/families.json")
     groups = {
         "limits": [Stage("limits", ("-P", "benchmarks/limits.py", "--json", f"{out}/limits.json"), 120)],
@@ -161,20 +167,27 @@ def without_figures(out):
     """The rows that were not timed, in words."""
     return [
         f"{row['model']} {row['infer_img_size']} batch {row['infer_batch_size']} {row['provider']}: {row['status']}"
-        for model, size, *_ in MODELS
+        for model, size, *_ in [*MODELS, (VIT_B, FLOAT8)]
         for row in _rows(out, model, size)
         if row["status"] != "ok"
     ]
 
 
-def _ours(rows, batch):
-    """The fastest of ours at a batch size, or None."""
-    ours = [
+def _timed(rows, batch, float8=False):
+    """Ours at a batch size, those whose products are float8 or the others."""
+    return [
         row
         for row in rows
-        if row["provider"].startswith("vit_fast") and row["infer_batch_size"] == batch and row["status"] == "ok"
+        if row["provider"].startswith("vit_fast")
+        and row["infer_batch_size"] == batch
+        and row["status"] == "ok"
+        and row["product_dtype"].startswith("float8") == float8
     ]
-    return max(ours, key=lambda row: row["infer_samples_per_sec"], default=None)
+
+
+def _ours(rows, batch, float8=False):
+    """The fastest of ours at a batch size, or None."""
+    return max(_timed(rows, batch, float8), key=lambda row: row["infer_samples_per_sec"], default=None)
 
 
 def _target(text, wanted, measured, note, at_most=False):
@@ -182,15 +195,22 @@ def _target(text, wanted, measured, note, at_most=False):
     line = {"target": text, "wanted": wanted, "at_most": at_most, "measured": measured, "gap": None, "note": note}
     if measured is None:
         return line | {"verdict": "not measured"}
+    if wanted is None:
+        return line | {"verdict": "no target"}
     line["gap"] = max(0.0, measured - wanted if at_most else wanted - measured)
     return line | {"verdict": "missed" if line["gap"] else "met"}
 
 
-def _speedup(rows, model, wanted):
-    text, row = f"{model}, batch 256: speed against the best rival", _ours(rows, 256)
+def _speedup(rows, model, wanted, float8=False):
+    text, row = f"{model}, batch 256: speed against the best rival", _ours(rows, 256, float8)
+    if float8:
+        text += ", products in float8"
     if row is None or row.get("best_rival") is None:
         return _target(text, wanted, None, "")
     note = f"{row['provider']} {row['infer_samples_per_sec']:.0f} images/s, best rival {row['best_rival']}"
+    if float8:
+        error, eager = row["parity_relative_error"], row["parity_eager_relative_error"]
+        note += f", error {error:.2%} of the logits, eager's {eager:.2%}"
     here = [other for other in rows if other["infer_batch_size"] == 256 and other["status"] != "ok"]
     missing = [f"{other['provider']} ({other['status']})" for other in here]
     note += f"; without {', '.join(missing)}" if missing else ""
@@ -199,9 +219,9 @@ def _speedup(rows, model, wanted):
 
 def _latency(rows, wanted):
     text = f"{VIT_B}, batch 1: latency of torch.compile with CUDA graphs over ours"
-    here = [row for row in rows if row["infer_batch_size"] == 1 and row["status"] == "ok"]
-    ours = [row for row in here if row["provider"].startswith("vit_fast")]
-    graphs = [row for row in here if row["provider"] == "compile-cudagraphs"]
+    ours = _timed(rows, 1)
+    graphs = [row for row in rows if row["provider"] == "compile-cudagraphs" and row["infer_batch_size"] == 1]
+    graphs = [row for row in graphs if row["status"] == "ok"]
     if not ours or not graphs:
         return _target(text, wanted, None, "")
     best = min(ours, key=lambda row: row["latency_ms"])
@@ -241,14 +261,16 @@ def targets(out):
         best["provider"] if best else "",
     )
     costs = [_cost(base, _rows(out, VIT_B, size), size, 15.0) for size in (512, 1024)]
-    return [lines[0], share, *lines[1:], _latency(base, 1.9), _first_call(base, 5.0), *costs]
+    recorded = [_rows(out, model, FLOAT8 if model == VIT_B else 224) for model in SPEEDUPS]
+    float8 = [_speedup(rows, model, None, float8=True) for model, rows in zip(SPEEDUPS, recorded, strict=True)]
+    return [lines[0], share, *lines[1:], _latency(base, 1.9), _first_call(base, 5.0), *costs, *float8]
 
 
 def _print_targets(lines):
     table = Table("target", "wanted", "measured", "gap", "verdict", "note", title="Targets")
     for line in lines:
         figures = ("" if line[name] is None else f"{line[name]:.3g}" for name in ("measured", "gap"))
-        wanted = f"{'≤' if line['at_most'] else '≥'} {line['wanted']:g}"
+        wanted = "" if line["wanted"] is None else f"{'≤' if line['at_most'] else '≥'} {line['wanted']:g}"
         table.add_row(line["target"], wanted, *figures, line["verdict"], line["note"])
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
@@ -273,6 +295,8 @@ def main(
         for stage in plan:
             print(f"{stage.name}: python {' '.join(stage.command)}")
         return
+    if known.get("capability", [9, 0]) < [8, 9]:
+        plan = [stage for stage in plan if not stage.float8]
     out.mkdir(parents=True, exist_ok=True)
     if "missing" not in known and (error := triton_error()):
         known["triton_error"] = error

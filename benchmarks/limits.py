@@ -3,12 +3,13 @@
     python -P benchmarks/limits.py --json FILE [--seconds 90] [--device cuda:0]
 
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
-C), GELU and LayerNorm as kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of
-a launch. On a GPU a time is the median of single calls between CUDA events, the L2 cache overwritten before each;
-"sustained" is the mean of calls back to back for half a second, at the clock that the chip then keeps (short calls are
-captured in a CUDA graph for it, so that the device and not the host sets the pace, and find their data in L2). Inputs
-are random bfloat16. An item that fails says why and the next one runs; one that does not fit into memory is tried with
-half the images. FILE is written after every item. On a CPU the sizes are small and say nothing about a GPU.
+C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
+kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch. On a GPU a time
+is the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of
+calls back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph
+for it, so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or
+e4m3 with bfloat16 results. An item that fails says why and the next one runs; one that does not fit into memory is
+tried with half the images. FILE is written after every item. On a CPU the sizes are small and say nothing about a GPU.
 """
 
 import contextlib
@@ -58,6 +59,8 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+FORMS = ("alone", "bias", "bias + GELU", "residual")
+FLOAT8_FORMS = ("float8, a scale a tensor", "float8, a scale a row")
 CHAIN = 64  # dependent launches
 TILE_ROWS, TILE_COLUMNS = 128, 32  # of int32: 16 KiB
 
@@ -187,8 +190,19 @@ def copy(clock, size):
     return {"us": 2e6 * size / rate, "tbs": rate / 1e12}
 
 
+def float8_product(clock, form, rows, k, n):
+    """A call that multiplies numbers that are e4m3 already."""
+    x, weight = (clock.random(*shape).to(measure.E4M3) for shape in ((rows, k), (n, k)))
+    shapes = ((), ()) if form == "float8, a scale a tensor" else ((rows, 1), (1, n))
+    scales = (0.5 + torch.rand(shape, device=clock.device) for shape in shapes)
+    return functools.partial(torch._scaled_mm, x, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def product(clock, form, tokens, k, n, sustained, images=1):
     rows = images * tokens
+    if form in FLOAT8_FORMS:
+        call = float8_product(clock, form, rows, k, n)
+        return {"shape": f"{rows}×{k}→{n}"} | clock.figures(call, flop=2 * rows * k * n, sustained=sustained)
     x, weight = clock.random(rows, k), clock.random(n, k, scale=k**-0.5)
     bias, residual = clock.random(n), clock.random(rows, n) if form == "residual" else None
     call = {
@@ -320,7 +334,7 @@ def launch_items(clock):
         yield Item(f"dependent launch {name}", shape, work, needs_cuda=True)
 
 
-def product_items(clock, towers, images):
+def product_items(clock, towers, images, forms=FORMS):
     for tower in towers:
         tokens, width, hidden = TOWERS[tower]
         for layer, k, n in (
@@ -329,11 +343,11 @@ def product_items(clock, towers, images):
             ("fc1", width, hidden),
             ("fc2", hidden, width),
         ):
-            for form in ("alone", "bias", "bias + GELU", "residual"):
+            many, shape = images if images > 1 else None, f"{images * tokens}×{k}→{n}"
+            for form in forms:
                 sustained = form == "alone" or tower == "ViT-B"
                 work = functools.partial(product, clock, form, tokens, k, n, sustained)
-                many = images if images > 1 else None
-                yield Item(f"{tower} {layer}, {form}", f"{images * tokens}×{k}→{n}", work, many)
+                yield Item(f"{tower} {layer}, {form}", shape, work, many, needs_cuda=form in FLOAT8_FORMS)
 
 
 def items(clock, on_gpu):
@@ -343,7 +357,7 @@ def items(clock, on_gpu):
         yield Item("copy", f"{size >> 20} MiB", functools.partial(copy, clock, size))
     work = functools.partial(product, clock, "alone", square, square, square, True)
     yield Item("square product", f"{square}×{square}→{square}", work)
-    yield from product_items(clock, ["ViT-B"], images)
+    yield from product_items(clock, ["ViT-B"], images, FORMS + FLOAT8_FORMS)
     tokens, width, hidden = TOWERS["ViT-B"]
     rows = images * tokens
     yield Item("GELU (erf)", f"{rows}×{hidden}", functools.partial(gelu, clock, tokens, hidden), images)
@@ -419,7 +433,7 @@ def write(path, known, rows):
 def print_rows(known, rows):
     columns = (("us", "µs"), ("tflops", "TFLOP/s"), ("tbs", "TB/s"))
     columns += (("sustained_us", "sustained µs"), ("sustained_tflops", "sustained TFLOP/s"))
-    table = Table("item", "shape", title=f"{known['device_name']}, torch {known['torch']}, bfloat16")
+    table = Table("item", "shape", title=f"{known['device_name']}, torch {known['torch']}")
     for _, head in columns:
         table.add_column(head, justify="right")
     table.add_column("note", overflow="fold")

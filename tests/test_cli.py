@@ -7,18 +7,23 @@ both sides of its limit. Models have two blocks and 32 pixels a side: what is te
 import contextlib
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vit_fast.kernels import reference
 
 import vit_fast
 from vit_fast import cli
+from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
-from vit_fast.cli import compare, measure, parity, photographs, report, rivals
+from vit_fast.cli import compare, measure, parity, photographs, report, rivals, scaled_mm
 
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=2", "--device", "cpu"]
 QUICK = ["bench", *TINY, "--num-bench-iter", "3", "--num-warm-iter", "1"]
@@ -269,7 +274,8 @@ def variants(monkeypatch):
     """Stand-ins of vit_fast.prepare and vit_fast.graphed on a CPU that counts as a GPU; {provider: its module}."""
     made = {}
 
-    def prepare(model):
+    def prepare(model, precision):
+        assert precision is None
         name = compare.GRAPH if compare.PREPARED in made else compare.PREPARED
         made[name] = model
         return model
@@ -347,18 +353,193 @@ def test_prepared_16_bit_weights_run(json_file):
     assert prepared["vit_fast_operations"] != plain["vit_fast_operations"]
 
 
+FLOAT8 = ["-b", "2", "--precision", "bfloat16", "--variants", "plain,prepared,fp8", "--rivals", "eager,scaled-mm"]
+
+
+def test_float8_rows_tell_their_products_and_what_they_cost(json_file, capsys):
+    assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 0
+    plain, prepared, float8, eager, scaled = json.loads(json_file.read_text())
+    assert {row["product_dtype"] for row in (plain, prepared, eager)} == {"bfloat16"}
+    assert float8["provider"] == "vit_fast-fp8" and float8["product_dtype"] == scaled["product_dtype"] == "float8_e4m3"
+    assert float8["status"] == "ok" and "fp8_blocks" in float8["vit_fast_operations"] and float8["parity_passed"]
+    assert scaled["status"] == "not timed: float8 products need a GPU of capability 8.9"
+    # On this backend the plain form is the model itself; eager's error is eager's in all rows.
+    assert float8["parity_reference_error"] == float8["parity_error"] > 3 * float8["parity_eager_error"]
+    assert 0.01 < float8["parity_relative_error"] == float8["parity_reference_relative_error"] < 0.1
+    assert 0.99 < float8["parity_cosine_float64"] < eager["parity_cosine_float64"] < 1
+    for row in (plain, prepared, eager):
+        assert row["parity_reference_error"] == row["parity_eager_error"] == eager["parity_error"]
+        assert float8["parity_eager_relative_error"] == row["parity_eager_relative_error"] < 0.01
+        assert row["percent_of_peak"] > 0
+    assert float8["matmul_peak_tflops"] is None and float8["percent_of_peak"] is None
+    shown = capsys.readouterr().out
+    for text in (
+        "Parity with timm eager holds",
+        "Parity with the plain PyTorch form of the same float8 model holds",
+        f"What float8 costs, the norm of the errors against float64 over that of the logits: vit_fast-fp8 "
+        f"{float8['parity_relative_error']:.2%}",
+        "Peak of a matrix product in this run: in bfloat16 0.25 TFLOP/s, 0.125 sustained.",
+    ):
+        assert text in shown, text
+
+
+def test_float8_in_a_graph(json_file, monkeypatch):
+    """The graph is of the model in float8, on a CPU that counts as a GPU."""
+    captured = []
+    monkeypatch.setattr(flags_of_bench, "CUDA_GRAPHS", ())
+    monkeypatch.setattr(vit_fast, "graphed", lambda model, batch_sizes: captured.append(batch_sizes) or model)
+    words = ["-b", "2", "--precision", "bfloat16", "--variants", "fp8-graphed,fp8", "--rivals", "none"]
+    assert run(*QUICK, *words, "--results-file", json_file) == 0
+    float8, graph = json.loads(json_file.read_text())
+    assert graph["provider"] == "vit_fast-fp8-graphed" and graph["status"] == float8["status"] == "ok"
+    assert captured == [[2]] and "fp8_blocks" in graph["vit_fast_operations"]
+    assert graph["product_dtype"] == "float8_e4m3" and graph["parity_error"] == float8["parity_error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--precision", "float32"], "the weights are float32"), (["--model-kwargs", "qk_norm=True"], "(qk_norm)")],
+    ids=["float32", "qk_norm"],
+)
+def test_float8_that_is_not_supported_is_told(words, told, json_file):
+    flags = [*FLOAT8, "--variants", "plain,fp8", *words]
+    assert run(*QUICK, *flags, "--results-file", json_file) == 0
+    plain, float8, *_ = json.loads(json_file.read_text())
+    assert plain["status"] == "ok" and told in float8["status"] and float8["product_dtype"] == "float8_e4m3"
+
+
+@pytest.mark.parametrize("fault", ["quantised weights", "kernel", "not in float8"])
+def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, monkeypatch):
+    """A fault of the quantised weights is one of their plain form too; a fault of a kernel is not."""
+    shipped, run_plainly = vit_fast.prepare, reference.fp8_blocks
+
+    def prepare(model, precision=None):
+        if precision == "fp8" and fault == "not in float8":
+            return shipped(model)
+        prepared = shipped(model, precision=precision)
+        if precision == "fp8" and fault == "quantised weights":
+            prepared.blocks.__dict__[PREPARED].weights[2] *= 2  # the scale of qkv
+        return prepared
+
+    def fp8_blocks(*arguments):
+        out = run_plainly(*arguments)
+        return out if vit_fast.backends.requested() == "torch" else out + 0.3 * torch.randn_like(out)
+
+    monkeypatch.setattr(vit_fast, "prepare", prepare)
+    if fault == "kernel":
+        monkeypatch.setattr(reference, "fp8_blocks", fp8_blocks)
+    assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 1
+    plain, prepared, float8, eager, _ = json.loads(json_file.read_text())
+    told = {"not in float8": "failed: no block ran in float8"}.get(fault, "parity failed")
+    assert float8["status"] == told and float8["infer_samples_per_sec"] is None
+    if fault == "kernel":
+        assert float8["parity_relative_error"] > 1.5 * float8["parity_reference_relative_error"] < 0.15
+    assert plain["status"] == prepared["status"] == eager["status"] == "ok"
+
+
+def test_float8_rival_is_timed_where_there_is_float8_and_held_to_its_plain_form(json_file, monkeypatch):
+    """Pretended on a CPU, where torch._scaled_mm runs too; without torch.compile, which is tried with other rivals."""
+    assert compare.COMPILE_MODES["scaled-mm"] == "max-autotune"
+    monkeypatch.delitem(compare.COMPILE_MODES, "scaled-mm")
+    monkeypatch.setattr(measure, "float8_missing", lambda device: None)
+    for form in (scaled_mm._scaled_product, lambda *parts: 1.25 * scaled_mm._plain_product(*parts)):
+        monkeypatch.setattr(scaled_mm, "_scaled_product", form)
+        assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 0
+        plain, prepared, float8, _, scaled = json.loads(json_file.read_text())
+        assert float8["status"] == "ok" and float8["matmul_peak_tflops"] == 0.25 and float8["percent_of_peak"] > 0
+        assert plain["best_rival"] == prepared["best_rival"] == "eager"
+        if "lambda" in form.__name__:
+            assert scaled["status"] == "not timed: parity failed" and scaled["infer_samples_per_sec"] is None
+            assert scaled["parity_relative_error"] > 1.5 * scaled["parity_reference_relative_error"] < 0.15
+        else:
+            assert scaled["status"] == "ok" and scaled["parity_passed"] and float8["speedup_vs_scaled_mm"] > 0
+            assert scaled["parity_relative_error"] == pytest.approx(scaled["parity_reference_relative_error"], rel=0.2)
+            assert 0.01 < scaled["parity_relative_error"] < 0.1
+
+
+def test_float8_rival_is_of_16_bit_weights(monkeypatch):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
+    modules, absent = rivals.build(["scaled-mm"], model, torch.device("cpu"))
+    assert not modules and "capability 8.9" in absent["scaled-mm"]
+    monkeypatch.setattr(measure, "float8_missing", lambda device: None)
+    modules, absent = rivals.build(["scaled-mm"], model, torch.device("cpu"))
+    assert not modules and "float32" in absent["scaled-mm"]
+    modules, _ = rivals.build(["scaled-mm"], model.bfloat16(), torch.device("cpu"))
+    assert modules["scaled-mm"].blocks[0].mlp.fc1.weight.dtype == torch.float8_e4m3fn
+    modules, absent = rivals.build(["scaled-mm"], torch.nn.Linear(16, 16).bfloat16(), torch.device("cpu"))
+    assert absent["scaled-mm"] == "scaled-mm cannot build it: ValueError: the model has no block linears to quantise"
+
+
+def test_capabilities_with_float8(monkeypatch):
+    device = torch.device("cuda", 1)
+    for capability, missing in (((8, 6), True), ((8, 9), False), ((9, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert bool(measure.float8_missing(device)) is missing
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert measure.float8_missing(device) == "float8 products need capability 8.9, cuda:1 has 8.0"
+    assert "a GPU of capability 8.9" in measure.float8_missing(torch.device("cpu"))
+
+
+def test_the_best_rival_multiplies_in_no_lower_precision():
+    """scaled-mm is the fastest rival by far: of ours only what is in float8 is compared with it."""
+    seconds = {"vit_fast": 4, "vit_fast-fp8": 2, "vit_fast-fp8-graphed": 8, "eager": 6, "compile": 5, "scaled-mm": 1}
+    rows = {}
+    for name, step in seconds.items():
+        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in compare.IN_FLOAT8 else 100.0}
+        ours = name.startswith("vit_fast")
+        rows[name] = compare.Provider(name, None, row, ours=ours, steps=[step] * 3, latencies=[step] * 3)
+    contest = SimpleNamespace(flops=1e12)
+    compare._fill_in(rows.values(), SimpleNamespace(device=torch.device("cpu")), contest, 5)
+    best = {name: (p.row.get("best_rival"), p.row.get("speedup_vs_best_rival")) for name, p in rows.items()}
+    assert best["vit_fast"] == ("compile", 1.25)
+    assert best["vit_fast-fp8"] == ("scaled-mm", 0.5) and best["vit_fast-fp8-graphed"] == ("scaled-mm", 0.125)
+    assert {best[name] for name in ("eager", "compile", "scaled-mm")} == {(None, None)}
+    assert rows["vit_fast"].row["percent_of_peak"] == 1.25 and rows["vit_fast-fp8"].row["percent_of_peak"] == 1.25
+    only = [rows["vit_fast"], rows["scaled-mm"]]
+    for provider in only:
+        provider.row = {"status": "ok", "matmul_peak_tflops": None}
+    compare._fill_in(only, SimpleNamespace(device=torch.device("cpu")), contest, 5)
+    assert "best_rival" not in only[0].row and only[0].row["percent_of_peak"] is None
+
+
+def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch):
+    """The first call of ours compiles its kernels (pretended: 300 s), later ones do not: compiled rivals are timed."""
+    shipped, first = measure.seconds, []
+
+    def seconds(call, device):
+        found = shipped(call, device)
+        first.append(1)
+        return (300.0, found[1]) if len(first) == 1 else found
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    monkeypatch.setattr(compare.torch, "compile", lambda model, **words: model)
+    words = ["-b", "1", "--rivals", "compile", "--time-budget", "100"]
+    assert run(*QUICK, *words, "--results-file", json_file) == 0
+    ours, compiled = json.loads(json_file.read_text())
+    assert ours["first_call_s"] == 300 and compiled["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("device", "flags", "ours", "theirs"),
     [
         ("cpu", [], ("plain",), ("eager", "compile", "compile-max-autotune")),
         ("cpu", ["--precision", "bfloat16"], ("plain", "prepared"), ("eager", "compile", "compile-max-autotune")),
-        ("cuda", [], ("plain", "prepared", "graphed"), flags_of_bench.RIVALS),
-        ("cuda", ["--precision", "float32"], ("plain",), flags_of_bench.RIVALS),
-        ("cuda", ["--amp"], ("plain",), flags_of_bench.RIVALS),
+        ("cuda", [], flags_of_bench.VARIANTS, flags_of_bench.RIVALS),
+        ("cuda", ["--precision", "float16"], flags_of_bench.VARIANTS, flags_of_bench.RIVALS),
+        ("cuda", ["--precision", "float32"], ("plain",), flags_of_bench.RIVALS[:-1]),
+        ("cuda", ["--amp"], ("plain",), flags_of_bench.RIVALS[:-1]),
+        ("cuda", ["--variants", "prepared"], ("prepared",), flags_of_bench.RIVALS[:-1]),
+        ("cuda", ["--variants", "fp8,plain"], ("plain", "fp8"), flags_of_bench.RIVALS),
+        ("cuda", ["--rivals", "eager"], flags_of_bench.VARIANTS, ("eager",)),
+        ("cuda of capability 8.0", [], ("plain", "prepared", "graphed"), flags_of_bench.RIVALS[:-1]),
     ],
 )
 def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
     asked = []
+    device, _, old = device.partition(" of ")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if old else (9, 0))
     monkeypatch.setattr(flags_of_bench, "_device", lambda text: torch.device(device))
     monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or ([], False))
     monkeypatch.setattr(report, "print_report", lambda *rest: None)
@@ -369,7 +550,8 @@ def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
 def _row(provider, speed, batch=4, spread=0.01):
     best = {"best_rival": "compile", "speedup_vs_best_rival": speed} if provider.startswith("vit_fast") else {}
     ends = {"infer_samples_per_sec_p20": speed - spread, "infer_samples_per_sec_p80": speed + spread}
-    return {"provider": provider, "infer_batch_size": batch, **ends, **best}
+    dtype = "float8_e4m3" if provider.endswith(("fp8", "scaled-mm")) else "bfloat16"
+    return {"provider": provider, "infer_batch_size": batch, "product_dtype": dtype, **ends, **best}
 
 
 def test_the_verdict_is_of_the_fastest_of_ours_and_honest():
@@ -377,12 +559,16 @@ def test_the_verdict_is_of_the_fastest_of_ours_and_honest():
     rows += [_row("vit_fast", 0.8, 8), _row("eager", 0.5, 8), _row("compile", 1.0, 8)]
     rows += [_row("vit_fast", 0.999, 16), _row("compile", 1.0, 16)]
     rows += [_row("vit_fast", 0.9, 24), _row("compile", 1.0, 24, spread=0.1)]
-    rows += [{"provider": "vit_fast", "infer_batch_size": 32, "best_rival": None}]
+    rows += [{"provider": "vit_fast", "infer_batch_size": 32, "product_dtype": "bfloat16", "best_rival": None}]
+    rows += [_row("vit_fast", 1.2, 64), _row("compile", 1.0, 64), _row("scaled-mm", 1.0, 64)]
+    rows += [_row("vit_fast-fp8", 1.9, 64) | {"best_rival": "scaled-mm"}]
     assert list(report._verdicts(rows)) == [
         "Batch 4: vit_fast-prepared is 1.50× the best rival (compile).",
         "Batch 8: vit_fast is slower than the best rival (compile): 0.80 times its speed.",
         "Batch 16: vit_fast is 1.00× the best rival (compile); their p20…p80 overlap.",
         "Batch 24: vit_fast is slower than the best rival (compile): 0.90 times its speed; their p20…p80 overlap.",
+        "Batch 64: vit_fast is 1.20× the best rival (compile).",
+        "Batch 64: vit_fast-fp8 is 1.90× the best rival (scaled-mm).",
     ]
 
 
@@ -435,7 +621,7 @@ def test_rows_are_kept_after_each_batch_size(json_file, monkeypatch):
 
 
 def test_memory_of_cuda_graphs_is_not_claimed():
-    for name in (compare.GRAPH, "compile-cudagraphs", "compile-max-autotune"):
+    for name in (compare.GRAPH, compare.FP8_GRAPH, "compile-cudagraphs", "compile-max-autotune", "scaled-mm"):
         provider = compare.Provider(name, pytest.fail, {})
         compare._memory(provider, 1000, torch.device("cuda"))
         assert provider.row["peak_memory_mib"] is None and "not measured" in provider.row["peak_memory_method"]
@@ -446,9 +632,11 @@ def test_bench_on_a_gpu(json_file):
     words = ["--device", "cuda", "-b", "8", "--num-bench-iter", "12", "--results-file", json_file]
     code = run("bench", "-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", *words)
     rows = json.loads(json_file.read_text())
-    ours, theirs = rows[:3], rows[3:]
-    assert [row["provider"] for row in ours] == ["vit_fast", "vit_fast-prepared", "vit_fast-graphed"]
-    assert [row["provider"] for row in theirs] == list(flags_of_bench.RIVALS)
+    float8 = not measure.float8_missing(torch.device("cuda", torch.cuda.current_device()))
+    names = list(compare.VARIANTS.values())[: 5 if float8 else 3]
+    ours, theirs = rows[: len(names)], rows[len(names) :]
+    assert [row["provider"] for row in ours] == names
+    assert [row["provider"] for row in theirs] == list(flags_of_bench.RIVALS[: None if float8 else -1])
     assert code == 0 and {row["status"] for row in (*ours, theirs[0])} == {"ok"}
     assert {row["status"] for row in theirs} <= {"ok", "not timed: parity failed"}
     for row in rows:
@@ -554,12 +742,13 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (
             ["--rivals", "eager,tensorrt"],
             "--rivals",
-            "transformers, compile, compile-cudagraphs or compile-max-autotune",
+            "compile, compile-cudagraphs, compile-max-autotune or scaled-mm",
         ),
         (["--rivals", "compile-cudagraphs", "--device", "cpu"], "--rivals", "a CUDA device"),
         (["--variants", "graphed", "--device", "cpu"], "--variants", "a CUDA device"),
-        (["--variants", "plain,quick"], "--variants", "plain, prepared or graphed"),
-        (["--variants", "none"], "--variants", "plain, prepared or graphed"),
+        (["--variants", "fp8-graphed", "--device", "cpu"], "--variants", "a CUDA device"),
+        (["--variants", "plain,quick"], "--variants", "plain, prepared, graphed, fp8 or fp8-graphed"),
+        (["--variants", "none"], "--variants", "plain, prepared, graphed, fp8 or fp8-graphed"),
         (["--variants", "prepared", "--family", "deit"], "--variants", "without --family"),
         (["--family", "vgg"], "--family", "clip, deit, hybrid, scratch, lanl, t2t or all"),
         (["--backend", "metal"], "--backend", "auto, triton, cuda, cpu or torch"),
@@ -690,6 +879,36 @@ def test_parity_rule_from_both_sides(dtype, factor, units):
     assert verdict.allowed == pytest.approx(allowed)
 
 
+@pytest.mark.parametrize(("dtype", "roundoffs"), [(torch.bfloat16, 16), (torch.float16, 128)], ids=["bf16", "fp16"])
+def test_parity_rule_of_float8_from_both_sides(dtype, roundoffs):
+    """A golden of norm 1: the limits are 2 × the plain form's largest error, 1.25 × its norm, and eager's norm."""
+    golden = torch.full((4, 25), 0.1, dtype=torch.float64)
+
+    def verdict(largest, norm, plain_norm=0.03, eager_norm=1.0):
+        def off(norm, largest=0.0):
+            error = torch.zeros_like(golden)
+            error[1, 2] = largest
+            error[2:] = math.sqrt((norm**2 - largest**2) / 50)
+            return golden + error
+
+        plain = off(plain_norm, 0.02)
+        return parity.compare(off(norm, largest), off(eager_norm), golden, dtype, plain)
+
+    allowed = 2 * 0.02 + 0.5 * torch.finfo(dtype).eps * 0.0625
+    for largest, passes in ((0.999 * allowed, True), (1.001 * allowed, False)):
+        found = verdict(largest, 0.06, plain_norm=0.05)
+        assert found.passed is passes and found.allowed == pytest.approx(allowed)
+    assert verdict(0.02, 0.0374).passed and not verdict(0.02, 0.0376).passed
+    edge = 0.03 / roundoffs
+    assert (
+        verdict(0.02, 0.03, eager_norm=1.001 * edge).passed and not verdict(0.02, 0.03, eager_norm=0.999 * edge).passed
+    )
+    found = verdict(0.02, 0.03, eager_norm=0.25)
+    assert found.relative_error == pytest.approx(0.03) and found.reference_relative_error == pytest.approx(0.03)
+    assert found.eager_relative_error == pytest.approx(0.25) and found.reference_error == pytest.approx(0.02)
+    assert not verdict(0.02, 0.03, plain_norm=float("nan")).passed
+
+
 def test_parity_that_proves_nothing_fails():
     flat = torch.zeros(2, 5)
     assert not parity.compare(flat, flat, flat.double(), torch.float32).passed
@@ -749,6 +968,19 @@ def test_matmul_peak_is_the_fastest_product_or_the_sustained_rate(lasting, peak,
     assert found == pytest.approx((peak, 20 * 2048**3 / lasting / 1e12))
     assert products == [1024] * 3 + [2048] * 13
     assert measure.matmul_peak(torch.float32, torch.device("cpu")) > 0
+
+
+def test_matmul_peak_of_float8_is_of_products_in_float8():
+    """Two e4m3 matrices, one transposed, scales of 1: what torch takes on a GPU, and here as well."""
+    product = measure._product(torch.float8_e4m3fn, 64, torch.device("cpu"))
+    a, b, *_ = product.args
+    assert product.func is torch._scaled_mm and a.dtype == b.dtype == torch.float8_e4m3fn
+    out = product()
+    assert out.dtype == torch.bfloat16 and out.shape == (64, 64)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2**-7, atol=2**-7)
+    with FakeTensorMode():
+        out = measure._product(torch.float8_e4m3fn, 8192, torch.device("cuda", 0))()
+    assert out.shape == (8192, 8192) and out.device.type == "cuda"
 
 
 def test_flops_count_attention_and_every_product():

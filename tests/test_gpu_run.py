@@ -12,8 +12,8 @@ import torch
 import typer
 
 import vit_fast
-from vit_fast.cli.bench import RIVALS, bench
-from vit_fast.cli.profile import profile
+from vit_fast.cli.bench import RIVALS, VARIANTS, bench
+from vit_fast.cli.profile import PROVIDERS, profile
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 GROUPS = "limits,tests,sanitizer,models,profile,tune,operations,families"
@@ -37,7 +37,7 @@ def test_a_machine_without_a_gpu_is_told_and_recorded(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["stages"] == [] and summary["torch"] == torch.__version__ and "missing" in summary
     targets = json.loads((tmp_path / "targets.json").read_text())
-    assert len(targets) == 10 and {line["verdict"] for line in targets} == {"not measured"}
+    assert len(targets) == 15 and {line["verdict"] for line in targets} == {"not measured"}
 
 
 def test_an_old_gpu_is_told(gpu, monkeypatch):
@@ -93,8 +93,12 @@ def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
         own = [stage for stage in plan if verb.__name__ in stage.command]
         assert own
         for stage in own:
-            command.make_context("verb", list(stage.command[stage.command.index(verb.__name__) + 1 :]))
-    assert gpu.ALL.split(",") == list(RIVALS) and set(gpu.LARGE.split(",") + gpu.FEW.split(",")) < set(RIVALS)
+            context = command.make_context("verb", list(stage.command[stage.command.index(verb.__name__) + 1 :]))
+            for flag, known in (("rivals", RIVALS), ("variants", VARIANTS), ("provider", PROVIDERS)):
+                assert set((context.params.get(flag) or known[0]).split(",")) <= set(known), stage
+    assert [*gpu.ALL.split(","), "scaled-mm"] == list(RIVALS) and set(gpu.LARGE.split(",") + gpu.FEW.split(",")) < set(
+        RIVALS
+    )
     assert {model for model, *_ in gpu.MODELS} <= set(vit_fast.list_models())
     assert set(gpu.SPEEDUPS) <= {model for model, size, *_ in gpu.MODELS if size == 224}
     for stage in plan:
@@ -147,6 +151,17 @@ def test_a_gpu_on_which_triton_does_not_run_gives_its_limits_alone(gpu, machine,
     assert "ptxas fatal: no such chip" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("capability,float8", (([8, 0], False), ([8, 9], True), ([10, 0], True)))
+def test_what_needs_float8_is_left_out_where_there_is_none(gpu, machine, tmp_path, monkeypatch, capability, float8):
+    ran, _ = machine
+    known = gpu.machine.gpu_facts() | {"capability": capability}
+    monkeypatch.setattr(gpu.machine, "gpu_facts", lambda: dict(known))
+    with pytest.raises(typer.Exit):
+        gpu.main(tmp_path, 60.0, "models,profile")
+    names = {f"models {gpu.VIT_B} {gpu.FLOAT8}", "profile fp8 256"}
+    assert names & set(ran) == (names if float8 else set()) and ran[0] == f"models {gpu.VIT_B} 224" and len(ran) > 10
+
+
 def test_runs_into_one_folder_add_up(gpu, machine, tmp_path, capsys):
     _, says = machine
     for only, verdict, status in (("limits,tests", "failed (1)", 1), ("tests,tune", "passed", 0)):
@@ -164,6 +179,7 @@ def _row(provider, batch, speed, size=224, **facts):
     row = {"provider": provider, "infer_batch_size": batch, "infer_samples_per_sec": speed, "status": "ok"}
     row |= {"model": "m", "infer_img_size": size, "infer_gmacs": size**2 / 1000, "device": "cuda:0"}
     row |= {"latency_ms": 1000 * batch / speed, "percent_of_peak": speed / 100}
+    row["product_dtype"] = "float8_e4m3" if "fp8" in provider or provider == "scaled-mm" else "bfloat16"
     return row | facts
 
 
@@ -173,7 +189,11 @@ def _write(gpu, out, model, size, *rows):
 
 def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     untimed = {"infer_samples_per_sec": None, "latency_ms": None, "percent_of_peak": None}
+    fast = {"best_rival": "scaled-mm", "parity_relative_error": 0.0512, "parity_eager_relative_error": 0.0061}
+    in_float8 = _row("vit_fast-fp8", 256, 9000.0, speedup_vs_best_rival=1.1, **fast)
     base = [
+        in_float8 | {"speedup_vs_best_rival": 2.25},
+        _row("vit_fast-fp8-graphed", 1, 4000.0, latency_ms=0.25, **fast),
         _row("vit_fast", 256, 5000.0, best_rival="compile", speedup_vs_best_rival=1.25, cold_cache=True)
         | {"first_call_s": 4.0},
         _row("vit_fast-prepared", 256, 6000.0, best_rival="compile", speedup_vs_best_rival=1.5),
@@ -185,7 +205,14 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
         _row("eager", 8, 1.0, status="out of memory", **untimed),
     ]
     _write(gpu, tmp_path, gpu.VIT_B, 224, *base)
-    _write(gpu, tmp_path, gpu.VIT_B, 512, _row("vit_fast-prepared", 64, 1000.0, 512))
+    _write(gpu, tmp_path, gpu.VIT_B, gpu.FLOAT8, in_float8, _row("scaled-mm", 64, 1.0, status="no time", **untimed))
+    _write(
+        gpu,
+        tmp_path,
+        gpu.VIT_B,
+        512,
+        *(_row(f"vit_fast-{w}", 64, s, 512) for w, s in (("prepared", 1e3), ("fp8", 2e3))),
+    )
     _write(gpu, tmp_path, gpu.VIT_B, 1024, _row("vit_fast-prepared", 16, 240.0, 1024), _row("eager", 16, 1.0, 1024))
     ours = _row("vit_fast", 256, 900.0, best_rival="compile", speedup_vs_best_rival=1.3)
     _write(gpu, tmp_path, gpu.VIT_S, 224, ours)
@@ -195,10 +222,15 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     lines = gpu.targets(tmp_path)
     found = [(line["verdict"], line["wanted"], line["measured"], line["gap"]) for line in lines]
     nothing = ("not measured", None, None)
-    speed, share, small, large, huge, so400m, latency, first, to_512, to_1024 = found
+    speed, share, small, large, huge, so400m, latency, first, to_512, to_1024, *float8 = found
     assert speed == ("met", 1.3, 1.5, 0.0) and share == ("missed", 75.0, 60.0, 15.0)
     assert small == ("missed", 1.4, 1.3, pytest.approx(0.1))
     assert [(line[0], *line[2:]) for line in (large, huge, so400m)] == [nothing] * 3
+    assert float8 == [("no target", None, 1.1, None), *[("not measured", None, None, None)] * 4]
+    assert lines[10]["target"] == f"{gpu.VIT_B}, batch 256: speed against the best rival, products in float8"
+    assert lines[10]["note"] == (
+        "vit_fast-fp8 9000 images/s, best rival scaled-mm, error 5.12% of the logits, eager's 0.61%"
+    )
     assert latency == ("missed", 1.9, pytest.approx(1.8), pytest.approx(0.1)) and first == ("met", 5.0, 4.0, 0.0)
     departure = 100 * ((6000 / 1000) / (512 / 224) ** 2 - 1)
     assert to_512 == ("met", 15.0, pytest.approx(departure), 0.0)
@@ -212,10 +244,12 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     assert gpu.without_figures(tmp_path) == [
         "m 224 batch 256 compile-max-autotune: not timed: no time left to compile it",
         "m 224 batch 8 eager: out of memory",
+        "m 224 batch 64 scaled-mm: no time",
     ]
     gpu._print_targets(lines)
     shown = capsys.readouterr().out
     assert "≥ 75" in shown and "≤ 5" in shown and "missed" in shown and "not measured" in shown
+    assert "no target" in shown
 
 
 def test_a_tool_runs_this_very_python(gpu):

@@ -70,6 +70,22 @@ def test_short_calls_back_to_back_are_graphs(limits, monkeypatch):
     assert graphs == [50]
 
 
+@pytest.mark.parametrize("form,scales", [("tensor", ((), ())), ("row", ((10, 1), (1, 16)))])
+def test_products_in_float8_are_what_their_names_say(limits, clock, monkeypatch, form, scales):
+    """torch._scaled_mm of e4m3 numbers, on a CPU as well; its figures are those of any product."""
+    call = limits.float8_product(clock, f"float8, a scale a {form}", 10, 32, 16)
+    x, weight, *its = call.args
+    assert call.func is torch._scaled_mm and x.dtype == weight.dtype == torch.float8_e4m3fn
+    assert tuple(tuple(scale.shape) for scale in its) == scales and call.keywords["use_fast_accum"]
+    out = call()
+    wanted = x.double() @ weight.double() * its[0].double() * its[1].double()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-7, atol=2**-7)
+    row = limits.product(clock, f"float8, a scale a {form}", 5, 32, 16, sustained=True, images=2)
+    assert row["shape"] == "10×32→16" and row["tflops"] == pytest.approx(2 * 10 * 32 * 16 / 1e-3 / 1e12)
+    assert row["sustained_us"] == pytest.approx(4000 / 3)
+
+
 @pytest.mark.parametrize("form", ["alone", "bias", "bias + GELU", "residual"])
 def test_products_are_what_their_names_say(limits, clock, monkeypatch, form):
     drawn, results = [], []
@@ -131,8 +147,11 @@ def test_items_of_a_gpu(limits, clock):
     assert len(set(names)) == len(names)
     for layer, shape in (("qkv", "768→2304"), ("proj", "768→768"), ("fc1", "768→3072"), ("fc2", "3072→768")):
         for form in ("alone", "bias", "bias + GELU", "residual"):
-            assert (f"ViT-B {layer}, {form}", f"50432×{shape}") in names[:25]
+            assert (f"ViT-B {layer}, {form}", f"50432×{shape}") in names[:30]
             assert (f"ViT-B {layer}, {form}", f"197×{shape}") in names
+        for form in ("tensor", "row"):
+            (item,) = (item for item in listed if item.name == f"ViT-B {layer}, float8, a scale a {form}")
+            assert item.shape == f"50432×{shape}" and item in listed[:30] and item.needs_cuda
     assert ("ViT-S fc1, alone", "50432×384→1536") in names and ("ViT-L qkv, bias", "50432×1024→3072") in names
     assert ("ViT-H fc2, residual", "65792×5120→1280") in names and ("ViT-H proj, alone", "257×1280→1280") in names
     assert ("square product", "8192×8192→8192") in names and ("copy", "1024 MiB") in names
@@ -292,8 +311,11 @@ def test_the_command_on_a_gpu(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["items"]
+    float8 = not measure.float8_missing(torch.device("cuda", torch.cuda.current_device()))
     for row in rows:
-        if row["name"].startswith(("copy", "ViT-B", "GELU", "LayerNorm", "dependent launch", "host cost")):
+        if "float8" in row["name"]:
+            assert ("us" in row) == float8, row
+        elif row["name"].startswith(("copy", "ViT-B", "GELU", "LayerNorm", "dependent launch", "host cost")):
             assert "us" in row, row
     square = next(row for row in rows if row["name"] == "square product")
     assert square["sustained_tflops"] < 1.1 * square["tflops"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_on_gpu import NO_FLOAT8
 
 import vit_fast
 from vit_fast import backends, cli
@@ -78,6 +79,98 @@ def test_operations_of_vit_b16_by_hand(monkeypatch):
     qkv = next(call for call in calls if call.operator == "vit_fast::layer_norm_linear_fwd")
     assert qkv.sizes == ((256, 197, 768), (768,), (768,), (2304, 768), (2304,))
     assert [o.name for o in qkv.operations] == ["layer_norm", "linear"]
+
+
+def fp8(monkeypatch, depth, batch=256):
+    """The calls of ViT-B/16 in float8, of so many blocks; its kernels run on fake tensors here."""
+    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: "triton")
+    model = vit_fast.create_model("vit_base_patch16_224", depth=depth).to(torch.bfloat16).eval().requires_grad_(False)
+    vit_fast.prepare(model, precision="fp8")
+    return forward_operations(model, torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16))
+
+
+# name: (FLOP, bytes, in float8), of one block at batch 256: what passes as e4m3 is a byte an element, what is bfloat16
+# two; the scales and biases of the products are float32, a row each.
+FP8_B16 = [
+    (("layer_norm", "blocks.*"), (0, M * 768 * 2 + 768 * 4 + M * 768, False)),
+    (("linear", "blocks.*.attn.qkv"), (178_476_023_808, M * 768 + 2304 * (768 + 8) + M * 2304 * 2, True)),
+    (("attention", "blocks.*"), (30_520_639_488, M * 2304 * 2 + M * 768, False)),
+    (("linear", "blocks.*.attn.proj"), (59_492_007_936, M * 768 + 768 * (768 + 8) + 2 * M * 768 * 2, True)),
+    (("layer_norm", "blocks.*"), (0, M * 768 * 2 + 768 * 4 + M * 768, False)),
+    (("linear", "blocks.*.mlp.fc1"), (237_968_031_744, M * 768 + 3072 * (768 + 8 + 4) + M * 3072, True)),
+    (("linear", "blocks.*.mlp.fc2"), (237_968_031_744, M * 3072 + 768 * (3072 + 8) + 2 * M * 768 * 2, True)),
+]
+
+
+def test_operations_in_float8_by_hand(monkeypatch):
+    calls = fp8(monkeypatch, 2)
+    (call,) = (call for call in calls if call.operator == "vit_fast::fp8_blocks")
+    found = [((o.name, o.module), (o.flop, o.bytes, o.float8)) for o in call.operations]
+    assert found == FP8_B16 * 2
+    assert call.sizes[0] == (256, 197, 768) and len(call.sizes) == 1 + 2 * 14
+    others = [operation for other in calls if other is not call for operation in other.operations]
+    assert {o.name for o in others} == {"patch_embed", "add", "layer_norm", "linear"}
+    assert not any(o.float8 for o in others)
+    product, bound = call.operations[1], call.operations[2]
+    assert product.floor(1e12, 1e15, 2e12) == product.flop / 2e12 and bound.floor(1e12, 1e15, 2e12) == bound.flop / 1e12
+    assert product.floor(1e12, 1e9, 2e12) == product.bytes / 1e9
+    assert product.floor(1e12, 1e15) == product.flop / 1e12  # no rate of float8 is known: it is emulated
+
+
+def test_kernels_in_float8_find_their_operations(monkeypatch):
+    """Of more tensors than torch.profiler writes sizes of; the zeros that one launch needs are nobody's."""
+    calls, steps = fp8(monkeypatch, 3, batch=8), 2
+    norm, linear = "_layer_norm_fwd_kernel", "_linear_fwd_kernel"
+    attention = "_attention_fwd_resident_kernel"
+    block = [(norm, 3), (linear, 30), (attention, 20), (linear, 12), (norm, 4), (linear, 40), (linear, 41)]
+    trace = Trace()
+    for _ in range(steps):
+        with trace.step():
+            for call in calls:
+                if call.operator == "vit_fast::fp8_blocks":
+                    zeros = ("void at::native::vectorized_elementwise_kernel<4, FillFunctor<int>>", 1)
+                    trace.operator(call.operator, [[8, 197, 768], [], []], zeros, *block * 3)
+                else:
+                    trace.operator(call.operator, call.sizes, *KERNELS[call.operator])
+    found = attribute(trace.events, calls, steps, True, 500e12, 4e12, 900e12)
+    rows = found_rows(found)
+    for key, count, microseconds in (
+        (("layer_norm", "blocks.*"), 6, 3 * (3 + 4)),
+        (("linear", "blocks.*.attn.qkv"), 3, 3 * 30),
+        (("attention", "blocks.*"), 3, 3 * 20),
+        (("linear", "blocks.*.attn.proj"), 3, 3 * 12),
+        (("linear", "blocks.*.mlp.fc1"), 3, 3 * 40),
+        (("linear", "blocks.*.mlp.fc2"), 3, 3 * 41),
+        (("layer_norm", "norm"), 1, 9),
+    ):
+        assert rows[key].calls == pytest.approx(count), key
+        assert rows[key].seconds == pytest.approx(1e-6 * microseconds), key
+    fc1 = rows["linear", "blocks.*.mlp.fc1"]
+    assert fc1.floor == pytest.approx(3 * 2 * 8 * 197 * 768 * 3072 / 900e12)
+    assert fc1.kernels == {linear: pytest.approx(3)}
+    fill = next(row for row in found.rows if "FillFunctor" in row.operation)
+    assert fill.floor is None and fill.seconds == pytest.approx(1e-6) and fill.module == "vit_fast::fp8_blocks"
+
+
+def test_a_long_list_of_tensors_has_no_sizes(tmp_path):
+    """torch.profiler writes those of 30 tensors and none of 31, and so do we."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    class Joined(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x] * self.count)
+
+    for count in (30, 31):
+        model = Joined()
+        model.count = count
+        (call,) = forward_operations(model, torch.empty(2, 3))
+        with profiler(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            model(torch.empty(2, 3))
+        recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        (event,) = (event for event in events if event["name"] == "aten::cat")
+        assert call.sizes == tensor_sizes(event["args"]["Input Dims"]) == ((2, 3),) * (count if count == 30 else 0)
 
 
 def test_operations_of_plain_pytorch_by_hand():
@@ -362,7 +455,9 @@ def test_host_work_counts_itself_once():
     "kernel,kind",
     (
         ("_linear_fwd_kernel", "linear"),
+        ("_linear_hopper_fwd_kernel", "linear"),
         ("_layer_norm_fwd_kernel", "layer_norm"),
+        ("_layer_norm_wide_fwd_kernel", "layer_norm"),
         ("_attention_fwd_streaming_kernel", "attention"),
         ("_patch_embed_fwd_kernel", "patch_embed"),
         ("_row_moments_kernel", None),
@@ -467,6 +562,24 @@ def test_profile_of_a_prepared_model(quick, tmp_path, capsys):
     assert "--provider prepared" in capsys.readouterr().err
 
 
+def test_profile_of_a_model_in_float8(quick, tmp_path, capsys):
+    """On a CPU its emulation: the same products under the same names, of float32 numbers."""
+    words = ["--provider", "fp8", "-b", "1", "--num-iter", "2", "--model-kwargs", "depth=1"]
+    file = tmp_path / "rows.json"
+    assert run(*TINY, *words, "--precision", "bfloat16", "--results-file", file) == 0
+    told = json.loads(file.read_text())
+    rows = {(row["operation"], row["module"]): row for row in told["rows"]}
+    for name, size in (("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 4), ("mlp.fc2", 4)):
+        row = rows["linear", f"blocks.*.{name}"]
+        assert row["calls"] == 1 and row["gflop"] == pytest.approx(2 * 5 * 192 * size * 192 / 1e9)
+    assert rows["mul", "blocks.*.mlp.fc1"]["calls"] == 2 and rows["mul", "blocks.*.mlp.fc2"]["calls"] == 1
+    assert rows["layer_norm", "blocks.*"]["calls"] == 2 and told["facts"]["matmul_peak_float8_tflops"] is None
+    shown = capsys.readouterr().out
+    assert "by fp8" in shown and "This device has no products in float8" in shown
+    assert run(*TINY, *words, "--precision", "float32") == 1
+    assert "--provider fp8: vit_fast.prepare" in capsys.readouterr().err
+
+
 def test_ceiling_of_copies():
     """1 GB/s is less, and 10 TB/s more, than any memory of a machine that runs this."""
     assert 1e9 < command.copy_bandwidth(torch.device("cpu"), 32 << 20) < 1e13
@@ -486,7 +599,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(command, "_model_and_pixels", on_the_cpu)
     monkeypatch.setattr(command, "_trace", lambda call, settings: trace.events)
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 4e12)
-    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: 700.0)
+    peaks = {torch.float32: 50.0, torch.bfloat16: 700.0, torch.float8_e4m3fn: 1300.0}
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: peaks[dtype])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(measure, "step_times", lambda call, count, device: [0.002] * count)
     monkeypatch.setattr(measure, "synchronize", lambda device: None)
     monkeypatch.setattr(machine, "name", lambda device: "NVIDIA H200")
@@ -535,6 +650,22 @@ def test_table_of_a_gpu(gpu, tmp_path, capsys):
     )
 
 
+def test_float8_on_a_gpu_has_its_own_ceiling(gpu, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "rows.json"
+    gpu.events = trace_of([Call("aten::odd", ((2,),), ())], 4, {"aten::odd": [("odd_kernel", 1)]}).events
+    words = ["--provider", "fp8", "--num-iter", "4", "--results-file", file]
+    assert run(*GPU_WORDS, *words) == 0
+    facts = json.loads(file.read_text())["facts"]
+    assert (facts["matmul_peak_tflops"], facts["matmul_peak_float8_tflops"]) == (700, 1300)
+    assert "FLOP of products in float8 at 1300 TFLOP/s" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert run(*GPU_WORDS, *words) == 0
+    assert json.loads(file.read_text())["facts"]["matmul_peak_float8_tflops"] is None
+    assert "This device has no products in float8" in capsys.readouterr().out
+    assert run(*GPU_WORDS, "--num-iter", "4") == 0
+    assert "float8" not in capsys.readouterr().out
+
+
 def test_a_gpu_whose_kernels_nobody_recorded(gpu, capsys):
     gpu.events = [e for e in trace_of([], 2).events]
     assert run(*GPU_WORDS) == 1
@@ -557,8 +688,10 @@ def test_out_of_memory_is_told(gpu, monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("provider", ["vit_fast", "prepared", "eager"])
+@pytest.mark.parametrize("provider", ["vit_fast", "prepared", "fp8", "eager"])
 def test_profile_on_a_gpu(provider, tmp_path):
+    if provider == "fp8" and measure.float8_missing(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip(NO_FLOAT8)
     file = tmp_path / "rows.json"
     words = ["-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", "-b", "8", "--provider", provider]
     assert run("profile", *words, "--device", "cuda", "--num-iter", "5", "--results-file", file) == 0
@@ -576,13 +709,13 @@ def test_profile_on_a_gpu(provider, tmp_path):
 @pytest.mark.parametrize(
     "words,named,wanted",
     (
-        (["--provider", "timm"], "--provider", "got 'timm', wanted vit_fast, prepared, eager, compile or"),
+        (["--provider", "timm"], "--provider", "got 'timm', wanted vit_fast, prepared, fp8, eager, compile or"),
         (["--batch-size", "0"], "--batch-size", "got 0, wanted a whole number of 1 or more"),
         (["--num-iter", "0"], "--num-iter", "a whole number of 1 or more"),
         (["--img-size", "-3"], "--img-size", "a whole number of 1 or more"),
         (["--precision", "half"], "--precision", "float32, bfloat16 or float16"),
         (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu or torch"),
-        (["--backend", "torch", "--provider", "eager"], "--backend", "it with --provider vit_fast or prepared"),
+        (["--backend", "torch", "--provider", "eager"], "--backend", "it with --provider vit_fast, prepared or fp8"),
         (["--results-file", "rows.txt"], "--results-file", "a name that ends in .csv or .json"),
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),
         (["--device", "tpu"], "--device", "cpu, cuda or cuda:N"),

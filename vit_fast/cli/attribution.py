@@ -212,8 +212,8 @@ def _busy(works):
 
 
 class _Table:
-    def __init__(self, calls, steps, flop_rate, byte_rate):
-        self.steps, self.rates = steps, (flop_rate, byte_rate)
+    def __init__(self, calls, steps, *rates):
+        self.steps, self.rates = steps, rates
         self.known = {}
         for call in calls:
             for operation in call.operations:
@@ -248,16 +248,16 @@ class _Table:
         return [row for row in self.known.values() if row.calls] + others
 
 
-def attribute(events, calls, steps, on_gpu, flop_rate, byte_rate):
+def attribute(events, calls, steps, on_gpu, flop_rate, byte_rate, float8_rate=None):
     """``Attribution`` of the complete events of a trace that holds ``steps`` forward passes, each inside ``STEP``.
 
     Args:
         events: the list ``traceEvents`` of a Chrome trace.
         calls: of one forward pass, from ``forward_operations``.
-        flop_rate, byte_rate: what the device reaches a second, for the floors.
+        flop_rate, byte_rate, float8_rate: what the device reaches a second, for the floors.
     """
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    table = _Table(calls, steps, flop_rate, byte_rate)
+    table = _Table(calls, steps, flop_rate, byte_rate, float8_rate)
     known = _Calls(calls)
     nodes = _host_tree([e for e in events if e.get("cat") in _HOST + _LAUNCH], known)
     unseen = known.settle(steps)

@@ -12,12 +12,14 @@ from . import require
 DEFAULT_MODEL = "vit_base_patch16_224"
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 # The longest to compile last: what a time budget cuts is the end.
-RIVALS = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune")
-VARIANTS = ("plain", "prepared", "graphed")
-DEFAULT_RIVALS = {"cuda": RIVALS, "cpu": ("eager", "compile", "compile-max-autotune")}
+RIVALS = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune", "scaled-mm")
+VARIANTS = ("plain", "prepared", "graphed", "fp8", "fp8-graphed")
+DEFAULT_RIVALS = {"cuda": RIVALS[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
 # Of 16-bit weights; vit_fast.prepare folds no others.
-DEFAULT_VARIANTS = {"cuda": VARIANTS, "cpu": ("plain", "prepared")}
-CUDA_GRAPHS = ("compile-cudagraphs", "graphed")
+DEFAULT_VARIANTS = {"cuda": VARIANTS[:3], "cpu": ("plain", "prepared")}
+# Where the device multiplies float8; the rival goes with the variants.
+FLOAT8_VARIANTS, FLOAT8_RIVAL = VARIANTS[3:], RIVALS[-1]
+CUDA_GRAPHS = ("compile-cudagraphs", "graphed", "fp8-graphed")
 PRECISIONS = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 FORMATS = ("csv", "json")
@@ -135,15 +137,17 @@ def bench(
     rivals: Annotated[
         str | None,
         typer.Option(
-            help=f"Any of {','.join(RIVALS)}, or none: timm by itself or through torch.compile, and the same network "
-            "of the other libraries. [default: GPU all, CPU eager,compile,compile-max-autotune]"
+            help=f"Any of {','.join(RIVALS)}, or none: timm by itself or through torch.compile, the same network of "
+            "the other libraries, and timm compiled with its products in float8 (torch._scaled_mm). [default: GPU all, "
+            "scaled-mm where a variant is in float8, CPU eager,compile,compile-max-autotune]"
         ),
     ] = None,
     variants: Annotated[
         str | None,
         typer.Option(
-            help="Any of plain,prepared,graphed: our model as it is, after vit_fast.prepare, and that in a CUDA "
-            "graph. [default: GPU all, CPU plain,prepared; only plain where the weights are float32]"
+            help=f"Any of {','.join(VARIANTS)}: our model as it is, after vit_fast.prepare, and that in a CUDA graph; "
+            "both with products in float8. [default: GPU all, fp8 from capability 8.9 on, CPU plain,prepared; only "
+            "plain where the weights are float32]"
         ),
     ] = None,
     family: Annotated[
@@ -218,14 +222,19 @@ def bench(
         for word in CUDA_GRAPHS:
             if not on_gpu and word in (words or ()):
                 raise _wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
-    rivals = DEFAULT_RIVALS[target.type] if rivals is None else rivals
+    results_file, plot = _output_file("--results-file", results_file), _output_file("--plot", plot)
+
+    from . import compare, measure, report
+
     precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
     if variants is None:
         variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
+        if precision != "float32" and family is None and not measure.float8_missing(target):
+            variants += FLOAT8_VARIANTS
+    if rivals is None:
+        float8 = on_gpu and any(word in FLOAT8_VARIANTS for word in variants)
+        rivals = DEFAULT_RIVALS[target.type] + (FLOAT8_RIVAL,) * float8
     variants = tuple(word for word in VARIANTS if word in variants)
-    results_file, plot = _output_file("--results-file", results_file), _output_file("--plot", plot)
-
-    from . import compare, report
 
     settings = compare.Settings(
         model=model,

@@ -3,7 +3,8 @@
 timm's model is the reference of parity, or for a family (``families``) the plain PyTorch form. Parity comes first: a
 provider whose logits are out of budget is not timed, and if it is one of ours, the run counts as failed. Then the
 providers are timed in interleaved rounds, so that a clock that drifts drifts for all of them. One row is one provider
-at one batch size; ``status`` is "ok" or says why the row has no figures.
+at one batch size; ``status`` is "ok" or says why the row has no figures. ``product_dtype`` is what its matrix products
+multiply: who multiplies in float8 is the best rival of nobody who does not.
 """
 
 import contextlib
@@ -23,11 +24,14 @@ import torch
 import vit_fast
 from vit_fast import backends
 
-from . import CommandError, machine, measure, parity, photographs
+from . import CommandError, machine, measure, parity, photographs, scaled_mm
 from .rivals import COMPILE_MODES, GRAPHED, AttentionOps, best_attention, build
 
 PLAIN, PREPARED, GRAPH = "vit_fast", "vit_fast-prepared", "vit_fast-graphed"
-VARIANTS = {"plain": PLAIN, "prepared": PREPARED, "graphed": GRAPH}
+FP8, FP8_GRAPH = "vit_fast-fp8", "vit_fast-fp8-graphed"
+VARIANTS = {"plain": PLAIN, "prepared": PREPARED, "graphed": GRAPH, "fp8": FP8, "fp8-graphed": FP8_GRAPH}
+OUR_GRAPHS = (GRAPH, FP8_GRAPH)
+IN_FLOAT8 = (FP8, FP8_GRAPH, scaled_mm.NAME)
 MIN_ROUNDS = 3
 
 
@@ -70,7 +74,7 @@ class TimeBudget:
 
 @dataclass
 class Contest:
-    """Models with the same weights, their pixels, and what every row says of them.
+    """Models with the same weights, their pixels, and what every row says of them, ``float8_facts`` in float8.
 
     ``ours`` and ``rivals`` map a provider to its module, ``absent`` those of either that have none to the reason.
     """
@@ -82,6 +86,7 @@ class Contest:
     pixels: torch.Tensor
     flops: int
     facts: dict
+    float8_facts: dict
     kernel_cache: Path
 
 
@@ -96,6 +101,11 @@ class Provider:
     context: object = contextlib.nullcontext
     steps: list = field(default_factory=list)
     latencies: list = field(default_factory=list)
+    warm_seconds: float = 0.0
+
+    @property
+    def in_float8(self):
+        return self.name in IN_FLOAT8
 
 
 def run(settings, budget, tell, keep=lambda rows: None):
@@ -169,8 +179,9 @@ def _models(settings):
     settle(timm_model)
     settle(our_model)
     rivals, absent = build(settings.rivals, timm_model, settings.device)
-    for model in rivals.values():
-        settle(model)
+    for name, model in rivals.items():
+        if name not in IN_FLOAT8:  # its e4m3 weights would become the dtype of the others
+            settle(model)
     ours, unsupported = _variants(settings.variants, our_model)
     return timm_model, ours, rivals, absent | unsupported
 
@@ -178,14 +189,15 @@ def _models(settings):
 def _variants(words, model):
     """({provider: module}, {provider: why it has none}) of our model's variants, each with its own copy of it.
 
-    The graphed one is here the prepared model: a graph is of one batch size, and captured by its first call.
+    A graphed one is here the prepared model: a graph is of one batch size, and captured by its first call.
     """
     ours, absent = {}, {}
-    for word in words:
+    for name in map(VARIANTS.get, words):
+        precision = "fp8" if name in IN_FLOAT8 else None
         try:
-            ours[VARIANTS[word]] = model if word == "plain" else vit_fast.prepare(copy.deepcopy(model))
+            ours[name] = model if name == PLAIN else vit_fast.prepare(copy.deepcopy(model), precision=precision)
         except vit_fast.UnsupportedError as error:
-            absent[VARIANTS[word]] = str(error)
+            absent[name] = str(error)
     return ours, absent
 
 
@@ -222,7 +234,6 @@ def _prepare(settings, tell):
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     pixels = photos.pixels.to(settings.device, getattr(torch, settings.precision), memory_format=layout)
     flops = measure.flops_per_image(reference, pixels)
-    peak, sustained = measure.matmul_peaks(settings.compute_dtype, settings.device)
     facts = {
         "model": settings.model,
         "infer_img_size": height if height == width else f"{height}x{width}",
@@ -236,8 +247,7 @@ def _prepare(settings, tell):
         "device": str(settings.device),
         "device_name": machine.name(settings.device),
         "cpu_threads": torch.get_num_threads(),
-        "matmul_peak_tflops": peak,
-        "matmul_peak_sustained_tflops": sustained,
+        **_product_facts(settings.compute_dtype, settings.device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": vit_fast.status(settings.device).versions.get("triton"),
@@ -246,7 +256,17 @@ def _prepare(settings, tell):
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Contest(reference, ours, rivals, absent, pixels, flops, facts, kernel_cache)
+    in_float8 = any(name in IN_FLOAT8 for name in (*ours, *rivals))
+    missing = not in_float8 or measure.float8_missing(settings.device)
+    float8_facts = _product_facts(measure.E4M3, None if missing else settings.device)
+    return Contest(reference, ours, rivals, absent, pixels, flops, facts, float8_facts, kernel_cache)
+
+
+def _product_facts(dtype, device):
+    """Columns of the dtype that products multiply and of their peak; without a device that is not measured."""
+    peak, sustained = measure.matmul_peaks(dtype, device) if device else (None, None)
+    name = str(dtype).removeprefix("torch.").removesuffix("fn")
+    return {"product_dtype": name, "matmul_peak_tflops": peak, "matmul_peak_sustained_tflops": sustained}
 
 
 def _caller(model, pixels, settings, no_grad=torch.inference_mode):
@@ -279,11 +299,13 @@ def _providers(settings, contest, batch, pixels):
     providers = []
     for name in (*our_names, *(contest.rivals if settings.family else settings.rivals)):
         model = contest.ours.get(name, contest.rivals.get(name))
-        if name == GRAPH and model is not None:
+        if name in OUR_GRAPHS and model is not None:
             model = _graphed(model, batch)
         if name in COMPILE_MODES:
             model = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
         row = dict(contest.facts, provider=name, infer_batch_size=batch, status="ok")
+        if name in IN_FLOAT8:
+            row |= contest.float8_facts
         if name in contest.absent:
             row["status"] = f"not timed: {contest.absent[name]}"
         providers.append(Provider(name, _caller(model, pixels, settings), row, ours=name in our_names))
@@ -308,7 +330,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
         for provider in ours:
             provider.row["status"] = _outcome(error)
     for provider in ours:
-        _attempt(provider, lambda p=provider: _judge(p, golden, eager, contest, settings), settings.device)
+        _attempt(provider, lambda p=provider: _judge(p, golden, eager, contest, pixels, settings), settings.device)
     well = [provider for provider in ours if provider.row["status"] == "ok"]
     if not well:
         first = ours[0].row["status"]
@@ -317,7 +339,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
             rival.row["status"] = f"not timed: {why}"
         return rows, any(provider.row["status"] != "out of memory" for provider in ours)
 
-    timing = (MIN_ROUNDS + 1) * len(providers) * well[0].row["first_call_s"]
+    timing = (MIN_ROUNDS + 1) * len(providers) * well[0].warm_seconds
     attention = {}
     for index, rival in enumerate(rivals):
         tell(f"{rival.name}, first call", (index + 1) / (len(rivals) + 1) / 2)
@@ -326,7 +348,7 @@ def _bench_batch(settings, contest, batch, budget, share, tell):
             attention[id(module)] = _attention(module, pixels, settings)
         columns, rival.context = attention[id(module)]
         rival.row.update(columns)
-        _first_call(rival, golden, eager, settings, budget, budget.left() * share - timing)
+        _first_call(rival, golden, eager, contest, pixels, settings, budget, budget.left() * share - timing)
     weights = measure.weight_bytes(contest.reference)
     for provider in providers:
         _attempt(provider, lambda provider=provider: _memory(provider, weights, settings.device), settings.device)
@@ -348,7 +370,17 @@ def _attempt(provider, work, device):
         _release(device)
 
 
-def _judge(ours, golden, eager, contest, settings):
+def _plain_logits(provider, contest, pixels, settings):
+    """Logits of the plain PyTorch form of a model in float8; None of a model in the dtype of its weights."""
+    if not provider.in_float8:
+        return None
+    if not provider.ours:
+        return _caller(scaled_mm.plain(contest.rivals[provider.name]), pixels, settings)().clone()
+    with vit_fast.backend("torch"):
+        return _caller(contest.ours[provider.name], pixels, settings)().clone()
+
+
+def _judge(ours, golden, eager, contest, pixels, settings):
     """Fills in the parity of one of ours, its first call and which backends ran."""
     cold = measure.is_cold(contest.kernel_cache, "*.cubin")
     try:
@@ -362,7 +394,10 @@ def _judge(ours, golden, eager, contest, settings):
     counted = Counter(f"{chosen} {op}" for op, chosen, _ in choices)
     reasons = dict.fromkeys(reason for _, chosen, why in choices if chosen == "torch" for reason in why)
     used = sorted({chosen for _, chosen, _ in choices})
-    verdict = parity.compare(logits.clone(), eager, golden, settings.compute_dtype)
+    logits = logits.clone()
+    ours.warm_seconds, _ = measure.seconds(ours.call, settings.device)
+    plain = _plain_logits(ours, contest, pixels, settings)
+    verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain)
     ours.row.update(
         verdict.columns(),
         first_call_s=first,
@@ -373,6 +408,8 @@ def _judge(ours, golden, eager, contest, settings):
     )
     if not verdict.passed:
         ours.row["status"] = "parity failed"
+    elif ours.in_float8 and all(op != "fp8_blocks" for op, *_ in choices):
+        ours.row["status"] = "failed: no block ran in float8"
 
 
 def _attention(module, pixels, settings):
@@ -384,7 +421,7 @@ def _attention(module, pixels, settings):
     return {"attention": way, "attention_operators": ", ".join(sorted(ops.names))}, context
 
 
-def _first_call(rival, golden, eager, settings, budget, seconds_left):
+def _first_call(rival, golden, eager, contest, pixels, settings, budget, seconds_left):
     """Compiles the rival, unless the time left is too short for that, and compares its logits."""
     compiled = rival.name in COMPILE_MODES
     if compiled and seconds_left < budget.longest_compile:
@@ -394,7 +431,9 @@ def _first_call(rival, golden, eager, settings, budget, seconds_left):
     def work():
         cold = measure.is_cold(measure.compile_cache()) if compiled else None
         seconds, logits = measure.seconds(rival.call, settings.device)
-        verdict = parity.compare(logits.clone(), eager, golden, settings.compute_dtype)
+        logits = logits.clone()
+        plain = _plain_logits(rival, contest, pixels, settings)
+        verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain)
         rival.row.update(verdict.columns())
         if compiled:
             rival.row.update(first_call_s=seconds, cold_cache=cold)
@@ -406,7 +445,7 @@ def _first_call(rival, golden, eager, settings, budget, seconds_left):
 
 
 def _memory(provider, weights, device):
-    if device.type == "cuda" and provider.name in (GRAPH, *GRAPHED):
+    if device.type == "cuda" and provider.name in (*OUR_GRAPHS, *GRAPHED):
         peak, method = None, "not measured: a CUDA graph keeps its memory between calls"
     else:
         peak, method = measure.peak_memory(provider.call, weights, device)
@@ -461,14 +500,16 @@ def _fill_in(providers, settings, contest, batch):
         row["latency_ms"] = 1000 * statistics.median(provider.latencies)
         row["num_bench_iter"] = len(provider.steps)
         row["achieved_tflops"] = row["infer_samples_per_sec"] * contest.flops / 1e12
-        row["percent_of_peak"] = 100 * row["achieved_tflops"] / row["matmul_peak_tflops"]
+        peak = row["matmul_peak_tflops"]
+        row["percent_of_peak"] = peak and 100 * row["achieved_tflops"] / peak
     rivals = [provider for provider in timed if not provider.ours]
     for rival in rivals:
         for provider in timed:
             ratio = provider.row["infer_samples_per_sec"] / rival.row["infer_samples_per_sec"]
             provider.row[f"speedup_vs_{rival.name.replace('-', '_')}"] = ratio
-    if rivals:
-        best = max(rivals, key=lambda rival: rival.row["infer_samples_per_sec"])
-        for provider in (provider for provider in timed if provider.ours):
+    for provider in (provider for provider in timed if provider.ours):
+        fair = [rival for rival in rivals if provider.in_float8 or not rival.in_float8]
+        if fair:
+            best = max(fair, key=lambda rival: rival.row["infer_samples_per_sec"])
             ratio = provider.row["infer_samples_per_sec"] / best.row["infer_samples_per_sec"]
             provider.row.update(best_rival=best.name, speedup_vs_best_rival=ratio)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+E4M3 = torch.float8_e4m3fn
 _flush = {}
 
 
@@ -124,8 +125,25 @@ def peak_memory(call, weights, device):
     return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
 
 
+def float8_missing(device):
+    """Why a device has no matrix product of float8 e4m3 numbers, or None."""
+    if device.type != "cuda":
+        return "float8 products need a GPU of capability 8.9"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (8, 9) else f"float8 products need capability 8.9, {device} has {major}.{minor}"
+
+
+def _product(dtype, size, device):
+    """A call that multiplies two square matrices of random numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if dtype != E4M3:
+        return partial(F.linear, a, b)
+    one = torch.ones((), device=device)
+    return partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def matmul_peaks(dtype, device, budget=1.0, sustained=0.5):
-    """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers.
+    """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers; e4m3 with bfloat16 results.
 
     sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
     keeps. peak: the fastest single product seen in about ``budget`` s, or the sustained figure where that is higher.
@@ -133,8 +151,7 @@ def matmul_peaks(dtype, device, budget=1.0, sustained=0.5):
     """
     best, product = 0.0, None
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        call = partial(F.linear, a, b)
+        call = _product(dtype, size, device)
         first, _ = seconds(call, device)
         again, _ = seconds(call, device)
         count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))

@@ -4,7 +4,8 @@ Nothing is computed and no memory is taken: a dispatch mode sees every operator 
 does is one operation, except for vit_fast's own, which launch a kernel for each of several. FLOP counts matrix products
 (2 a multiply-add). Bytes counts every input read once and the result written once, also what passes between the kernels
 of one operator. A tensor expanded along an axis counts once along it. An operation carries the name of the module
-whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a block.
+whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a block. Tensors that
+``vit_fast.prepare`` made for float8 carry the names of the parameters that they were made of.
 """
 
 import math
@@ -16,23 +17,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vit_fast.block import PREPARED
+from vit_fast.kernels.reference import E4M3, TENSORS_PER_FP8_BLOCK
+
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
 _ATTENTION = "scaled_dot_product_attention"
+_LISTED = 30  # torch.profiler writes no sizes of a longer list of tensors
+# Whose parameters the tensors of a block in float8 are made of; the first one, the scale of both LayerNorms, of none.
+_FP8_MODULES = ("",) + ("attn.qkv",) * 3 + ("attn.proj",) * 3 + ("mlp.fc1",) * 4 + ("mlp.fc2",) * 3
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What has to be computed once: FLOP of matrix products, and bytes that must move to and from memory."""
+    """What has to be computed once: FLOP of matrix products, in float8 or not, and bytes that must move to and from
+    memory."""
 
     name: str
     module: str
     flop: int
     bytes: int
+    float8: bool = False
 
-    def floor(self, flop_rate, byte_rate):
+    def floor(self, flop_rate, byte_rate, float8_rate=None):
         """Seconds that it takes at least where the device does so many FLOP and moves so many bytes a second."""
-        return max(self.flop / flop_rate, self.bytes / byte_rate)
+        rate = float8_rate if self.float8 and float8_rate else flop_rate
+        return max(self.flop / rate, self.bytes / byte_rate)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,29 @@ def _patch_embed(a, out):
     yield "patch_embed", weight, 2 * images.shape[0] * patches * weight.numel(), moved
 
 
+def _fp8_blocks(a, out):
+    """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: one an element of what passes as e4m3."""
+    weights, wide = a["weights"], moved_bytes(out)
+    rows, tokens, width = out.numel() // out.shape[-1], *out.shape[1:]
+    narrow = rows * width
+    for start in range(0, len(weights), TENSORS_PER_FP8_BLOCK):
+        norm_scale, *linears = weights[start : start + TENSORS_PER_FP8_BLOCK]
+        qkv, proj, fc1, fc2 = linears[:3], linears[3:6], linears[6:10], linears[10:]
+        hidden = rows * fc2[0].shape[1]
+
+        def linear(tensors, moved):
+            return "linear", tensors[0], 2 * rows * tensors[0].numel(), moved_bytes(*tensors) + moved
+
+        norm = ("layer_norm", norm_scale, 0, wide + moved_bytes(norm_scale) + narrow)
+        yield norm
+        yield linear(qkv, narrow + 3 * wide)
+        yield "attention", norm_scale, 4 * rows * tokens * width, 3 * wide + narrow
+        yield linear(proj, narrow + 2 * wide)
+        yield norm
+        yield linear(fc1, narrow + hidden)
+        yield linear(fc2, hidden + 2 * wide)
+
+
 # Each yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in their order.
 _VIT_FAST = {
     "vit_fast::attention_fwd": _attention,
@@ -129,11 +162,24 @@ _VIT_FAST = {
     "vit_fast::linear_residual_fwd": _linear_residual,
     "vit_fast::layernorm_mlp_fwd": _layernorm_mlp,
     "vit_fast::patch_embed_fwd": _patch_embed,
+    "vit_fast::fp8_blocks": _fp8_blocks,
 }
 
 
 def _label(path):
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _fp8_names(model):
+    """{id of a tensor: label} of what ``vit_fast.prepare`` made for float8."""
+    names = {}
+    for name, module in model.named_modules():
+        prepared = module.__dict__.get(PREPARED)
+        if getattr(prepared, "precision", None) == "fp8" and hasattr(prepared, "weights"):
+            for index, tensor in enumerate(prepared.weights):
+                parts = (name, "*", _FP8_MODULES[index % TENSORS_PER_FP8_BLOCK])
+                names[id(tensor)] = ".".join(filter(None, parts))
+    return names
 
 
 def _storages(tensors):
@@ -154,6 +200,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls, self.module = [], ""
         self.names = {id(p): _label(name.rpartition(".")[0] or name) for name, p in model.named_parameters()}
+        self.names |= _fp8_names(model)
         self.kept = []  # an id is a name only while its tensor lives
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -170,14 +217,17 @@ class _Recorder(TorchDispatchMode):
             arguments = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
             operations = tuple(self._operations(func._schema.name, arguments, inputs, outputs[0], named))
             if operations:
-                sizes = tensor_sizes([tuple(t.shape) for t in inputs])
+                listed = [a for a in args if not (isinstance(a, list | tuple) and len(a) > _LISTED)]
+                listed = [leaf for leaf in tree_leaves((listed, kwargs)) if isinstance(leaf, torch.Tensor)]
+                sizes = tensor_sizes([tuple(t.shape) for t in listed])
                 self.calls.append(Call(operator_name(func._schema.name), sizes, operations))
         return out
 
     def _operations(self, operator, arguments, inputs, out, named):
         if operator in _VIT_FAST:
             for name, parameter, flop, moved in _VIT_FAST[operator](arguments, out):
-                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved)
+                float8 = parameter is not None and parameter.dtype == E4M3
+                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved, float8)
         elif operator.startswith("aten::"):
             name = operator_name(operator).removeprefix("aten::").rstrip("_")
             shown = "attention" if name == _ATTENTION else _NAMES.get(name, name)

@@ -1,8 +1,8 @@
 """``vit-fast profile``: where the time of one forward pass goes, operation by operation, beside the least it can take.
 
-The floor of an operation is the greater of its FLOP at the speed of a large matrix product and its bytes at the speed
-of a copy, both measured in the same run. ``operations`` says what there is to compute, torch.profiler when each kernel
-(on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
+The floor of an operation is the greater of its FLOP at the speed of a large matrix product, in float8 where it is, and
+its bytes at the speed of a copy, all measured in the same run. ``operations`` says what there is to compute,
+torch.profiler when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ import typer
 from . import CommandError, require
 from .bench import BACKENDS, DEFAULT_MODEL, PRECISIONS, _at_least, _device, _keyword, _one_of, _output_file, _wrong
 
-PROVIDERS = ("vit_fast", "prepared", "eager", "compile", "compile-max-autotune")
+OURS = ("vit_fast", "prepared", "fp8")
+PROVIDERS = (*OURS, "eager", "compile", "compile-max-autotune")
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
 ITERATIONS = {"cuda": 20, "cpu": 5}
 WARM_CALLS = {"cuda": 10, "cpu": 2}
@@ -52,7 +53,11 @@ def profile(
         int | None, typer.Option("--batch-size", "-b", help="Images a step. [default: GPU 256, CPU 4]")
     ] = None,
     provider: Annotated[
-        str, typer.Option(help="vit_fast, prepared (vit_fast.prepare), or timm: eager, compile, compile-max-autotune.")
+        str,
+        typer.Option(
+            help="vit_fast, prepared (vit_fast.prepare), fp8 (its precision), or timm: eager, compile, "
+            "compile-max-autotune."
+        ),
     ] = "vit_fast",
     img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
     precision: Annotated[
@@ -86,16 +91,16 @@ def profile(
         _one_of("--precision", precision, PRECISIONS)
     if backend is not None:
         _one_of("--backend", backend, BACKENDS)
-        if provider not in ("vit_fast", "prepared"):
+        if provider not in OURS:
             raise _wrong(
-                "--backend", backend, "it with --provider vit_fast or prepared: timm's models have one backend"
+                "--backend", backend, "it with --provider vit_fast, prepared or fp8: timm's models have one backend"
             )
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise _wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
     if trace is not None and trace.suffix != ".json":
         raise _wrong("--trace", str(trace), "a name that ends in .json")
     keywords = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
-    if provider not in ("vit_fast", "prepared"):
+    if provider not in OURS:
         require("timm", "bench")
     target = _device(device)
     results_file, trace = _output_file("--results-file", results_file), _output_file("--trace", trace)
@@ -146,8 +151,12 @@ def run(settings, tell):
         with forced:
             tell(f"{settings.model}: model", 0.0)
             model, pixels = _model_and_pixels(settings)
+            in_float8 = settings.provider == "fp8"
+            if in_float8:  # other bytes flow than in the model as it is
+                model = _provide(model, settings.provider)
             calls = operations.forward_operations(model, pixels)
-            model = _provide(model, settings.provider)
+            if not in_float8:
+                model = _provide(model, settings.provider)
 
             def call():
                 with torch.inference_mode():
@@ -165,18 +174,21 @@ def run(settings, tell):
             events = _trace(call, settings)
         tell("ceilings", 0.8)
         flop_rate = 1e12 * measure.matmul_peak(getattr(torch, settings.precision), device)
+        float8_rate = None
+        if in_float8 and not measure.float8_missing(device):
+            float8_rate = 1e12 * measure.matmul_peak(measure.E4M3, device)
         byte_rate = copy_bandwidth(device)
     except torch.OutOfMemoryError as error:
         raise CommandError(f"out of memory at --batch-size {settings.batch}: {error}") from error
     except vit_fast.UnsupportedError as error:
         raise CommandError(str(error)) from error
-    found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate)
+    found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate, float8_rate)
     if on_gpu and not found.rows:
         raise CommandError(
             "torch.profiler recorded no GPU kernel: CUPTI is missing or may not be used here (another profiler is "
             "attached, or the driver restricts it to administrators); nothing can be attributed"
         )
-    facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate)
+    facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate, float8_rate)
     return facts, _rows(found, facts)
 
 
@@ -189,7 +201,7 @@ def _model_and_pixels(settings):
     if settings.img_size is not None:
         words["img_size"] = settings.img_size
     torch.manual_seed(0)
-    if settings.provider in ("vit_fast", "prepared"):
+    if settings.provider in OURS:
         owner, create = "vit_fast", vit_fast.create_model
     else:
         import timm
@@ -218,13 +230,11 @@ def _provide(model, provider):
 
     import vit_fast
 
-    if provider == "prepared":
-        if not hasattr(vit_fast, "prepare"):
-            raise CommandError("--provider prepared: this version of vit_fast has no vit_fast.prepare")
+    if provider in ("prepared", "fp8"):
         try:
-            return vit_fast.prepare(model)
+            return vit_fast.prepare(model, precision="fp8" if provider == "fp8" else None)
         except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
-            raise CommandError(f"--provider prepared: {error}") from error
+            raise CommandError(f"--provider {provider}: {error}") from error
     if provider.startswith("compile"):
         mode = "default" if provider == "compile" else provider.removeprefix("compile-")
         return torch.compile(model, mode=mode, dynamic=False)
@@ -277,7 +287,7 @@ def copy_bandwidth(device, size=None):
     return 2 * size / min(measure.step_times(lambda: target.copy_(source), 10, device))
 
 
-def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate):
+def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate, float8_rate):
     import torch
 
     import vit_fast
@@ -299,6 +309,7 @@ def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate):
         "host_ms": 1e3 * host,
         "images_per_second": settings.batch / step,
         "matmul_peak_tflops": flop_rate / 1e12,
+        "matmul_peak_float8_tflops": float8_rate and float8_rate / 1e12,
         "copy_tb_per_s": byte_rate / 1e12,
         "torch": torch.__version__,
         "triton": vit_fast.status(settings.device).versions.get("triton"),
@@ -407,6 +418,11 @@ def _sentences(facts, rows, settings):
         f"at {facts['copy_tb_per_s']:.3g} TB/s (a copy, read and write), both measured in this run; % of floor is "
         "floor / time, above 100 where data stay in a cache."
     )
+    if facts["matmul_peak_float8_tflops"]:
+        rate = facts["matmul_peak_float8_tflops"]
+        yield f"FLOP of products in float8 at {rate:.4g} TFLOP/s, likewise measured (torch._scaled_mm)."
+    elif settings.provider == "fp8":
+        yield "This device has no products in float8: their emulation ran, and the floors are those of the emulation."
     if not gpu and (small := [row for row in rows if _is_small(row)]):
         share = sum(row["percent_of_step"] for row in small)
         names = ", ".join(row["operation"] for row in small)

@@ -17,6 +17,7 @@ COLUMNS = (
     "infer_gmacs",
     "param_count",
     "status",
+    "product_dtype",
     "infer_samples_per_sec_p20",
     "infer_samples_per_sec_p80",
     "latency_ms",
@@ -58,11 +59,12 @@ def _number(row, key, form):
 
 def _cells(row, rivals):
     if row["status"] != "ok":
-        return [str(row["infer_batch_size"]), row["provider"], row["status"]]
+        return [str(row["infer_batch_size"]), row["provider"], row["product_dtype"], row["status"]]
     spread = f"{row['infer_samples_per_sec_p20']:.4g}…{row['infer_samples_per_sec_p80']:.4g}"
     return [
         str(row["infer_batch_size"]),
         row["provider"],
+        row["product_dtype"],
         _number(row, "infer_samples_per_sec", ".4g"),
         spread,
         _number(row, "infer_step_time", ".4g"),
@@ -78,7 +80,17 @@ def _cells(row, rivals):
 
 def print_table(rows, rivals):
     """The rows for reading: rich's table on a terminal, columns of plain text elsewhere."""
-    heads = ["batch", "provider", "images/s", "p20…p80", "ms/step", "latency ms", "first call s", "peak MiB"]
+    heads = [
+        "batch",
+        "provider",
+        "products",
+        "images/s",
+        "p20…p80",
+        "ms/step",
+        "latency ms",
+        "first call s",
+        "peak MiB",
+    ]
     heads += ["TFLOP/s", "% of peak", *(f"× {rival.removeprefix('compile-')}" for rival in rivals), "max error"]
     lines = [_cells(row, rivals) for row in rows]
     if sys.stdout.isatty():
@@ -91,18 +103,23 @@ def print_table(rows, rivals):
         Console().print(table)
         return
     full = [heads, *(line for line in lines if len(line) == len(heads))]
-    widths = [max(len(line[i]) for line in (full if i > 1 else [heads, *lines])) for i in range(len(heads))]
-    for batch, provider, *cells in [heads, *lines]:
+    widths = [max(len(line[i]) for line in (full if i > 2 else [heads, *lines])) for i in range(len(heads))]
+    for batch, provider, products, *cells in [heads, *lines]:
         if len(cells) > 1:
-            cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
-        print("  ".join([f"{batch:>{widths[0]}}", f"{provider:<{widths[1]}}", *cells]).rstrip())
+            cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[3:], strict=True)]
+        begin = [f"{batch:>{widths[0]}}", f"{provider:<{widths[1]}}", f"{products:<{widths[2]}}"]
+        print("  ".join([*begin, *cells]).rstrip())
+
+
+def _in_float8(row):
+    return row["product_dtype"].startswith("float8")
 
 
 def _verdicts(rows):
-    """The fastest of ours against the best rival, a sentence a batch size."""
-    for batch in dict.fromkeys(row["infer_batch_size"] for row in rows):
+    """The fastest of ours against the best rival, a sentence a batch size, and one more for those in float8."""
+    for batch, float8 in dict.fromkeys((row["infer_batch_size"], _in_float8(row)) for row in rows):
         here = {row["provider"]: row for row in rows if row["infer_batch_size"] == batch}
-        ours = [row for row in here.values() if row.get("best_rival")]
+        ours = [row for row in here.values() if row.get("best_rival") and _in_float8(row) == float8]
         if not ours:
             continue
         row = max(ours, key=lambda row: row["speedup_vs_best_rival"])
@@ -117,6 +134,35 @@ def _verdicts(rows):
             )
         else:
             yield f"Batch {batch}: {row['provider']} is {ratio:.2f}× the best rival ({row['best_rival']}){close}."
+
+
+def _parity(rows, eager):
+    """Whether ours hold their budget: those in float8 are held to another, and what they lose is told."""
+    rows = [row for row in rows if "parity_passed" in row]
+    plain = "the plain PyTorch form of the same float8 model"
+    for float8, reference, its in ((False, eager, "eager's"), (True, plain, "that form's")):
+        ours = [row for row in rows if row["provider"].startswith("vit_fast") and _in_float8(row) == float8]
+        if not ours:
+            continue
+        worst = max(ours, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
+        yield (
+            f"Parity with {reference} {'holds' if all(row['parity_passed'] for row in ours) else 'FAILS'}: "
+            f"error {worst['parity_error']:.2e}, allowed {worst['parity_allowed']:.2e}, {its} own "
+            f"{worst['parity_reference_error']:.2e}; against eager max-abs {worst['parity_max_abs']:.2e}, "
+            f"cosine {worst['parity_cosine']:.7f}, top-1 agreement {worst['parity_top1']:.1%}."
+        )
+    costs = {}
+    for row in filter(_in_float8, rows):
+        costs[row["provider"]] = max(row, costs.get(row["provider"], row), key=lambda row: row["parity_relative_error"])
+    told = [
+        f"{name} {row['parity_relative_error']:.2%}, cosine {row['parity_cosine_float64']:.5f}, "
+        f"top-1 agreement {row['parity_top1_float64']:.1%}"
+        for name, row in costs.items()
+    ]
+    if told:
+        own = max(row["parity_eager_relative_error"] for row in costs.values())
+        told = "; ".join([*told, f"eager in the dtype of the weights {own:.2%}"])
+        yield f"What float8 costs, the norm of the errors against float64 over that of the logits: {told}."
 
 
 def _sentences(rows, settings, seconds):
@@ -137,11 +183,13 @@ def _sentences(rows, settings, seconds):
     )
     if kind == "CPU":
         yield "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
-    yield (
-        f"Peak: a matrix product of the same dtype reached {row['matmul_peak_tflops']:.3g} TFLOP/s in this run, "
-        f"{row['matmul_peak_sustained_tflops']:.3g} sustained. "
-        "First call includes compilation. Max error is against float64."
+    peaks = {row["product_dtype"]: row for row in rows if row["matmul_peak_tflops"]}
+    told = "; ".join(
+        f"in {name} {row['matmul_peak_tflops']:.3g} TFLOP/s, {row['matmul_peak_sustained_tflops']:.3g} sustained"
+        for name, row in peaks.items()
     )
+    yield f"Peak of a matrix product in this run: {told or 'not measured'}."
+    yield "First call includes compilation. Max error is against float64."
     yield from _verdicts(rows)
     ways = {}
     for row in rows:
@@ -151,16 +199,7 @@ def _sentences(rows, settings, seconds):
     if ways:
         told = "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
         yield f"Attention of the rivals (on a GPU, the fastest that each can use): {told}."
-    verdicts = [row for row in rows if row["provider"].startswith("vit_fast") and "parity_passed" in row]
-    if verdicts:
-        worst = max(verdicts, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
-        reference = "plain PyTorch" if settings.family else "timm eager"
-        yield (
-            f"Parity with {reference} {'holds' if all(row['parity_passed'] for row in verdicts) else 'FAILS'}: "
-            f"error {worst['parity_error']:.2e}, allowed {worst['parity_allowed']:.2e}, eager's own "
-            f"{worst['parity_eager_error']:.2e}; against eager max-abs {worst['parity_max_abs']:.2e}, "
-            f"cosine {worst['parity_cosine']:.7f}, top-1 agreement {worst['parity_top1']:.1%}."
-        )
+    yield from _parity(rows, "plain PyTorch" if settings.family else "timm eager")
     methods = dict.fromkeys(row["peak_memory_method"] for row in rows if row.get("peak_memory_method"))
     if methods:
         yield f"Peak memory: {'; '.join(methods)}."
@@ -223,7 +262,7 @@ def draw(rows, path):
         median = [row["infer_samples_per_sec"] for row in own]
         below = [row["infer_samples_per_sec"] - row["infer_samples_per_sec_p20"] for row in own]
         above = [row["infer_samples_per_sec_p80"] - row["infer_samples_per_sec"] for row in own]
-        label = f"timm {provider}" if provider.startswith(("eager", "compile")) else provider
+        label = f"timm {provider}" if provider.startswith(("eager", "compile", "scaled-mm")) else provider
         bars = axes.bar(places, median, width, yerr=[below, above], capsize=2, label=label)
         axes.bar_label(bars, [f"{value:.3g}" for value in median], fontsize=7, padding=2)
     speeds = [row["infer_samples_per_sec"] for row in rows]

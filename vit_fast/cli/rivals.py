@@ -1,9 +1,9 @@
-"""What a rival is: timm's own module, or the same network built by another library with the same weights.
+"""What a rival is: timm's own module, in its dtype or in float8, or the same network built by another library.
 
-torchvision computes attention in nn.MultiheadAttention, transformers in scaled_dot_product_attention. Their parameters
-are timm's under other names: a network in which a tensor of one library has no counterpart in the other is not the
-same, and the library then has no such model. ``best_attention`` finds the attention kernel
-that serves a module best on a device.
+All have the same weights. torchvision computes attention in nn.MultiheadAttention, transformers in
+scaled_dot_product_attention. Their parameters are timm's under other names: a network in which a tensor of one library
+has no counterpart in the other is not the same, and the library then has no such model. ``best_attention`` finds the
+attention kernel that serves a module best on a device.
 """
 
 import contextlib
@@ -18,15 +18,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import measure
+from . import measure, scaled_mm
 
 COMPILE_MODES = {
     "compile": "default",
     "compile-cudagraphs": "reduce-overhead",
     "compile-max-autotune": "max-autotune",
+    scaled_mm.NAME: "max-autotune",
 }
 # Those that replay CUDA graphs, whose memory outlives the call.
-GRAPHED = ("compile-cudagraphs", "compile-max-autotune")
+GRAPHED = ("compile-cudagraphs", "compile-max-autotune", scaled_mm.NAME)
 
 # (a library's name of a tensor, timm's). {i} is the block; attn.q, attn.k and attn.v are the thirds of attn.qkv.
 _TORCHVISION = (
@@ -189,13 +190,27 @@ def transformers_model(model):
     return Logits(module, field)
 
 
-LIBRARIES = {"torchvision": torchvision_model, "transformers": transformers_model}
+def float8_model(model):
+    """timm's model in float8, where its device and dtype allow it."""
+    weight = next(model.parameters())
+    if missing := measure.float8_missing(weight.device):
+        raise NoSuchModel(missing)
+    if weight.dtype == torch.float32:
+        raise NoSuchModel("float8 is compared with 16-bit weights, not with float32")
+    return scaled_mm.quantised(model)
+
+
+LIBRARIES = {
+    "torchvision": torchvision_model,
+    "transformers": transformers_model,
+    scaled_mm.NAME: float8_model,
+}
 
 
 def build(names, model, device):
     """({rival: module}, {rival: why it has none}) of the named rivals of a timm model; libraries build on ``device``.
 
-    "eager" and those that ``COMPILE_MODES`` names are the timm model itself.
+    Those that ``LIBRARIES`` does not name are the timm model itself.
     """
     modules, absent = {}, {}
     for name in names:
