@@ -37,7 +37,7 @@ _ARRIVALS = 256  # tiles; sums over K are split where there are no more of them 
 def not_supported_reasons(x, weights, num_heads):
     packed = x.new_empty(0, 0, weights[1].shape[0])
     reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(packed, num_heads)
-    if not ln.INTERPRETED and x.device.type == "cuda" and configs.arch_of(x.device) < 89:
+    if x.device.type == "cuda" and configs.arch_of(x.device) < 89:
         reasons.append(f"float8 needs capability 8.9, the device has {configs.arch_of(x.device) / 10}")
     return list(dict.fromkeys(reasons))
 

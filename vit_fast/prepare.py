@@ -3,8 +3,8 @@
 LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
 LayerScale into the projection that ends the branch; for float8 the result is quantised. The folded copies belong to the
 row of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles do not see them. ``block.run_blocks`` asks them whether they serve a call, which includes a look
-at every parameter they came from.
+``deepcopy`` and pickles do not see them. ``block.run_blocks`` asks them whether they serve a call, which includes a
+look at every parameter they came from.
 """
 
 import logging

@@ -9,7 +9,7 @@ memory. Batch 1 and 64 stand for all (tiles may differ, and Triton specialises o
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,7 @@ class Case:
     name: str
     dtype: str
     call: Callable[[], object]
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 def case(operation, shape, dtype, call, *args, **options):
@@ -235,6 +236,76 @@ def prepared_blocks_cases():
                 yield case("prepared_blocks", name, dtype, call, batch, tokens, width, heads, hidden, dtype)
 
 
+def fp8_blocks_cases():
+    """Launches the kernels of layer_norm, linear and attention on float8 e4m3, which sm_80 does not have."""
+    from vit_fast.kernels.fp8_blocks import fp8_blocks
+
+    def call(batch, tokens, width, heads, hidden, dtype, activation="gelu"):
+        half = hidden // 2 if activation == "swiglu" else hidden
+
+        def linear(rows, columns):
+            weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+            return weight, torch.empty(rows), torch.empty(rows)
+
+        block = (
+            torch.empty(width), *linear(3 * width, width), *linear(width, width),
+            *linear(hidden, width), torch.empty(half), *linear(width, half),
+        )  # fmt: skip
+        x = torch.empty(batch, tokens, width, dtype=dtype)
+        fp8_blocks(x, block, heads, (width // heads) ** -0.5, activation, 1e-6, 1e-6)
+
+    for dtype in DTYPES[:2]:
+        for batch in (1, 64):
+            for name, (tokens, width, heads, hidden, _) in VITS.items():
+                made = case("fp8_blocks", name, dtype, call, batch, tokens, width, heads, hidden, dtype)
+                yield replace(made, archs=(90, 100))
+            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+                base = ("fp8_blocks", "base", dtype, call, batch, 197, 768, 12, 4096, dtype)
+                yield replace(case(*base, activation=activation), archs=(90, 100))
+
+
+def linear_hopper_cases():
+    """Gluon's kernel for sm_90, with the tile of its own config; other architectures have no case."""
+    from vit_fast.kernels.layer_norm import Moments
+    from vit_fast.kernels.linear_hopper import linear_hopper
+
+    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, moments=False):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        norm = None
+        if part is not None:
+            norm = Moments(torch.empty(2, -(-width // part), batch * tokens), part), 1e-6, torch.empty(out)
+        residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
+        linear_hopper(
+            x, weight, torch.empty(out) if bias else None, activation,
+            residual=residual, norm=norm, with_moments=moments,
+        )  # fmt: skip
+
+    for dtype in DTYPES[:2]:
+        made = []
+        for name, (tokens, width, _, hidden, _) in VITS.items():
+            to_hidden, to_width = (64, tokens, width, hidden, dtype), (64, tokens, hidden, width, dtype)
+            made += [
+                case("hopper folded qkv", name, dtype, call, 64, tokens, width, 3 * width, dtype, part=64),
+                case("hopper folded fc1", name, dtype, call, *to_hidden, activation="gelu", part=64),
+                case("hopper fc2", name, dtype, call, *to_width, ends=True, moments=True),
+            ]
+        base = ("base", dtype, call, 64, 197, 768, 3072, dtype)
+        for activation in ("gelu_tanh", "quick_gelu", "relu"):
+            made.append(case("hopper folded fc1", *base, activation=activation, part=64))
+        made += [
+            case("hopper folded fc1, moments of whole rows", *base, activation="gelu", part=1024),
+            case("hopper fc1", *base, activation="gelu"),
+            case("hopper fc1", *base, bias=False),
+            case("hopper fc1 with moments", *base, moments=True),
+            case("hopper fc2", *base, ends=True),
+            case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
+            case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, moments=True),
+        ]
+        for found in made:
+            yield replace(found, archs=(90,))
+
+
 OPERATIONS = (
-    attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases
+    attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
+    fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip

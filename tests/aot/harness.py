@@ -165,6 +165,8 @@ def plan(archs):
                 problems.append(f"{operation.__name__}: {_what_went_wrong()}")
                 continue
             for case in listed:
+                if arch not in case.archs:
+                    continue
                 current.update(arch=arch, dtype=case.dtype, case=case.name, launches=0)
                 try:
                     case.call()
@@ -179,8 +181,9 @@ def _wanted_units(ttir):
     """What the dots of a module ask for: "tensor" (fp16, bf16, fp8, tf32), "ieee" (fp32 as it is), both, or neither."""
     units = set()
     for line in ttir.splitlines():
-        if re.search(r"\btt\.dot(_scaled)?\b", line):
-            low = "tf32" in line or re.search(r"tensor<[0-9x]*x(f16|bf16|f8\w*)[,>]", line.rsplit(" : ", 1)[-1])
+        if re.search(r"\b(tt\.dot(_scaled)?|ttng\.warp_group_dot)\b", line):
+            types = line.rsplit(" : ", 1)[-1]
+            low = "tf32" in line or re.search(r"(tensor|memdesc)<[0-9x]*x(f16|bf16|f8\w*)[,>]", types)
             units.add("tensor" if low else "ieee")
     return "+".join(sorted(units))
 
@@ -202,21 +205,28 @@ def _compile(request):
     def number(pattern):
         return sum(int(found) for found in re.findall(pattern, log))
 
-    handover = {}
+    found = {}
+    if request.function.is_gluon():  # warp-specialised: loads by TMA, registers shared out anew
+        found["tma_loads"] = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx))
+        found["setmaxnreg"] = sorted({int(number) for number in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)})
     if "atom." in ptx:  # programs count arrivals: every thread's stores, a barrier, then the one atomic
         before = [line for line in ptx[: ptx.index("atom.")].splitlines() if "st.global" in line or "bar.sync" in line]
-        handover = {"handover": "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]}
+        found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
+    if "griddepcontrol.wait" in ptx:  # launched early: nothing may be read or written before the wait
+        found["waits"] = not re.search(r"\b(ld|st|atom|red)\.global|\bcp\.async", ptx.split("griddepcontrol.wait")[0])
+    if re.search(r"tt\.dot.*xf8E4M3FN", kernel.asm.get("ttir", "")):
+        found["fp8"] = "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx
     instructions = {"wgmma": r"\bwgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma"}
     return {
         "regs": max(int(found) for found in re.findall(r"Used (\d+) registers", log)),
         "spill": number(r"(\d+) bytes stack frame") + number(r"(\d+) bytes spill"),
         "shared": kernel.metadata.shared,
         "mma": "+".join(name for name, pattern in instructions.items() if re.search(pattern, ptx)),
-        "dots": _wanted_units(kernel.asm["ttir"]),
+        "dots": _wanted_units(kernel.asm["ttgir" if request.function.is_gluon() else "ttir"]),
         "serialised": "serialized" in log,
         "ptxas": " ".join(sorted(set(re.findall(r"C75\d\d", log)))),
         "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
-        **handover,
+        **found,
     }
 
 
@@ -287,6 +297,14 @@ def violations(entry, allowed_spills):
         found.append(f"multiplies fp32 as TF32 ({entry['mma']}) though IEEE is asked for")
     if not entry.get("handover", True):
         found.append("counts an arrival before all threads have stored")
+    if not entry.get("waits", True):
+        found.append("touches memory before the kernel in front of it has ended")
+    if not entry.get("fp8", True):
+        found.append("multiplies float8 as something wider")
+    if entry.get("tma_loads") == 0:
+        found.append("loads nothing by TMA")
+    if entry.get("setmaxnreg") == []:
+        found.append("leaves the registers of its partitions as they are")
     if entry["serialised"]:
         found.append(f"ptxas serialises wgmma ({entry['ptxas']})")
     return found

@@ -77,6 +77,10 @@ def test_ledger_keeps_the_rules():
         ({"mma": ""}, "no tensor-core"),
         ({"dots": "ieee", "mma": "tcgen05"}, "TF32"),
         ({"serialised": True, "ptxas": "C7515"}, "serialises wgmma"),
+        ({"waits": False}, "touches memory before the kernel in front of it has ended"),
+        ({"fp8": False}, "multiplies float8 as something wider"),
+        ({"tma_loads": 0}, "loads nothing by TMA"),
+        ({"setmaxnreg": []}, "leaves the registers of its partitions as they are"),
         ({"tensor_memory": 513}, "tensor memory"),
         ({"error": "boom"}, "does not compile: boom"),
     ),
@@ -84,6 +88,20 @@ def test_ledger_keeps_the_rules():
 def test_rules_can_fail(change, words):
     assert harness.violations(ENTRY, {}) == []
     assert any(words in text for text in harness.violations({**ENTRY, **change}, {}))
+
+
+@pytest.mark.parametrize(
+    "line,units",
+    (
+        ("%9 = tt.dot %7, %8, %6 : tensor<16x16xbf16, #a> * tensor<16x16xbf16, #b> -> tensor<16x16xf32, #c>", "tensor"),
+        ("%9 = tt.dot %7, %8, %6 : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>", "ieee"),
+        ("%9 = ttng.warp_group_dot %7, %8, %6 : !ttg.memdesc<8x8xf16, #s> * !ttg.memdesc<8x8xf16> -> tensor<8x8xf32>",
+         "tensor"),
+        ("%9 = ttng.warp_group_dot_wait %7 : tensor<128x128xf32, #mma>", ""),
+    ),
+)  # fmt: skip
+def test_what_dots_ask_for_is_read(line, units):
+    assert harness._wanted_units(line) == units
 
 
 def test_spills_pass_only_where_they_are_listed():

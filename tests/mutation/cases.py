@@ -129,6 +129,8 @@ def _right_arguments():
     for dtype in DTYPES:
         weights = [weight.to(dtype) for weight in test_errors.GOOD["prepared_blocks"]["weights"]]
         yield "prepared_blocks", dict(x=ones(1, 2, 4).to(dtype).transpose(0, 1), weights=weights)
+    folded = test_prepared_blocks.prepared([test_prepared_blocks.block(4, 8, "gelu", FLOAT16)])
+    yield "prepared_blocks", dict(x=ones(2, 3, 4).half(), weights=folded)
     for dtype in (FLOAT16, BFLOAT16):
         yield "fp8_blocks", dict(x=ones(1, 2, 4).to(dtype).transpose(0, 1))
     oblong = dict(images=ones(2, 3, 8, 12), weight=ones(8, 3, 4, 6))
@@ -293,6 +295,7 @@ def _device_reasons(kernels):
 def linear():
     kernels, module = linear_kernels, test_linear
     tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
+    _fp8_linear(kernels, module)
     _folded_linear(kernels, module, tiny, tma)
     _linear_moments(kernels, module, tiny, tma)
     for dtype in DTYPES:
@@ -333,7 +336,6 @@ def linear():
         module.test_mixed_dtypes(kernels, *mixed)
     module.test_a_float64_residual(kernels, BFLOAT16)
     module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
-    _fp8_linear(kernels, module)
 
 
 def _fp8_linear(kernels, module):
@@ -1016,6 +1018,12 @@ def fp8_blocks():
     with pytest.MonkeyPatch.context() as patch:
         module.test_seven_launches_a_block(patch)
     _stack_launches(kernels, "fp8_blocks", ("fp8_linear",), (x, weights, *words), 14)
+    given, shipped = [], linear_kernels.fp8_linear
+    with mock.patch.object(
+        kernels, "fp8_linear", lambda *args, **options: given.append(len(args)) or shipped(*args, **options)
+    ):
+        kernels.fp8_blocks(x, weights, *words)
+    assert given == [4, 4, 5, 4] * 2
     with pytest.MonkeyPatch.context() as patch:
         module.test_capability_is_a_reason(patch)
     wide, weight = torch.zeros(1, 2, 65537, device="meta"), torch.zeros(3 * 514, 514)
