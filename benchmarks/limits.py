@@ -4,12 +4,13 @@
 
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
 C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
-kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch. On a GPU a time
-is the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of
-calls back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph
-for it, so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or
-e4m3 with bfloat16 results. An item that fails says why and the next one runs; one that does not fit into memory is
-tried with half the images. FILE is written after every item. On a CPU the sizes are small and say nothing about a GPU.
+kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch, also of a stack
+of our prepared blocks whose kernels are launched early (``configs.dependent_launch``) or in turn. On a GPU a time is
+the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of calls
+back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph for it,
+so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or e4m3 with
+bfloat16 results. An item that fails says why and the next one runs; one that does not fit into memory is tried with
+half the images. FILE is written after every item. On a CPU the sizes are small and say nothing about a GPU.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from vit_fast.kernels import configs, reference
 
 import vit_fast
 from vit_fast.cli import machine, measure
@@ -62,6 +64,7 @@ SDPA = {
 FORMS = ("alone", "bias", "bias + GELU", "residual")
 FLOAT8_FORMS = ("float8, a scale a tensor", "float8, a scale a row")
 CHAIN = 64  # dependent launches
+DEPTH = 12  # blocks of a stack
 TILE_ROWS, TILE_COLUMNS = 128, 32  # of int32: 16 KiB
 
 
@@ -273,6 +276,37 @@ def launches(clock, step, graph):
     return {"us": 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / CHAIN}
 
 
+def stack(clock, tower, early):
+    """A stack of prepared blocks for one image, in a CUDA graph; ``early``: each kernel is launched before the one in
+    front of it has ended."""
+    tokens, width, hidden = TOWERS[tower]
+
+    def linear(rows, columns):
+        return clock.random(rows, columns, scale=columns**-0.5), clock.random(rows)
+
+    def block():
+        first = ((None, None), linear(3 * width, width), linear(width, width), None)
+        return reference.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
+
+    x, weights = clock.random(1, tokens, width), [tensor for _ in range(DEPTH) for tensor in block()]
+
+    def call():
+        return vit_fast.ops.prepared_blocks(x, weights, width // 64, 0.125, "gelu", 1e-6, 1e-6)
+
+    shipped = configs.dependent_launch
+    with vit_fast.backend("triton"):
+        try:
+            configs.dependent_launch = lambda rows, arch: False
+            expected = call()
+            configs.dependent_launch = lambda rows, arch: early
+            if not torch.equal(call(), expected):
+                raise AssertionError("kernels that are launched early compute something else")
+            run = captured(call, 1)
+        finally:
+            configs.dependent_launch = shipped
+    return clock.figures(run)
+
+
 def host_cost(clock, make):
     """Microseconds that the host needs for a call; on a GPU the device works meanwhile."""
     call, count, best = make(), 200, math.inf
@@ -332,6 +366,9 @@ def launch_items(clock):
     ):
         work = functools.partial(launches, clock, step, graph)
         yield Item(f"dependent launch {name}", shape, work, needs_cuda=True)
+    for name, early in (("in turn", False), ("early", True)):
+        work, shape = functools.partial(stack, clock, "ViT-B", early), f"{DEPTH} of ViT-B, 1 image"
+        yield Item(f"prepared blocks in a CUDA graph, launched {name}", shape, work, needs_cuda=True)
 
 
 def product_items(clock, towers, images, forms=FORMS):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from vit_fast.kernels import configs, reference
 
 from vit_fast.cli import measure
 
@@ -267,6 +268,27 @@ def test_kernels_compile_for_hopper(limits, monkeypatch):
     assert "griddepcontrol" not in plain.asm["ptx"] and early.asm["ptx"].count("griddepcontrol") == 2
 
 
+@pytest.mark.parametrize("early", (False, True))
+def test_a_stack_is_launched_as_asked_and_must_compute_the_same(limits, clock, early, monkeypatch):
+    shipped, asked, wrong = configs.dependent_launch, [], 0.0
+    monkeypatch.setattr(limits, "DEPTH", 2)
+
+    def blocks(x, weights, heads, *words):
+        assert len(weights) == limits.DEPTH * reference.TENSORS_PER_BLOCK and x.shape == (1, 197, 768) and heads == 12
+        asked.append(configs.dependent_launch(197, 90))
+        return x + wrong * asked[-1]
+
+    monkeypatch.setattr(limits.vit_fast.ops, "prepared_blocks", blocks)
+    monkeypatch.setattr(limits, "captured", lambda call, repeat: lambda: call())
+    assert limits.stack(clock, "ViT-B", early)["us"] > 0
+    assert asked[:2] == [False, early] and configs.dependent_launch is shipped
+    wrong = 1.0
+    if early:
+        with pytest.raises(AssertionError, match="kernels that are launched early compute something else"):
+            limits.stack(clock, "ViT-B", early)
+        assert configs.dependent_launch is shipped
+
+
 def test_the_command_on_a_cpu(tmp_path):
     file = tmp_path / "new" / "limits.json"
     words = [sys.executable, "-P", PATH, "--json", file, "--seconds", "10", "--device", "cpu"]
@@ -315,7 +337,9 @@ def test_the_command_on_a_gpu(tmp_path):
     for row in rows:
         if "float8" in row["name"]:
             assert ("us" in row) == float8, row
-        elif row["name"].startswith(("copy", "ViT-B", "GELU", "LayerNorm", "dependent launch", "host cost")):
+        elif row["name"].startswith(
+            ("copy", "ViT-B", "GELU", "LayerNorm", "dependent launch", "host cost", "prepared")
+        ):
             assert "us" in row, row
     square = next(row for row in rows if row["name"] == "square product")
     assert square["sustained_tflops"] < 1.1 * square["tflops"]
