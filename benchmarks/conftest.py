@@ -42,6 +42,27 @@ class Shape:
         """Random numbers of the benchmark's dtype on its device."""
         return (torch.randn(size, device=DEVICE) * scale).to(DTYPE)
 
+    def block(self):
+        """The parts of a transformer block, as ``reference.prepare_block`` takes them, without LayerScale."""
+
+        def linear(rows, columns):
+            return self.random(rows, columns, scale=columns**-0.5), self.random(rows)
+
+        def norm():
+            return 1 + self.random(self.C, scale=0.3), self.random(self.C)
+
+        attention = (norm(), linear(3 * self.C, self.C), linear(self.C, self.C), None)
+        return *attention, norm(), linear(self.F, self.C), linear(self.C, self.F), None
+
+    @property
+    def block_words(self):
+        """Heads, scale, activation and eps, as ``ops.prepared_blocks`` takes them."""
+        return self.H, (self.C // self.H) ** -0.5, "gelu", 1e-6, 1e-6
+
+    @property
+    def block_flops(self):
+        return 2 * self.B * self.N * self.C * (4 * self.C + 2 * self.F) + 4 * self.B * self.N**2 * self.C
+
 
 def _shapes():
     towers = {

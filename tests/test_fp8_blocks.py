@@ -354,23 +354,6 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 2 * (matrices + 4 * 2 * 5 * 5 * 32)
 
 
-@pytest.mark.parametrize(
-    "x,error,message",
-    (
-        (torch.zeros(2, 5, 16), ValueError, "x has dtype torch.float32, expected one of float16, bfloat16"),
-        (torch.zeros(5, 16).half(), ValueError, "x has 2 dimensions [5, 16], expected 3"),
-        (torch.zeros(2, 5, 24).half(), ValueError, "x has width 24, expected 16 (as the weights)"),
-        (torch.zeros(2, 5, 16, device="meta").half(), ValueError, "x is on meta, expected cpu (as weights)"),
-        (None, TypeError, "x is NoneType, expected a torch.Tensor"),
-    ),
-)
-def test_bad_input(x, error, message):
-    weights = quantised([block(16, 24, "gelu", torch.float16)], "gelu")
-    with pytest.raises(error) as raised:
-        ops.fp8_blocks(x, weights, HEADS, SCALE, "gelu", *EPS)
-    assert str(raised.value) == f"vit_fast.fp8_blocks: {message}"
-
-
 @pytest.mark.interp
 def test_what_triton_cannot_runs_on_torch():
     weights = quantised([block(514, 8, "gelu", torch.float16)], "gelu")

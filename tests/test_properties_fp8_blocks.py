@@ -8,40 +8,15 @@ from dataclasses import dataclass
 import properties
 import pytest
 import torch
-from hypothesis import strategies as st
 from test_fp8_blocks import SIZE, quantised, unrounded
-from test_linear import ACTIVATIONS
-from test_prepared_blocks import block
+from test_properties_prepared_blocks import PreparedBlocksCase, cases
 from vit_fast.kernels import reference
 
 
 @dataclass(frozen=True)
-class Fp8BlocksCase(properties.Case):
-    dtype: str
-    batch: int
-    tokens: int
-    num_heads: int
-    head_size: int
-    hidden: int  # rows of the first weight of the MLP; swiglu halves them
-    activation: str
-    optional: bool  # LayerNorm parameters, biases, gammas
-    depth: int
-    values: str
-    layout: str
-    law: str
-    seed: int
-
-    def inputs(self, seed):
-        """x, then the weights of all blocks."""
-        torch.manual_seed(seed)
-        dtype, width = properties.DTYPES[self.dtype], self.num_heads * self.head_size
-        x = properties.filled((self.batch, self.tokens, width), self.values, properties.generator_of(seed)).to(dtype)
-        parts = [block(width, self.hidden, self.activation, dtype, self.optional) for _ in range(self.depth)]
-        return x, *quantised(parts, self.activation)
-
-    @property
-    def words(self):
-        return self.num_heads, self.head_size**-0.5, self.activation, 1e-6, 1e-5
+class Fp8BlocksCase(PreparedBlocksCase):
+    def fold(self, blocks):
+        return quantised(blocks, self.activation)
 
     def kernel(self, x, *weights):
         from vit_fast.kernels import fp8_blocks
@@ -72,20 +47,6 @@ class Fp8BlocksCase(properties.Case):
         added = (golden - x.double()).abs().max().item()
         return [added / 4 + 3 * torch.finfo(x.dtype).eps * golden.abs().max().item()]
 
-    def law_layout(self, inputs, results):
-        x, *weights = inputs
-        self.same_bits(self.kernel(properties.laid_out(x, self.layout), *weights), results)
-
-    def law_images_permuted(self, inputs, results):
-        x, *weights = inputs
-        order = properties.permutation(self.batch, self.seed)
-        self.same_but_for_order(inputs, self.kernel(x[order], *weights), [results[0][order]])
-
-    def law_one_image_alone(self, inputs, results):
-        x, *weights = inputs
-        image = slice(self.seed % self.batch, self.seed % self.batch + 1)
-        self.same_but_for_order(inputs, self.kernel(x[image], *weights), [results[0][image]])
-
     def law_halves_of_the_stack(self, inputs, results):
         x, *weights = inputs
         half = self.depth // 2 * SIZE
@@ -103,28 +64,7 @@ class Fp8BlocksCase(properties.Case):
         assert out[broken, 0].isnan().all(), f"law '{self.law}'"
 
 
-@st.composite
-def cases(draw):
-    activation = draw(st.sampled_from([word for word in ACTIVATIONS if word]))
-    hidden = draw(st.integers(4, 100))
-    return Fp8BlocksCase(
-        dtype=draw(st.sampled_from(("bfloat16", "float16"))),
-        batch=draw(st.integers(1, 3)),
-        tokens=draw(st.integers(1, 20)),
-        num_heads=draw(st.integers(1, 3)),
-        head_size=draw(st.one_of(st.integers(2, 40), st.sampled_from((16, 32)))),
-        hidden=hidden * 2 if activation == "swiglu" else hidden,
-        activation=activation,
-        optional=draw(st.booleans()),
-        depth=draw(st.integers(1, 2)),
-        values=draw(properties.values),
-        layout=draw(properties.layouts),
-        law=draw(properties.laws(Fp8BlocksCase)),
-        seed=draw(properties.seeds),
-    )
-
-
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_fp8_blocks(shard, count):
-    properties.explore(cases(), quick=40, full=400, shard=shard, count=count)
+    properties.explore(cases(Fp8BlocksCase, ("bfloat16", "float16")), quick=40, full=400, shard=shard, count=count)

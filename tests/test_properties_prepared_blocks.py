@@ -36,7 +36,12 @@ class PreparedBlocksCase(properties.Case):
         torch.manual_seed(seed)
         dtype, width = properties.DTYPES[self.dtype], self.num_heads * self.head_size
         x = properties.filled((self.batch, self.tokens, width), self.values, properties.generator_of(seed)).to(dtype)
-        return x, *prepared(block(width, self.hidden, self.activation, dtype, self.optional) for _ in range(self.depth))
+        return x, *self.fold(
+            [block(width, self.hidden, self.activation, dtype, self.optional) for _ in range(self.depth)]
+        )
+
+    def fold(self, blocks):
+        return prepared(blocks)
 
     @property
     def words(self):
@@ -81,11 +86,11 @@ class PreparedBlocksCase(properties.Case):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, case_type=PreparedBlocksCase, dtypes=("bfloat16", "float16", "bfloat16", "float16", "float64")):
     activation = draw(st.sampled_from([word for word in ACTIVATIONS if word]))
     hidden = draw(st.integers(4, 100))
-    return PreparedBlocksCase(
-        dtype=draw(st.sampled_from(("bfloat16", "float16", "bfloat16", "float16", "float64"))),
+    return case_type(
+        dtype=draw(st.sampled_from(dtypes)),
         batch=draw(st.integers(1, 3)),
         tokens=draw(st.integers(1, 20)),
         num_heads=draw(st.integers(1, 3)),
@@ -96,7 +101,7 @@ def cases(draw):
         depth=draw(st.integers(1, 2)),
         values=draw(properties.values),
         layout=draw(properties.layouts),
-        law=draw(properties.laws(PreparedBlocksCase)),
+        law=draw(properties.laws(case_type)),
         seed=draw(properties.seeds),
     )
 
