@@ -57,7 +57,9 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
     small = few and not blackwell  # tcgen05 works on 128 rows
     tma = hopper or blackwell
-    if dtype == torch.float8_e4m3fn:
+    if dtype == torch.float8_e4m3fn and scattered:
+        tile = (64, 64, 32, 4, 3) if small else (128, 64, 32, 8, 3)
+    elif dtype == torch.float8_e4m3fn:
         depth = 128 if tma else 64
         tile = ((64 if small else 128), 64, depth, 4, 4) if few else (128, 128, depth, 4 if hopper else 8, 3)
     elif dtype not in (torch.float16, torch.bfloat16) and not tf32:

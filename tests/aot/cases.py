@@ -239,6 +239,11 @@ def prepared_blocks_cases():
 def fp8_blocks_cases():
     """Launches the kernels of layer_norm, linear and attention on float8 e4m3, which sm_80 does not have."""
     from vit_fast.kernels.fp8_blocks import fp8_blocks
+    from vit_fast.kernels.linear import fp8_linear
+
+    def odd_depth(batch, tokens, width, out, dtype):
+        x, weight = (torch.empty(*size, width, dtype=torch.float8_e4m3fn) for size in ((batch, tokens), (out,)))
+        fp8_linear(x, weight, torch.empty(out), torch.empty(out), "gelu", out_dtype=dtype)
 
     def call(batch, tokens, width, heads, hidden, dtype, activation="gelu"):
         half = hidden // 2 if activation == "swiglu" else hidden
@@ -262,6 +267,8 @@ def fp8_blocks_cases():
             for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
                 base = ("fp8_blocks", "base", dtype, call, batch, 197, 768, 12, 4096, dtype)
                 yield replace(case(*base, activation=activation), archs=(90, 100))
+            made = case("fp8_linear", "odd depth", dtype, odd_depth, batch, 197, 588, 768, dtype)
+            yield replace(made, archs=(90, 100))
 
 
 def linear_hopper_cases():
