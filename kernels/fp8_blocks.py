@@ -29,9 +29,8 @@ from . import attention as attn
 from . import configs
 from . import layer_norm as ln
 from .linear import fp8_linear
+from .prepared_blocks import ARRIVALS
 from .reference import E4M3, TENSORS_PER_FP8_BLOCK
-
-_ARRIVALS = 256  # tiles; sums over K are split where there are no more of them than multiprocessors
 
 
 def not_supported_reasons(x, weights, num_heads):
@@ -45,7 +44,7 @@ def not_supported_reasons(x, weights, num_heads):
 def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_FP8_BLOCK
-    arrivals = torch.zeros(depth, 2, _ARRIVALS, dtype=torch.int32, device=x.device)
+    arrivals = torch.zeros(depth, 2, ARRIVALS, dtype=torch.int32, device=x.device)
     dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for i in range(depth):
         norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]

@@ -30,7 +30,7 @@ from . import layer_norm as ln
 from .linear import folded_linear, linear_moments
 from .reference import TENSORS_PER_BLOCK
 
-_ARRIVALS = 256  # tiles; sums over K are split where there are no more of them than multiprocessors
+ARRIVALS = 256  # tiles; sums over K are split where there are no more of them than multiprocessors
 
 
 def not_supported_reasons(x, weights, num_heads):
@@ -42,7 +42,7 @@ def not_supported_reasons(x, weights, num_heads):
 def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/10 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_BLOCK
-    arrivals = torch.zeros(depth, 2, _ARRIVALS, dtype=torch.int32, device=x.device)
+    arrivals = torch.zeros(depth, 2, ARRIVALS, dtype=torch.int32, device=x.device)
     dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     moments = ln.row_moments(x, dependent=dependent)
     for i in range(depth):

@@ -502,6 +502,15 @@ def _register_blocks(name, tensors_per_block):
     register_flop_formula(getattr(torch.ops.vit_fast, name))(flops)
 
 
+def _call_blocks(name, x, weights, num_heads, *words):
+    backend = backends.select(
+        name, x.device, lambda: backends.kernel(name).not_supported_reasons(x, weights, num_heads)
+    )
+    if backend == "torch":
+        return getattr(reference, name)(x, weights, num_heads, *words)
+    return getattr(torch.ops.vit_fast, name)(x, list(weights), num_heads, *words, backend)
+
+
 _register_blocks("prepared_blocks", reference.TENSORS_PER_BLOCK)
 _register_blocks("fp8_blocks", reference.TENSORS_PER_FP8_BLOCK)
 
@@ -521,14 +530,7 @@ def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, e
         UnsupportedError: a forced backend cannot.
     """
     arguments.check_prepared_blocks(x, weights)
-    name = backends.select(
-        "prepared_blocks",
-        x.device,
-        lambda: backends.kernel("prepared_blocks").not_supported_reasons(x, weights, num_heads),
-    )
-    if name == "torch":
-        return reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
-    return torch.ops.vit_fast.prepared_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, name)
+    return _call_blocks("prepared_blocks", x, weights, num_heads, scale, activation, eps1, eps2)
 
 
 def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
@@ -547,12 +549,7 @@ def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: 
     Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
     """
     arguments.check_fp8_blocks(x, weights)
-    name = backends.select(
-        "fp8_blocks", x.device, lambda: backends.kernel("fp8_blocks").not_supported_reasons(x, weights, num_heads)
-    )
-    if name == "torch":
-        return reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
-    return torch.ops.vit_fast.fp8_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, name)
+    return _call_blocks("fp8_blocks", x, weights, num_heads, scale, activation, eps1, eps2)
 
 
 # patch_embed
