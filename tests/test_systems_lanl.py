@@ -229,6 +229,17 @@ def test_load(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_plain_layers_round_where_their_parts_do(dtype, monkeypatch):
+    """On the backend torch a fused layer has the bits of its parts called one by one: v + proj(…) first, then x."""
+    model = formulas.perturb(lanl.build(**VIT), 0.1).eval().to(dtype)
+    images = torch.randn(6, *VIT["img_size"]).to(dtype)
+    with torch.no_grad():
+        fused = model(images)
+        monkeypatch.setattr(lanl._Layer, "is_fused", lambda layer: False)
+        assert torch.equal(fused, model(images)) and not torch.equal(fused, model(images.flip(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("words, run", [(VIT, vit()), (T2T, t2t)])
 def test_16_bits(dtype, words, run):
     model = formulas.perturb(lanl.build(**dict(words, preds=64)), 0.05).eval().to(dtype)

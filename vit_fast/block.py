@@ -121,13 +121,11 @@ def attention_branch(x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.
     if qkv is None:
         qkv = project_qkv(x, p)
     out = attend(qkv, p, attn_drop)
-    residual = x
-    if p.value_skip:
-        value = qkv.chunk(3, dim=-1)[2]
-        residual = value if p.value_skip == "only" else x + value
-    return ops.linear_residual(
+    residual = qkv.chunk(3, dim=-1)[2] if p.value_skip else x
+    out = ops.linear_residual(
         out, p.proj_weight, p.proj_bias, p.gamma1, residual, row_scale=row_scale, dropout_p=proj_drop
     )
+    return x + out if p.value_skip is True else out  # x last: v + proj is the smaller sum, and rounds less
 
 
 def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
