@@ -6,25 +6,22 @@ A skip whose reason is not in ALLOWED_SKIPS fails the run.
 """
 
 import importlib.util
-import os
 import random
+import site
 import sys
 from pathlib import Path
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    # The interpreter calls numpy on small blocks: threads only cost time. Read when numpy is first imported.
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).parent))
 
-import sanitizer  # noqa: E402
+# First, because it says how many threads numpy may have.
+import interpreter_cures
+import numpy as np
+import pytest
+import sanitizer
+import torch
 
+INTERPRETED = interpreter_cures.INTERPRETED
+BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())
 NO_GPU = "no CUDA device of capability 8.0 or more"
 ALLOWED_SKIPS = (
     NO_GPU,
@@ -32,6 +29,9 @@ ALLOWED_SKIPS = (
     "VIT_FAST_TRITON36 is not set",
     "the GPU has less than 24 GiB of free memory",
     "the GPU has no float8",
+    "numpy 2.4 breaks the interpreter of Triton 3.6",
+    "torch's CPU has no float8 products with a scale a row",
+    *(f"{name} is not among the borrowed packages" for name in ("open_clip", "scipy")),
 )
 COUNTS = {
     "aot_compiles": 0,
@@ -65,69 +65,6 @@ def _define_torchvision_schemas():
 _TORCHVISION = _define_torchvision_schemas()
 
 
-def _cure_interpreter():
-    """bf16 and e4m3 as the hardware has them: casts round to nearest even, casts to any other type keep the value.
-
-    The interpreter holds bf16 as raw uint16 bits; as shipped it truncates fp32 → bf16 and passes the bits on as an
-    integer in all other casts. It holds e4m3 as uint8 bits, loses the carry of a rounded mantissa and knows no NaN of
-    it; on a GPU the cast saturates.
-    """
-    from triton.runtime import interpreter
-
-    tl, handle, builder = interpreter.tl, interpreter.TensorHandle, interpreter.InterpreterBuilder
-    shipped_convert, shipped_cast = interpreter._convert_float, builder.cast_impl
-
-    def to_bits(values):
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(values), ((bits >> 16) | 0x0040).astype(np.uint16), rounded)
-
-    def to_float32(bits):
-        return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-    e4m3_values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
-
-    def to_e4m3(values):
-        values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
-        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    def convert_float(data, source, target, rounding_mode):
-        if target == tl.float8e4nv and source in (tl.float16, tl.float32):
-            return to_e4m3(data)
-        if source == tl.float8e4nv and target in (tl.float16, tl.float32):
-            target_type = interpreter._get_np_dtype(target)
-            return e4m3_values[data].astype(target_type).view(f"uint{target.primitive_bitwidth}")
-        toward_zero = rounding_mode is not None and rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
-        if target == tl.bfloat16 and not toward_zero and source in (tl.float16, tl.float32, tl.float64):
-            with np.errstate(over="ignore"):
-                return to_bits(data.astype(np.float32))
-        if source == tl.bfloat16 and target in (tl.float16, tl.float32, tl.float64):
-            target_type = interpreter._get_np_dtype(target)
-            with np.errstate(over="ignore"):
-                return to_float32(data).astype(target_type).view(f"uint{target.primitive_bitwidth}")
-        return shipped_convert(data, source, target, rounding_mode)
-
-    def cast(self, src, dst_type):
-        source, target = src.dtype.scalar, dst_type.scalar
-        if source == tl.bfloat16 and target != tl.bfloat16:
-            with np.errstate(over="ignore", invalid="ignore"):
-                return shipped_cast(self, handle(to_float32(src.data), tl.float32), dst_type)
-        if target == tl.bfloat16 and source != tl.bfloat16:
-            with np.errstate(over="ignore"):
-                return handle(to_bits(src.data.astype(np.float32)), target)
-        return shipped_cast(self, src, dst_type)
-
-    interpreter._convert_float = convert_float
-    builder.cast_impl = cast
-
-
-def _versions():
-    import triton
-
-    number = tuple(int(part) for part in np.__version__.split(".")[:2])
-    return number, tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
 def has_gpu():
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -136,13 +73,8 @@ def pytest_configure(config):
     # Eager fp32 convolutions set the budget of fp32 kernels: they must be fp32.
     torch.backends.cudnn.allow_tf32 = False
     if INTERPRETED:
-        numpy_version, triton_version = _versions()
-        if numpy_version >= (2, 4) and triton_version <= (3, 6):
-            raise pytest.UsageError(
-                f"numpy {np.__version__} breaks Triton 3.6's interpreter (every loop fails): pip install 'numpy<2.4'"
-            )
         torch.set_num_threads(1)
-        _cure_interpreter()
+        interpreter_cures.install()
         sanitizer.install()
 
 
@@ -236,6 +168,31 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peer():
+    """``peer("scipy.ndimage")`` is another library's module, an oracle; packages borrowed offline may lack it."""
+
+    def find(name):
+        library = name.split(".")[0]
+        if BORROWED and importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not among the borrowed packages")
+        return importlib.import_module(name)
+
+    return find
+
+
+@pytest.fixture
+def row_scales():
+    """For tests that multiply float8 with a scale a row by torch itself, on the CPU."""
+    one, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        if torch.__version__ >= "2.13":
+            raise
+        pytest.skip("torch's CPU has no float8 products with a scale a row")
 
 
 @pytest.fixture

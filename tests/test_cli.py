@@ -437,7 +437,7 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
     assert plain["status"] == prepared["status"] == eager["status"] == "ok"
 
 
-def test_float8_rival_is_timed_where_there_is_float8_and_held_to_its_plain_form(json_file, monkeypatch):
+def test_float8_rival_is_timed_where_there_is_float8_and_held_to_its_plain_form(json_file, monkeypatch, row_scales):
     """Pretended on a CPU, where torch._scaled_mm runs too; without torch.compile, which is tried with other rivals."""
     assert compare.COMPILE_MODES["scaled-mm"] == "max-autotune"
     monkeypatch.delitem(compare.COMPILE_MODES, "scaled-mm")
@@ -672,16 +672,17 @@ def test_family_against_plain_pytorch(words, json_file):
     assert all(row["status"] == "ok" and row["parity_passed"] and row["model"] == name for row in rows)
 
 
-def test_family_peers_have_the_familys_numbers():
+@pytest.mark.parametrize("name,library", [("deit", "timm"), ("clip", "open_clip")])
+def test_family_peers_have_the_familys_numbers(name, library, peer):
     from vit_fast.cli import families
     from vit_fast.cli.bench import FAMILIES
 
     assert set(families.FAMILIES) == set(FAMILIES)
+    peer(library)
     with torch.no_grad():
-        for name, peer in (("deit", "timm"), ("clip", "open_clip")):
-            model, rivals = families.contestants(name, compare._perturb)
-            x = torch.randn(1, 3, 224, 224)
-            torch.testing.assert_close(model(x), rivals[peer](x), rtol=1e-4, atol=1e-4)
+        model, rivals = families.contestants(name, compare._perturb)
+        x = torch.randn(1, 3, 224, 224)
+        torch.testing.assert_close(model(x), rivals[library](x), rtol=1e-4, atol=1e-4)
 
 
 def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):

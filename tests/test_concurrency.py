@@ -28,7 +28,12 @@ SECONDS = 40
 
 
 def run(scenario, *arguments, backend="torch"):
-    """Runs a scenario with a forced backend; "triton" interprets the kernels, "compiler" leaves the interpreter off."""
+    """Runs a scenario with a forced backend; "triton" interprets the kernels, by the interpreter as shipped, "compiler"
+    leaves the interpreter off."""
+    from interpreter_cures import loops_fail  # imports torch, which a scenario must not find imported
+
+    if backend == "triton" and loops_fail():
+        pytest.skip("numpy 2.4 breaks the interpreter of Triton 3.6")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.update(CUDA_VISIBLE_DEVICES="", VIT_FAST_BACKEND="torch" if backend == "torch" else "triton")
     environment["OMP_NUM_THREADS"] = "1"  # a fork after OpenMP has had threads hangs in torch's own operations

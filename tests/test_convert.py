@@ -125,8 +125,8 @@ def test_timms_keys_stay_and_old_patch_weights_get_their_axes():
     assert report.count("resized") == 1 and "192 columns → 3×8×8" in str(report)
 
 
-def test_clip_to_timm_as_open_clip_says(tmp_path):
-    open_clip = pytest.importorskip("open_clip.transformer")
+def test_clip_to_timm_as_open_clip_says(tmp_path, peer):
+    open_clip = peer("open_clip.transformer")
     tower = open_clip.VisionTransformer(
         image_size=32, patch_size=8, width=64, layers=2, heads=1, mlp_ratio=4.0, output_dim=12, ls_init_value=0.5
     )

@@ -162,6 +162,14 @@ def test_what_needs_float8_is_left_out_where_there_is_none(gpu, machine, tmp_pat
     assert names & set(ran) == (names if float8 else set()) and ran[0] == f"models {gpu.VIT_B} 224" and len(ran) > 10
 
 
+def test_the_commit_of_a_copy_is_what_one_says(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.machine, "__file__", str(tmp_path / "vit_fast" / "cli" / "machine.py"))
+    monkeypatch.delenv("VIT_FAST_COMMIT", raising=False)
+    assert gpu.machine.commit() is None
+    monkeypatch.setenv("VIT_FAST_COMMIT", "0123456789ab")
+    assert gpu.machine.commit() == "0123456789ab"
+
+
 def test_runs_into_one_folder_add_up(gpu, machine, tmp_path, capsys):
     _, says = machine
     for only, verdict, status in (("limits,tests", "failed (1)", 1), ("tests,tune", "passed", 0)):

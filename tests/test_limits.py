@@ -72,8 +72,10 @@ def test_short_calls_back_to_back_are_graphs(limits, monkeypatch):
 
 
 @pytest.mark.parametrize("form,scales", [("tensor", ((), ())), ("row", ((10, 1), (1, 16)))])
-def test_products_in_float8_are_what_their_names_say(limits, clock, monkeypatch, form, scales):
+def test_products_in_float8_are_what_their_names_say(limits, clock, request, form, scales):
     """torch._scaled_mm of e4m3 numbers, on a CPU as well; its figures are those of any product."""
+    if form == "row":
+        request.getfixturevalue("row_scales")
     call = limits.float8_product(clock, f"float8, a scale a {form}", 10, 32, 16)
     x, weight, *its = call.args
     assert call.func is torch._scaled_mm and x.dtype == weight.dtype == torch.float8_e4m3fn

@@ -266,7 +266,7 @@ def test_gpu_patch_embed_beyond_2_to_the_31():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    import conftest
+    import interpreter_cures
 
-    conftest._cure_interpreter()
+    interpreter_cures.install()
     torch.save(results("cpu"), sys.argv[1])

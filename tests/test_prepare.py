@@ -244,7 +244,7 @@ def _scale(model):
 
 
 def _scale_norm(model):
-    model.blocks[0].norm1.bias.add_(1)
+    model.blocks[0].norm1.weight.mul_(-8)
 
 
 def _replace_parameter(model):

@@ -1,6 +1,7 @@
 """vit_fast/cli/scaled_mm.py: that the rival of our float8 computes what timm's model does, rounded to e4m3 and no more.
 
-torch._scaled_mm runs on a CPU as on a GPU; whether a GPU takes these layouts, torch's own checks tell on fake tensors.
+torch._scaled_mm runs on a CPU as on a GPU (torch 2.11: with one scale for all alone); whether a GPU takes these
+layouts, torch's own checks tell on fake tensors.
 """
 
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ def test_rows_reach_the_largest_number_and_are_rounded_once():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bare"])
 @pytest.mark.parametrize("product", [scaled_mm._scaled_product, scaled_mm._plain_product], ids=["torch", "plain"])
-def test_a_layer_is_its_formula(product, bias, dtype):
+def test_a_layer_is_its_formula(product, bias, dtype, request):
     """Against float64 on the quantised numbers, of rows and columns of very different lengths."""
+    if product is scaled_mm._scaled_product:
+        request.getfixturevalue("row_scales")
     linear = torch.nn.Linear(96, 48, bias=bias)
     with torch.no_grad():
         linear.weight.mul_(torch.logspace(-1, 1, 48)[:, None])
@@ -57,7 +60,7 @@ def test_a_gpu_takes_the_layouts():
     assert out.shape == (256, 197, 2304) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
 
 
-def test_block_linears_alone_are_quantised_and_the_model_stays_as_it_was():
+def test_block_linears_alone_are_quantised_and_the_model_stays_as_it_was(row_scales):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, init_values=0.1).eval().bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantised = scaled_mm.quantised(model)

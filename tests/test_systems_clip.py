@@ -170,11 +170,9 @@ def test_reid_grid_rule():
         assert clip.build("openai", img_size=(256, 128), patch_size=16, stride_size=stride, width=64).grid_size == grid
 
 
-def open_clip_pair(**words):
-    from open_clip.transformer import VisionTransformer
-
+def open_clip_pair(open_clip, **words):
     words = dict(image_size=(32, 24), patch_size=8, width=32, layers=2, heads=4, mlp_ratio=3.0, **words)
-    theirs = perturbed(VisionTransformer(**words)).eval()
+    theirs = perturbed(open_clip.VisionTransformer(**words)).eval()
     ours = clip.load(clip.build("open_clip", **words), theirs.state_dict()).eval()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     theirs.load_state_dict(ours.state_dict())
@@ -194,8 +192,8 @@ def open_clip_pair(**words):
         dict(act_layer=torch.nn.ReLU, norm_layer=lambda dim: torch.nn.LayerNorm(dim, eps=1e-3)),
     ],
 )
-def test_open_clip_agrees(words):
-    ours, theirs = open_clip_pair(**words)
+def test_open_clip_agrees(words, peer):
+    ours, theirs = open_clip_pair(peer("open_clip.transformer"), **words)
     images = torch.randn(2, 3, 32, 24)
     with torch.no_grad():
         actual, expected = ours(images), theirs(images)
@@ -300,16 +298,15 @@ def test_parameter_counts():
             assert model.default_cfg["input_size"][1:] in ((256, 128), (256, 124))
 
 
-def test_parameter_counts_of_open_clip():
-    from open_clip.transformer import VisionTransformer
-
+def test_parameter_counts_of_open_clip(peer):
+    open_clip = peer("open_clip.transformer")
     heads = {"ViT-H-14": 80, "ViT-g-14": 88, "ViT-bigG-14": 104}
     for name, head_size in heads.items():
         words = dict(clip.PRESETS[name])
         with torch.device("meta"):
             ours = vit_fast.create_model(name)
             words.pop("variant")
-            theirs = VisionTransformer(**words)
+            theirs = open_clip.VisionTransformer(**words)
         shapes = {key: value.shape for key, value in theirs.state_dict().items()}
         assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
         assert ours.transformer.resblocks[0].attn.head_dim == head_size

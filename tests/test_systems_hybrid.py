@@ -621,8 +621,8 @@ def test_npz_of_a_hybrid_switches_the_mode_unless_it_was_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (3, 5), (2, 8)])
-def test_position_tables_are_resized_with_corners_aligned(grid, tmp_path):
-    zoom = pytest.importorskip("scipy.ndimage").zoom
+def test_position_tables_are_resized_with_corners_aligned(grid, tmp_path, peer):
+    zoom = peer("scipy.ndimage").zoom
     source = small()
     path = write(tmp_path / "x.npz", google_arrays(source))
     model = small(img_size=(8 * grid[0], 8 * grid[1]))

@@ -156,11 +156,11 @@ def test_resize_pos_embed(policy, prefix):
     assert half.dtype == torch.float16 and half.shape == (prefix + 12, 5)
 
 
-def test_r1_is_scipys_zoom():
+def test_r1_is_scipys_zoom(peer):
     """R1 is what Google's program does: scipy.ndimage.zoom of order 1."""
     import numpy as np
-    from scipy import ndimage
 
+    ndimage = peer("scipy.ndimage")
     grid = np.random.default_rng(0).standard_normal((4, 4, 3)).astype(np.float32)
     zoomed = ndimage.zoom(grid, (7 / 4, 7 / 4, 1), order=1)
     ours = vit_fast.resize_pos_embed(torch.from_numpy(grid).reshape(1, 16, 3), (4, 4), (7, 7), "R1")

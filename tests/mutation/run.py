@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import conftest  # noqa: E402
+import interpreter_cures  # noqa: E402
 import mutate  # noqa: E402
 import sanitizer  # noqa: E402
 import torch  # noqa: E402
@@ -202,7 +202,7 @@ def main():
     torch.set_num_threads(1)
     for name in SUITES:
         module_of(name)
-    conftest._cure_interpreter()
+    interpreter_cures.install()
     sanitizer.install()
     table, faults, began = {}, 0, time.monotonic()
     for name in names:
