@@ -133,7 +133,7 @@ def test_timm_imports_without_cuda():
 
 def test_unlisted_skip_fails_the_run(tmp_path):
     """A skip for a reason that nobody allowed turns the exit status red, a listed one does not."""
-    for name in ("conftest.py", "sanitizer.py"):
+    for name in ("conftest.py", "interpreter_cures.py", "sanitizer.py"):
         (tmp_path / name).write_text(Path(__file__).with_name(name).read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    interp: i\n    aot: a\n    gpu: g\n")
     for reason, expected in (("because", 1), ("Triton is not installed", 0)):
