@@ -24,6 +24,7 @@ Softmax over blocks of keys: FlashAttention (Dao et al. 2022, arXiv:2205.14135; 
 """
 
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -239,9 +240,10 @@ def _attention_fwd_resident_kernel(
 _INTERPRETED = not isinstance(_attention_fwd_streaming_kernel, triton.JITFunction)
 
 
+@cache
 def _head_parts(head_size):
     """The head axis as (first column, width) of powers of two, 16 and more, at most three: 80 → (0, 64), (64, 16)."""
-    width = max(16, -(-head_size // 16) * 16)
+    width = max(16, configs.cdiv(head_size, 16) * 16)
     width = 256 if width == 240 else width
     parts, first = [], 0
     for part in (256, 128, 64, 32, 16):
@@ -251,14 +253,15 @@ def _head_parts(head_size):
     return tuple(parts)
 
 
+@cache
 def _key_chunks(num_keys):
     """The keys as (first, width) of powers of two, at most 128 wide: 197 → (0, 128), (128, 64), (192, 16)."""
     chunks, first = [], 0
     while first < num_keys:
-        left = -(-(num_keys - first) // 16) * 16
+        left = configs.cdiv(num_keys - first, 16) * 16
         width = min(128, 1 << (left.bit_length() - 1))
         if len(chunks) == 2:
-            width = 1 << (left - 1).bit_length()
+            width = configs.power_of_two(left)
         chunks.append((first, width))
         first += width
     return tuple(chunks)
@@ -313,13 +316,13 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config, dependent):
         UPCAST=_INTERPRETED and q.dtype == torch.bfloat16, TMA=tma, LSE=lse is not None,
         **launch_options(dependent, config.num_warps, num_stages=config.num_stages),
     )  # fmt: skip
-    blocks, pairs = triton.cdiv(num_queries, config.block_m), batch * num_heads
+    blocks, pairs = configs.cdiv(num_queries, config.block_m), batch * num_heads
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if resident:
             out_arg, q_arg = tensors
-            wanted = triton.cdiv(2 * configs.multiprocessors_of(q.device), pairs)
-            blocks_per_program = triton.cdiv(blocks, min(wanted, blocks))
-            programs = triton.cdiv(blocks, blocks_per_program)
+            wanted = configs.cdiv(2 * configs.multiprocessors_of(q.device), pairs)
+            blocks_per_program = configs.cdiv(blocks, min(wanted, blocks))
+            programs = configs.cdiv(blocks, blocks_per_program)
             _attention_fwd_resident_kernel[(pairs * programs,)](
                 out_arg, lse, q_arg, k, v, *sizes, programs, blocks_per_program, *strides,
                 CHUNKS=_key_chunks(num_keys), **options,
@@ -346,7 +349,7 @@ def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, depe
         arch, head_size = configs.arch_of(q.device), width // num_heads
         tf32, fp8_out = precision == "tf32", out.dtype != q.dtype
         config = configs.pick_attention_config(num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out)
-    images = max(1, _MAX_PROGRAMS // (num_heads * triton.cdiv(num_queries, config.block_m)))
+    images = max(1, _MAX_PROGRAMS // (num_heads * configs.cdiv(num_queries, config.block_m)))
     if batch <= images:
         _launch(out, lse, q, k, v, num_heads, scale, precision, config, dependent)
     else:

@@ -6,10 +6,23 @@ where a figure was measured on a GPU, its machine, date and commit stand beside 
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 
+# Triton's own serve device code too and take 4 µs a call for that, several times a launch.
+def cdiv(a, b):
+    """⌈a/b⌉."""
+    return -(-a // b)
+
+
+def power_of_two(n):
+    """The least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
 def arch_of(device):
     """10·major + minor of a CUDA device; tensors elsewhere (interpreter) take the tiles of sm_80."""
     if device.type != "cuda":
@@ -27,7 +40,7 @@ class LayerNormConfig:
 
 def pick_layer_norm_config(width):
     """Depends on the width alone, so that the sums of a row are taken in one order at every batch size."""
-    block = max(16, 1 << (width - 1).bit_length())
+    block = max(16, power_of_two(width))
     if block > 16384:
         return LayerNormConfig(rows=1, block=4096, num_warps=8)
     return LayerNormConfig(rows=max(1, 4096 // block), block=block, num_warps=4 if block <= 4096 else block // 1024)
@@ -53,7 +66,7 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     bits: the sums over K run in one order.
     """
     columns = out_features * 2 if swiglu else out_features
-    few = -(-rows // 128) * -(-columns // 128) < 128
+    few = cdiv(rows, 128) * cdiv(columns, 128) < 128
     hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
     small = few and not blackwell  # tcgen05 works on 128 rows
     tma = hopper or blackwell
@@ -82,9 +95,9 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
 def split_linear_config(config, rows, out_features, in_features, processors):
     """``config`` with the sum over K of a tile shared by several programs, where the tiles are too few for two on each
     multiprocessor; each program keeps 6 steps at least. The bits then depend on the number of rows."""
-    tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
-    most = min(2 * processors // tiles, -(-in_features // config.block_k) // 6, 8)
-    return replace(config, splits=1 << max(0, most.bit_length() - 1))
+    tiles = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
+    most = min(2 * processors // tiles, cdiv(in_features, config.block_k) // 6, 8)
+    return config if most < 2 else replace(config, splits=1 << (most.bit_length() - 1))
 
 
 def dependent_launch(rows, arch):
@@ -104,7 +117,7 @@ class PatchEmbedConfig:
 
 def pick_patch_embed_config(rows, width, dtype, precision):
     """``rows`` is batch · patches. All tiles of a dtype share ``block_k``, which orders the sums."""
-    large = -(-rows // 128) * -(-width // 128) >= 120  # a wave of 128 × 128 tiles on an A100 or H200
+    large = cdiv(rows, 128) * cdiv(width, 128) >= 120  # a wave of 128 × 128 tiles on an A100 or H200
     if dtype in (torch.float32, torch.float64):
         if precision == "tf32" and large:
             return PatchEmbedConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
@@ -127,6 +140,7 @@ class AttentionConfig:
 _RESIDENT_KEYS = {16: 272, 32: 272, 48: 208, 64: 272, 80: 208}
 
 
+@cache
 def multiprocessors_of(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -136,7 +150,7 @@ def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch, f
 
     An e4m3 out takes no tiles of 128 queries: with a head of two parts (72 = 64 + 16) ptxas serialises their wgmma.
     """
-    width = -(-head_size // 16) * 16
+    width = cdiv(head_size, 16) * 16
     if dtype in (torch.float32, torch.float64):
         if width > 128:
             warps, stages = (8, 2) if tf32 else (4, 1)

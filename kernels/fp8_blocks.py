@@ -44,7 +44,7 @@ def not_supported_reasons(x, weights, num_heads):
 def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_FP8_BLOCK
-    arrivals = torch.zeros(depth, 2, ARRIVALS, dtype=torch.int32, device=x.device)
+    arrivals = iter(torch.zeros(2 * depth, ARRIVALS, dtype=torch.int32, device=x.device).unbind())
     dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for i in range(depth):
         norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]
@@ -52,8 +52,8 @@ def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
         normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, dependent=dependent)
         packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, dependent=dependent)
         out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(out, *proj, residual=x, arrivals=arrivals[i, 0], dependent=dependent)
+        x = fp8_linear(out, *proj, residual=x, arrivals=next(arrivals), dependent=dependent)
         normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, dependent=dependent)
         hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(hidden, *fc2, residual=x, arrivals=arrivals[i, 1], dependent=dependent)
+        x = fp8_linear(hidden, *fc2, residual=x, arrivals=next(arrivals), dependent=dependent)
     return x

@@ -279,7 +279,7 @@ def _launch(x, weight, bias, eps, out_dtype, config, statistics, dependent=False
     acc = accumulator(x.dtype, y.dtype, *(t.dtype for t in (weight, bias) if t is not None))
     with launch_guard(x):
         if width <= config.block:
-            _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
+            _layer_norm_fwd_kernel[(configs.cdiv(rows, config.rows),)](
                 y, mean, rstd, x, weight, bias,
                 rows, inner, width, eps,
                 stride_xo, stride_xi, x.stride(-1),
@@ -317,7 +317,7 @@ def row_moments(x, config=None, dependent=False):
         return Moments(values, config.block)
     x, split, inner, stride_xo, stride_xi = row_layout(x)
     with launch_guard(x):
-        _row_moments_kernel[(triton.cdiv(rows, config.rows),)](
+        _row_moments_kernel[(configs.cdiv(rows, config.rows),)](
             values, x, rows, inner, width, stride_xo, stride_xi, x.stride(-1),
             SPLIT=split, ACC=accumulator(x.dtype), ROWS=config.rows, BLOCK=config.block,
             **launch_options(dependent, config.num_warps),

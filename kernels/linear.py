@@ -419,7 +419,7 @@ def _linear(
     if with_moments:
         part_out = config.block_n // 2
         stat_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-        shape = (2, triton.cdiv(out_features, part_out), rows)
+        shape = (2, configs.cdiv(out_features, part_out), rows)
         moments_out = ln.Moments(torch.empty(shape, dtype=stat_dtype, device=x.device), part_out)
     x_src, weight_src = x, weight
     descriptors = config.tma and describable and not split_x
@@ -428,7 +428,7 @@ def _linear(
         weight_src = TensorDescriptor(
             weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k]
         )
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out_features, config.block_n)
+    tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(out_features, config.block_n)
     partial = None
     if config.splits > 1:
         shape = (tiles, config.splits, config.block_m, config.block_n)
@@ -450,7 +450,7 @@ def _linear(
             ALIGN_K=16 if descriptors else math.gcd(16, in_features, stride_xo, stride_xi, weight.stride(0)),
             ALIGN_N=math.gcd(16, out_features, stride_ro, stride_ri),
             PART=part,
-            PARTS=1 if norm is None else min(32, triton.next_power_of_2(triton.cdiv(in_features, part))),
+            PARTS=1 if norm is None else min(32, configs.power_of_two(configs.cdiv(in_features, part))),
             SPLITS=config.splits,
             UPCAST=_upcast(weight.dtype, out_dtype),
             ACC=ln.accumulator(weight.dtype, out_dtype),

@@ -403,7 +403,7 @@ def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None,
     moments_out = None
     if with_moments:
         part_out = config.block_n // 2
-        values = torch.empty(2, triton.cdiv(out_features, part_out), rows, dtype=torch.float32, device=x.device)
+        values = torch.empty(2, configs.cdiv(out_features, part_out), rows, dtype=torch.float32, device=x.device)
         moments_out = ln.Moments(values, part_out)
     if rows == 0:
         return out, moments_out
@@ -415,7 +415,7 @@ def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None,
         layout = gl.NVMMASharedLayout.get_default_for(block, element)
         return TensorDescriptor(t, [size, in_features], [_row_stride(t), 1], block, layout)
 
-    tiles = triton.cdiv(rows, BLOCK_M) * triton.cdiv(out_features, config.block_n)
+    tiles = configs.cdiv(rows, BLOCK_M) * configs.cdiv(out_features, config.block_n)
     with ln.launch_guard(x):
         _linear_hopper_fwd_kernel[(min(tiles, configs.multiprocessors_of(x.device)),)](
             out,
@@ -426,7 +426,7 @@ def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None,
             ACTIVATION=activation,
             ALIGN_N=math.gcd(16, out_features),
             PART=part,
-            PARTS=1 if norm is None else min(32, triton.next_power_of_2(triton.cdiv(in_features, part))),
+            PARTS=1 if norm is None else min(32, configs.power_of_two(configs.cdiv(in_features, part))),
             GROUP_M=config.group_m,
             STAGES=config.num_stages,
             num_warps=4,

@@ -187,13 +187,13 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     rows, precision = batch * tokens, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if config is None:
         config = configs.pick_patch_embed_config(rows, dim, weight.dtype, precision)
-    row_tiles = triton.cdiv(rows, config.block_m) + triton.cdiv(batch * prefix, config.block_m)
+    row_tiles = configs.cdiv(rows, config.block_m) + configs.cdiv(batch * prefix, config.block_m)
     pos_strides = (0, 0) if pos_embed is None else pos_embed.stride()[1:]
     prefix_strides = (0, 0, 0)
     if prefix:
         prefix_strides = prefix_tokens.stride() if prefix_tokens.shape[0] > 1 else (0, *prefix_tokens.stride()[1:])
     with torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext():
-        _patch_embed_fwd_kernel[(row_tiles * triton.cdiv(dim, config.block_n),)](
+        _patch_embed_fwd_kernel[(row_tiles * configs.cdiv(dim, config.block_n),)](
             out,
             images,
             weight,

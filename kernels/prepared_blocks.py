@@ -42,7 +42,7 @@ def not_supported_reasons(x, weights, num_heads):
 def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/10 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_BLOCK
-    arrivals = torch.zeros(depth, 2, ARRIVALS, dtype=torch.int32, device=x.device)
+    arrivals = iter(torch.zeros(2 * depth, ARRIVALS, dtype=torch.int32, device=x.device).unbind())
     dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     moments = ln.row_moments(x, dependent=dependent)
     for i in range(depth):
@@ -50,7 +50,7 @@ def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
         qkv, qkv_sums, qkv_bias, proj, proj_bias, fc1, fc1_sums, fc1_bias, fc2, fc2_bias = block
         packed = folded_linear(x, moments, eps1, qkv, qkv_sums, qkv_bias, dependent=dependent)
         out = attn.attention(packed, num_heads, scale, dependent=dependent)
-        x, moments = linear_moments(out, proj, proj_bias, x, arrivals=arrivals[i, 0], dependent=dependent)
+        x, moments = linear_moments(out, proj, proj_bias, x, arrivals=next(arrivals), dependent=dependent)
         hidden = folded_linear(x, moments, eps2, fc1, fc1_sums, fc1_bias, activation, dependent=dependent)
-        x, moments = linear_moments(hidden, fc2, fc2_bias, x, arrivals=arrivals[i, 1], dependent=dependent)
+        x, moments = linear_moments(hidden, fc2, fc2_bias, x, arrivals=next(arrivals), dependent=dependent)
     return x

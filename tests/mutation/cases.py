@@ -929,6 +929,8 @@ def _patch_embed_launches(kernels, module):
 
 def configs():
     module, picked = configs_module, []
+    assert [module.cdiv(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+    assert [module.power_of_two(n) for n in (1, 2, 3, 4, 5, 16, 17)] == [1, 2, 4, 4, 8, 16, 32]
     for arch in (80, 86, 90, 100, 120):
         test_attention.test_every_shape_has_a_config_whose_keys_fit(attention_kernels, arch)
         test_linear.test_every_shape_has_a_config_that_fits(arch)
