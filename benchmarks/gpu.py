@@ -27,7 +27,7 @@ from rich.table import Table
 from vit_fast.cli import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("limits", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
+GROUPS = ("limits", "check", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
 VIT_S, VIT_B, VIT_L = (f"vit_{width}_patch16_224" for width in ("small", "base", "large"))
 VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
@@ -86,8 +86,14 @@ def stages(out, only):
         file = ("--results-file", f"{out}/profile-{provider}-{batch}.json")
         profiles.append(Stage(f"profile {provider} {batch}", (*command, *file), 90, float8=provider == "fp8"))
     families = (*bench, "--family", "all", "--time-budget", "260", "--results-file", f"{out}/families.json")
+    checks = []
+    for variant in ("plain", "prepared", "graphed", "fp8"):
+        command = ("-P", "-m", "vit_fast", "check", "--model", VIT_B, "--variant", variant, "--precision", "bfloat16")
+        file = ("--results-file", f"{out}/check-{variant}.json")
+        checks.append(Stage(f"check {variant}", (*command, *file), 60, float8=variant == "fp8"))
     groups = {
         "limits": [Stage("limits", ("-P", "benchmarks/limits.py", "--json", f"{out}/limits.json"), 120)],
+        "check": checks,
         "tests": [Stage("tests", (*pytest, "tests", "-m", "gpu", "-n", "4", f"--junitxml={out}/tests.xml"), 360)],
         "sanitizer": [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 150)],
         "models": models,

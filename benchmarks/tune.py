@@ -5,7 +5,7 @@
 A problem is one kernel at one shape of a ViT, in bfloat16. Its candidates are the config that the rule of
 kernels/configs.py picks there and neighbours of it, without those that cannot fit the chip. Processes without a GPU
 compile them ahead, in the order of the timing, into Triton's cache. A candidate must first keep the error budget
-against float64 (vit_fast.cli.parity); one that fails to launch, or is wrong, is written down with the reason. Times are
+against float64 (vit_fast.parity); one that fails to launch, or is wrong, is written down with the reason. Times are
 medians of event-timed steps with a cold L2 cache, queued while the device pauses, so that the host's time to launch is
 not in them; the best, the rule's and the libraries' are taken again together.
 On sm_90 the linear problems have the configs of kernels/linear_hopper.py beside those of kernels/linear.py. A kernel
@@ -39,7 +39,8 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_fast.kernels import configs
 
-from vit_fast.cli import machine, measure, parity
+from vit_fast import parity
+from vit_fast.cli import machine, measure
 
 OPERATIONS = ("linear", "attention", "patch_embed", "layer_norm")
 BATCHES = (256, 1, 64, 8)  # the most telling first

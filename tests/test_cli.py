@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vit_fast.kernels import reference
 
 import vit_fast
-from vit_fast import cli
+from vit_fast import cli, parity
 from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
-from vit_fast.cli import compare, measure, parity, photographs, report, rivals, scaled_mm
+from vit_fast.cli import compare, measure, photographs, report, rivals, scaled_mm
 
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=2", "--device", "cpu"]
 QUICK = ["bench", *TINY, "--num-bench-iter", "3", "--num-warm-iter", "1"]
@@ -131,7 +131,7 @@ def test_other_libraries_build_the_same_network(name, words, libraries):
     if "siglip" in name:
         words["num_classes"] = 0  # the library has no head behind the pooling
     model = timm.create_model(name, **words).double().eval()
-    compare._perturb(model)
+    parity.perturb(model)
     modules, absent = rivals.build(libraries, model, torch.device("cpu"))
     assert absent == {} and tuple(modules) == libraries
     height, width = model.patch_embed.img_size
@@ -680,7 +680,7 @@ def test_family_peers_have_the_familys_numbers(name, library, peer):
     assert set(families.FAMILIES) == set(FAMILIES)
     peer(library)
     with torch.no_grad():
-        model, rivals = families.contestants(name, compare._perturb)
+        model, rivals = families.contestants(name, parity.perturb)
         x = torch.randn(1, 3, 224, 224)
         torch.testing.assert_close(model(x), rivals[library](x), rtol=1e-4, atol=1e-4)
 

@@ -13,10 +13,11 @@ import typer
 
 import vit_fast
 from vit_fast.cli.bench import RIVALS, VARIANTS, bench
+from vit_fast.cli.check import check
 from vit_fast.cli.profile import PROVIDERS, profile
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-GROUPS = "limits,tests,sanitizer,models,profile,tune,operations,families"
+GROUPS = "limits,check,tests,sanitizer,models,profile,tune,operations,families"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_cold_stages_have_caches_of_their_own_and_no_stage_interprets(gpu, tmp_p
 def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
     plan = gpu.stages(tmp_path, GROUPS)
     assert len({stage.name for stage in plan}) == len(plan) and ",".join(gpu.GROUPS) == GROUPS
-    for verb in (bench, profile):
+    for verb in (bench, check, profile):
         app = typer.Typer()
         app.command()(verb)
         command = typer.main.get_command(app)
@@ -94,7 +95,12 @@ def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
         assert own
         for stage in own:
             context = command.make_context("verb", list(stage.command[stage.command.index(verb.__name__) + 1 :]))
-            for flag, known in (("rivals", RIVALS), ("variants", VARIANTS), ("provider", PROVIDERS)):
+            for flag, known in (
+                ("rivals", RIVALS),
+                ("variants", VARIANTS),
+                ("variant", VARIANTS),
+                ("provider", PROVIDERS),
+            ):
                 assert set((context.params.get(flag) or known[0]).split(",")) <= set(known), stage
     assert [*gpu.ALL.split(","), "scaled-mm"] == list(RIVALS) and set(gpu.LARGE.split(",") + gpu.FEW.split(",")) < set(
         RIVALS
@@ -108,7 +114,7 @@ def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
     order = [stage.name.split()[0] for stage in plan]
     assert list(dict.fromkeys(order)) == GROUPS.split(",")
     assert [stage.name for stage in gpu.stages(tmp_path, "families,tests")] == ["tests", "families"]
-    with pytest.raises(typer.BadParameter, match="'model', wanted any of limits, tests"):
+    with pytest.raises(typer.BadParameter, match="'model', wanted any of limits, check, tests"):
         gpu.stages(tmp_path, "model")
 
 
@@ -157,9 +163,9 @@ def test_what_needs_float8_is_left_out_where_there_is_none(gpu, machine, tmp_pat
     known = gpu.machine.gpu_facts() | {"capability": capability}
     monkeypatch.setattr(gpu.machine, "gpu_facts", lambda: dict(known))
     with pytest.raises(typer.Exit):
-        gpu.main(tmp_path, 60.0, "models,profile")
-    names = {f"models {gpu.VIT_B} {gpu.FLOAT8}", "profile fp8 256"}
-    assert names & set(ran) == (names if float8 else set()) and ran[0] == f"models {gpu.VIT_B} 224" and len(ran) > 10
+        gpu.main(tmp_path, 60.0, "models,profile,check")
+    names = {f"models {gpu.VIT_B} {gpu.FLOAT8}", "profile fp8 256", "check fp8"}
+    assert names & set(ran) == (names if float8 else set()) and ran[0] == "check plain" and len(ran) > 13
 
 
 def test_the_commit_of_a_copy_is_what_one_says(gpu, tmp_path, monkeypatch):

@@ -251,6 +251,22 @@ def test_hooks_and_parametrizations_are_honoured():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.1", "blocks.1.attn", "blocks.0.mlp.fc2", "norm", "head"])
+def test_a_forward_that_an_instance_was_given_runs(name):
+    model = perturb(vit_fast.VisionTransformer(**SMALL)).eval()
+    x, module, calls = images_for(model), model.get_submodule(name), []
+    plain, forward = model(x), module.forward
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return forward(*args, **kwargs)
+
+    module.forward = counted
+    assert_equal(model(x), plain)
+    assert calls == [name]
+
+
+@torch.no_grad()
 def test_uint8_images():
     model = vit_fast.VisionTransformer(**SMALL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

@@ -232,6 +232,12 @@ def test_training_gradients_autocast_and_hooks_go_past_the_copies():
                 assert torch.equal(model(x), plain(x))
                 handle.remove()
         assert used(model, x)
+        fc1 = model.blocks[1].mlp.fc1
+        fc1.forward = lambda x: seen.append(x) or nn.Linear.forward(fc1, x)
+        seen.clear()
+        assert not used(model, x) and len(seen) == 1
+        del fc1.forward
+        assert used(model, x)
         model.blocks[0].training = True
         assert not used(model, x)
         model.eval()
@@ -366,8 +372,8 @@ def test_bad_models():
         (
             nn.Linear(2, 2).eval(),
             ValueError,
-            "model is Linear without transformer blocks of this library, expected a VisionTransformer or a model of "
-            "vit_fast.systems",
+            "model is Linear without transformer blocks of this library, expected a VisionTransformer, a model of "
+            "vit_fast.systems or an optimised model",
         ),
         (
             small(torch.float32),

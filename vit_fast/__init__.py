@@ -2,9 +2,11 @@
 
 from . import ops, systems
 from .backends import backend, status
+from .check import check
 from .explain import explain
 from .graphed import graphed
 from .kernels.arguments import UnsupportedError
+from .optimize import optimize, restore
 from .pos_embed import resize_pos_embed
 from .prepare import prepare, refresh
 from .registry import create_model, list_models
@@ -18,14 +20,17 @@ __all__ = [
     "VisionTransformer",
     "WeightsError",
     "backend",
+    "check",
     "create_model",
     "explain",
     "graphed",
     "list_models",
     "ops",
+    "optimize",
     "prepare",
     "refresh",
     "resize_pos_embed",
+    "restore",
     "status",
     "systems",
 ]

@@ -79,8 +79,8 @@ def drop_path_scale(x, rate: float, training: bool):
 
 
 def is_plain(*modules) -> bool:
-    """Whether modules are what their class says: no hook, no parametrization, no wrapper, so that their weights may be
-    read past their ``__call__``. None and ``nn.Identity`` count as plain."""
+    """Whether modules are what their class says: no hook, no parametrization, no wrapper, no forward of their own, so
+    that their weights may be read past their ``__call__``. None and ``nn.Identity`` count as plain."""
     return all(
         module is None
         or (
@@ -89,6 +89,7 @@ def is_plain(*modules) -> bool:
             and not module._forward_pre_hooks
             and not module._backward_hooks
             and not module._backward_pre_hooks
+            and "forward" not in module.__dict__
         )
         for module in modules
     )
@@ -154,6 +155,7 @@ def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
         prepared = blocks.__dict__.get(PREPARED)
         if prepared is not None and prepared.serves(x):
             return prepared.run(x, first, last)
-    for block in blocks[first:last]:
+    chosen = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module, 30 µs
+    for block in chosen:
         x = block(x) if run is None else run(block, x)
     return x

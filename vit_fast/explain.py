@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import backends
+from .input_size import input_size
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,13 @@ class Explanation(list):
         return "\n".join(lines)
 
 
-def _example_input(model):
-    config, embed = getattr(model, "default_cfg", None), getattr(model, "patch_embed", None)
-    if hasattr(model, "in_chans") and hasattr(embed, "img_size"):  # set_input_size changes this, and not default_cfg
-        size = (model.in_chans, *embed.img_size)
-    elif isinstance(config, dict) and "input_size" in config:
-        size = config["input_size"]
-    else:
-        raise ValueError("vit_fast.explain: example is None, expected an input tensor for a model without default_cfg")
+def own_input(model, caller, batch=1):
+    """An empty batch of the images that a model was built for, in its own dtype; ``caller`` is named in the error."""
+    size = input_size(model)
+    if size is None:
+        raise ValueError(f"{caller}: example is None, expected an input, as the model does not tell its input size")
     parameter = next(model.parameters())
-    return torch.empty(1, *size, device=parameter.device, dtype=parameter.dtype)
+    return torch.empty(batch, *size, device=parameter.device, dtype=parameter.dtype)
 
 
 def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanation:
@@ -61,7 +59,7 @@ def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanatio
     Returns:
         ``Explanation``: rows (module, operation, backend, reasons); print it for a table.
     """
-    example = _example_input(model) if example is None else example
+    example = own_input(model, "vit_fast.explain") if example is None else example
     names = {module: name for name, module in model.named_modules()}
     stack, rows = [""], Explanation()
     handles = []

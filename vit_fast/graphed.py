@@ -26,6 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from . import backends
 from .block import PREPARED
+from .input_size import input_size
 from .kernels.arguments import UnsupportedError
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -264,21 +265,6 @@ def _first_parameter(model):
     raise ValueError("vit_fast.graphed: model has no floating-point parameters, expected some to tell its device")
 
 
-def _own_sizes(model):
-    """(channels, height, width) of what a model was built for; vit_fast and timm, torchvision, transformers tell it."""
-    config, default = getattr(model, "config", None), getattr(model, "default_cfg", None)
-    for owner, channels in (
-        (getattr(model, "patch_embed", None), getattr(model, "in_chans", 3)),
-        (model, 3),
-        (config, getattr(config, "num_channels", 3)),
-    ):
-        if size := getattr(owner, "img_size", None) or getattr(owner, "image_size", None):
-            return (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
-    if isinstance(default, dict) and "input_size" in default:
-        return tuple(default["input_size"])
-    raise ValueError("vit_fast.graphed: example is None, expected images, as the model does not tell its input size")
-
-
 def _check_batch_sizes(batch_sizes):
     if not isinstance(batch_sizes, (tuple, list)):
         raise TypeError(f"vit_fast.graphed: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
@@ -312,7 +298,11 @@ class Graphed(nn.Module):
             raise TypeError(f"vit_fast.graphed: example is {type(example).__name__}, expected a torch.Tensor")
         if example is not None and example.dim() < 2:
             raise ValueError(f"vit_fast.graphed: example has {example.dim()} dimensions, expected a batch of images")
-        self._sizes = _own_sizes(model) if example is None else tuple(example.shape[1:])
+        self._sizes = input_size(model) if example is None else tuple(example.shape[1:])
+        if self._sizes is None:
+            raise ValueError(
+                "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
+            )
         # None where it is the dtype of the weights, which may change.
         own = example is None or example.dtype == _first_parameter(model).dtype
         self._dtype = None if own else example.dtype

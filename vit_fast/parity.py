@@ -47,6 +47,14 @@ class Parity:
         return {f"parity_{name}": value for name, value in asdict(self).items()}
 
 
+def perturb(model):
+    """Moves every parameter of a fresh model, so that none (a LayerScale near 0, a bias of 0) hides a fault."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.02 if parameter.dim() > 1 else 0.1)
+
+
 def golden_logits(model, pixels, chunk=8):
     """float64 logits [B, classes] of a float64 copy of the model, a few images at a time."""
     model = copy.deepcopy(model).double()

@@ -78,6 +78,8 @@ class Prepared(Dropped):
         for module, cls in self.modules:
             if module.training or module._forward_hooks or module._forward_pre_hooks or type(module) is not cls:
                 return False
+            if "forward" in module.__dict__:
+                return False
         changed = self._changed()
         if changed is not None:
             _logger.warning("%s changed: its prepared weights are dropped; vit_fast.refresh(model) folds anew", changed)
@@ -167,8 +169,8 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     its spread instead of 0.3 % in bfloat16; see what that does to your task before you rely on it.
 
     Args:
-        model: a ``VisionTransformer``, a model of ``vit_fast.systems``, or a module that holds one; float16 or
-            bfloat16 weights.
+        model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or
+            a module that holds one; float16 or bfloat16 weights.
         precision: None keeps the dtype of the weights; "fp8" needs capability 8.9 on a GPU.
     Returns:
         the model itself.
@@ -198,7 +200,7 @@ def _prepare(model, precision_of):
     if not rows:
         raise ValueError(
             f"vit_fast.prepare: model is {type(model).__name__} without transformer blocks of this library, expected "
-            "a VisionTransformer or a model of vit_fast.systems"
+            "a VisionTransformer, a model of vit_fast.systems or an optimised model"
         )
     reasons = {name: _not_supported_reasons(blocks, precision) for name, blocks, precision in rows}
     if all(reasons.values()):

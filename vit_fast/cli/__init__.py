@@ -24,6 +24,7 @@ def main(arguments=None):
         typer = require("typer", "cli")
         require("rich", "cli")
         from .bench import bench
+        from .check import check
         from .convert import convert
         from .info import info
         from .list import list_models
@@ -31,13 +32,14 @@ def main(arguments=None):
 
         app = typer.Typer(
             name="vit-fast",
-            help="Fast Vision Transformers: benchmark them, see what runs here.",
+            help="Fast Vision Transformers: benchmark them, check them, see what runs here.",
             rich_markup_mode=None,
             pretty_exceptions_enable=False,
             no_args_is_help=True,
             context_settings={"help_option_names": ["-h", "--help"]},
         )
         app.command()(bench)
+        app.command()(check)
         app.command()(convert)
         app.command()(info)
         app.command("list")(list_models)

@@ -22,9 +22,9 @@ import timm
 import torch
 
 import vit_fast
-from vit_fast import backends
+from vit_fast import backends, parity
 
-from . import CommandError, machine, measure, parity, photographs, scaled_mm
+from . import CommandError, machine, measure, photographs, scaled_mm
 from .rivals import COMPILE_MODES, GRAPHED, AttentionOps, best_attention, build
 
 PLAIN, PREPARED, GRAPH = "vit_fast", "vit_fast-prepared", "vit_fast-graphed"
@@ -135,19 +135,11 @@ def run(settings, budget, tell, keep=lambda rows: None):
     return rows, failed
 
 
-def _perturb(model):
-    """Moves every parameter of a fresh model, so that none (a LayerScale near 0, a bias of 0) hides a fault."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.02 if parameter.dim() > 1 else 0.1)
-
-
 def _family_models(settings):
     """(reference, {provider of ours: module}, rivals, absent) of a family."""
     from . import families
 
-    our_model, rivals = families.contestants(settings.family, _perturb)
+    our_model, rivals = families.contestants(settings.family, parity.perturb)
     for model in (our_model, *rivals.values()):
         model.to(settings.device, getattr(torch, settings.precision))
     return rivals["torch"], {PLAIN: our_model}, rivals, {}
@@ -168,7 +160,7 @@ def _models(settings):
     except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
         raise CommandError(f"vit_fast cannot make the model {settings.model!r}: {error}") from error
     if not settings.pretrained:
-        _perturb(timm_model)
+        parity.perturb(timm_model)
     our_model.load_state_dict(timm_model.state_dict(), strict=True)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
 

@@ -1,0 +1,104 @@
+"""``vit-fast check``: the parity certificate of a model on this machine."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import CommandError
+from .bench import (
+    BACKENDS,
+    DEFAULT_MODEL,
+    PRECISIONS,
+    VARIANTS,
+    _at_least,
+    _device,
+    _keyword,
+    _one_of,
+    _output_file,
+    _wrong,
+)
+
+
+def check(
+    model: Annotated[str, typer.Option("--model", "-m", help="Name of the model.")] = DEFAULT_MODEL,
+    variant: Annotated[
+        str, typer.Option(help=f"{', '.join(VARIANTS)}: the model as it is, after vit_fast.prepare, in CUDA graphs.")
+    ] = "plain",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images.")] = 2,
+    img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 weights and images. [default: GPU bfloat16, CPU float32]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="A folder of photographs. [default: a sample photograph]")] = None,
+    model_kwargs: Annotated[
+        list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's trained weights (a download).")] = False,
+    results_file: Annotated[Path | None, typer.Option(help="Write the certificate here, .json.")] = None,
+):
+    """Compare a model with plain PyTorch, at its precision and in float64, layer by layer; exit status 1 if it errs."""
+    _one_of("--variant", variant, VARIANTS)
+    _at_least("--batch-size", batch_size, 1)
+    _at_least("--img-size", img_size, 1)
+    if precision is not None:
+        _one_of("--precision", precision, PRECISIONS)
+    if backend is not None:
+        _one_of("--backend", backend, BACKENDS)
+    if results_file is not None and results_file.suffix != ".json":
+        raise _wrong("--results-file", str(results_file), "a name that ends in .json")
+    words = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
+    if img_size is not None:
+        words["img_size"] = img_size
+    target, results_file = _device(device), _output_file("--results-file", results_file)
+
+    import torch
+
+    import vit_fast
+    from vit_fast import parity
+    from vit_fast.input_size import input_size
+
+    from . import machine, photographs
+
+    torch.manual_seed(0)
+    try:
+        made = vit_fast.create_model(model, pretrained=pretrained, **words).eval()
+    except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
+        raise CommandError(f"vit_fast cannot make the model {model!r}: {error}") from error
+    if not pretrained:
+        parity.perturb(made)
+    made.to(target, getattr(torch, precision or ("bfloat16" if target.type == "cuda" else "float32")))
+    channels, height, width = input_size(made)
+    mean, std = (made.default_cfg.get(key, (0.5,) * channels) for key in ("mean", "std"))
+    if len(mean) != channels:
+        mean = std = (0.5,) * channels
+    photos = photographs.load(images, batch_size, height, width, mean, std)
+    pixels = photos.pixels.to(next(made.parameters()))
+    try:
+        with vit_fast.backend(backend) if backend else contextlib.nullcontext():
+            if variant != "plain":
+                vit_fast.prepare(made, precision="fp8" if variant.startswith("fp8") else None)
+            if variant.endswith("graphed"):
+                made = vit_fast.graphed(made, batch_sizes=[batch_size])
+            found = vit_fast.check(made, pixels)
+    except (ValueError, vit_fast.UnsupportedError) as error:
+        raise CommandError(str(error)) from error
+    print(found)
+    weights = "pretrained" if pretrained else "random"
+    print(f"{model}, variant {variant}, {weights} weights; pixels: {photos.source}.")
+    if results_file is not None:
+        facts = {"name": model, "variant": variant, "weights": weights, "images": photos.source}
+        facts |= {"vit_fast": vit_fast.__version__, "commit": machine.commit(), **machine.gpu_state(target)}
+        results_file.write_text(json.dumps(facts | found.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        print(f"certificate: {results_file}")
+    if not found.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,19 @@
+"""The size of the images that a model was built for, as models of vit_fast, timm, torchvision, transformers tell it."""
+
+
+def input_size(model) -> tuple[int, int, int] | None:
+    """(channels, height, width), or None of a model that does not tell."""
+    config, default = getattr(model, "config", None), getattr(model, "default_cfg", None)
+    embed, channels = getattr(model, "patch_embed", None), getattr(model, "in_chans", 3)
+    if size := getattr(embed, "img_size", None):  # set_input_size changes this, and not default_cfg
+        return (channels, *_pair(size))
+    if isinstance(default, dict) and "input_size" in default:
+        return tuple(default["input_size"])
+    for owner, its_channels in ((model, channels), (config, getattr(config, "num_channels", 3))):
+        if size := getattr(owner, "img_size", None) or getattr(owner, "image_size", None):
+            return (its_channels, *_pair(size))
+    return None
+
+
+def _pair(size):
+    return size if isinstance(size, (tuple, list)) else (size, size)

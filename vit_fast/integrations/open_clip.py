@@ -1,0 +1,104 @@
+"""open_clip: the ``ResidualAttentionBlock`` of its image tower on the fused operations.
+
+    x = q_x + ls_1(attn(ln_1(q_x)))
+    x = x + ls_2(mlp.c_proj(act(mlp.c_fc(ln_2(x)))))
+
+Text towers, whose attention is causal, are left alone; an image tower of timm is ``integrations/timm.py``'s.
+Source: open_clip/transformer.py.
+"""
+
+from open_clip.transformer import (
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    QuickGELU,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
+from torch import nn
+
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
+
+from . import GELU, LINEAR, NOTHING, Fused, absent, instances, multihead_not_covered, multihead_parts, parts, takes
+
+_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+
+
+def _activation(act):
+    if type(act) is nn.GELU:
+        return GELU.get(act.approximate)
+    return {QuickGELU: "quick_gelu", nn.ReLU: "relu"}.get(type(act))
+
+
+class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
+    """open_clip's ResidualAttentionBlock as two fused branches: [B, N, C] → [B, N, C]."""
+
+    PARTS = parts(
+        ln_1=_NORMS,
+        **multihead_parts("attn"),
+        ls_1=(LayerScale, *NOTHING),
+        ln_2=_NORMS,
+        mlp=(nn.Sequential,),
+        mlp__c_fc=LINEAR,
+        mlp__gelu=(nn.GELU, QuickGELU, nn.ReLU),
+        mlp__c_proj=LINEAR,
+        ls_2=(LayerScale, *NOTHING),
+    )
+
+    def not_covered(self):
+        return multihead_not_covered(self.attn)
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them."""
+        attn, mlp = self.attn, self.mlp
+        return BlockParams(
+            norm1=Norm.of(self.ln_1),
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            proj_weight=attn.out_proj.weight,
+            proj_bias=attn.out_proj.bias,
+            norm2=Norm.of(self.ln_2),
+            fc1_weight=mlp.c_fc.weight,
+            fc1_bias=mlp.c_fc.bias,
+            fc2_weight=mlp.c_proj.weight,
+            fc2_bias=mlp.c_proj.bias,
+            num_heads=attn.num_heads,
+            scale=attn.head_dim**-0.5,
+            activation=_activation(mlp.gelu),
+            gamma1=getattr(self.ls_1, "gamma", None),
+            gamma2=getattr(self.ls_2, "gamma", None),
+        )
+
+    def forward(self, q_x, *others, **named):
+        if not absent(others, named) or not self.is_fused():
+            return super().forward(q_x, *others, **named)
+        p = self.params()
+        if not takes(q_x, p.qkv_weight, p.gamma1, p.gamma2) or (self.attn.training and self.attn.dropout):
+            return super().forward(q_x, *others, **named)
+        return mlp_branch(attention_branch(q_x, p), p)
+
+
+class FastTransformer(Transformer):
+    """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
+
+    def forward(self, x, attn_mask=None):
+        if attn_mask is not None or self.grad_checkpointing or not self.batch_first:
+            return super().forward(x, attn_mask=attn_mask)
+        return run_blocks(self.resblocks, x)
+
+    @staticmethod
+    def row(module):
+        """The blocks of a module that may become this class."""
+        return module.resblocks
+
+
+FAST = {ResidualAttentionBlock: FastResidualAttentionBlock}
+ROWS = {Transformer: FastTransformer}
+
+
+def find(model):
+    for name, tower in model.named_modules():
+        if isinstance(tower, VisionTransformer):
+            for inner, module, cls in instances(tower, FAST):
+                yield f"{name}.{inner}".removeprefix("."), module, cls

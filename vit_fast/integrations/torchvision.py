@@ -1,0 +1,73 @@
+"""torchvision: the ``EncoderBlock`` of its ViT on the fused operations.
+
+    x = input + dropout(self_attention(ln_1(input)))
+    y = x + dropout(fc2(dropout(gelu(fc1(ln_2(x))))))
+
+Source: torchvision/models/vision_transformer.py.
+"""
+
+from torch import nn
+from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
+
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+
+from . import GELU, LINEAR, Fused, instances, multihead_not_covered, multihead_parts, parts, rate, takes
+
+_DROPOUT = (nn.Dropout,)
+
+
+class FastEncoderBlock(Fused, EncoderBlock):
+    """torchvision's EncoderBlock as two fused branches: [B, N, C] → [B, N, C]."""
+
+    PARTS = parts(
+        ln_1=(nn.LayerNorm,),
+        **multihead_parts("self_attention"),
+        dropout=_DROPOUT,
+        ln_2=(nn.LayerNorm,),
+        mlp=(MLPBlock,),
+        mlp__0=LINEAR,
+        mlp__1=(nn.GELU,),
+        mlp__2=_DROPOUT,
+        mlp__3=LINEAR,
+        mlp__4=_DROPOUT,
+    )
+
+    def not_covered(self):
+        return multihead_not_covered(self.self_attention)
+
+    def params(self) -> BlockParams:
+        """The weights as the fused branches take them."""
+        attn, (fc1, act, _, fc2, _) = self.self_attention, self.mlp
+        return BlockParams(
+            norm1=Norm.of(self.ln_1),
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            proj_weight=attn.out_proj.weight,
+            proj_bias=attn.out_proj.bias,
+            norm2=Norm.of(self.ln_2),
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=fc2.weight,
+            fc2_bias=fc2.bias,
+            num_heads=attn.num_heads,
+            scale=attn.head_dim**-0.5,
+            activation=GELU[act.approximate],
+        )
+
+    def forward(self, input):
+        if not self.is_fused():
+            return super().forward(input)
+        p, attn, (_, _, drop1, _, drop2) = self.params(), self.self_attention, self.mlp
+        attn_drop = attn.dropout if attn.training else 0.0
+        drops = attn_drop, rate(self.dropout), rate(drop1)
+        if not takes(input, p.qkv_weight) or max(drops) >= 1 or drops[2] != rate(drop2):
+            return super().forward(input)
+        x = attention_branch(input, p, attn_drop=attn_drop, proj_drop=drops[1])
+        return mlp_branch(x, p, proj_drop=drops[2])
+
+
+FAST = {EncoderBlock: FastEncoderBlock}
+
+
+def find(model):
+    return instances(model, FAST)

@@ -1,0 +1,145 @@
+"""optimize(model), restore(model): a library's ViT on the fused operations, in place and reversibly.
+
+Each block's class is swapped for a subclass that computes the same with the weights where they are
+(``integrations/``, a file for each library). Nothing else changes: no parameter, no key, no class of a library.
+"""
+
+import importlib
+import logging
+import sys
+
+from torch import nn
+
+from . import integrations
+from .block import PREPARED
+from .kernels.arguments import UnsupportedError
+
+_logger = logging.getLogger("vit_fast")
+
+# library → the module that defines its blocks, and what of it is optimised
+_LIBRARIES = {
+    "timm": ("timm.models.vision_transformer", "Block and PatchEmbed"),
+    "torchvision": ("torchvision.models.vision_transformer", "EncoderBlock"),
+    "transformers": ("transformers.modeling_layers", "layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP vision"),
+    "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower"),
+}
+
+
+def _integrations():
+    """The files of the libraries that this process has loaded, and why there is none for a version of a library."""
+    loaded, unknown = [], []
+    for name, (module, _) in _LIBRARIES.items():
+        if module in sys.modules:
+            try:
+                loaded.append(importlib.import_module(f".integrations.{name}", __package__))
+            except ImportError as error:
+                unknown.append(f"{name} is of a version that is not known: {error}")
+    return loaded, unknown
+
+
+def _rows(loaded):
+    """Class of a row of blocks → its fast class."""
+    rows = {nn.Sequential: integrations.Row}
+    for integration in loaded:
+        rows |= getattr(integration, "ROWS", {})
+    return rows
+
+
+def _why_not(module, cls, fast):
+    """Why a module stays as it is, or None."""
+    if type(module) is not cls:
+        return f"it is a {type(module).__name__}, a subclass of {cls.__name__}"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    reason = integrations.not_fused_reason(module, fast)
+    if reason is None and (unknown := integrations.unknown_parts(module, fast)):
+        return f"it has parts that are not known: {', '.join(unknown)}"
+    return reason
+
+
+def _check(function, model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vit_fast.{function}: model is {type(model).__name__}, expected an nn.Module")
+
+
+def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
+    """Lets the ViT blocks of a timm, torchvision, transformers or open_clip model run fused, in place.
+
+    Parameters, ``state_dict`` and class relations (``isinstance``) stay as they are; deepcopy, pickle, hooks,
+    training, checkpointing and ``torch.compile`` go on working. Outputs differ by rounding. A block runs the library's
+    own forward in every call that the fused operations do not cover: with an attention mask, where attention weights
+    are asked for, where one of its modules carries a hook, a parametrization, an adapter or another class than
+    expected. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
+    weights of optimised models, of transformers those of CLIP and SigLIP. Text towers are not touched.
+
+    Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
+    differentiated again, and ``torch.jit.script`` cannot read the fast classes: restore first.
+
+    Args:
+        model: a model of these libraries, or a module that holds one.
+        strict: raise where any of its ViT blocks has to stay as it is, before anything is changed. Otherwise the
+            logger "vit_fast" tells at level INFO which stay, and why.
+    Returns:
+        the model itself.
+    Raises:
+        TypeError: no module.
+        ValueError: a model without blocks of these libraries.
+        UnsupportedError: none of its blocks can be optimised, or with ``strict`` not all; the reasons are named.
+    """
+    _check("optimize", model)
+    (loaded, unknown), swaps, left, done = _integrations(), [], {}, 0
+    for integration in loaded:
+        for name, module, cls in integration.find(model):
+            fast = integration.FAST[cls]
+            if isinstance(module, fast):
+                done += 1
+            elif reason := _why_not(module, cls, fast):
+                left[name or type(module).__name__] = reason
+            else:
+                swaps.append((module, fast))
+    if not (swaps or left or done):
+        known = "; ".join(f"{name} ({what})" for name, (_, what) in _LIBRARIES.items())
+        raise ValueError(
+            f"vit_fast.optimize: model is {type(model).__name__} without blocks that are known, expected a model of "
+            + "; ".join([f"{known}, in the classes of the library itself", *unknown])
+        )
+    told = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+    if left and (strict or not (swaps or done)):
+        which = "these blocks stay" if swaps or done else "no block can be optimised, they stay"
+        raise UnsupportedError(f"vit_fast.optimize: {which} as they are: {told}")
+    for why in unknown:
+        _logger.info("optimize: %s", why)
+    for name, reason in left.items():
+        _logger.info("optimize leaves %s as it is: %s", name, reason)
+    for module, fast in swaps:
+        module.__class__ = fast
+    rows = _rows(loaded)
+    for module in model.modules():
+        row = rows.get(type(module))
+        if row and len(row.row(module)) and all(isinstance(block, integrations.Fused) for block in row.row(module)):
+            module.__class__ = row
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives every optimised module of a model its own class back; prepared weights go with it.
+
+    Args:
+        model: any module; what ``optimize`` has not changed stays as it is.
+    Returns:
+        the model itself.
+    Raises:
+        TypeError: no module.
+    """
+    _check("restore", model)
+    loaded, _ = _integrations()
+    classes = {row: cls for cls, row in _rows(loaded).items()}
+    for integration in loaded:
+        classes |= {fast: cls for cls, fast in integration.FAST.items()}
+    for module in model.modules():
+        fast = type(module)
+        if fast in classes:
+            if hasattr(fast, "row"):
+                fast.row(module).__dict__.pop(PREPARED, None)
+            module.__class__ = classes[fast]
+    return model
