@@ -37,7 +37,7 @@ from vit_fast.kernels import configs, reference
 
 import vit_fast
 from vit_fast.cli import machine, measure
-from vit_fast.cli.bench import _device
+from vit_fast.cli.options import target_device
 from vit_fast.cli.profile import copy_bandwidth
 
 try:
@@ -490,7 +490,7 @@ def main(
 ):
     """What this device's memory and libraries reach; see the head of benchmarks/limits.py."""
     begun = time.monotonic()
-    target = _device(device)
+    target = target_device(device)
     on_gpu = target.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(target)

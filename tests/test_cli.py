@@ -540,7 +540,7 @@ def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
     asked = []
     device, _, old = device.partition(" of ")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if old else (9, 0))
-    monkeypatch.setattr(flags_of_bench, "_device", lambda text: torch.device(device))
+    monkeypatch.setattr(flags_of_bench.options, "target_device", lambda text: torch.device(device))
     monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or ([], False))
     monkeypatch.setattr(report, "print_report", lambda *rest: None)
     assert run("bench", *flags) == 0

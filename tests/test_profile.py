@@ -595,7 +595,7 @@ def gpu(monkeypatch):
         cpu = SimpleNamespace(**{**vars(settings), "device": torch.device("cpu")})
         return make(cpu)
 
-    monkeypatch.setattr(command, "_device", lambda text: torch.device("cuda", 0))
+    monkeypatch.setattr(command.options, "target_device", lambda text: torch.device("cuda", 0))
     monkeypatch.setattr(command, "_model_and_pixels", on_the_cpu)
     monkeypatch.setattr(command, "_trace", lambda call, settings: trace.events)
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 4e12)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import require
+from . import options, require
 
-DEFAULT_MODEL = "vit_base_patch16_224"
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 # The longest to compile last: what a time budget cuts is the end.
 RIVALS = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune", "scaled-mm")
@@ -20,25 +19,9 @@ DEFAULT_VARIANTS = {"cuda": VARIANTS[:3], "cpu": ("plain", "prepared")}
 # Where the device multiplies float8; the rival goes with the variants.
 FLOAT8_VARIANTS, FLOAT8_RIVAL = VARIANTS[3:], RIVALS[-1]
 CUDA_GRAPHS = ("compile-cudagraphs", "graphed", "fp8-graphed")
-PRECISIONS = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 FORMATS = ("csv", "json")
 BATCH_SIZES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
 TIME_BUDGET = {"cuda": 0.0, "cpu": 150.0}
-
-
-def _wrong(flag, got, wanted):
-    return typer.BadParameter(f"got {got!r}, wanted {wanted}", param_hint=flag)
-
-
-def _one_of(flag, value, words):
-    if value not in words:
-        raise _wrong(flag, value, " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))))
-    return value
-
-
-def _list_of(flag, text, words):
-    return tuple(_one_of(flag, word, words) for word in dict.fromkeys(text.split(",")))
 
 
 def _batch_sizes(text):
@@ -47,93 +30,40 @@ def _batch_sizes(text):
     except ValueError:
         sizes = (0,)
     if min(sizes) < 1:
-        raise _wrong("--batch-size", text, "a whole number of 1 or more, or several with commas between, like 1,8,64")
-    return sizes
-
-
-def _at_least(flag, value, least):
-    if value is not None and value < least:
-        raise _wrong(
-            flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more"
+        raise options.wrong(
+            "--batch-size", text, "a whole number of 1 or more, or several with commas between, like 1,8,64"
         )
-
-
-def _keyword(text):
-    import ast
-
-    key, equals, value = text.partition("=")
-    if not (key.isidentifier() and equals):
-        raise _wrong("--model-kwargs", text, "key=value, like depth=6")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _device(text):
-    import torch
-
-    try:
-        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise _wrong("--device", text, "cpu, cuda or cuda:N") from None
-    if device.type not in BATCH_SIZES:
-        raise _wrong("--device", text, "cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise _wrong("--device", text, "cpu: there is no CUDA device here")
-        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        if device.index >= count:
-            raise _wrong("--device", text, f"one of cuda:0 to cuda:{count - 1}")
-    return device
-
-
-def _output_file(flag, path):
-    if path is None:
-        return None
-    if path.is_dir():
-        raise _wrong(flag, str(path), "the name of a file, not of a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _wrong(flag, str(path), f"a file in a folder that can be made ({error})") from error
-    return path
+    return sizes
 
 
 def _results_format(path, word):
     if word is not None:
-        _one_of("--results-format", word, FORMATS)
+        options.one_of("--results-format", word, FORMATS)
         if path is None:
-            raise _wrong("--results-format", word, "it together with --results-file")
+            raise options.wrong("--results-format", word, "it together with --results-file")
         return word
     if path is not None:
         suffix = path.suffix.lstrip(".")
         if suffix not in FORMATS:
-            raise _wrong("--results-file", str(path), "a name that ends in .csv or .json, or --results-format")
+            raise options.wrong("--results-file", str(path), "a name that ends in .csv or .json, or --results-format")
         return suffix
     return None
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     batch_size: Annotated[
         str | None,
         typer.Option("--batch-size", "-b", help="One, or several: 1,8,64. [default: GPU 1,8,64,256, CPU 1,4]"),
     ] = None,
-    img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16 weights and images. [default: GPU bfloat16, CPU float32]"),
-    ] = None,
+    img_size: options.ImgSize = None,
+    precision: options.Precision = None,
     amp: Annotated[bool, typer.Option("--amp", help="float32 weights under autocast.")] = False,
     amp_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float16 for --amp. [default: GPU float16, CPU bfloat16]")
     ] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels-last layout.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
-    ] = None,
+    device: options.Device = None,
     rivals: Annotated[
         str | None,
         typer.Option(
@@ -154,16 +84,10 @@ def bench(
         str | None,
         typer.Option(help="Instead of --model: a family's main preset against plain PyTorch, or all of them."),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs. [default: the sample photograph of matplotlib]")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's trained weights (a download).")] = False,
-    model_kwargs: Annotated[
-        list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")
-    ] = None,
+    backend: options.Backend = None,
+    images: options.Images = None,
+    pretrained: options.Pretrained = False,
+    model_kwargs: options.ModelKwargs = None,
     num_warm_iter: Annotated[int, typer.Option(help="Calls before the timing, per provider.")] = 10,
     num_bench_iter: Annotated[int, typer.Option(help="Timed calls, per provider and batch size.")] = 40,
     time_budget: Annotated[
@@ -177,52 +101,52 @@ def bench(
     """Benchmark a model against timm, torch.compile and other libraries: parity first, then speed and memory."""
     start = time.perf_counter()
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise _wrong("--plot", str(plot), "a name that ends in .png, .svg or .pdf")
+        raise options.wrong("--plot", str(plot), "a name that ends in .png, .svg or .pdf")
     for flag, value, least in (
         ("--img-size", img_size, 1),
         ("--num-warm-iter", num_warm_iter, 0),
         ("--num-bench-iter", num_bench_iter, 1),
         ("--time-budget", time_budget, 0),
     ):
-        _at_least(flag, value, least)
+        options.at_least(flag, value, least)
     file_format = _results_format(results_file, results_format)
     if precision is not None:
-        _one_of("--precision", precision, PRECISIONS)
+        options.one_of("--precision", precision, options.PRECISIONS)
     if amp_dtype is not None:
-        _one_of("--amp-dtype", amp_dtype, PRECISIONS[1:])
+        options.one_of("--amp-dtype", amp_dtype, options.PRECISIONS[1:])
         if not amp:
-            raise _wrong("--amp-dtype", amp_dtype, "it together with --amp")
+            raise options.wrong("--amp-dtype", amp_dtype, "it together with --amp")
     if amp and precision not in (None, "float32"):
-        raise _wrong("--amp", precision, "float32 weights: leave out --precision")
+        raise options.wrong("--amp", precision, "float32 weights: leave out --precision")
     if backend is not None:
-        _one_of("--backend", backend, BACKENDS)
+        options.one_of("--backend", backend, options.BACKENDS)
     if family is not None:
-        _one_of("--family", family, (*FAMILIES, "all"))
+        options.one_of("--family", family, (*FAMILIES, "all"))
         for flag, given in (
-            ("--model", model != DEFAULT_MODEL),
+            ("--model", model != options.DEFAULT_MODEL),
             ("--img-size", img_size),
             ("--pretrained", pretrained),
             ("--variants", variants),
         ):
             if given:
-                raise _wrong(flag, given, "it without --family")
+                raise options.wrong(flag, given, "it without --family")
     if images is not None and not images.is_dir():
-        raise _wrong("--images", str(images), "a folder of photographs")
+        raise options.wrong("--images", str(images), "a folder of photographs")
     if rivals is not None:
-        rivals = () if rivals == "none" else _list_of("--rivals", rivals, RIVALS)
+        rivals = () if rivals == "none" else options.list_of("--rivals", rivals, RIVALS)
     if variants is not None:
-        variants = _list_of("--variants", variants, VARIANTS)
+        variants = options.list_of("--variants", variants, VARIANTS)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
-    keywords = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
+    words = options.keywords(model_kwargs)
     for module in ("timm", *(["matplotlib"] if plot else [])):
         require(module, "bench")
-    target = _device(device)
+    target = options.target_device(device)
     on_gpu = target.type == "cuda"
-    for flag, words in (("--rivals", rivals), ("--variants", variants)):
+    for flag, chosen in (("--rivals", rivals), ("--variants", variants)):
         for word in CUDA_GRAPHS:
-            if not on_gpu and word in (words or ()):
-                raise _wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
-    results_file, plot = _output_file("--results-file", results_file), _output_file("--plot", plot)
+            if not on_gpu and word in (chosen or ()):
+                raise options.wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
+    results_file, plot = options.output_file("--results-file", results_file), options.output_file("--plot", plot)
 
     from . import compare, measure, report
 
@@ -243,7 +167,7 @@ def bench(
         precision=precision,
         amp_dtype=(amp_dtype or ("float16" if on_gpu else "bfloat16")) if amp else None,
         img_size=img_size,
-        model_kwargs=keywords,
+        model_kwargs=words,
         variants=variants,
         rivals=rivals,
         warm_iterations=num_warm_iter,

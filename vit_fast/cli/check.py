@@ -7,59 +7,39 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError
-from .bench import (
-    BACKENDS,
-    DEFAULT_MODEL,
-    PRECISIONS,
-    VARIANTS,
-    _at_least,
-    _device,
-    _keyword,
-    _one_of,
-    _output_file,
-    _wrong,
-)
+from . import CommandError, options
+from .bench import VARIANTS
 
 
 def check(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name of the model.")] = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     variant: Annotated[
         str, typer.Option(help=f"{', '.join(VARIANTS)}: the model as it is, after vit_fast.prepare, in CUDA graphs.")
     ] = "plain",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images.")] = 2,
-    img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16 weights and images. [default: GPU bfloat16, CPU float32]"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="A folder of photographs. [default: a sample photograph]")] = None,
-    model_kwargs: Annotated[
-        list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's trained weights (a download).")] = False,
+    img_size: options.ImgSize = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    backend: options.Backend = None,
+    images: options.Images = None,
+    model_kwargs: options.ModelKwargs = None,
+    pretrained: options.Pretrained = False,
     results_file: Annotated[Path | None, typer.Option(help="Write the certificate here, .json.")] = None,
 ):
     """Compare a model with plain PyTorch, at its precision and in float64, layer by layer; exit status 1 if it errs."""
-    _one_of("--variant", variant, VARIANTS)
-    _at_least("--batch-size", batch_size, 1)
-    _at_least("--img-size", img_size, 1)
+    options.one_of("--variant", variant, VARIANTS)
+    options.at_least("--batch-size", batch_size, 1)
+    options.at_least("--img-size", img_size, 1)
     if precision is not None:
-        _one_of("--precision", precision, PRECISIONS)
+        options.one_of("--precision", precision, options.PRECISIONS)
     if backend is not None:
-        _one_of("--backend", backend, BACKENDS)
+        options.one_of("--backend", backend, options.BACKENDS)
     if results_file is not None and results_file.suffix != ".json":
-        raise _wrong("--results-file", str(results_file), "a name that ends in .json")
-    words = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
+        raise options.wrong("--results-file", str(results_file), "a name that ends in .json")
+    words = options.keywords(model_kwargs)
     if img_size is not None:
         words["img_size"] = img_size
-    target, results_file = _device(device), _output_file("--results-file", results_file)
+    target, results_file = options.target_device(device), options.output_file("--results-file", results_file)
 
     import torch
 

@@ -18,8 +18,7 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError, require
-from .bench import BACKENDS, DEFAULT_MODEL, PRECISIONS, _at_least, _device, _keyword, _one_of, _output_file, _wrong
+from . import CommandError, options, require
 
 OURS = ("vit_fast", "prepared", "fp8")
 PROVIDERS = (*OURS, "eager", "compile", "compile-max-autotune")
@@ -48,7 +47,7 @@ class Settings:
 
 
 def profile(
-    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Images a step. [default: GPU 256, CPU 4]")
     ] = None,
@@ -59,20 +58,11 @@ def profile(
             "compile-max-autotune."
         ),
     ] = "vit_fast",
-    img_size: Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16 weights and images. [default: GPU bfloat16, CPU float32]"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one, else cpu]")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Force vit_fast's backend: auto, triton, cuda, cpu or torch.")
-    ] = None,
-    model_kwargs: Annotated[
-        list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")
-    ] = None,
+    img_size: options.ImgSize = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    backend: options.Backend = None,
+    model_kwargs: options.ModelKwargs = None,
     num_iter: Annotated[
         int | None, typer.Option(help="Forward passes, timed and then profiled. [default: GPU 20, CPU 5]")
     ] = None,
@@ -80,30 +70,30 @@ def profile(
     trace: Annotated[Path | None, typer.Option(help="Keep the profiler's Chrome trace here, .json.")] = None,
 ):
     """Profile a forward pass: time of every operation, its share of the step, and its floor on this device."""
-    _one_of("--provider", provider, PROVIDERS)
+    options.one_of("--provider", provider, PROVIDERS)
     for flag, value, least in (
         ("--batch-size", batch_size, 1),
         ("--img-size", img_size, 1),
         ("--num-iter", num_iter, 1),
     ):
-        _at_least(flag, value, least)
+        options.at_least(flag, value, least)
     if precision is not None:
-        _one_of("--precision", precision, PRECISIONS)
+        options.one_of("--precision", precision, options.PRECISIONS)
     if backend is not None:
-        _one_of("--backend", backend, BACKENDS)
+        options.one_of("--backend", backend, options.BACKENDS)
         if provider not in OURS:
-            raise _wrong(
+            raise options.wrong(
                 "--backend", backend, "it with --provider vit_fast, prepared or fp8: timm's models have one backend"
             )
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
-        raise _wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
+        raise options.wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
     if trace is not None and trace.suffix != ".json":
-        raise _wrong("--trace", str(trace), "a name that ends in .json")
-    keywords = dict(_keyword(part) for text in model_kwargs or () for part in text.split())
+        raise options.wrong("--trace", str(trace), "a name that ends in .json")
+    words = options.keywords(model_kwargs)
     if provider not in OURS:
         require("timm", "bench")
-    target = _device(device)
-    results_file, trace = _output_file("--results-file", results_file), _output_file("--trace", trace)
+    target = options.target_device(device)
+    results_file, trace = options.output_file("--results-file", results_file), options.output_file("--trace", trace)
 
     from . import report
 
@@ -114,7 +104,7 @@ def profile(
         device=target,
         precision=precision or ("bfloat16" if target.type == "cuda" else "float32"),
         img_size=img_size,
-        model_kwargs=keywords,
+        model_kwargs=words,
         backend=backend,
         iterations=num_iter or ITERATIONS[target.type],
         trace=trace,

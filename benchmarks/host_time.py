@@ -1,0 +1,94 @@
+"""Host time of a forward pass through the Triton kernels, without a GPU: what Python takes until all of it is launched.
+
+    python -P benchmarks/host_time.py [--model NAME --batch-size 1 --json FILE]
+
+A stand-in for Triton's driver reports capability 9.0; the kernels are compiled, and a launch ends where Triton would
+hand over to its C launcher. So the figures hold our own Python and Triton's, and neither the launcher, nor the driver,
+nor the time of a kernel. Small batches wait for this time, unless they are replayed as CUDA graphs.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+from triton.compiler import CompiledKernel
+
+import vit_fast
+from vit_fast import backends
+from vit_fast.cli import machine, options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "aot"))
+
+import harness
+
+LAUNCHES = []
+
+
+def pretend():
+    """Sends CPU tensors to the Triton backend, whose launches only count."""
+    harness._set_arch(90)
+    backends.unavailable = lambda *device: ()
+    backends.kernel("linear")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vit_fast.kernels."):
+            for word in dir(module):
+                if word.endswith(("not_supported_reasons", "device_reasons")):
+                    setattr(module, word, lambda *tensors, **words: [])
+    CompiledKernel._init_handles = lambda kernel: setattr(kernel, "function", 0)
+    CompiledKernel.launch_metadata = lambda kernel, *launch: None
+    CompiledKernel.run = property(lambda kernel: lambda *launch: LAUNCHES.append(kernel))
+
+
+def host_time(call, calls):
+    """(fastest and median milliseconds of a call, its launches)."""
+    call()
+    LAUNCHES.clear()
+    call()
+    launches, times = len(LAUNCHES), []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times), statistics.median(times), launches
+
+
+def main(
+    model: options.Model = options.DEFAULT_MODEL,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images.")] = 1,
+    calls: Annotated[int, typer.Option(help="Timed calls.")] = 50,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+):
+    """Measure the host time of a forward pass; see the head of benchmarks/host_time.py."""
+    options.at_least("--batch-size", batch_size, 1)
+    options.at_least("--calls", calls, 1)
+    path = options.output_file("--json", json_file)
+    torch.set_num_threads(1)
+    pretend()
+    module = vit_fast.create_model(model).eval().bfloat16()
+    images, rows = torch.randn(batch_size, *module.default_cfg["input_size"]).bfloat16(), []
+    for form in ("plain", "prepared", "fp8"):
+        if form != "plain":
+            vit_fast.prepare(module, precision="fp8" if form == "fp8" else None)
+        with torch.inference_mode(), vit_fast.backend("triton"):
+            fastest, median, launches = host_time(lambda: module(images), calls)
+        rows.append({"form": form, "launches": launches, "fastest_ms": fastest, "median_ms": median})
+    table = Table("form", "launches", "fastest ms", "median ms", title=f"{model}, batch {batch_size}, host time")
+    for row in rows:
+        table.add_row(row["form"], str(row["launches"]), f"{row['fastest_ms']:.2f}", f"{row['median_ms']:.2f}")
+    Console().print(table)
+    if path is not None:
+        facts = {"model": model, "batch_size": batch_size, "cpu": machine.cpu_name(), "commit": machine.commit()}
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "vit_fast": vit_fast.__version__}
+        path.write_text(json.dumps(facts | versions | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
