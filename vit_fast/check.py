@@ -144,7 +144,7 @@ def check(model: nn.Module, example=None) -> Certificate:
 
     An output passes if its largest error against float64 is at most 1.25 times eager's plus half a unit in the last
     place (float32: 2 times plus 4 units; products in float8: the head of ``vit_fast.parity``). Takes the memory of a
-    copy of the model in its dtype and one in float64, on its device.
+    copy of the model in its dtype, then in float64, and of the outputs of all layers, on its device.
 
     Args:
         model: any module in ``eval`` mode, as it is used: plain, ``prepare``d, ``graphed``, ``optimize``d.
