@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 
-# Triton's own serve device code too and take 4 µs a call for that, several times a launch.
+# Triton's own serve device code too and unwrap constants in every call, several times a launch.
 def cdiv(a, b):
     """⌈a/b⌉."""
     return -(-a // b)
