@@ -251,7 +251,9 @@ def test_hooks_and_parametrizations_are_honoured():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.1", "blocks.1.attn", "blocks.0.mlp.fc2", "norm", "head"])
+@pytest.mark.parametrize(
+    "name", ["patch_embed", "patch_embed.proj", "blocks.1", "blocks.1.attn", "blocks.0.mlp.fc2", "norm", "head"]
+)
 def test_a_forward_that_an_instance_was_given_runs(name):
     model = perturb(vit_fast.VisionTransformer(**SMALL)).eval()
     x, module, calls = images_for(model), model.get_submodule(name), []

@@ -18,6 +18,7 @@ import timm.layers
 import torch
 import transformers
 from budget import assert_within_budget
+from packaging.version import Version
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
@@ -50,9 +51,12 @@ def torchvision_vit(**words):
     return moved(TorchvisionViT(32, 8, 2, 3, 48, 96, num_classes=10, **words))
 
 
+TRANSFORMERS = Version(transformers.__version__)
+
+
 def hugging_face(name):
     def build(**words):
-        if name.startswith("Dinov2") and transformers.__version__ < "5.23":
+        if name.startswith("Dinov2") and TRANSFORMERS < Version("5.23"):
             pytest.skip("transformers before 5.23 makes DINOv2 of other parts")
         return moved(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONFIG | words)))
 

@@ -260,6 +260,7 @@ class Block(nn.Module):
         return self._fused(x, p, qkv=qkv), attention_probabilities(qkv, p, queries)
 
 
+@plain
 class PatchEmbed(nn.Module):
     """Holds the patch projection and the sizes: images [B, in_chans, H, W] → tokens [B, N, C]."""
 
@@ -647,7 +648,7 @@ class VisionTransformer(nn.Module):
             prefix, table = prefix + table[:, : self._pos_prefix], table[:, self._pos_prefix :]
         mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         proj = self.patch_embed.proj
-        if is_plain(proj) and not self.patch_embed._forward_hooks and not self.patch_embed._forward_pre_hooks:
+        if is_plain(self.patch_embed, proj):
             x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
         else:
             if mean is not None:

@@ -196,7 +196,8 @@ def main():
     if unknown := [name for name in names if name not in SUITES]:
         parser.error(f"no kill suite for {', '.join(unknown)}; there are {', '.join(SUITES)}")
     if args.changed:
-        names = [name for name in names if name in changed_files()]
+        changed = changed_files()
+        names = [name for name in names if name in changed]
         if not names:
             print("no changed file to mutate")
             return 0

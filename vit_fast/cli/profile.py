@@ -186,6 +186,7 @@ def _model_and_pixels(settings):
     import torch
 
     import vit_fast
+    from vit_fast.input_size import input_size
 
     words = dict(settings.model_kwargs)
     if settings.img_size is not None:
@@ -202,15 +203,12 @@ def _model_and_pixels(settings):
     except Exception as error:
         raise CommandError(f"{owner} cannot make the model {settings.model!r}: {error}") from error
     model.to(settings.device, getattr(torch, settings.precision)).requires_grad_(False)
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if not config:
+    size = input_size(model)
+    if size is None:
         raise CommandError(
             f"{owner}'s model {settings.model!r} does not tell the size of its input, so it is not profiled"
         )
-    channels, height, width = config["input_size"]
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
-    channels = words.get("in_chans", channels)
-    pixels = torch.randn(settings.batch, channels, height, width, device=settings.device)
+    pixels = torch.randn(settings.batch, *size, device=settings.device)
     return model, pixels.to(getattr(torch, settings.precision))
 
 
