@@ -3,6 +3,8 @@
 It holds bf16 as raw uint16 bits; as shipped it truncates fp32 → bf16 and passes the bits on as an integer in all other
 casts. It holds e4m3 as uint8 bits, loses the carry of a rounded mantissa and knows no NaN of it; on a GPU the cast
 saturates. Cured, casts round to nearest even, and casts to any other type keep the value.
+It multiplies matrices by numpy's BLAS, whose order of sums depends on the processor, on the memory layout and on the
+number of threads. Cured, an element of a product depends on its row and its column alone (``fixed_order_product``).
 Triton 3.6 makes the bounds of loops by a conversion that numpy 2.4 no longer has (``loops_fail``).
 """
 
@@ -26,6 +28,16 @@ def loops_fail():
         tuple(int(part) for part in library.__version__.split(".")[:2]) for library in (np, triton)
     )
     return numpy_version >= (2, 4) and triton_version <= (3, 6)
+
+
+def fixed_order_product(a, b, dtype):
+    """a @ b, each element the sum of its rounded products in the order of K: the same bits on every processor, in every
+    layout, wherever the element lies in the tile.
+
+    einsum has no BLAS; over contiguous tiles it adds one row of b after the other to a row of the result.
+    """
+    a, b = (np.ascontiguousarray(tile, dtype=dtype) for tile in (a, b))
+    return np.einsum("...mk,...kn->...mn", a, b, optimize=False)
 
 
 def install():
@@ -76,10 +88,16 @@ def install():
                 return handle(to_bits(src.data.astype(np.float32)), target)
         return shipped_cast(self, src, dst_type)
 
+    def dot(self, a, b, accumulator, *_):
+        a, b = (e4m3_values[tile.data] if tile.dtype.scalar == tl.float8e4nv else tile.data for tile in (a, b))
+        product = fixed_order_product(a, b, accumulator.data.dtype)
+        return handle(product + accumulator.data, accumulator.dtype.scalar)
+
     def patch_tensor(tensor, scope):
         shipped_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._convert_float = convert_float
     builder.cast_impl = cast
+    builder.create_dot = dot
     interpreter._patch_lang_tensor = patch_tensor
