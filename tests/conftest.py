@@ -23,6 +23,7 @@ import torch
 INTERPRETED = interpreter_cures.INTERPRETED
 BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())
 NO_GPU = "no CUDA device of capability 8.0 or more"
+PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxscript")  # a GPU machine may lack them
 ALLOWED_SKIPS = (
     NO_GPU,
     "Triton is not installed",
@@ -32,7 +33,7 @@ ALLOWED_SKIPS = (
     "numpy 2.4 breaks the interpreter of Triton 3.6",
     "transformers before 5.23 makes DINOv2 of other parts",
     "torch's CPU has no float8 products with a scale a row",
-    *(f"{name} is not among the borrowed packages" for name in ("open_clip", "scipy")),
+    *(f"{name} is not among the borrowed packages" for name in PEERS),
 )
 COUNTS = {
     "aot_compiles": 0,
