@@ -2,9 +2,9 @@
 
 Three forms of the same weights take the same input: the model as it stands (prepared, graphed, optimized), plain
 PyTorch in the same dtype ("eager"), and plain PyTorch in float64, the truth. ``parity`` holds the rule. The plain forms
-are made of a copy of the parameters as they are now, so that folded weights that are out of date show. In the copy every
-module carries a hook, so that nothing in it is fused and every module runs in its own call: what a fused form passes
-over (a hook, an adapter, a quantised weight) is either missed in the numbers or named in ``ignored``.
+are made of a copy of the parameters as they are now, so that folded weights that are out of date show. In the copy
+every module carries a hook, so that nothing in it is fused and every module runs in its own call: a hook, an adapter or
+a quantised weight that a fused form passes over shows in the numbers or is named in ``ignored``.
 """
 
 import copy
@@ -157,7 +157,8 @@ def _chain(model, name):
 def _carries(model, name):
     """Whether a module does more than its own library wrote: a hook, a forward or a weight of its own, an adapter."""
     *above, module = _chain(model, name)
-    if library(type(module)) not in ("torch", library(type(above[-1]))):
+    own = next((its for its in (library(type(block)) for block in reversed(above)) if its != "torch"), "torch")
+    if library(type(module)) not in ("torch", own):
         return True
 
     def ignores(hook):
@@ -211,8 +212,8 @@ def check(model: nn.Module, example=None) -> Certificate:
 
     An output passes if its largest error against float64 is at most 1.25 times eager's plus half a unit in the last
     place (float32: 2 times plus 4 units; products in float8: the head of ``vit_fast.parity``). A module that carries a
-    hook, an adapter or a changed weight must run in its own call wherever it does in plain PyTorch. Takes the memory of a
-    copy of the model in its dtype, then in float64, and of the outputs of all layers, on its device.
+    hook, an adapter or a changed weight must run in its own call wherever it does in plain PyTorch. Takes the memory of
+    a copy of the model in its dtype, then in float64, and of the outputs of all layers, on its device.
 
     Args:
         model: any module in ``eval`` mode, as it is used: plain, ``prepare``d, ``graphed``, ``optimize``d.

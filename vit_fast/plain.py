@@ -71,7 +71,7 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
             return f"holds a {type(tensor).__name__}"
     if "normalized_shape" in fields and len(module.normalized_shape) != 1:
         return "normalises more than the last axis"
-    if "dilation" in fields and (
+    if "padding_mode" in fields and (
         module.padding not in ((0, 0), "valid") or module.dilation != (1, 1) or module.groups != 1
     ):
         return "is padded, dilated or grouped"

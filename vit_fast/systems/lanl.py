@@ -76,8 +76,11 @@ def split_words(kernel: int) -> tuple[int, int, int]:
     return kernel, (kernel + 1) // 2, (kernel + 1) // 4
 
 
-class Patch_Tokenization(nn.Module):
+class Patch_Tokenization(plain.Fusible, nn.Module):
     """Images [B, C, H, W] → tokens [B, (H/P)·(W/P), token_len]; ``split`` alone gives [B, P²·C, n]."""
+
+    OPERATION = "patch_embed"
+    PARTS = plain.parts(split=(nn.Unfold,), project=plain.LINEAR)
 
     def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
         super().__init__()
@@ -96,7 +99,7 @@ class Patch_Tokenization(nn.Module):
 
     def forward(self, x):
         _check_images(x, self.img_size)
-        if plain.may_read("patch_embed", self.project, plain.LINEAR):
+        if self.is_fused():
             return ops.patch_embed(x, self.kernel(), self.project.bias, None, None, self.patch_size)
         return self.project(self.split(x).transpose(1, 2))
 
@@ -257,7 +260,10 @@ class ViT_Model(plain.Fusible, nn.Module):
 
     OPERATION = "patch_embed"
     PARTS = plain.parts(
-        patch_tokens=(Patch_Tokenization,), patch_tokens__project=plain.LINEAR, backbone=(ViT_Backbone,)
+        patch_tokens=(Patch_Tokenization,),
+        patch_tokens__split=(nn.Unfold,),
+        patch_tokens__project=plain.LINEAR,
+        backbone=(ViT_Backbone,),
     )
 
     def __init__(
