@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.utils.parametrizations as parametrizations
 import torch.distributed.fsdp
+import torch.nn.utils.parametrizations as parametrizations
 from torch import nn
 from torch.nn.utils import prune
 
@@ -308,16 +308,16 @@ def test_prepared_models_step_aside(name):
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_a_hook_on_the_row_of_blocks_fires(prepared):
-    for name, path in (("own_map", "blocks"), ("clip", "transformer.resblocks"), ("deit", "blocks")):
-        model, images = make(name, torch.bfloat16)
-        if prepared:
-            vit_fast.prepare(model)
-        calls = []
-        model.get_submodule(path).register_forward_hook(lambda module, inputs, output: calls.append(output))
-        with torch.no_grad():
-            model(images)
-        assert len(calls) == 1
+@pytest.mark.parametrize("name, path", [("own_map", "blocks"), ("clip", "transformer.resblocks"), ("deit", "blocks")])
+def test_a_hook_on_the_row_of_blocks_fires(name, path, prepared):
+    model, images = make(name, torch.bfloat16)
+    if prepared:
+        vit_fast.prepare(model)
+    calls = []
+    model.get_submodule(path).register_forward_hook(lambda module, inputs, output: calls.append(output))
+    with torch.no_grad():
+        model(images)
+    assert len(calls) == 1
 
 
 def test_attention_maps_see_adapters_and_hooks():
@@ -329,7 +329,7 @@ def test_attention_maps_see_adapters_and_hooks():
     torch.testing.assert_close(first, plain[0])
     assert (last - plain[1]).abs().max() > 1e-3
     model.blocks[0].attn = nn.Identity()
-    with pytest.raises(vit_fast.UnsupportedError, match="attn is torch.nn.modules.linear.Identity, expected"):
+    with pytest.raises(vit_fast.UnsupportedError, match=r"attn is torch.*Identity, expected vit_fast"):
         model.get_attention_maps(images, n=2)
 
 
@@ -426,7 +426,7 @@ def test_activations_are_known_by_what_they_compute(peer):
         "mlp is vit_fast.systems.deit.OpenMlp"
     }
     for mlp_layer in (partial(layers.Mlp, use_conv=True), GELU, layers.SwiGLU, "conv"):
-        with pytest.raises(ValueError, match="mlp_layer is .*, expected 'mlp' or 'swiglu'"):
+        with pytest.raises(ValueError, match=r"mlp_layer is .*, expected 'mlp' or 'swiglu'"):
             vit_fast.VisionTransformer(**OWN, mlp_layer=mlp_layer)
     for mlp_layer in (layers.SwiGLUPacked, "SwiGLUPacked"):
         built = vit_fast.VisionTransformer(**OWN, mlp_layer=mlp_layer, act_layer=nn.SiLU)
