@@ -137,7 +137,10 @@ def unavailable(name: str, device_type: str, device_index: int | None = None) ->
 unavailable._dynamo_marked_constant = True
 
 
-def _record(op, chosen, reasons):
+def record(op: str, chosen: str, reasons):
+    """Notes for ``recording`` what runs an operation, and why not the first backend; nothing while compiling."""
+    if torch.compiler.is_compiling():
+        return
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append((op, chosen, tuple(reasons)))
@@ -165,8 +168,7 @@ def select(op: str, device: torch.device, not_supported) -> str:
         if reasons:
             raise UnsupportedError(f"vit_fast.{op}: backend {word!r} was forced and cannot run: {'; '.join(reasons)}")
         chosen = word
-    if not torch.compiler.is_compiling():
-        _record(op, chosen, reasons)
+    record(op, chosen, reasons)
     return chosen
 
 
@@ -207,7 +209,7 @@ def status(device: torch.device | str | None = None) -> Status:
 
 @contextlib.contextmanager
 def recording():
-    """Collects ``(operation, backend, reasons)`` of every selection made inside."""
+    """Collects ``(operation, backend, reasons)`` of every selection made inside, and of what ran unfused."""
     rows = []
     token = _recorder.set(rows)
     try:

@@ -1,7 +1,7 @@
 """The two fused branches of a transformer block, as functions over a tuple of parameters.
 
 Our own ViT, the model families and the integrations hold their weights under their own names; here they only supply
-a ``BlockParams``. The canonical block is
+a ``BlockParams``, where their modules are plain (``plain.py``). The canonical block is
 
     x = x + drop_path(gamma1 · proj(attention(qkv(LN1(x)))))        [+ v where value_skip]
     x = x + drop_path(gamma2 · fc2(act(fc1(LN2(x)))))
@@ -20,15 +20,9 @@ from torch import nn
 
 from . import ops
 from .kernels.reference import activate, attention_weights, split_heads
+from .plain import why_not_plain
 
 PREPARED = "_vit_fast_prepared"  # the attribute of a row of blocks that holds its prepared weights
-_PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity}
-
-
-def plain(cls):
-    """Class decorator: instances count as plain (``is_plain``); their forward only spells out what a branch fuses."""
-    _PLAIN.add(cls)
-    return cls
 
 
 class Norm(NamedTuple):
@@ -76,23 +70,6 @@ def drop_path_scale(x, rate: float, training: bool):
         return None
     keep = 1.0 - rate
     return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
-
-
-def is_plain(*modules) -> bool:
-    """Whether modules are what their class says: no hook, no parametrization, no wrapper, no forward of their own, so
-    that their weights may be read past their ``__call__``. None and ``nn.Identity`` count as plain."""
-    return all(
-        module is None
-        or (
-            type(module) in _PLAIN
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and not module._backward_hooks
-            and not module._backward_pre_hooks
-            and "forward" not in module.__dict__
-        )
-        for module in modules
-    )
 
 
 def attend(qkv, p: BlockParams, attn_drop: float = 0.0):
@@ -143,6 +120,14 @@ def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
     if proj_drop:
         hidden = F.dropout(hidden, proj_drop)
     return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)
+
+
+def call_blocks(blocks, x, run, recomputes: bool):
+    """``run_blocks`` over a whole ``nn.Sequential``, as the originals call it: where it carries a hook or is of another
+    class, it is called itself, unless its blocks are recomputed in the backward (``recomputes``)."""
+    if not recomputes and why_not_plain(blocks, (nn.Sequential,)):
+        return blocks(x)
+    return run_blocks(blocks, x, run=run)
 
 
 def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):

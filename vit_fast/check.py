@@ -2,10 +2,14 @@
 
 Three forms of the same weights take the same input: the model as it stands (prepared, graphed, optimized), plain
 PyTorch in the same dtype ("eager"), and plain PyTorch in float64, the truth. ``parity`` holds the rule. The plain forms
-are made of a copy of the parameters as they are now, so that folded weights that are out of date show.
+are made of a copy of the parameters as they are now, so that folded weights that are out of date show. In the copy
+every module carries a hook, so that nothing in it is fused and every module runs in its own call: a hook, an adapter or
+a quantised weight that a fused form passes over shows in the numbers or is named in ``ignored``.
 """
 
 import copy
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,8 +20,10 @@ from torch import nn
 from . import backends
 from .explain import own_input
 from .graphed import Graphed
+from .layer_args import library
 from .optimize import restore
 from .parity import Parity, compare
+from .plain import Fusible, why_not_plain
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Certificate:
     """What ``check`` found; its text is the table.
 
     ``outputs`` decide whether the model passed. ``layers``, in the order of execution, tell where an error comes from;
-    modules that a fused stretch passes over are not among them.
+    modules that a fused stretch passes over are not among them. ``ignored`` names modules with hooks, adapters or
+    changed weights whose own call plain PyTorch makes and the model does not; with one of them it does not pass.
     """
 
     model: str
@@ -46,11 +53,12 @@ class Certificate:
     operations: dict[str, int]
     outputs: tuple[Layer, ...]
     layers: tuple[Layer, ...]
+    ignored: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every output keeps the rule."""
-        return all(output.parity.passed for output in self.outputs)
+        """Whether every output keeps the rule, and no module is ignored."""
+        return not self.ignored and all(output.parity.passed for output in self.outputs)
 
     def as_dict(self) -> dict:
         """All of it in numbers and words, for JSON."""
@@ -78,6 +86,7 @@ class Certificate:
             )
         if all(output.parity.max_abs == 0 for output in self.outputs):
             lines.append("Every output has the very bits of plain PyTorch.")
+        lines += [f"Passed over: {name}, which plain PyTorch calls" for name in self.ignored]
         ran = ", ".join(f"{name} ×{count}" for name, count in self.operations.items())
         lines.append(f"Ran: {ran or 'no operation of vit_fast'}")
         return "\n".join(lines)
@@ -103,13 +112,18 @@ def _is_layer(name, module, model):
 
 
 def _run(model, example):
-    """(outputs, layers) of a call, each {name: tensor}. The hook is global: a module that carries one is not fused."""
-    names = {module: name for name, module in model.named_modules() if _is_layer(name, module, model)}
-    layers = {}
+    """(outputs, layers, called) of a call: {name: tensor} twice, and the names of the modules whose ``__call__`` ran.
+
+    The hook is global: a module that carries one is not fused.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers, called = {}, set()
 
     def note(module, inputs, output):
-        if module in names:
-            layers.update((name, t.detach().clone()) for name, t in _tensors(output, names[module])[:1])
+        name = names.get(module)
+        called.add(name)
+        if name is not None and _is_layer(name, module, model):
+            layers.update((name, t.detach().clone()) for name, t in _tensors(output, name)[:1])
 
     handle = nn.modules.module.register_module_forward_hook(note)
     try:
@@ -120,7 +134,61 @@ def _run(model, example):
                 output = model(*example) if isinstance(example, (tuple, list)) else model(example)
     finally:
         handle.remove()
-    return {name: t.clone() for name, t in _tensors(output, "output")}, layers
+    return {name: t.clone() for name, t in _tensors(output, "output")}, layers, called
+
+
+def _plain_form(model):
+    """A copy of a model in which nothing is fused: each of its modules carries a hook, and so runs in its own call."""
+    plain = restore(copy.deepcopy(model))
+    for module in plain.modules():
+        module.register_forward_hook(_look)
+    return plain
+
+
+def _look(module, inputs, output):
+    """A hook that changes nothing."""
+
+
+def _chain(model, name):
+    """The model and its modules down to the one of a name."""
+    return [model, *(model.get_submodule(name[: m.start()]) for m in re.finditer(r"\.|$", name) if name)]
+
+
+def _carries(model, name):
+    """Whether a module does more than its own library wrote: a hook, a forward or a weight of its own, an adapter."""
+    *above, module = _chain(model, name)
+    own = next((its for its in (library(type(block)) for block in reversed(above)) if its != "torch"), "torch")
+    if library(type(module)) not in ("torch", own):
+        return True
+
+    def ignores(hook):
+        return any(block.ignores(hook) for block in above if isinstance(block, Fusible))
+
+    return why_not_plain(module, (type(module),), ignores) is not None
+
+
+def _read_past(plain, called, example):
+    """Names of modules of the plain form that were not called and whose weights count in its output all the same.
+
+    Asked of this library's modules alone: what others read past a call is what eager PyTorch does. ``plain`` is spoilt.
+    """
+
+    def owner(name):
+        return next(m for m in reversed(_chain(plain, name)) if m in called)
+
+    called = {plain.get_submodule(name) for name in called if name is not None}
+    silent = {
+        name: module
+        for name, module in plain.named_modules()
+        if module._parameters and module not in called and library(type(owner(name))) == __package__
+    }
+    with torch.no_grad():
+        for module in silent.values():
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(math.nan)
+    if not silent or all(t.isfinite().all() for t in _run(plain, example)[0].values()):
+        return ()
+    return tuple(silent)
 
 
 def _doubled(example):
@@ -143,8 +211,9 @@ def check(model: nn.Module, example=None) -> Certificate:
     """Compares a model with its plain PyTorch form in its own dtype and in float64, output by output, layer by layer.
 
     An output passes if its largest error against float64 is at most 1.25 times eager's plus half a unit in the last
-    place (float32: 2 times plus 4 units; products in float8: the head of ``vit_fast.parity``). Takes the memory of a
-    copy of the model in its dtype, then in float64, and of the outputs of all layers, on its device.
+    place (float32: 2 times plus 4 units; products in float8: the head of ``vit_fast.parity``). A module that carries a
+    hook, an adapter or a changed weight must run in its own call wherever it does in plain PyTorch. Takes the memory of
+    a copy of the model in its dtype, then in float64, and of the outputs of all layers, on its device.
 
     Args:
         model: any module in ``eval`` mode, as it is used: plain, ``prepare``d, ``graphed``, ``optimize``d.
@@ -167,9 +236,9 @@ def check(model: nn.Module, example=None) -> Certificate:
         example = own_input(inner, "vit_fast.check", batch=2)
         example = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
     with backends.recording() as choices:
-        outputs, layers = _run(inner, example)
+        outputs, layers, called = _run(inner, example)
     if inner is not model:
-        outputs, _ = _run(model, example)
+        outputs, _, _ = _run(model, example)
     if not outputs:
         raise ValueError(
             f"vit_fast.check: model is {type(model).__name__} without a floating output of two or more axes, expected "
@@ -178,13 +247,15 @@ def check(model: nn.Module, example=None) -> Certificate:
     plain_outputs, plain_layers = {}, {}
     with backends.backend("torch"):
         if any(operation == "fp8_blocks" for operation, *_ in choices):
-            plain_outputs, plain_layers = _run(inner, example)
-        eager = restore(copy.deepcopy(inner))
-        eager_outputs, eager_layers = _run(eager, example)
+            plain_outputs, plain_layers, _ = _run(inner, example)
+        eager = _plain_form(inner)
+        eager_outputs, eager_layers, eager_called = _run(eager, example)
         first = next(iter(outputs.values()))
         device = first.device
         with torch.autocast(device.type, enabled=False):
-            golden_outputs, golden_layers = _run(eager.double(), _doubled(example))
+            golden_outputs, golden_layers, _ = _run(eager.double(), _doubled(example))
+            ignored = _read_past(eager, eager_called, _doubled(example))
+    ignored += tuple(sorted(name for name in eager_called - called - {None} if _carries(inner, name)))
     if _shapes(outputs) != _shapes(golden_outputs):
         raise RuntimeError(
             f"vit_fast.check: model puts out {_shapes(outputs)}, expected {_shapes(golden_outputs)} as in plain PyTorch"
@@ -208,4 +279,5 @@ def check(model: nn.Module, example=None) -> Certificate:
         operations=dict(Counter(f"{chosen} {operation}" for operation, chosen, _ in choices)),
         outputs=compared(outputs, eager_outputs, golden_outputs, plain_outputs),
         layers=compared(layers, eager_layers, golden_layers, plain_layers),
+        ignored=ignored,
     )

@@ -13,6 +13,7 @@ from torch import nn
 from . import integrations
 from .block import PREPARED
 from .kernels.arguments import UnsupportedError
+from .plain import not_fused_reason
 
 _logger = logging.getLogger("vit_fast")
 
@@ -51,7 +52,7 @@ def _why_not(module, cls, fast):
         return f"it is a {type(module).__name__}, a subclass of {cls.__name__}"
     if "forward" in module.__dict__:
         return "it has a forward of its own"
-    reason = integrations.not_fused_reason(module, fast)
+    reason = not_fused_reason(module, fast)
     if reason is None and (unknown := integrations.unknown_parts(module, fast)):
         return f"it has parts that are not known: {', '.join(unknown)}"
     return reason

@@ -1,8 +1,8 @@
 """VisionTransformer: timm's words, timm's parameter names, this library's operations.
 
-A block is two fused branches (``block.py``) whenever its sub-modules are plain; a sub-module that carries a hook, a
-parametrization or another class runs through its own ``__call__`` and its block runs unfused. Not here: masks, causal
-attention, RoPE, RMSNorm, windowed or parallel blocks.
+A block is two fused branches (``block.py``) whenever its sub-modules are plain (``plain.py``); where one carries a
+hook, a parametrization or another class, its block runs module by module. Not here: masks, causal attention, RoPE,
+RMSNorm, windowed or parallel blocks.
 
 Shapes: images [B, in_chans, H, W]; tokens [B, K + N, C], K prefix tokens (class token, then registers) in front.
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020.
@@ -12,27 +12,27 @@ import math
 import operator
 from functools import partial
 from numbers import Real
-from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
+from . import ops, plain
 from .block import (
     BlockParams,
     Norm,
     attention_branch,
     attention_probabilities,
+    call_blocks,
     drop_path_scale,
-    is_plain,
     mlp_branch,
-    plain,
     project_qkv,
     run_blocks,
 )
-from .kernels.reference import activate
+from .kernels.arguments import UnsupportedError
+from .kernels.reference import activate, attention_weights, split_heads
+from .layer_args import activation_of, library, norm_maker
 from .pos_embed import check_policy, resize_pos_embed
 
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
@@ -42,7 +42,6 @@ _SWITCHES = (
     "pool_include_prefix", "dynamic_img_size", "dynamic_img_pad",
 )  # fmt: skip
 _ACTIVATIONS = {
-    None: "gelu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
@@ -80,42 +79,34 @@ def _check_number(name, value, wanted="a float"):
         raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected a finite number")
 
 
-def _word(cls):
-    """The name of a class, of a partial's class, or the word itself."""
-    if isinstance(cls, partial):
-        cls = cls.func
-    return cls.__name__ if isinstance(cls, type) else cls
-
-
 def _activation_word(act_layer, mlp_layer):
-    mlp = _word(mlp_layer)
-    if mlp in ("SwiGLUPacked", "swiglu") or (
-        mlp == "GluMlp" and isinstance(mlp_layer, partial) and mlp_layer.keywords.get("gate_last") is False
-    ):
-        if _word(act_layer) not in (None, "silu", "SiLU", "swish"):
-            raise ValueError(f"vit_fast.VisionTransformer: act_layer is {act_layer!r}, expected SiLU for a SwiGLU MLP")
-        return "swiglu"
-    if mlp not in (None, "mlp", "Mlp"):
-        raise ValueError(f"vit_fast.VisionTransformer: mlp_layer is {mlp_layer!r}, expected 'mlp' or 'swiglu'")
-    word = _word(act_layer)
-    if isinstance(act_layer, partial) and word == "GELU" and act_layer.keywords.get("approximate") == "tanh":
-        return "gelu_tanh"
-    if not isinstance(word, str | None) or word not in _ACTIVATIONS:
-        words = ", ".join(str(key) for key in _ACTIVATIONS if key)
+    swiglu = _is_swiglu(mlp_layer)
+    if act_layer is None:
+        return "swiglu" if swiglu else "gelu"
+    word = act_layer if isinstance(act_layer, str) else activation_of(act_layer)
+    if swiglu and word not in ("silu", "SiLU", "swish"):
+        raise ValueError(f"vit_fast.VisionTransformer: act_layer is {act_layer!r}, expected SiLU for a SwiGLU MLP")
+    if not swiglu and word not in _ACTIVATIONS:
+        words = ", ".join(_ACTIVATIONS)
         raise ValueError(f"vit_fast.VisionTransformer: act_layer is {act_layer!r}, expected one of {words}")
-    return _ACTIVATIONS[word]
+    return "swiglu" if swiglu else _ACTIVATIONS[word]
 
 
-def _norm_eps(norm_layer):
-    """eps of a LayerNorm class, partial or word; timm's default 1e-6."""
-    if norm_layer is None or norm_layer in ("layernorm", "layer_norm"):
-        return 1e-6
-    cls = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
-    may_build = isinstance(cls, FunctionType) or (isinstance(cls, type) and issubclass(cls, nn.LayerNorm))
-    norm = norm_layer(1) if may_build else None
-    if not isinstance(norm, nn.LayerNorm):
-        raise ValueError(f"vit_fast.VisionTransformer: norm_layer is {norm_layer!r}, expected a LayerNorm class")
-    return norm.eps
+def _is_swiglu(mlp_layer):
+    """Whether an mlp_layer is the packed SwiGLU rather than timm's Mlp."""
+    if isinstance(mlp_layer, str | None):
+        if mlp_layer not in (None, "mlp", "Mlp", "swiglu", "SwiGLUPacked"):
+            raise ValueError(f"vit_fast.VisionTransformer: mlp_layer is {mlp_layer!r}, expected 'mlp' or 'swiglu'")
+        return mlp_layer in ("swiglu", "SwiGLUPacked")
+    cls, words = (mlp_layer.func, mlp_layer.keywords) if isinstance(mlp_layer, partial) else (mlp_layer, {})
+    given = ("act_layer", "norm_layer", "bias", "drop")  # a block of timm passes these itself, whatever a partial holds
+    left = {word: value for word, value in words.items() if word not in given}
+    if isinstance(cls, type) and library(cls) in ("timm", __package__):
+        if cls.__name__ == "Mlp" and not left:
+            return False
+        if cls.__name__ == "GluMlp" and left == {"gate_last": False}:
+            return True
+    raise ValueError(f"vit_fast.VisionTransformer: mlp_layer is {mlp_layer!r}, expected 'mlp' or 'swiglu'")
 
 
 def lecun_normal_(weight):
@@ -124,7 +115,6 @@ def lecun_normal_(weight):
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-@plain
 class LayerScale(nn.Module):
     """x · gamma, gamma [C]. Source: Touvron et al., "Going deeper with Image Transformers", 2021."""
 
@@ -141,35 +131,35 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-@plain
 class Attention(nn.Module):
     """Multi-head self-attention: [B, N, C] → [B, N, C]."""
 
-    def __init__(self, dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, eps, dd):
+    def __init__(self, dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, make_norm, dd):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.attn_drop, self.proj_drop = attn_drop, proj_drop
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps, **dd) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps, **dd) if qk_norm else nn.Identity()
+        self.q_norm = make_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(self.head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
 
+    def _norm_heads(self, x, norm):
+        """q or k [B, N, C] through a norm of its heads, which sees [B, H, N, D] as in timm."""
+        return norm(x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
     def forward(self, x):
-        drop = self.attn_drop if self.training else 0.0
-        out = ops.attention(
-            self.qkv(x),
-            self.num_heads,
-            self.scale,
-            q_norm=Norm.of(self.q_norm),
-            k_norm=Norm.of(self.k_norm),
-            dropout_p=drop,
-        )
+        qkv, drop = self.qkv(x), self.attn_drop if self.training else 0.0
+        if all(plain.may_read("attention", norm, plain.NORM) for norm in (self.q_norm, self.k_norm)):
+            norms = dict(q_norm=Norm.of(self.q_norm), k_norm=Norm.of(self.k_norm))
+        else:
+            q, k, v = qkv.chunk(3, dim=-1)
+            qkv, norms = self._norm_heads(q, self.q_norm), dict(k=self._norm_heads(k, self.k_norm), v=v)
+        out = ops.attention(qkv, self.num_heads, self.scale, **norms, dropout_p=drop)
         return F.dropout(self.proj(out), self.proj_drop, self.training)
 
 
-@plain
 class Mlp(nn.Module):
     """fc2(act(fc1(x))): [..., C] → [..., C]; "swiglu" packs gate and value rows in fc1."""
 
@@ -191,19 +181,34 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(hidden), self.drop, self.training)
 
 
-class Block(nn.Module):
+class Block(plain.Fusible, nn.Module):
     """Pre-norm transformer block: [B, N, C] → [B, N, C]."""
+
+    PARTS = plain.parts(
+        norm1=plain.NORM,
+        attn=(Attention,),
+        attn__qkv=plain.LINEAR,
+        attn__q_norm=plain.NORM,
+        attn__k_norm=plain.NORM,
+        attn__proj=plain.LINEAR,
+        ls1=(LayerScale, nn.Identity),
+        norm2=plain.NORM,
+        mlp=(Mlp,),
+        mlp__fc1=plain.LINEAR,
+        mlp__fc2=plain.LINEAR,
+        ls2=(LayerScale, nn.Identity),
+    )
 
     def __init__(
         self, dim, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias, proj_drop, attn_drop, init_values,
-        drop_path, activation, eps, dd,
+        drop_path, activation, make_norm, dd,
     ):  # fmt: skip
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, eps, dd)
+        self.norm1 = make_norm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, make_norm, dd)
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm2 = make_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, proj_bias, proj_drop, dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
 
@@ -230,21 +235,14 @@ class Block(nn.Module):
             k_norm=Norm.of(attn.k_norm),
         )
 
-    def is_fused(self) -> bool:
-        """Whether the block runs as fused branches: all of its sub-modules are plain."""
-        attn, mlp = self.attn, self.mlp
-        return is_plain(self.norm1, attn, self.ls1, self.norm2, mlp, self.ls2) and is_plain(
-            attn.qkv, attn.q_norm, attn.k_norm, attn.proj, mlp.fc1, mlp.fc2
-        )
-
     def _drop_path(self, branch):
         scale = drop_path_scale(branch, self.drop_path, self.training)
         return branch if scale is None else branch * scale[:, None, None]
 
     def forward(self, x):
         if not self.is_fused():
-            x = x + self._drop_path(self.ls1(self.attn(self.norm1(x))))
-            return x + self._drop_path(self.ls2(self.mlp(self.norm2(x))))
+            x = x + self._drop_path(self.ls1(self.attn(plain.layer_norm(self.norm1, x))))
+            return x + self._drop_path(self.ls2(self.mlp(plain.layer_norm(self.norm2, x))))
         return self._fused(x, self.params())
 
     def _fused(self, x, p, qkv=None):
@@ -254,13 +252,32 @@ class Block(nn.Module):
         return mlp_branch(x, p, row_scale=row_scale(), proj_drop=proj_drop)
 
     def forward_with_attention(self, x, queries=None):
-        """(output, probabilities [B, H, N, N]); the output comes from the fused path all the same."""
-        p = self.params()
-        qkv = project_qkv(x, p)
-        return self._fused(x, p, qkv=qkv), attention_probabilities(qkv, p, queries)
+        """(output, probabilities [B, H, N, N]); the output comes from the fused path all the same.
+
+        Raises:
+            UnsupportedError: an attention of another class, which may have no probabilities.
+        """
+        if plain.why_not_plain(self, (type(self),)) is None and self.is_fused():
+            p = self.params()
+            qkv = project_qkv(x, p)
+            return self._fused(x, p, qkv=qkv), attention_probabilities(qkv, p, queries)
+        attn = self.attn
+        if type(attn) is not Attention:
+            raise UnsupportedError(
+                f"vit_fast.VisionTransformer: a block's attn is {type(attn).__module__}.{type(attn).__qualname__}, "
+                "expected vit_fast.vit.Attention for attention maps"
+            )
+        seen = []
+        handle = attn.qkv.register_forward_hook(lambda module, inputs, qkv: seen.append(qkv))
+        try:
+            x = self(x)
+        finally:
+            handle.remove()
+        q, k, _ = split_heads(seen[0], None, None, attn.num_heads)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        return x, attention_weights(q if queries is None else q[:, :, queries], k, attn.scale)
 
 
-@plain
 class PatchEmbed(nn.Module):
     """Holds the patch projection and the sizes: images [B, in_chans, H, W] → tokens [B, N, C]."""
 
@@ -291,13 +308,16 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(plain.Fusible, nn.Module):
     """MAP pooling: one latent query attends to the tokens [B, N, C] → [B, C].
 
     Source: Zhai et al., "Scaling Vision Transformers", 2021.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, activation, eps, dd):
+    OPERATION = "layernorm_mlp"
+    PARTS = plain.parts(norm=(nn.LayerNorm,), mlp=(Mlp,), mlp__fc1=plain.LINEAR, mlp__fc2=plain.LINEAR)
+
+    def __init__(self, dim, num_heads, mlp_ratio, activation, make_norm, dd):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -305,7 +325,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, dim * 2, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.norm = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm = make_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, True, 0.0, dd)
 
     def init_weights(self):
@@ -315,12 +335,11 @@ class AttentionPool(nn.Module):
         q = self.q(self.latent).expand(x.shape[0], -1, -1)
         k, v = self.kv(x).chunk(2, dim=-1)
         x = self.proj(ops.attention(q, self.num_heads, self.scale, k=k, v=v))
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        if is_plain(self.norm, self.mlp, fc1, fc2):
-            norm = Norm.of(self.norm)
+        if self.is_fused():
+            norm, fc1, fc2 = Norm.of(self.norm), self.mlp.fc1, self.mlp.fc2
             x = ops.layernorm_mlp(x, *norm, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.mlp.activation, None)
         else:
-            x = x + self.mlp(self.norm(x))
+            x = x + self.mlp(plain.layer_norm(self.norm, x))
         return x[:, 0]
 
 
@@ -345,8 +364,8 @@ class VisionTransformer(nn.Module):
         dynamic_img_pad: pads images to the patch grid.
         drop_rate, pos_drop_rate, patch_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: training only.
         weight_init: "", "jax", "jax_nlhb", "moco" or "skip".
-        norm_layer: a LayerNorm class or partial (its eps counts; default 1e-6).
-        act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or the class of one.
+        norm_layer: a LayerNorm class or partial, default eps 1e-6; a subclass with a forward of its own runs unfused.
+        act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or a class that computes one of them.
         mlp_layer: "mlp" or "swiglu" (timm's classes are understood).
         pos_embed_policy: "R1" … "R5" (``vit_fast.resize_pos_embed``).
         mean, std: pixel normalisation applied to uint8 images only, a float a channel.
@@ -401,7 +420,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self._check_words(locals())
         dd = {"device": device, "dtype": dtype}
-        eps = _norm_eps(norm_layer)
+        norm_layer = None if norm_layer in ("layernorm", "layer_norm") else norm_layer
+        make_norm = norm_maker("vit_fast.VisionTransformer: norm_layer", norm_layer, 1e-6, **dd)
         activation = _activation_word(act_layer, mlp_layer)
         if activation == "swiglu" and int(embed_dim * mlp_ratio) % 2:
             raise ValueError(
@@ -424,13 +444,13 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **dd)) if reg_tokens else None
         rows = self.patch_embed.num_patches + self._pos_prefix
         self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **dd)) if pos_embed == "learn" else None
-        self.norm_pre = nn.LayerNorm(embed_dim, eps=eps, **dd) if pre_norm else nn.Identity()
+        self.norm_pre = make_norm(embed_dim) if pre_norm else nn.Identity()
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *(
                 Block(
                     embed_dim, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias, proj_drop_rate, attn_drop_rate,
-                    init_values, rate, activation, eps, dd,
+                    init_values, rate, activation, make_norm, dd,
                 )
                 for rate in rates
             )
@@ -440,10 +460,10 @@ class VisionTransformer(nn.Module):
             for i in range(depth)
         ]
         use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
-        self.norm = nn.LayerNorm(embed_dim, eps=eps, **dd) if final_norm and not use_fc_norm else nn.Identity()
+        self.norm = make_norm(embed_dim) if final_norm and not use_fc_norm else nn.Identity()
         pool = global_pool == "map"
-        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, activation, eps, dd) if pool else None
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=eps, **dd) if final_norm and use_fc_norm else nn.Identity()
+        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, activation, make_norm, dd) if pool else None
+        self.fc_norm = make_norm(embed_dim) if final_norm and use_fc_norm else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
         if weight_init != "skip":
             self.init_weights(weight_init)
@@ -647,19 +667,11 @@ class VisionTransformer(nn.Module):
         if table is not None and self._pos_prefix:
             prefix, table = prefix + table[:, : self._pos_prefix], table[:, self._pos_prefix :]
         mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
-        proj = self.patch_embed.proj
-        if is_plain(self.patch_embed, proj):
-            x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
-        else:
-            if mean is not None:
-                images = ops.reference.normalise_pixels(images, mean, std, proj.weight.dtype)
-            x = self.patch_embed(images)
-            x = x if table is None else x + table
-            x = x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         x = F.dropout(x, self.pos_drop_rate, self.training)
         if self.training and self.patch_drop_rate:
             x = self._drop_patches(x)
-        return self._norm(self.norm_pre, x)
+        return plain.layer_norm(self.norm_pre, x)
 
     def _drop_patches(self, x):
         """Keeps a random subset of the patch tokens of each image. Source: Li et al., "FLIP", 2022."""
@@ -669,11 +681,6 @@ class VisionTransformer(nn.Module):
         patches = patches.gather(1, chosen.expand(-1, -1, patches.shape[2]))
         return torch.cat([x[:, : self.num_prefix_tokens], patches], dim=1)
 
-    def _norm(self, module, x):
-        if type(module) is nn.LayerNorm and is_plain(module):
-            return ops.layer_norm(x, module.weight, module.bias, module.eps)
-        return module(x)
-
     def _run_block(self, block, x):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
@@ -681,7 +688,8 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images):
         """Images → normalised tokens [B, K + N, C]."""
-        return self._norm(self.norm, run_blocks(self.blocks, self._embed(images), run=self._run_block))
+        x = call_blocks(self.blocks, self._embed(images), self._run_block, self.grad_checkpointing)
+        return plain.layer_norm(self.norm, x)
 
     def pool(self, x, pool_type: str | None = None):
         """Tokens [B, K + N, C] → [B, C] (or the tokens, for "")."""
@@ -705,7 +713,7 @@ class VisionTransformer(nn.Module):
 
     def forward_head(self, x, pre_logits: bool = False):
         """Normalised tokens → logits [B, num_classes], or the features before the head."""
-        x = self._norm(self.fc_norm, self.pool(x))
+        x = plain.layer_norm(self.fc_norm, self.pool(x))
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
@@ -759,7 +767,7 @@ class VisionTransformer(nn.Module):
         features, done = [], 0
         for i in sorted(set(chosen)):
             x = run_blocks(self.blocks, x, done, i + 1, self._run_block)
-            features.append(self._norm(self.norm, x) if norm else x)
+            features.append(plain.layer_norm(self.norm, x) if norm else x)
             done = i + 1
         if not stop_early:
             x = run_blocks(self.blocks, x, done, None, self._run_block)
@@ -773,11 +781,11 @@ class VisionTransformer(nn.Module):
             if prefix is not None and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self._norm(self.norm, x)
+                result["image_features"] = plain.layer_norm(self.norm, x)
             return result
         if return_prefix_tokens and prefix is not None:
             features = list(zip(features, prefix, strict=True))
-        return features if intermediates_only else (self._norm(self.norm, x), features)
+        return features if intermediates_only else (plain.layer_norm(self.norm, x), features)
 
     def get_intermediate_layers(
         self,

@@ -4,7 +4,7 @@ A file of this folder serves one library and is imported only where that library
 ``module.__class__`` for a fast class, a subclass of the library's own without fields. It decides ahead of each call:
 where something is in the way, the library's own forward runs, so that every hook of an inner module fires. It has
 
-    PARTS              path of each sub-module → the classes it may have
+    PARTS              path of each sub-module → the classes it may have (``vit_fast.plain``)
     not_covered(self)  what its formula does not cover, or None; asked of the library's instance too, before the swap
     params(self)       its weights (``BlockParams``), where its row can be prepared
 
@@ -12,23 +12,13 @@ and the file has ``FAST``, class → fast class, ``find(model)``: (name, module,
 serve, instances of subclasses too, and perhaps ``ROWS``, class → fast class of what holds a row of blocks.
 """
 
-from types import NoneType
-
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_fast.block import run_blocks
+from vit_fast.plain import TENSORS, Fusible
 
-LINEAR = (nn.Linear,)
-NOTHING = (nn.Identity, NoneType)
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the word of nn.GELU
-_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
-
-
-def parts(**classes) -> tuple:
-    """PARTS of a fast class; ``__`` in a word stands for the dot of a path."""
-    return tuple((name.replace("__", "."), tuple(name.split("__")), allowed) for name, allowed in classes.items())
 
 
 class Row(nn.Sequential):
@@ -43,51 +33,8 @@ class Row(nn.Sequential):
         return module
 
 
-class Fused:
+class Fused(Fusible):
     """Base of the fast classes, in front of the library's class."""
-
-    PARTS = ()
-
-    def not_covered(self) -> str | None:
-        return None
-
-    @staticmethod
-    def ignores(hook) -> bool:
-        """Whether a forward hook of a part may be passed over."""
-        return False
-
-    def is_fused(self) -> bool:
-        """Whether the block runs fused: all of its parts are plain."""
-        return not_fused_reason(self, type(self)) is None
-
-
-def not_fused_reason(module, fast) -> str | None:
-    """Why a module cannot run as the fast class does, or None.
-
-    A part must have one of the classes named, no hook, no forward of its own, and weights that are plain tensors: then
-    they may be read past its ``__call__``.
-    """
-    for name, path, allowed in fast.PARTS:
-        part = module
-        for key in path:
-            part = part._modules.get(key)
-        if type(part) not in allowed:
-            return f"{name} is {type(part).__module__}.{type(part).__qualname__}"
-        if part is None:
-            continue
-        fields, hooks = part.__dict__, part._forward_hooks
-        if hooks and not all(fast.ignores(hook) for hook in hooks.values()):
-            return f"{name} carries a hook"
-        if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return f"{name} carries a hook"
-        if "forward" in fields:
-            return f"{name} has a forward of its own"
-        if "normalized_shape" in fields and len(part.normalized_shape) != 1:
-            return f"{name} normalises more than the last axis"
-        for tensor in part._parameters.values():
-            if tensor is not None and type(tensor) not in _TENSORS:
-                return f"{name} holds a {type(tensor).__name__}"
-    return fast.not_covered(module)
 
 
 def unknown_parts(module, fast) -> list[str]:
@@ -102,7 +49,7 @@ def absent(args, kwargs) -> bool:
 
 def is_dense(x, dims) -> bool:
     """Whether x is a plain tensor of so many dimensions, and no tracer of torch.fx or torch.jit watches it."""
-    return type(x) in _TENSORS and not x.is_nested and x.dim() == dims and not torch.jit.is_tracing()
+    return type(x) in TENSORS and not x.is_nested and x.dim() == dims and not torch.jit.is_tracing()
 
 
 def autocasts(x) -> bool:
@@ -133,11 +80,6 @@ def instances(model, classes):
         for cls in classes:
             if isinstance(module, cls):
                 yield name, module, cls
-
-
-def multihead_parts(name) -> dict:
-    """The words of ``parts`` for an ``nn.MultiheadAttention``."""
-    return {name: (nn.MultiheadAttention,), f"{name}__out_proj": (nn.modules.linear.NonDynamicallyQuantizableLinear,)}
 
 
 def multihead_not_covered(attn) -> str | None:

@@ -19,8 +19,9 @@ from open_clip.transformer import (
 from torch import nn
 
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
+from vit_fast.plain import LINEAR, NOTHING, multihead_parts, parts
 
-from . import GELU, LINEAR, NOTHING, Fused, absent, instances, multihead_not_covered, multihead_parts, parts, takes
+from . import GELU, Fused, absent, instances, multihead_not_covered, takes
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
+from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, LINEAR, NOTHING, Fused, absent, autocasts, instances, is_dense, parts, rate, takes
+from . import GELU, Fused, absent, autocasts, instances, is_dense, rate, takes
 
 _NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
 _DROPOUTS = (nn.Dropout, *NOTHING)
@@ -120,6 +121,7 @@ class FastBlock(Fused, Block):
 class FastPatchEmbed(Fused, PatchEmbed):
     """timm's PatchEmbed in one operation: [B, in_chans, H, W] → [B, N, C] or [B, rows, columns, C]."""
 
+    OPERATION = "patch_embed"
     PARTS = parts(proj=(nn.Conv2d,), norm=NOTHING)
 
     def not_covered(self):
@@ -128,8 +130,6 @@ class FastPatchEmbed(Fused, PatchEmbed):
             return "its output has the channels in front"
         if proj.stride != tuple(self.patch_size) or proj.kernel_size != proj.stride:
             return "proj does not go in steps of patch_size"
-        if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
-            return "proj is padded, dilated or grouped"
         return None
 
     def _fits(self, x):

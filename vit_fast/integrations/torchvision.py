@@ -10,8 +10,9 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.plain import LINEAR, multihead_parts, parts
 
-from . import GELU, LINEAR, Fused, instances, multihead_not_covered, multihead_parts, parts, rate, takes
+from . import GELU, Fused, instances, multihead_not_covered, rate, takes
 
 _DROPOUT = (nn.Dropout,)
 

@@ -27,8 +27,9 @@ from transformers.utils import output_capturing
 
 from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, drop_path_scale, run_blocks
+from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, LINEAR, NOTHING, Fused, absent, instances, parts, rate, takes
+from . import GELU, Fused, absent, instances, rate, takes
 
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)

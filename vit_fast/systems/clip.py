@@ -30,8 +30,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
+from vit_fast import plain
+from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
+from vit_fast.kernels.reference import activate
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
 from vit_fast.weights import WeightsError, load_state_dict
@@ -77,22 +78,46 @@ PRESETS = {
 }
 
 
-class ResidualAttentionBlock(nn.Module):
+class Activation(nn.Module):
+    """An activation of ``ops.layernorm_mlp`` by its word."""
+
+    def __init__(self, word):
+        super().__init__()
+        self.word = word
+
+    def forward(self, x):
+        return activate(x, self.word)
+
+
+class ResidualAttentionBlock(plain.Fusible, nn.Module):
     """Pre-norm block over weights under CLIP's names: [B, N, D] → [B, N, D]."""
 
-    def __init__(self, width, heads, hidden, activation, eps, ls_init_value, dd):
+    PARTS = plain.parts(
+        ln_1=plain.NORM,
+        **plain.multihead_parts("attn"),
+        ls_1=(LayerScale, nn.Identity),
+        ln_2=plain.NORM,
+        mlp=(nn.Sequential,),
+        mlp__c_fc=plain.LINEAR,
+        mlp__gelu=(Activation,),
+        mlp__c_proj=plain.LINEAR,
+        ls_2=(LayerScale, nn.Identity),
+    )
+
+    def __init__(self, width, heads, hidden, activation, make_norm, ls_init_value, dd):
         super().__init__()
-        self.activation = activation
-        self.ln_1 = nn.LayerNorm(width, eps=eps, **dd)
+        self.ln_1 = make_norm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True, **dd)
         self.ls_1 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
-        self.ln_2 = nn.LayerNorm(width, eps=eps, **dd)
-        layers = [("c_fc", nn.Linear(width, hidden, **dd)), ("c_proj", nn.Linear(hidden, width, **dd))]
+        self.ln_2 = make_norm(width)
+        layers = dict(
+            c_fc=nn.Linear(width, hidden, **dd), gelu=Activation(activation), c_proj=nn.Linear(hidden, width, **dd)
+        )
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
 
     def params(self) -> BlockParams:
-        """The weights as the fused branches take them; the MultiheadAttention only holds its own."""
+        """The weights as the fused branches take them."""
         attn, mlp = self.attn, self.mlp
         return BlockParams(
             norm1=Norm.of(self.ln_1),
@@ -107,14 +132,18 @@ class ResidualAttentionBlock(nn.Module):
             fc2_bias=mlp.c_proj.bias,
             num_heads=attn.num_heads,
             scale=attn.head_dim**-0.5,
-            activation=self.activation,
+            activation=mlp.gelu.word,
             gamma1=getattr(self.ls_1, "gamma", None),
             gamma2=getattr(self.ls_2, "gamma", None),
         )
 
     def forward(self, x):
-        p = self.params()
-        return mlp_branch(attention_branch(x, p), p)
+        if self.is_fused():
+            p = self.params()
+            return mlp_branch(attention_branch(x, p), p)
+        y = plain.layer_norm(self.ln_1, x)
+        x = x + self.ls_1(self.attn(y, y, y, need_weights=False)[0])
+        return x + self.ls_2(self.mlp(plain.layer_norm(self.ln_2, x)))
 
 
 class Transformer(nn.Module):
@@ -126,7 +155,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x):
-        return self.run(x)[1]
+        return call_blocks(self.resblocks, x, self._run_block, self.grad_checkpointing)
 
     def run(self, x):
         """(the input of the last block, its output)."""
@@ -172,7 +201,7 @@ class ImageTower(nn.Module):
         self.activation = words.activation_word("clip", "activation", activation)
         if self.activation is None:
             words.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
-        eps = words.norm_eps("clip", "norm_layer", norm_layer, 1e-5)
+        make_norm = words.norm_maker("clip", norm_layer, 1e-5, **dd)
         if variant != "open_clip" and (pool_type != "tok" or final_ln_after_pool or output_tokens):
             words.fail("clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens")
         self.pool_type = words.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
@@ -192,12 +221,13 @@ class ImageTower(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, width, self.patch_size, self.stride_size, bias=False, **dd)
         self.class_embedding = nn.Parameter(scale * torch.randn(width, **dd))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + self.num_patches, width, **dd))
-        self.ln_pre = nn.Identity() if no_ln_pre else nn.LayerNorm(width, eps=eps, **dd)
+        self.ln_pre = nn.Identity() if no_ln_pre else make_norm(width)
         blocks = (
-            ResidualAttentionBlock(width, heads, hidden, self.activation, eps, ls_init_value, dd) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, hidden, self.activation, make_norm, ls_init_value, dd)
+            for _ in range(layers)
         )
         self.transformer = Transformer(blocks)
-        self.ln_post = nn.LayerNorm(width, eps=eps, **dd)
+        self.ln_post = make_norm(width)
         self.proj = None if output_dim is None else nn.Parameter(scale * torch.randn(width, output_dim, **dd))
 
     def _set_sizes(self, sizes, h_resolution, w_resolution, num_patches):
@@ -252,7 +282,7 @@ class ImageTower(nn.Module):
         table = self.positional_embedding
         if grid != self.grid_size and (self.grid_size is not None or math.prod(grid) != self.num_patches):
             table = resize_pos_embed(table, self.grid_size, grid, self.pos_embed_policy, 1)
-        dtype = self.conv1.weight.dtype
+        dtype = plain.dtype_of(self.conv1)
         table = table.to(dtype)
         prefix = self.class_embedding.to(dtype).expand(1, 1, -1)
         if cv_emb is not None:
@@ -260,10 +290,10 @@ class ImageTower(nn.Module):
                 got, wanted = tuple(cv_emb.shape), (images.shape[0], self.width)
                 raise ValueError(f"vit_fast.systems.clip: cv_emb has shape {got}, expected {wanted}")
             prefix = prefix + cv_emb.to(dtype)[:, None]
-        x = ops.patch_embed(images, self.conv1.weight, None, table[None, 1:], prefix + table[:1], self.stride_size)
+        x = plain.patch_embed(self.conv1, images, table[None, 1:], prefix + table[:1])
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)
-        return self._norm(self.ln_pre, x)
+        return plain.layer_norm(self.ln_pre, x)
 
     def _drop_patches(self, x):
         """A random subset of each image's patch tokens, the class token in front."""
@@ -271,38 +301,34 @@ class ImageTower(nn.Module):
         chosen = torch.rand((x.shape[0], x.shape[1] - 1), device=x.device).topk(keep, dim=1).indices[..., None] + 1
         return torch.cat([x[:, :1], x.gather(1, chosen.expand(-1, -1, x.shape[2]))], dim=1)
 
-    @staticmethod
-    def _norm(module, x):
-        if isinstance(module, nn.Identity):
-            return x
-        return ops.layer_norm(x, module.weight, module.bias, module.eps)
-
     def _project(self, x):
         return None if self.proj is None else x @ self.proj.to(x.dtype)
 
     def _pool(self, x):
         """open_clip's (pooled, tokens)."""
         if not self.final_ln_after_pool:
-            x = self._norm(self.ln_post, x)
+            x = plain.layer_norm(self.ln_post, x)
         if self.pool_type == "none":
             pooled = tokens = x
         else:
             tokens = x[:, 1:]
             pooled = x[:, 0] if self.pool_type == "tok" else tokens.mean(dim=1)
-        return (self._norm(self.ln_post, pooled) if self.final_ln_after_pool else pooled), tokens
+        return (plain.layer_norm(self.ln_post, pooled) if self.final_ln_after_pool else pooled), tokens
 
     def forward(self, images, cv_emb=None):
         """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
         if cv_emb is not None and self.variant != "clip_reid":
             words.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
-        last, x = self.transformer.run(self._embed(images, cv_emb))
+        x = self._embed(images, cv_emb)
         if self.variant == "clip_reid":
-            x = self._norm(self.ln_post, x)
+            last, x = self.transformer.run(x)
+            x = plain.layer_norm(self.ln_post, x)
             return last, x, self._project(x)
+        x = self.transformer(x)
         if self.variant == "open_clip" and (self.output_tokens or self.pool_type != "tok"):
             pooled, tokens = self._pool(x)
         else:
-            pooled, tokens = self._norm(self.ln_post, x[:, 0]), None
+            pooled, tokens = plain.layer_norm(self.ln_post, x[:, 0]), None
         pooled = pooled if self.proj is None else self._project(pooled)
         return (pooled, tokens) if self.output_tokens else pooled
 
@@ -328,7 +354,7 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
         output_dim: width of the projection, None for none; 512 for open_clip.
         in_chans: channels of the images.
         activation: "quick_gelu" ("gelu" for open_clip), "gelu", "gelu_tanh" or "relu"; or act_layer, a class.
-        norm_layer: a LayerNorm class or partial, of which eps counts (1e-5).
+        norm_layer: a LayerNorm class or partial, default eps 1e-5; a subclass with a forward of its own runs unfused.
         ls_init_value, patch_dropout, no_ln_pre: LayerScale, patch dropout in training, no ln_pre.
         pool_type ("tok", "avg", "none"), final_ln_after_pool, output_tokens: open_clip alone.
         dynamic_img_size: takes any size and resizes positional_embedding by pos_embed_policy ("R5" for open_clip,

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit_fast import ops
-from vit_fast.block import is_plain, run_blocks
+from vit_fast import plain
+from vit_fast.block import call_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -206,8 +206,7 @@ class DeiT(_Heads, VisionTransformer):
         table = self._pos_table(grid)
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
         mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
-        proj = self.patch_embed.proj
-        x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
+        x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         return F.dropout(x, self.pos_drop_rate, self.training)
 
     def forward_tokens(self, images):
@@ -216,10 +215,8 @@ class DeiT(_Heads, VisionTransformer):
 
     def forward_features(self, images):
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
-        x = run_blocks(self.blocks, self._embed(images), run=self._run_block)
-        if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
-            x = x[:, : self.num_tokens]
-        x = self._norm(self.norm, x)
+        x = call_blocks(self.blocks, self._embed(images), self._run_block, self.grad_checkpointing)
+        x = plain.layer_norm(self.norm, x, slice(self.num_tokens))
         return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -270,9 +267,9 @@ class LiteralDeiT(_Heads, nn.Module):
         words.check_float("deit", images)
         if tuple(images.shape[2:]) != self.img_size:
             words.fail_images("deit", images, f"{self.img_size[0]}×{self.img_size[1]}")
-        embed, table = self.patch_embed, self.pos_embed
+        table = self.pos_embed
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
-        x = ops.patch_embed(images, embed.weight, embed.bias, table, prefix, embed.stride)
+        x = plain.patch_embed(self.patch_embed, images, table, prefix)
         x = F.dropout(x, self.drop, self.training).transpose(0, 1)
         x = self.norm(self.blocks(x).transpose(0, 1))
         return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])

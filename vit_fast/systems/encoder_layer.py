@@ -7,17 +7,34 @@ Pre-norm: LN in front of each branch instead. Attention is over axis 1 of [B, N,
 Source: Vaswani et al., "Attention Is All You Need", 2017.
 """
 
+from functools import partial
+
 from torch import nn
 
-from vit_fast import ops
+from vit_fast import plain
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
+from vit_fast.kernels.reference import activate
 
 
-class EncoderLayer(nn.TransformerEncoderLayer):
+class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
     """[B, N, C] → [B, N, C]; activation is one of the words of ``ops.layernorm_mlp`` except "swiglu"."""
 
+    PARTS = plain.parts(
+        **plain.multihead_parts("self_attn"),
+        norm1=(nn.LayerNorm,),
+        dropout1=(nn.Dropout,),
+        linear1=plain.LINEAR,
+        dropout=(nn.Dropout,),
+        linear2=plain.LINEAR,
+        norm2=(nn.LayerNorm,),
+        dropout2=(nn.Dropout,),
+    )
+
     def __init__(self, dim, num_heads, hidden, dropout=0.1, activation="relu", eps=1e-5, pre_norm=False):
-        super().__init__(dim, num_heads, hidden, dropout, layer_norm_eps=eps, batch_first=True, norm_first=pre_norm)
+        super().__init__(
+            dim, num_heads, hidden, dropout, partial(activate, activation=activation), eps,
+            batch_first=True, norm_first=pre_norm,
+        )  # fmt: skip
         self.activation_word = activation
 
     def params(self) -> BlockParams:
@@ -41,14 +58,21 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         )
 
     def forward(self, x):
+        if not self.is_fused():
+            # Not super().forward: in eval mode torch's own fast path reads past the calls of adapters.
+            if self.norm_first:
+                x = x + self._sa_block(plain.layer_norm(self.norm1, x), None, None)
+                return x + self._ff_block(plain.layer_norm(self.norm2, x))
+            x = plain.layer_norm(self.norm1, x + self._sa_block(x, None, None))
+            return plain.layer_norm(self.norm2, x + self._ff_block(x))
         p = self.params()
         drop = self.dropout.p if self.training else 0.0
         x = attention_branch(x, p, attn_drop=drop, proj_drop=drop)
         if not self.norm_first:
-            x = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+            x = plain.layer_norm(self.norm1, x)
         x = mlp_branch(x, p, proj_drop=drop)
         if not self.norm_first:
-            x = ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+            x = plain.layer_norm(self.norm2, x)
         return x
 
 
@@ -62,4 +86,4 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = run_blocks(self.layers, x)
-        return x if self.norm is None else ops.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        return x if self.norm is None else plain.layer_norm(self.norm, x)

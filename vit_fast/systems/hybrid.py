@@ -29,15 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit_fast import ops
+from vit_fast import ops, plain
 from vit_fast.block import (
     BlockParams,
     Norm,
     attention_branch,
     attention_probabilities,
-    is_plain,
     mlp_branch,
-    plain,
     project_qkv,
     run_blocks,
 )
@@ -61,7 +59,6 @@ PRESETS: dict[str, dict] = {
 }
 
 
-@plain
 class Attention(nn.Module):
     """Self-attention of normalised tokens: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
 
@@ -83,7 +80,6 @@ class Attention(nn.Module):
         return F.dropout(self.out(x), self.out_drop, self.training), probabilities
 
 
-@plain
 class Mlp(nn.Module):
     """fc2(act(fc1(x))): [B, N, C] → [B, N, C]."""
 
@@ -97,8 +93,21 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(x), self.drop, self.training)
 
 
-class Block(nn.Module):
+class Block(plain.Fusible, nn.Module):
     """Pre-norm block: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
+
+    PARTS = plain.parts(
+        attention_norm=plain.NORM,
+        attn=(Attention,),
+        attn__query=plain.LINEAR,
+        attn__key=plain.LINEAR,
+        attn__value=plain.LINEAR,
+        attn__out=plain.LINEAR,
+        ffn_norm=plain.NORM,
+        ffn=(Mlp,),
+        ffn__fc1=plain.LINEAR,
+        ffn__fc2=plain.LINEAR,
+    )
 
     def __init__(self, dim, hidden, num_heads, attn_drop, out_drop, drop, activation, vis):
         super().__init__()
@@ -127,19 +136,12 @@ class Block(nn.Module):
             activation=ffn.activation,
         )
 
-    def is_fused(self) -> bool:
-        """Whether the block runs as fused branches: nothing in it carries a hook or was replaced."""
-        attn, ffn = self.attn, self.ffn
-        return is_plain(self.attention_norm, attn, self.ffn_norm, ffn) and is_plain(
-            attn.query, attn.key, attn.value, attn.out, ffn.fc1, ffn.fc2
-        )
-
     def forward(self, x):
         attn, ffn = self.attn, self.ffn
         if not self.is_fused():
-            y, probabilities = attn(self.attention_norm(x))
+            y, probabilities = attn(plain.layer_norm(self.attention_norm, x))
             x = x + y
-            return x + ffn(self.ffn_norm(x)), probabilities
+            return x + ffn(plain.layer_norm(self.ffn_norm, x)), probabilities
         attn_drop, out_drop, drop = (attn.attn_drop, attn.out_drop, ffn.drop) if self.training else (0.0, 0.0, 0.0)
         p = self.params()
         qkv = project_qkv(x, p)
@@ -168,8 +170,7 @@ class Embeddings(nn.Module):
         table, prefix = self.position_embeddings, None
         if self.cls_token is not None:
             prefix, table = self.cls_token + table[:, :1], table[:, 1:]
-        conv = self.patch_embeddings
-        x = ops.patch_embed(x, conv.weight, conv.bias, table, prefix, conv.stride)
+        x = plain.patch_embed(self.patch_embeddings, x, table, prefix)
         return F.dropout(x, self.drop, self.training)
 
 
@@ -195,9 +196,7 @@ class Encoder(nn.Module):
                 x = run(block, x)
         else:
             x = run_blocks(self.layer, x, run=run)
-        norm = self.encoder_norm
-        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps) if is_plain(norm) else norm(x)
-        return x, maps
+        return plain.layer_norm(self.encoder_norm, x), maps
 
 
 class Transformer(nn.Module):

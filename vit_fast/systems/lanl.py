@@ -15,8 +15,8 @@ Source: S. Callis, "Vision Transformers Explained", Los Alamos National Laborato
 import torch
 from torch import nn
 
-from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, is_plain, mlp_branch, plain
+from vit_fast import ops, plain
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
 from vit_fast.weights import load_state_dict
 
 from . import words
@@ -76,9 +76,11 @@ def split_words(kernel: int) -> tuple[int, int, int]:
     return kernel, (kernel + 1) // 2, (kernel + 1) // 4
 
 
-@plain
-class Patch_Tokenization(nn.Module):
+class Patch_Tokenization(plain.Fusible, nn.Module):
     """Images [B, C, H, W] → tokens [B, (H/P)·(W/P), token_len]; ``split`` alone gives [B, P²·C, n]."""
+
+    OPERATION = "patch_embed"
+    PARTS = plain.parts(split=(nn.Unfold,), project=plain.LINEAR)
 
     def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
         super().__init__()
@@ -97,12 +99,11 @@ class Patch_Tokenization(nn.Module):
 
     def forward(self, x):
         _check_images(x, self.img_size)
-        if is_plain(self.project):
+        if self.is_fused():
             return ops.patch_embed(x, self.kernel(), self.project.bias, None, None, self.patch_size)
         return self.project(self.split(x).transpose(1, 2))
 
 
-@plain
 class Attention(nn.Module):
     """v + proj(softmax(scale·q kᵀ) v): [B, N, dim] → [B, N, chan]; dim may differ from chan."""
 
@@ -120,17 +121,19 @@ class Attention(nn.Module):
         _check_tokens(x, self.dim)
         qkv = self.qkv(x)
         out = ops.attention(qkv, self.num_heads, self.scale)
-        return ops.linear_residual(out, self.proj.weight, self.proj.bias, None, qkv.chunk(3, dim=-1)[2])
+        v = qkv.chunk(3, dim=-1)[2]
+        if plain.may_read("linear_residual", self.proj, plain.LINEAR):
+            return ops.linear_residual(out, self.proj.weight, self.proj.bias, None, v)
+        return v + self.proj(out)
 
 
 def _activation_word(act):
-    """What the kernels call an activation module, or None."""
-    if type(act) is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    return "relu" if type(act) is nn.ReLU else None
+    """What the kernels call an ``nn.GELU`` or an ``nn.ReLU``."""
+    if type(act) is nn.ReLU:
+        return "relu"
+    return "gelu_tanh" if act.approximate == "tanh" else "gelu"
 
 
-@plain
 class NeuralNet(nn.Module):
     """fc2(act(fc1(x))): [..., in_chan] → [..., out_chan]; hidden and out default to in_chan."""
 
@@ -146,9 +149,20 @@ class NeuralNet(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class _Layer(nn.Module):
+class _Layer(plain.Fusible, nn.Module):
     """Attention with its value skip, then the neural net; ``value_skip`` as in ``BlockParams``."""
 
+    PARTS = plain.parts(
+        norm1=(nn.LayerNorm,),
+        attn=(Attention,),
+        attn__qkv=plain.LINEAR,
+        attn__proj=plain.LINEAR,
+        norm2=(nn.LayerNorm,),
+        neuralnet=(NeuralNet,),
+        neuralnet__fc1=plain.LINEAR,
+        neuralnet__act=(nn.GELU, nn.ReLU),
+        neuralnet__fc2=plain.LINEAR,
+    )
     value_skip = True
 
     def __init__(self, dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer):
@@ -162,24 +176,12 @@ class _Layer(nn.Module):
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
         attn, net = self.attn, self.neuralnet
-        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2)]
         return BlockParams(
-            norms[0], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            norms[1], net.fc1.weight, net.fc1.bias, net.fc2.weight, net.fc2.bias,
+            Norm.of(self.norm1), attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            Norm.of(self.norm2), net.fc1.weight, net.fc1.bias, net.fc2.weight, net.fc2.bias,
             num_heads=attn.num_heads, scale=attn.scale, activation=_activation_word(net.act),
             value_skip=self.value_skip,
         )  # fmt: skip
-
-    def is_fused(self) -> bool:
-        """Whether the norms and the activation are ones that the fused branches compute, and nothing is wrapped."""
-        attn, net = self.attn, self.neuralnet
-        return (
-            type(self.norm1) is type(self.norm2) is nn.LayerNorm
-            and _activation_word(net.act) is not None
-            and is_plain(self.norm1, attn, attn.qkv, attn.proj, self.norm2, net, net.fc1, net.fc2)
-            and not net.act._forward_hooks
-            and not net.act._forward_pre_hooks
-        )
 
     def forward(self, x):
         _check_tokens(x, self.attn.dim)
@@ -213,7 +215,6 @@ class TokenTransformer(_Layer):
         super().__init__(dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
 
 
-@plain
 class ViT_Backbone(nn.Module):
     """Tokens [B, num_tokens, token_len] → [B, preds], raw outputs (regression or logits)."""
 
@@ -247,19 +248,23 @@ class ViT_Backbone(nn.Module):
         """Tokens with the class token in front and positions added, [B, 1 + num_tokens, token_len] → [B, preds]."""
         for block in self.blocks:
             x = block(x)
-        if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
-            x = ops.layer_norm(x[:, 0], self.norm.weight, self.norm.bias, self.norm.eps)
-        else:
-            x = self.norm(x)[:, 0]
-        return self.head(x)
+        return self.head(plain.layer_norm(self.norm, x, 0))
 
     def forward(self, x):
         _check_tokens(x, self.token_len, self.num_tokens)
         return self.encode(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed)
 
 
-class ViT_Model(nn.Module):
+class ViT_Model(plain.Fusible, nn.Module):
     """Images [B, C, H, W] → [B, preds]."""
+
+    OPERATION = "patch_embed"
+    PARTS = plain.parts(
+        patch_tokens=(Patch_Tokenization,),
+        patch_tokens__split=(nn.Unfold,),
+        patch_tokens__project=plain.LINEAR,
+        backbone=(ViT_Backbone,),
+    )
 
     def __init__(
         self, img_size=(1, 400, 100), patch_size=50, token_len=768, preds=1, num_heads=1,
@@ -281,7 +286,7 @@ class ViT_Model(nn.Module):
 
     def forward(self, x):
         patches, backbone = self.patch_tokens, self.backbone
-        if not is_plain(patches, patches.project, backbone):
+        if not self.is_fused():
             return backbone(patches(x))
         _check_images(x, patches.img_size)
         table = backbone.pos_embed
@@ -320,7 +325,7 @@ class Tokens2Token(nn.Module):
 
     def forward(self, x):
         _check_images(x, self.img_size)
-        x = self.transformer1(soft_split(x.to(self.project.weight.dtype), *self.splits[0]))
+        x = self.transformer1(soft_split(x.to(plain.dtype_of(self.project)), *self.splits[0]))
         x = self.transformer2(soft_split(as_image(x, self.grids[0]), *self.splits[1]))
         return self.project(soft_split(as_image(x, self.grids[1]), *self.splits[2]))
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit_fast import ops
+from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import Block, Mlp
@@ -37,16 +37,33 @@ _EPSILON = 1e-8
 
 
 class _TokenAttention(nn.Module):
-    """Holds qkv and proj of a token transformer."""
+    """v + proj(attention(x)), one head: [B, N, dim] → [B, N, in_dim]."""
 
-    def __init__(self, dim, in_dim, qkv_bias):
+    def __init__(self, dim, in_dim, qkv_bias, scale, drop, attn_drop):
         super().__init__()
+        self.scale, self.drop, self.attn_drop = scale, drop, attn_drop
         self.qkv = nn.Linear(dim, in_dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(in_dim, in_dim)
 
+    def forward(self, x):
+        qkv = self.qkv(x)
+        out = ops.attention(qkv, 1, self.scale, dropout_p=self.attn_drop if self.training else 0.0)
+        return qkv.chunk(3, dim=-1)[2] + F.dropout(self.proj(out), self.drop, self.training)
 
-class Token_transformer(nn.Module):
+
+class Token_transformer(plain.Fusible, nn.Module):
     """x = v + proj(attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim]."""
+
+    PARTS = plain.parts(
+        norm1=(nn.LayerNorm,),
+        attn=(_TokenAttention,),
+        attn__qkv=plain.LINEAR,
+        attn__proj=plain.LINEAR,
+        norm2=(nn.LayerNorm,),
+        mlp=(Mlp,),
+        mlp__fc1=plain.LINEAR,
+        mlp__fc2=plain.LINEAR,
+    )
 
     def __init__(
         self, dim, in_dim, num_heads=1, mlp_ratio=1.0, qkv_bias=False, qk_scale=None, drop=0.0, attn_drop=0.0,
@@ -57,27 +74,30 @@ class Token_transformer(nn.Module):
         if words.integer(FAMILY, "num_heads", num_heads) != 1:
             words.fail(FAMILY, "num_heads", num_heads, "1: a token transformer has one head")
         words.positive(FAMILY, "mlp_ratio", mlp_ratio)
-        self.scale = float(qk_scale or dim**-0.5)
-        self.drop, self.attn_drop = words.rate(FAMILY, "drop", drop), words.rate(FAMILY, "attn_drop", attn_drop)
+        drop, attn_drop = words.rate(FAMILY, "drop", drop), words.rate(FAMILY, "attn_drop", attn_drop)
         self.drop_path = words.rate(FAMILY, "drop_path", drop_path)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = _TokenAttention(dim, in_dim, qkv_bias)
+        self.attn = _TokenAttention(dim, in_dim, qkv_bias, float(qk_scale or dim**-0.5), drop, attn_drop)
         self.norm2 = nn.LayerNorm(in_dim)
         self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), "gelu", True, drop, {})
 
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
         attn, mlp = self.attn, self.mlp
-        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2)]
         return BlockParams(
-            norms[0], attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            norms[1], mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            num_heads=1, scale=self.scale, value_skip="only",
+            Norm.of(self.norm1), attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            Norm.of(self.norm2), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            num_heads=1, scale=attn.scale, value_skip="only",
         )  # fmt: skip
 
     def forward(self, x):
-        p = self.params()
-        drop, attn_drop = (self.drop, self.attn_drop) if self.training else (0.0, 0.0)
+        if not self.is_fused():
+            x = self.attn(plain.layer_norm(self.norm1, x))
+            branch = self.mlp(plain.layer_norm(self.norm2, x))
+            scale = drop_path_scale(x, self.drop_path, self.training)
+            return x + (branch if scale is None else branch * scale[:, None, None])
+        p, attn = self.params(), self.attn
+        drop, attn_drop = (attn.drop, attn.attn_drop) if self.training else (0.0, 0.0)
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=drop)
         return mlp_branch(x, p, row_scale=drop_path_scale(x, self.drop_path, self.training), proj_drop=drop)
 
@@ -103,8 +123,19 @@ def performer_attention(q, k, v, w):
     return y.to(v.dtype)
 
 
-class Token_performer(nn.Module):
+class Token_performer(plain.Fusible, nn.Module):
     """x = v + proj(performer attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim·head_cnt]."""
+
+    PARTS = plain.parts(
+        norm1=(nn.LayerNorm,),
+        kqv=plain.LINEAR,
+        proj=plain.LINEAR,
+        norm2=(nn.LayerNorm,),
+        mlp=(nn.Sequential,),
+        mlp__0=plain.LINEAR,
+        mlp__1=(nn.GELU,),
+        mlp__2=plain.LINEAR,
+    )
 
     def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
         super().__init__()
@@ -124,14 +155,20 @@ class Token_performer(nn.Module):
             nn.init.orthogonal_(self.w)
             self.w.mul_(math.sqrt(self.m))
 
+    def not_covered(self):
+        return None if self.mlp[1].approximate == "none" else "mlp.1 is another GELU"
+
     def forward(self, x):
-        norm1, norm2, kqv, proj, (fc1, _, fc2) = self.norm1, self.norm2, self.kqv, self.proj, self.mlp
-        projected = ops.layer_norm_linear(x, norm1.weight, norm1.bias, norm1.eps, kqv.weight, kqv.bias)
+        dp1, dp2 = (self.dp1, self.dp2) if self.training else (0.0, 0.0)
+        if not self.is_fused():
+            k, q, v = self.kqv(plain.layer_norm(self.norm1, x)).chunk(3, dim=-1)
+            x = v + F.dropout(self.proj(performer_attention(q, k, v, self.w)), dp1)
+            return x + F.dropout(self.mlp(plain.layer_norm(self.norm2, x)), dp2)
+        kqv, proj, norm, (fc1, _, fc2) = self.kqv, self.proj, Norm.of(self.norm2), self.mlp
+        projected = ops.layer_norm_linear(x, *Norm.of(self.norm1), kqv.weight, kqv.bias)
         k, q, v = projected.chunk(3, dim=-1)
         y = performer_attention(q, k, v, self.w)
-        dp1, dp2 = (self.dp1, self.dp2) if self.training else (0.0, 0.0)
         x = ops.linear_residual(y, proj.weight, proj.bias, None, v, dropout_p=dp1)
-        norm = (norm2.weight, norm2.bias, norm2.eps)
         if dp2 == 0.0:
             return ops.layernorm_mlp(x, *norm, fc1.weight, fc1.bias, fc2.weight, fc2.bias, "gelu", None)
         hidden = ops.layer_norm_linear(x, *norm, fc1.weight, fc1.bias, "gelu")
@@ -166,7 +203,7 @@ class T2T_module(nn.Module):
         words.check_float(FAMILY, x)
         if tuple(x.shape[2:]) != self.img_size:
             words.fail_images(FAMILY, x, f"{self.img_size[0]}×{self.img_size[1]}")
-        x = self.attention1(soft_split(x.to(self.project.weight.dtype), *_SPLITS[0]))
+        x = self.attention1(soft_split(x.to(plain.dtype_of(self.project)), *_SPLITS[0]))
         x = self.attention2(soft_split(as_image(x, self.grids[0]), *_SPLITS[1]))
         return self.project(soft_split(as_image(x, self.grids[1]), *_SPLITS[2]))
 
@@ -195,7 +232,7 @@ class T2T_ViT(nn.Module):
         self.drop_rate = words.rate(FAMILY, "drop_rate", drop_rate)
         attn_drop_rate = words.rate(FAMILY, "attn_drop_rate", attn_drop_rate)
         drop_path_rate = words.rate(FAMILY, "drop_path_rate", drop_path_rate)
-        eps = words.norm_eps(FAMILY, "norm_layer", norm_layer, 1e-5)
+        make_norm = words.norm_maker(FAMILY, norm_layer, 1e-5)
 
         self.tokens_to_token = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -205,13 +242,13 @@ class T2T_ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim, num_heads, mlp_ratio, qkv_bias, False, True, self.drop_rate, attn_drop_rate, None, rate,
-                "gelu", eps, {},
+                "gelu", make_norm, {},
             )
             for rate in rates
         )  # fmt: skip
         for block in self.blocks:
             block.attn.scale = float(qk_scale or block.attn.scale)
-        self.norm = nn.LayerNorm(embed_dim, eps=eps)
+        self.norm = make_norm(embed_dim)
         self.head = nn.Linear(embed_dim, self.num_classes) if self.num_classes else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)
@@ -245,7 +282,7 @@ class T2T_ViT(nn.Module):
         x = self.tokens_to_token(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = run_blocks(self.blocks, F.dropout(x, self.drop_rate, self.training))
-        return ops.layer_norm(x[:, 0], self.norm.weight, self.norm.bias, self.norm.eps)
+        return plain.layer_norm(self.norm, x, 0)
 
     def forward(self, x):
         return self.head(self.forward_features(x))

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 
 import torch
-from torch import nn
 
+from vit_fast import layer_args
+from vit_fast.layer_args import activation_of, built
 from vit_fast.weights import WeightsError, read_state_dict
 
-_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 _WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 
@@ -75,22 +76,16 @@ def one_spelling(family, name, value, other_name, other_value, default):
 def activation_word(family, name, value):
     """The library's word for an activation word, class or partial; None for the class of another activation."""
     if isinstance(value, str):
-        return one_of(family, name, value, tuple(_ACTIVATIONS.values()))
-    module = value() if callable(value) else None
-    if not isinstance(module, nn.Module):
+        return one_of(family, name, value, _ACTIVATIONS)
+    if built(value) is None:
         fail(family, name, value, "the word or the class of an activation")
-    word = _ACTIVATIONS.get(type(module).__name__)
-    return "gelu_tanh" if word == "gelu" and getattr(module, "approximate", "none") == "tanh" else word
+    word = activation_of(value)
+    return word if word in _ACTIVATIONS else None
 
 
-def norm_eps(family, name, norm_layer, default):
-    """eps of a LayerNorm class or partial; the default where there is none."""
-    if norm_layer is None:
-        return default
-    norm = norm_layer(1) if callable(norm_layer) else None
-    if not isinstance(norm, nn.LayerNorm):
-        fail(family, name, norm_layer, "a LayerNorm class")
-    return norm.eps
+def norm_maker(family, norm_layer, eps, **dd):
+    """What makes a family's LayerNorms, a function of the width; eps where norm_layer is None."""
+    return layer_args.norm_maker(f"vit_fast.systems.{family}: norm_layer", norm_layer, eps, **dd)
 
 
 def check_heads(family, heads_name, heads, width_name, width):

@@ -1,0 +1,67 @@
+"""Arguments that are classes: what a ``norm_layer`` builds, and which activation an ``act_layer`` computes.
+
+What is given is built, or is replaced by a layer of this library that computes the same, or is refused by name.
+"""
+
+from functools import partial
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels.reference import activate
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
+_LAYER_NORMS = {  # compute what nn.LayerNorm does, which statistics in float32 make the same in 16 bits too
+    ("timm", "LayerNorm"), ("timm", "LayerNormFp32"), ("open_clip", "LayerNorm"), ("open_clip", "LayerNormFp32"),
+}  # fmt: skip
+
+
+def library(cls) -> str:
+    """The package that defines a class."""
+    return cls.__module__.partition(".")[0]
+
+
+def built(layer, *args):
+    """What a class, a partial or a function of a module builds; None where it builds no module."""
+    if not isinstance(layer, (type, partial, FunctionType)):
+        return None
+    try:
+        module = layer(*args)
+    except TypeError:
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def norm_maker(message: str, norm_layer, eps: float, device=None, dtype=None):
+    """What makes the LayerNorms of a model: a function of the width.
+
+    Args:
+        message: beginning of the error, as "vit_fast.VisionTransformer: norm_layer".
+        norm_layer: a class, partial or function whose module is an ``nn.LayerNorm``, or None. timm's and open_clip's
+            LayerNorms become torch's, of which they are copies; a subclass with a forward of its own stays what it is.
+        eps: where norm_layer is None.
+    Raises:
+        ValueError: another layer.
+    """
+    dd = {"device": device, "dtype": dtype}
+    if norm_layer is None:
+        return partial(nn.LayerNorm, eps=eps, **dd)
+    norm = built(norm_layer, 1)
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(f"{message} is {norm_layer!r}, expected a LayerNorm class")
+    if type(norm) is nn.LayerNorm or (library(type(norm)), type(norm).__name__) in _LAYER_NORMS:
+        words = dict(elementwise_affine=norm.elementwise_affine, bias=norm.bias is not None)
+        return partial(nn.LayerNorm, eps=norm.eps, **words, **dd)
+    return lambda width: norm_layer(width).to(**dd)
+
+
+def activation_of(act_layer) -> str | None:
+    """The word of the activation that a class, partial or function builds, found by what it computes, or None."""
+    module = built(act_layer)
+    if module is None or module.state_dict():
+        return None
+    x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
+    y, wanted = module(x.clone()), {word: activate(x, word) for word in _ACTIVATIONS} | {"silu": F.silu(x)}
+    return next((word for word, z in wanted.items() if y.shape == z.shape and torch.allclose(y, z, 0, 1e-12)), None)

@@ -1,0 +1,158 @@
+"""Which modules are plain, so that their weights may be read past their ``__call__``.
+
+A fused operation takes the weights of several modules and calls none of them. That computes the same only while each is
+what its class says: a LoRA wrapper, a hook, pruning, a parametrization, a quantised weight or an offloaded one act in
+the module's own call, or in the tensor itself. A module is plain where
+
+    its class is exactly the one expected at its place, and its forward that of the class;
+    no hook of its own runs around its forward or its backward (global hooks do not count);
+    its weights are its registered parameters, and these are no tensor subclass (DTensor, torchao, ...).
+
+Where a module is not plain the caller runs the modules one by one, and ``explain`` shows the reason. Our own blocks,
+``systems`` and ``integrations`` all ask here.
+"""
+
+from types import NoneType
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from . import backends, ops
+from .kernels.reference import normalise_pixels
+
+LINEAR = (nn.Linear,)
+CONVOLUTION = (nn.Conv2d,)
+NOTHING = (nn.Identity, NoneType)
+NORM = (nn.LayerNorm, nn.Identity)
+TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+# Instance attributes that stand in front of a class's forward or of registered parameters.
+_SHADOWS = frozenset(("forward", "weight", "bias", "in_proj_weight", "in_proj_bias", "gamma", "lambda1"))
+
+
+def parts(**classes) -> tuple:
+    """The sub-modules that a fused operation reads: path → the classes that each may have.
+
+    ``__`` in a word stands for the dot of a path; ``NoneType`` among the classes for a module that may be absent.
+    """
+    return tuple((name.replace("__", "."), tuple(name.split("__")), allowed) for name, allowed in classes.items())
+
+
+def multihead_parts(name: str) -> dict:
+    """The words of ``parts`` for an ``nn.MultiheadAttention``."""
+    return {name: (nn.MultiheadAttention,), f"{name}__out_proj": (nn.modules.linear.NonDynamicallyQuantizableLinear,)}
+
+
+def _never(hook) -> bool:
+    return False
+
+
+def why_not_plain(module, classes, ignores=_never) -> str | None:
+    """Why a module may not be read past its ``__call__``, as the rest of a sentence about it, or None.
+
+    Args:
+        classes: the exact classes that it may have.
+        ignores: function of a forward hook: whether it may be passed over.
+    """
+    if type(module) not in classes:
+        return f"is {type(module).__module__}.{type(module).__qualname__}"
+    if module is None:
+        return None
+    hooks, fields = module._forward_hooks, module.__dict__
+    if hooks and not all(ignores(hook) for hook in hooks.values()):
+        return "carries a hook"
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "carries a hook"
+    if not _SHADOWS.isdisjoint(fields):
+        return "has a forward of its own" if "forward" in fields else "has a weight that is no parameter"
+    for tensor in module._parameters.values():
+        if tensor is not None and type(tensor) not in TENSORS:
+            return f"holds a {type(tensor).__name__}"
+    if "normalized_shape" in fields and len(module.normalized_shape) != 1:
+        return "normalises more than the last axis"
+    if "padding_mode" in fields and (
+        module.padding not in ((0, 0), "valid") or module.dilation != (1, 1) or module.groups != 1
+    ):
+        return "is padded, dilated or grouped"
+    return None
+
+
+def not_plain_reason(module, parts, ignores=_never) -> str | None:
+    """Why the parts of a module (of ``parts``) may not be read past their ``__call__``, or None."""
+    for name, path, classes in parts:
+        part = module
+        for key in path:
+            part = part._modules.get(key)
+        reason = why_not_plain(part, classes, ignores)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def not_fused_reason(module, cls) -> str | None:
+    """Why a module cannot run as ``cls``, a ``Fusible``, runs fused, or None."""
+    return not_plain_reason(module, cls.PARTS, cls.ignores) or cls.not_covered(module)
+
+
+class Fusible:
+    """Base of what runs fused while its parts are plain, and module by module otherwise."""
+
+    OPERATION = "block"  # what ``explain`` calls the fused form
+    PARTS = ()  # of ``parts``: every sub-module whose weights or arithmetic the fused form takes over
+
+    def not_covered(self) -> str | None:
+        """What else the fused form does not cover, or None."""
+        return None
+
+    @staticmethod
+    def ignores(hook) -> bool:
+        """Whether a forward hook of a part may be passed over."""
+        return False
+
+    def is_fused(self) -> bool:
+        """Whether the module runs fused; where not, ``explain`` shows why."""
+        reason = not_fused_reason(self, type(self))
+        if reason is not None:
+            backends.record(self.OPERATION, "torch", (reason,))
+        return reason is None
+
+
+def may_read(operation: str, module, classes) -> bool:
+    """Whether a module is plain; where not, ``explain`` shows why this operation does not run on its weights."""
+    reason = why_not_plain(module, classes)
+    if reason is not None:
+        backends.record(operation, "torch", (f"{type(module).__name__} {reason}",))
+    return reason is None
+
+
+def dtype_of(module, default=None) -> torch.dtype:
+    """The dtype in which a module computes: that of its first floating parameter; ``default`` where it has none."""
+    return next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), default)
+
+
+def layer_norm(module, x, tokens=None):
+    """``module(x)``, or its ``[:, tokens]``: a plain ``nn.LayerNorm`` normalises the chosen tokens alone."""
+    if not may_read("layer_norm", module, NORM):
+        y = module(x.to(dtype_of(module, x.dtype))).to(x.dtype)  # a LayerNorm in float32 may stand among 16-bit layers
+        return y if tokens is None else y[:, tokens]
+    x = x if tokens is None else x[:, tokens]
+    return x if type(module) is nn.Identity else ops.layer_norm(x, module.weight, module.bias, module.eps)
+
+
+def patch_embed(module, images, table, prefix, mean=None, std=None, cls=nn.Conv2d):
+    """Patch tokens with positions, prefix tokens in front: one operation where the module is plain, else by its call.
+
+    Args:
+        module: the patch projection.
+        images, table, prefix, mean, std: as in ``ops.patch_embed``.
+        cls: its class, ``nn.Conv2d`` or one that returns the tokens of an ``nn.Conv2d`` named ``proj``.
+    """
+    conv = module if cls is nn.Conv2d else module._modules.get("proj")
+    if may_read("patch_embed", module, (cls,)) and (conv is module or may_read("patch_embed", conv, CONVOLUTION)):
+        return ops.patch_embed(images, conv.weight, conv.bias, table, prefix, conv.stride, mean, std)
+    dtype = dtype_of(module)
+    x = module(images.to(dtype) if mean is None else normalise_pixels(images, mean, std, dtype))
+    x = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+    x = x if table is None else x + table
+    return x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
