@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import backends
-from .explain import own_input
+from .explain import call, map_tensors, own_input
 from .graphed import Graphed
 from .optimize import restore
 from .parity import Parity, compare
@@ -114,21 +114,14 @@ def _run(model, example):
     handle = nn.modules.module.register_module_forward_hook(note)
     try:
         with torch.no_grad():
-            if isinstance(example, Mapping):
-                output = model(**example)
-            else:
-                output = model(*example) if isinstance(example, (tuple, list)) else model(example)
+            output = call(model, example)
     finally:
         handle.remove()
     return {name: t.clone() for name, t in _tensors(output, "output")}, layers
 
 
-def _doubled(example):
-    if isinstance(example, torch.Tensor):
-        return example.double() if example.is_floating_point() else example
-    if isinstance(example, Mapping):
-        return {key: _doubled(part) for key, part in example.items()}
-    return type(example)(map(_doubled, example)) if isinstance(example, (tuple, list)) else example
+def _double(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _shapes(outputs):
@@ -184,7 +177,7 @@ def check(model: nn.Module, example=None) -> Certificate:
         first = next(iter(outputs.values()))
         device = first.device
         with torch.autocast(device.type, enabled=False):
-            golden_outputs, golden_layers = _run(eager.double(), _doubled(example))
+            golden_outputs, golden_layers = _run(eager.double(), map_tensors(_double, example))
     if _shapes(outputs) != _shapes(golden_outputs):
         raise RuntimeError(
             f"vit_fast.check: model puts out {_shapes(outputs)}, expected {_shapes(golden_outputs)} as in plain PyTorch"
