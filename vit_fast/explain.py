@@ -74,8 +74,8 @@ def own_input(model, caller, batch=1):
 
 
 def call(model, example):
-    """What a model puts out for an example: a tuple or list holds its arguments, a dict its keyword arguments, or, where
-    its keys are none (timm's NaFlexVit), the input itself."""
+    """What a model puts out for an example: a tuple or list holds its arguments, a dict its keyword arguments, or, if
+    ``forward`` does not have these (timm's NaFlexVit), is the input itself."""
     if isinstance(example, Mapping):
         try:
             inspect.signature(model.forward).bind(**example)

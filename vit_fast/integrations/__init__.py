@@ -166,8 +166,8 @@ def not_taken(x, weight, *gammas) -> str | None:
 
 
 def drops_not_covered(rates, hidden, out) -> str | None:
-    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are those
-    of the MLP."""
+    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
+    MLP's."""
     if max(rates) >= 1:
         return "a drop rate is 1"
     return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None

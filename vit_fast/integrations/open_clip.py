@@ -21,8 +21,18 @@ from torch import nn
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
 
 from . import (
-    GELU, LINEAR, NOTHING, Fused, Swapped, given, instances, multihead_not_covered, multihead_parts, not_taken, parts
-)  # fmt: skip
+    GELU,
+    LINEAR,
+    NOTHING,
+    Fused,
+    Swapped,
+    given,
+    instances,
+    multihead_not_covered,
+    multihead_parts,
+    not_taken,
+    parts,
+)
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 

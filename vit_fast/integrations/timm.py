@@ -14,8 +14,19 @@ from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
 
 from . import (
-    GELU, LINEAR, NOTHING, Fused, autocasts, drops_not_covered, given, instances, not_dense, not_taken, parts, rate
-)  # fmt: skip
+    GELU,
+    LINEAR,
+    NOTHING,
+    Fused,
+    autocasts,
+    drops_not_covered,
+    given,
+    instances,
+    not_dense,
+    not_taken,
+    parts,
+    rate,
+)
 
 _NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
 _DROPOUTS = (nn.Dropout, *NOTHING)

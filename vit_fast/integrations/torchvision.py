@@ -12,8 +12,17 @@ from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
 
 from . import (
-    GELU, LINEAR, Fused, drops_not_covered, instances, multihead_not_covered, multihead_parts, not_taken, parts, rate
-)  # fmt: skip
+    GELU,
+    LINEAR,
+    Fused,
+    drops_not_covered,
+    instances,
+    multihead_not_covered,
+    multihead_parts,
+    not_taken,
+    parts,
+    rate,
+)
 
 _DROPOUT = (nn.Dropout,)
 
