@@ -121,7 +121,17 @@ def operations(model, x, **words):
     """(output, names of the operations that ran)."""
     with vit_fast.backends.recording() as choices:
         result = output(model, x, **words)
-    return result, [operation for operation, *_ in choices]
+    return result, fused(choices)
+
+
+def fused(choices):
+    """The operations among what ``recording`` notes, without blocks that ran their library's own forward."""
+    return [operation for operation, backend, _ in choices if backend != "library"]
+
+
+def unfused(choices):
+    """(operation, reason) of what ran its library's own forward."""
+    return [(operation, *reasons) for operation, backend, reasons in choices if backend == "library"]
 
 
 def in_blocks(ran):
@@ -195,7 +205,7 @@ def gradients(model, x):
     with vit_fast.backends.recording() as choices:
         result = output(model, x).double()
         (result.square() / 2 + result).sum().backward()
-    ran = [operation for operation, *_ in choices]
+    ran = fused(choices)
     named = {
         name: parameter.grad.double() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
@@ -559,13 +569,14 @@ def test_timm_masks_and_checkpointing():
         expected = plain.forward_features(x, **words)
         with vit_fast.backends.recording() as choices:
             actual = model.forward_features(x, **words)
-        assert [operation for operation, *_ in choices] == ["patch_embed"]
+        assert fused(choices) == ["patch_embed"]
+        assert unfused(choices) == 2 * [("block", f"{next(iter(words))} is given")]
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(actual, plain.forward_features(x))
     tokens = torch.randn(2, 5, 48).double()
     with vit_fast.backends.recording() as choices:
         same(model.blocks[0](tokens, None, is_causal=False), plain.blocks[0](tokens))
-    assert [operation for operation, *_ in choices] == PACKED
+    assert fused(choices) == PACKED
     for one in (plain, model):
         one.train().set_grad_checkpointing()
     expected, _ = gradients(plain, x)
@@ -616,9 +627,10 @@ def test_hugging_face_attention_weights_hidden_states_and_masks(name):
     mask[..., 2:] = -torch.inf
     with vit_fast.backends.recording() as choices:
         actual = layers[0](tokens, mask)
-        assert not choices
+        assert not fused(choices)
+        assert unfused(choices) == [("block", "a mask or another argument beside the input is given")]
         layers[0](tokens, None)
-        assert len(choices) == 4
+        assert len(fused(choices)) == 4
     assert torch.equal(actual, plain_layers[0](tokens, mask))
     layers[1].get_submodule("mlp").register_forward_hook(doubled)
     assert operations(model, x)[1] == SEPARATE
@@ -632,7 +644,8 @@ def test_hugging_face_encoders_pass_masks_on(name):
     with vit_fast.backends.recording() as choices:
         result = model.encoder(tokens, mask)
     expected = plain.encoder(tokens, mask)
-    assert type(result) is type(expected) and torch.equal(result[0], expected[0]) and not choices
+    assert type(result) is type(expected) and torch.equal(result[0], expected[0])
+    assert not fused(choices) and len(unfused(choices)) == 2
     same(model.encoder(inputs_embeds=tokens)[0], plain.encoder(inputs_embeds=tokens)[0])
 
 
@@ -672,7 +685,7 @@ def test_hugging_face_text_towers_are_left_alone():
         assert classes(model.text_model) == classes(plain.text_model)
         with vit_fast.backends.recording() as choices:
             result = model(input_ids=words, pixel_values=x)
-        assert [operation for operation, *_ in choices] == 2 * SEPARATE
+        assert fused(choices) == 2 * SEPARATE
         expected = plain(input_ids=words, pixel_values=x)
         assert torch.equal(result.text_embeds, expected.text_embeds)
         same(result.image_embeds, expected.image_embeds)
@@ -693,7 +706,7 @@ def test_open_clip_text_tower_is_left_alone(peer):
         with vit_fast.backends.recording() as choices:
             assert torch.equal(model.encode_text(words), plain.encode_text(words)) and not choices
             same(model.encode_image(x), plain.encode_image(x))
-        assert [operation for operation, *_ in choices] == 2 * PACKED
+        assert fused(choices) == 2 * PACKED
         assert classes(vit_fast.restore(model)) == classes(plain)
 
 
@@ -706,7 +719,8 @@ def test_open_clip_masks_keys_and_checkpointing(peer):
     for words in (dict(attn_mask=mask), dict(k_x=x.flip(1), v_x=x.flip(2))):
         with vit_fast.backends.recording() as choices:
             actual = block(x, **words)
-        assert torch.equal(actual, plain_block(x, **words)) and not choices
+        assert torch.equal(actual, plain_block(x, **words)) and not fused(choices)
+        assert unfused(choices) == [("block", f"{next(iter(words))} is given")]
     same(model.transformer(x, attn_mask=mask), plain.transformer(x, attn_mask=mask))
     for one in (plain, model):
         one.train().set_grad_checkpointing()
@@ -730,18 +744,21 @@ def test_autocast_gives_what_the_library_gives(case, dtype):
         expected = plain(tokens, *arguments)
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
-    assert bool(choices) is (expected.dtype == tokens.dtype)
+    assert bool(fused(choices)) is (expected.dtype == tokens.dtype)
+    told = [("block", f"the input is {tokens.dtype} under autocast to torch.bfloat16")]
+    assert unfused(choices) == ([] if fused(choices) else told)
 
 
 def test_mixed_dtypes_and_other_inputs_run_as_they_did():
     block, x = vit_fast.optimize(timm_vit(init_values=0.5)).bfloat16().blocks[0], torch.randn(2, 5, 48)
     with vit_fast.backends.recording() as choices, pytest.raises(RuntimeError):
         block(x)
-    assert not choices and operations(block, x.bfloat16())[1] == PACKED
+    assert choices == [("block", "library", ("the input is torch.float32, the weights are torch.bfloat16",))]
+    assert operations(block, x.bfloat16())[1] == PACKED
     block.ls1.float()
     with vit_fast.backends.recording() as choices, pytest.raises(RuntimeError):
         block(x.bfloat16())  # timm does not cast the float32 that comes of ls1
-    assert not choices
+    assert choices == [("block", "library", ("the input is torch.bfloat16, LayerScale is torch.float32",))]
     assert vit_fast.optimize(timm_vit()).to("meta")(images().to("meta")).shape == (2, 10)
 
 
@@ -954,7 +971,7 @@ def test_reasons_of_other_libraries(peer):
     layers["Dinov2"].attention.config._attn_implementation = "flex_attention"
     assert reason(layers["Dinov2"]) == "attention runs as 'flex_attention'"
     giant = CASES["Dinov2"].build(use_swiglu_ffn=True)
-    with pytest.raises(vit_fast.UnsupportedError, match=r"encoder\.layer\.0: mlp is transformers\..*Dinov2SwiGLUFFN"):
+    with pytest.raises(vit_fast.UnsupportedError, match=r"encoder\.layer\.0–1: mlp is transformers\..*Dinov2SwiGLUFFN"):
         vit_fast.optimize(giant)
     peer("open_clip")
     tower = open_clip_tower(layers=1)
@@ -971,9 +988,9 @@ def test_bad_models():
     with pytest.raises(ValueError) as raised:
         vit_fast.optimize(nn.Linear(2, 2))
     assert str(raised.value) == (
-        "vit_fast.optimize: model is Linear without blocks that are known, expected a model of timm (Block and "
+        "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (Block and "
         "PatchEmbed); torchvision (EncoderBlock); transformers (layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP "
-        "vision); open_clip (ResidualAttentionBlock of the image tower), in the classes of the library itself"
+        "vision); open_clip (ResidualAttentionBlock of the image tower)"
     )
     linear = nn.Linear(2, 2)
     assert vit_fast.restore(linear) is linear
@@ -984,7 +1001,7 @@ def test_another_version_of_a_library_is_passed_over(monkeypatch, caplog):
     monkeypatch.delitem(sys.modules, "vit_fast.integrations.transformers", raising=False)
     monkeypatch.delattr(sys.modules[name], "ViTMLP")
     why = f"transformers is of a version that is not known: cannot import name 'ViTMLP' from '{name}'"
-    with pytest.raises(ValueError, match=f"ViTModel without blocks that are known.*; {why}"):
+    with pytest.raises(vit_fast.UnsupportedError, match=rf"layers\.0–1: {name}\.ViTLayer is not a class.*; {why}"):
         vit_fast.optimize(model)
     with caplog.at_level(logging.INFO, "vit_fast"):
         vit_fast.restore(vit_fast.optimize(timm_vit()))

@@ -137,13 +137,19 @@ def unavailable(name: str, device_type: str, device_index: int | None = None) ->
 unavailable._dynamo_marked_constant = True
 
 
-def record(op: str, chosen: str, reasons):
-    """Notes for ``recording`` what runs an operation, and why not the first backend; nothing while compiling."""
+def note(operation: str, chosen: str, reasons) -> None:
+    """Tells ``recording`` what runs an operation, and why nothing faster does.
+
+    Args:
+        operation: one of ``OPERATIONS``, or "block" for a transformer block as a whole.
+        chosen: the backend, or "library" where a library's own forward runs.
+        reasons: why the fused path does not run; empty where it does.
+    """
     if torch.compiler.is_compiling():
         return
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.append((op, chosen, tuple(reasons)))
+        recorder.append((operation, chosen, tuple(reasons)))
 
 
 def select(op: str, device: torch.device, not_supported) -> str:
@@ -168,7 +174,7 @@ def select(op: str, device: torch.device, not_supported) -> str:
         if reasons:
             raise UnsupportedError(f"vit_fast.{op}: backend {word!r} was forced and cannot run: {'; '.join(reasons)}")
         chosen = word
-    record(op, chosen, reasons)
+    note(op, chosen, reasons)
     return chosen
 
 
@@ -193,11 +199,33 @@ class Status:
         return "\n".join(lines)
 
 
+def _present(device):
+    """A device of this machine, as ``torch.device``."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"vit_fast.status: device is {type(device).__name__}, expected a torch.device or its name")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"vit_fast.status: device is {device!r}, expected 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"vit_fast.status: device is '{device}', expected one of this machine, where torch {torch.__version__} "
+                f"finds {count} CUDA devices"
+            )
+    return device
+
+
 def status(device: torch.device | str | None = None) -> Status:
-    """The backends × operations of a device (default: the current CUDA device, else the CPU), with reasons."""
+    """The backends × operations of a device (default: the current CUDA device, else the CPU), with reasons.
+
+    Raises:
+        TypeError, ValueError: no device, or one that this machine does not have.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _present(device)
     versions = {"torch": torch.__version__}
     if not _triton_reasons():
         import triton
@@ -209,7 +237,7 @@ def status(device: torch.device | str | None = None) -> Status:
 
 @contextlib.contextmanager
 def recording():
-    """Collects ``(operation, backend, reasons)`` of every selection made inside, and of what ran unfused."""
+    """Collects ``(operation, backend, reasons)`` of every selection and ``note`` made inside."""
     rows = []
     token = _recorder.set(rows)
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import backends
-from .explain import own_input
+from .explain import call, map_tensors, own_input
 from .graphed import Graphed
 from .layer_args import library
 from .optimize import restore
@@ -128,10 +128,7 @@ def _run(model, example):
     handle = nn.modules.module.register_module_forward_hook(note)
     try:
         with torch.no_grad():
-            if isinstance(example, Mapping):
-                output = model(**example)
-            else:
-                output = model(*example) if isinstance(example, (tuple, list)) else model(example)
+            output = call(model, example)
     finally:
         handle.remove()
     return {name: t.clone() for name, t in _tensors(output, "output")}, layers, called
@@ -191,12 +188,8 @@ def _read_past(plain, called, example):
     return tuple(silent)
 
 
-def _doubled(example):
-    if isinstance(example, torch.Tensor):
-        return example.double() if example.is_floating_point() else example
-    if isinstance(example, Mapping):
-        return {key: _doubled(part) for key, part in example.items()}
-    return type(example)(map(_doubled, example)) if isinstance(example, (tuple, list)) else example
+def _double(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _shapes(outputs):
@@ -253,8 +246,9 @@ def check(model: nn.Module, example=None) -> Certificate:
         first = next(iter(outputs.values()))
         device = first.device
         with torch.autocast(device.type, enabled=False):
-            golden_outputs, golden_layers, _ = _run(eager.double(), _doubled(example))
-            ignored = _read_past(eager, eager_called, _doubled(example))
+            doubled = map_tensors(_double, example)
+            golden_outputs, golden_layers, _ = _run(eager.double(), doubled)
+            ignored = _read_past(eager, eager_called, doubled)
     ignored += tuple(sorted(name for name in eager_called - called - {None} if _carries(inner, name)))
     if _shapes(outputs) != _shapes(golden_outputs):
         raise RuntimeError(

@@ -1,19 +1,31 @@
 """explain(model): which backend runs each operation of each module, or the reason why not.
 
 The model is run once on fake tensors (no memory, no kernels) and every choice that ``backends.select`` makes is noted
-with the innermost module in whose forward it was made.
+with the innermost module in whose forward it was made. So is every block that runs its library's own forward: a fast
+class tells why (``backends.note``), a block without one is found by ``optimize.survey``.
 """
 
+import inspect
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 
 from . import backends
 from .input_size import input_size
+from .optimize import survey
+
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+_NOT_OPTIMISED = "vit_fast.optimize(model) fuses it"
 
 
 @dataclass(frozen=True)
@@ -29,13 +41,24 @@ class Row:
 class Explanation(list):
     """Rows in the order of execution; its text is a table, equal blocks folded into one line."""
 
+    def __init__(self, model=""):
+        super().__init__()
+        self.model = model  # the name of its class
+
     def __str__(self):
+        if not self:
+            return f"no operation of vit_fast runs in {self.model}, and no transformer block"
+        head = []
+        if all(row.backend == "library" for row in self):
+            can = sum(row.reasons == (_NOT_OPTIMISED,) for row in self)
+            advice = f"; vit_fast.optimize(model) fuses {can} of its modules" if can else ""
+            head = [f"no operation of vit_fast runs in {self.model}{advice}"]
         folded = Counter()
         for row in self:
             name = ".".join("*" if part.isdigit() else part for part in row.module.split("."))
             folded[name or "(model)", row.operation, row.backend, "; ".join(row.reasons)] += 1
         width = max([12, *(len(name) for name, *_ in folded)]) + 2
-        lines = [f"{'module':<{width}}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
+        lines = [*head, f"{'module':<{width}}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
         for (name, operation, chosen, why), calls in folded.items():
             lines.append(f"{name:<{width}}{operation:<20}{calls:>5}  {chosen:<8}{why}".rstrip())
         return "\n".join(lines)
@@ -50,48 +73,103 @@ def own_input(model, caller, batch=1):
     return torch.empty(batch, *size, device=parameter.device, dtype=parameter.dtype)
 
 
-def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanation:
+def call(model, example):
+    """What a model puts out for an example: a tuple or list holds its arguments, a dict its keyword arguments, or, if
+    ``forward`` does not have these (timm's NaFlexVit), is the input itself."""
+    if isinstance(example, Mapping):
+        try:
+            inspect.signature(model.forward).bind(**example)
+        except TypeError:
+            return model(example)
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def map_tensors(function, example):
+    """An example with a function applied to each of its tensors."""
+    if isinstance(example, torch.Tensor):
+        return function(example)
+    if isinstance(example, Mapping):
+        return {key: map_tensors(function, part) for key, part in example.items()}
+    if isinstance(example, (tuple, list)):
+        parts = [map_tensors(function, part) for part in example]
+        return parts if isinstance(example, list) else tuple(parts)
+    return example
+
+
+def explain(model: nn.Module, example=None) -> Explanation:
     """Which backend runs each operation of a model, with the reasons where it is not the fastest one.
 
+    A transformer block or patch embedding that runs its library's own forward has a row too, of the backend "library".
+    A model whose steps depend on values, as timm's NaFlexVit on the coordinates of its patches, is run for real.
+
     Args:
-        model: any module that calls ``vit_fast.ops``.
-        example: an input [B, in_chans, H, W]; default one image of the model's own size and dtype.
+        model: any module: one of vit_fast, one that ``optimize`` has changed or may change, one that calls
+            ``vit_fast.ops``.
+        example: an input [B, in_chans, H, W], or a tuple or a dict of what the model is called with; default one image
+            of the model's own size and dtype.
     Returns:
         ``Explanation``: rows (module, operation, backend, reasons); print it for a table.
+    Raises:
+        TypeError: model is no module, or example nothing that it can be called with.
+        ValueError: no example for a model that does not tell its input size.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vit_fast.explain: model is {type(model).__name__}, expected an nn.Module")
     example = own_input(model, "vit_fast.explain") if example is None else example
+    if not isinstance(example, (torch.Tensor, Mapping, tuple, list)):
+        raise TypeError(
+            f"vit_fast.explain: example is {type(example).__name__}, expected a tensor, or a tuple or a dict of what "
+            "the model is called with"
+        )
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            try:
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    rows = _explain(model, map_tensors(mode.from_tensor, example))
+            except _NEEDS_VALUES:
+                rows = _explain(model, example)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    logging.getLogger("vit_fast").debug("explained %d operations", len(rows))
+    return rows
+
+
+def _explain(model, example):
+    """The rows of one call."""
     names = {module: name for name, module in model.named_modules()}
-    stack, rows = [""], Explanation()
-    handles = []
-    was_training = model.training
+    swaps, library, *_ = survey(model)
+    library = library | {name: (fast.OPERATION, _NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
+    stack, rows = [""], Explanation(type(model).__name__)
     with backends.recording() as choices:
-
-        def enter(module, inputs):
-            stack.append(names.get(module, stack[-1]))
-
-        def leave(module, inputs, output):
-            flush()
-            stack.pop()
 
         def flush():
             rows.extend(Row(stack[-1], *choice) for choice in choices)
             choices.clear()
 
-        def enter_flushed(module, inputs):
+        def enter(module, inputs):
             flush()
-            enter(module, inputs)
+            stack.append(names.get(module, stack[-1]))
+            if module in names and stack[-1] in library:
+                operation, reason = library[stack[-1]]
+                rows.append(Row(stack[-1], operation, "library", (reason,)))
+
+        def leave(module, inputs, output):
+            flush()
+            stack.pop()
 
         # Global hooks, not the modules' own: a module that carries a hook is not fused.
-        handles.append(nn.modules.module.register_module_forward_pre_hook(enter_flushed))
-        handles.append(nn.modules.module.register_module_forward_hook(leave))
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
         try:
-            model.eval()
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                model(mode.from_tensor(example))
+            call(model, example)
             flush()
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(was_training)
-    logging.getLogger("vit_fast").debug("explained %d operations", len(rows))
     return rows

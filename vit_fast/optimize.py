@@ -7,6 +7,7 @@ Each block's class is swapped for a subclass that computes the same with the wei
 import importlib
 import logging
 import sys
+from typing import NamedTuple
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from . import integrations
 from .block import PREPARED
 from .kernels.arguments import UnsupportedError
 from .plain import not_fused_reason
+from .structure import transformer_blocks
 
 _logger = logging.getLogger("vit_fast")
 
@@ -58,6 +60,65 @@ def _why_not(module, cls, fast):
     return reason
 
 
+class Survey(NamedTuple):
+    """What ``optimize`` finds in a model; the names are those of ``named_modules``."""
+
+    swaps: dict  # name → (module, fast class) of what can be fused
+    left: dict[str, tuple[str, str]]  # name → (operation, reason) of what stays
+    done: int  # how many modules are optimised already
+    own: int  # how many blocks are those of vit_fast's own models
+    unknown: list[str]  # why a version of a library is passed over
+
+
+def survey(model: nn.Module) -> Survey:
+    """Looks at every transformer block and patch embedding of a model, and changes nothing."""
+    (loaded, unknown), swaps, left, done, own = _integrations(), {}, {}, 0, 0
+    for integration in loaded:
+        for name, module, cls in integration.find(model):
+            fast = integration.FAST[cls]
+            if isinstance(module, fast):
+                done += 1
+            elif reason := _why_not(module, cls, fast):
+                left[name] = fast.OPERATION, reason
+            else:
+                swaps[name] = module, fast
+    known = tuple(cls for integration in loaded for cls in integration.FAST)
+    wrapped = {parent for name in (*swaps, *left) for parent in _parents(name)}
+    for name, block in transformer_blocks(model).items():
+        if isinstance(block, known) or name in wrapped:
+            continue  # found above, or a text tower's
+        if type(block).forward.__module__.startswith(f"{__package__}."):
+            own += 1
+        else:
+            cls = type(block)
+            left[name] = "block", f"{cls.__module__}.{cls.__qualname__} is not a class that vit_fast fuses"
+    return Survey(swaps, left, done, own, unknown)
+
+
+def _parents(name):
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _told(model, left):
+    """What stays and why, the names that have one reason together, those in a row as first–last."""
+    names = {}
+    for name, (_, reason) in left.items():
+        names.setdefault(reason, []).append(name or type(model).__name__)
+    return "; ".join(f"{', '.join(_ranges(group))}: {reason}" for reason, group in names.items())
+
+
+def _ranges(names):
+    ranges = []
+    for name in names:
+        stack, _, index = name.rpartition(".")
+        if ranges and index.isdigit() and ranges[-1][1] == f"{stack}.{int(index) - 1}".removeprefix("."):
+            ranges[-1][1] = name
+        else:
+            ranges.append([name, name])
+    return [first if first == last else f"{first}–{last.rpartition('.')[2]}" for first, last in ranges]
+
+
 def _check(function, model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{function}: model is {type(model).__name__}, expected an nn.Module")
@@ -78,43 +139,32 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
 
     Args:
         model: a model of these libraries, or a module that holds one.
-        strict: raise where any of its ViT blocks has to stay as it is, before anything is changed. Otherwise the
-            logger "vit_fast" tells at level INFO which stay, and why.
+        strict: raise where any of its transformer blocks, of whatever class, or its patch embedding has to stay as it
+            is, before anything is changed. Otherwise the logger "vit_fast" tells at level INFO which stay, and why.
     Returns:
         the model itself.
     Raises:
         TypeError: no module.
-        ValueError: a model without blocks of these libraries.
-        UnsupportedError: none of its blocks can be optimised, or with ``strict`` not all; the reasons are named.
+        ValueError: a model without transformer blocks, or one of vit_fast's own.
+        UnsupportedError: nothing of it can be optimised, or with ``strict`` not all; blocks and reasons are named.
     """
     _check("optimize", model)
-    (loaded, unknown), swaps, left, done = _integrations(), [], {}, 0
-    for integration in loaded:
-        for name, module, cls in integration.find(model):
-            fast = integration.FAST[cls]
-            if isinstance(module, fast):
-                done += 1
-            elif reason := _why_not(module, cls, fast):
-                left[name or type(module).__name__] = reason
-            else:
-                swaps.append((module, fast))
+    swaps, left, done, own, unknown = survey(model)
     if not (swaps or left or done):
+        came = ", whose blocks are vit_fast's own and fused already" if own else " without transformer blocks"
         known = "; ".join(f"{name} ({what})" for name, (_, what) in _LIBRARIES.items())
-        raise ValueError(
-            f"vit_fast.optimize: model is {type(model).__name__} without blocks that are known, expected a model of "
-            + "; ".join([f"{known}, in the classes of the library itself", *unknown])
-        )
-    told = "; ".join(f"{name}: {reason}" for name, reason in left.items())
-    if left and (strict or not (swaps or done)):
-        which = "these blocks stay" if swaps or done else "no block can be optimised, they stay"
+        raise ValueError(f"vit_fast.optimize: model is {type(model).__name__}{came}, expected a model of {known}")
+    if left and (strict or not (swaps or done or own)):
+        which = "these blocks stay" if swaps or done or own else "no block can be optimised, they stay"
+        told = "; ".join([_told(model, left), *unknown])
         raise UnsupportedError(f"vit_fast.optimize: {which} as they are: {told}")
     for why in unknown:
         _logger.info("optimize: %s", why)
-    for name, reason in left.items():
-        _logger.info("optimize leaves %s as it is: %s", name, reason)
-    for module, fast in swaps:
+    for name, (_, reason) in left.items():
+        _logger.info("optimize leaves %s as it is: %s", name or type(model).__name__, reason)
+    for module, fast in swaps.values():
         module.__class__ = fast
-    rows = _rows(loaded)
+    rows = _rows(_integrations()[0])
     for module in model.modules():
         row = rows.get(type(module))
         if row and len(row.row(module)) and all(isinstance(block, integrations.Fused) for block in row.row(module)):

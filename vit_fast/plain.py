@@ -110,11 +110,15 @@ class Fusible:
         """Whether a forward hook of a part may be passed over."""
         return False
 
+    def not_fused(self) -> str | None:
+        """Why the module cannot run fused, or None."""
+        return not_fused_reason(self, type(self))
+
     def is_fused(self) -> bool:
         """Whether the module runs fused; where not, ``explain`` shows why."""
-        reason = not_fused_reason(self, type(self))
+        reason = self.not_fused()
         if reason is not None:
-            backends.record(self.OPERATION, "torch", (reason,))
+            backends.note(self.OPERATION, "torch", (reason,))
         return reason is None
 
 
@@ -122,7 +126,7 @@ def may_read(operation: str, module, classes) -> bool:
     """Whether a module is plain; where not, ``explain`` shows why this operation does not run on its weights."""
     reason = why_not_plain(module, classes)
     if reason is not None:
-        backends.record(operation, "torch", (f"{type(module).__name__} {reason}",))
+        backends.note(operation, "torch", (f"{type(module).__name__} {reason}",))
     return reason is None
 
 

@@ -2,8 +2,10 @@
 
 A file of this folder serves one library and is imported only where that library is. ``vit_fast.optimize`` swaps
 ``module.__class__`` for a fast class, a subclass of the library's own without fields. It decides ahead of each call:
-where something is in the way, the library's own forward runs, so that every hook of an inner module fires. It has
+where something is in the way, the library's own forward runs, so that every hook of an inner module fires, and the
+reason is noted for ``explain``. It has
 
+    OPERATION          what it is in the rows of ``explain``
     PARTS              path of each sub-module → the classes it may have (``vit_fast.plain``)
     not_covered(self)  what its formula does not cover, or None; asked of the library's instance too, before the swap
     params(self)       its weights (``BlockParams``), where its row can be prepared
@@ -15,13 +17,25 @@ serve, instances of subclasses too, and perhaps ``ROWS``, class → fast class o
 import torch
 from torch import nn
 
+from vit_fast import backends
 from vit_fast.block import run_blocks
+from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.plain import TENSORS, Fusible
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the word of nn.GELU
 
 
-class Row(nn.Sequential):
+class Swapped:
+    """Base of every class that ``vit_fast.optimize`` gives a module, in front of the library's class."""
+
+    def __prepare_scriptable__(self):
+        raise UnsupportedError(
+            "torch.jit.script: the model is optimised, and its fast classes cannot be scripted; call "
+            "vit_fast.restore(model) first, or use torch.jit.trace, torch.export or torch.compile"
+        )
+
+
+class Row(Swapped, nn.Sequential):
     """A row of fast blocks: the blocks one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
     def forward(self, input):
@@ -33,8 +47,13 @@ class Row(nn.Sequential):
         return module
 
 
-class Fused(Fusible):
-    """Base of the fast classes, in front of the library's class."""
+class Fused(Swapped, Fusible):
+    """Base of the fast classes of blocks and patch embeddings."""
+
+    def run_library(self, reason: str, *args, **kwargs):
+        """The library's own forward; the reason is noted for ``explain``."""
+        backends.note(self.OPERATION, "library", (reason,))
+        return super().forward(*args, **kwargs)
 
 
 def unknown_parts(module, fast) -> list[str]:
@@ -42,14 +61,26 @@ def unknown_parts(module, fast) -> list[str]:
     return sorted({name for name, _ in module.named_modules()} - {name for name, *_ in fast.PARTS} - {""})
 
 
-def absent(args, kwargs) -> bool:
-    """Whether optional arguments, masks above all, are left out, None or False."""
-    return all(value is None or value is False for value in (*args, *kwargs.values()))
+def given(args, kwargs) -> str | None:
+    """Which optional argument, a mask above all, is neither left out nor None nor False, or None."""
+    for name, value in kwargs.items():
+        if value is not None and value is not False:
+            return f"{name} is given"
+    for value in args:
+        if value is not None and value is not False:
+            return "a mask or another argument beside the input is given"
+    return None
 
 
-def is_dense(x, dims) -> bool:
-    """Whether x is a plain tensor of so many dimensions, and no tracer of torch.fx or torch.jit watches it."""
-    return type(x) in TENSORS and not x.is_nested and x.dim() == dims and not torch.jit.is_tracing()
+def not_dense(x, dims) -> str | None:
+    """Why x is no plain tensor of so many dimensions, or None; tracers of torch.fx and torch.jit watch others."""
+    if type(x) not in TENSORS:
+        return f"the input is a {type(x).__name__}"
+    if x.is_nested:
+        return "the input is a nested tensor"
+    if x.dim() != dims:
+        return f"the input has {x.dim()} dimensions, not {dims}"
+    return "torch.jit traces the model" if torch.jit.is_tracing() else None
 
 
 def autocasts(x) -> bool:
@@ -58,15 +89,30 @@ def autocasts(x) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def takes(x, weight, *gammas) -> bool:
-    """Whether x is a plain [B, N, C], in the dtype that the library's own forward would return: the fused branches
-    return that of the residual."""
-    if not is_dense(x, 3):
-        return False
+def not_taken(x, weight, *gammas) -> str | None:
+    """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None: the fused
+    branches return that of the residual."""
+    if reason := not_dense(x, 3):
+        return reason
     if autocasts(x):
         low = torch.get_autocast_dtype(x.device.type)
-        return x.dtype == torch.float32 or (x.dtype == low and all(gamma is None for gamma in gammas))
-    return x.dtype == weight.dtype and all(gamma is None or gamma.dtype == x.dtype for gamma in gammas)
+        if x.dtype == torch.float32 or (x.dtype == low and all(gamma is None for gamma in gammas)):
+            return None
+        return f"the input is {x.dtype} under autocast to {low}"
+    if x.dtype != weight.dtype:
+        return f"the input is {x.dtype}, the weights are {weight.dtype}"
+    for gamma in gammas:
+        if gamma is not None and gamma.dtype != x.dtype:
+            return f"the input is {x.dtype}, LayerScale is {gamma.dtype}"
+    return None
+
+
+def drops_not_covered(rates, hidden, out) -> str | None:
+    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
+    MLP's."""
+    if max(rates) >= 1:
+        return "a drop rate is 1"
+    return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
 
 
 def rate(module) -> float:

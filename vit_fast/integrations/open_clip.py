@@ -21,7 +21,7 @@ from torch import nn
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
 from vit_fast.plain import LINEAR, NOTHING, multihead_parts, parts
 
-from . import GELU, Fused, absent, instances, multihead_not_covered, takes
+from . import GELU, Fused, Swapped, given, instances, multihead_not_covered, not_taken
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
@@ -72,15 +72,18 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         )
 
     def forward(self, q_x, *others, **named):
-        if not absent(others, named) or not self.is_fused():
-            return super().forward(q_x, *others, **named)
+        if reason := given(others, named) or self.not_fused():
+            return self.run_library(reason, q_x, *others, **named)
         p = self.params()
-        if not takes(q_x, p.qkv_weight, p.gamma1, p.gamma2) or (self.attn.training and self.attn.dropout):
-            return super().forward(q_x, *others, **named)
+        reason = not_taken(q_x, p.qkv_weight, p.gamma1, p.gamma2)
+        if self.attn.training and self.attn.dropout:
+            reason = "its attention drops weights"
+        if reason is not None:
+            return self.run_library(reason, q_x, *others, **named)
         return mlp_branch(attention_branch(q_x, p), p)
 
 
-class FastTransformer(Transformer):
+class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
     def forward(self, x, attn_mask=None):

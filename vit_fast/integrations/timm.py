@@ -14,7 +14,7 @@ from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
 from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, Fused, absent, autocasts, instances, is_dense, rate, takes
+from . import GELU, Fused, autocasts, drops_not_covered, given, instances, not_dense, not_taken, rate
 
 _NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
 _DROPOUTS = (nn.Dropout, *NOTHING)
@@ -102,17 +102,17 @@ class FastBlock(Fused, Block):
         )
 
     def forward(self, x, *masks, **named_masks):
-        attn, mlp = self.attn, self.mlp
-        if not absent(masks, named_masks) or not self.is_fused():
-            return super().forward(x, *masks, **named_masks)
-        p = self.params()
+        if reason := given(masks, named_masks) or self.not_fused():
+            return self.run_library(reason, x, *masks, **named_masks)
+        p, attn, mlp = self.params(), self.attn, self.mlp
         # With fused_attn timm asks the attention, not its Dropout, whether it trains.
         attn_trains = attn.training if attn.fused_attn else attn.attn_drop.training
         attn_drop = getattr(attn.attn_drop, "p", 0.0) if attn_trains else 0.0
         paths = _drop_path(self.drop_path1), _drop_path(self.drop_path2)
         drops = attn_drop, rate(attn.proj_drop), rate(mlp.drop1)
-        if not takes(x, p.qkv_weight, p.gamma1, p.gamma2) or max(*paths, *drops) >= 1 or drops[2] != rate(mlp.drop2):
-            return super().forward(x, *masks, **named_masks)
+        reason = not_taken(x, p.qkv_weight, p.gamma1, p.gamma2)
+        if reason := reason or drops_not_covered((*paths, *drops), drops[2], rate(mlp.drop2)):
+            return self.run_library(reason, x, *masks, **named_masks)
         row_scale = drop_path_scale(x, paths[0], True)
         x = attention_branch(x, p, row_scale=row_scale, attn_drop=attn_drop, proj_drop=drops[1])
         return mlp_branch(x, p, row_scale=drop_path_scale(x, paths[1], True), proj_drop=drops[2])
@@ -132,19 +132,25 @@ class FastPatchEmbed(Fused, PatchEmbed):
             return "proj does not go in steps of patch_size"
         return None
 
-    def _fits(self, x):
-        """Whether timm would neither complain of the size or dtype of the images nor pad nor cast them."""
-        if not is_dense(x, 4) or x.dtype != self.proj.weight.dtype or autocasts(x):
-            return False
+    def _not_taken(self, x):
+        """Why timm would complain of the size or dtype of the images, or pad or cast them, or None."""
+        if reason := not_dense(x, 4):
+            return reason
+        if autocasts(x):
+            return "autocast is on"
+        if x.dtype != self.proj.weight.dtype:
+            return f"the images are {x.dtype}, the weights are {self.proj.weight.dtype}"
         size = tuple(x.shape[2:])
         if self.img_size is not None and self.strict_img_size and size != tuple(self.img_size):
-            return False
-        return size[0] % self.patch_size[0] == 0 and size[1] % self.patch_size[1] == 0
+            return f"the images are {size[0]}×{size[1]}, not {self.img_size[0]}×{self.img_size[1]}"
+        if size[0] % self.patch_size[0] or size[1] % self.patch_size[1]:
+            return f"images of {size[0]}×{size[1]} are no whole number of patches"
+        return None
 
     def forward(self, x):
+        if reason := self.not_fused() or self._not_taken(x):
+            return self.run_library(reason, x)
         proj = self.proj
-        if not self.is_fused() or not self._fits(x):
-            return super().forward(x)
         tokens = ops.patch_embed(x, proj.weight, proj.bias, None, None, proj.stride)
         return tokens if self.flatten else tokens.unflatten(1, (-1, x.shape[3] // proj.stride[1]))
 

@@ -12,7 +12,7 @@ from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
 from vit_fast.plain import LINEAR, multihead_parts, parts
 
-from . import GELU, Fused, instances, multihead_not_covered, rate, takes
+from . import GELU, Fused, drops_not_covered, instances, multihead_not_covered, not_taken, rate
 
 _DROPOUT = (nn.Dropout,)
 
@@ -56,13 +56,13 @@ class FastEncoderBlock(Fused, EncoderBlock):
         )
 
     def forward(self, input):
-        if not self.is_fused():
-            return super().forward(input)
+        if reason := self.not_fused():
+            return self.run_library(reason, input)
         p, attn, (_, _, drop1, _, drop2) = self.params(), self.self_attention, self.mlp
         attn_drop = attn.dropout if attn.training else 0.0
         drops = attn_drop, rate(self.dropout), rate(drop1)
-        if not takes(input, p.qkv_weight) or max(drops) >= 1 or drops[2] != rate(drop2):
-            return super().forward(input)
+        if reason := not_taken(input, p.qkv_weight) or drops_not_covered(drops, drops[2], rate(drop2)):
+            return self.run_library(reason, input)
         x = attention_branch(input, p, attn_drop=attn_drop, proj_drop=drops[1])
         return mlp_branch(x, p, proj_drop=drops[2])
 

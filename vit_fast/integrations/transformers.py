@@ -29,7 +29,7 @@ from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, drop_path_scale, run_blocks
 from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, Fused, absent, instances, rate, takes
+from . import GELU, Fused, Swapped, given, instances, not_taken, rate
 
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)
@@ -83,8 +83,8 @@ class _FastLayer(Fused):
 
     def forward(self, hidden_states, *masks, **options):
         words = {word: value for word, value in options.items() if word not in _IGNORED}
-        if not absent(masks, words) or not self.is_fused():
-            return super().forward(hidden_states, *masks, **options)
+        if reason := given(masks, words) or self.not_fused():
+            return self.run_library(reason, hidden_states, *masks, **options)
         x, attn, mlp = hidden_states, getattr(self, self.ATTENTION), self.mlp
         gammas = [getattr(self, name).lambda1 if name else None for name in self.SCALES]
         attn_drop = getattr(attn, self.DROPOUT) if attn.training else 0.0
@@ -92,8 +92,11 @@ class _FastLayer(Fused):
         path = getattr(drop_path, "drop_prob", 0.0) if drop_path is not None and drop_path.training else 0.0
         # Dropout after the MLP alone, as ViT and DeiT have it, is not timm's, which also drops the hidden activations.
         dropout = rate(getattr(self, "dropout", None))
-        if not takes(x, attn.q_proj.weight, *gammas) or dropout or max(attn_drop, path) >= 1:
-            return super().forward(hidden_states, *masks, **options)
+        reason = not_taken(x, attn.q_proj.weight, *gammas)
+        if dropout or max(attn_drop, path) >= 1:
+            reason = "it drops the output of its MLP" if dropout else "a drop rate is 1"
+        if reason is not None:
+            return self.run_library(reason, hidden_states, *masks, **options)
         norm1, norm2 = (Norm.of(getattr(self, name)) for name in self.NORMS)
         normal, out = ops.layer_norm(x, *norm1), getattr(attn, self.OUT)
         q, k, v = (F.linear(normal, m.weight, m.bias) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -200,11 +203,11 @@ class FastSiglipEncoderLayer(_FastCLIPLayer, SiglipEncoderLayer):
     PARTS = _clip_parts(SiglipAttention, SiglipMLP)
 
 
-class _FastEncoder:
+class _FastEncoder(Swapped):
     """Layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
     def forward(self, inputs_embeds, *masks, **options):
-        if not absent(masks, options):
+        if given(masks, options):
             return super().forward(inputs_embeds, *masks, **options)
         x = run_blocks(self.layers, inputs_embeds, run=lambda layer, x: layer(x, None))
         return BaseModelOutput(last_hidden_state=x)
