@@ -2,7 +2,8 @@
 
 Three forms of the same weights take the same input: the model as it stands (prepared, graphed, optimized), plain
 PyTorch in the same dtype ("eager"), and plain PyTorch in float64, the truth. ``parity`` holds the rule. The plain forms
-are made of a copy of the parameters as they are now, so that folded weights that are out of date show.
+are made of a copy of the model as it is now and run module by module, so that folded weights that are out of date show,
+and what a fused path passes over.
 """
 
 import copy
@@ -18,6 +19,7 @@ from .explain import own_input
 from .graphed import Graphed
 from .optimize import restore
 from .parity import Parity, compare
+from .prepare import unprepare
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def _run(model, example):
     return {name: t.clone() for name, t in _tensors(output, "output")}, layers
 
 
+def _no_change(module, inputs, output):
+    """A hook: each module of a model that carries it runs by its own ``__call__``, so that the plain form passes over
+    nothing that a fused path might: adapters, hooks, forwards of their own."""
+
+
 def _doubled(example):
     if isinstance(example, torch.Tensor):
         return example.double() if example.is_floating_point() else example
@@ -179,7 +186,9 @@ def check(model: nn.Module, example=None) -> Certificate:
     with backends.backend("torch"):
         if any(operation == "fp8_blocks" for operation, *_ in choices):
             plain_outputs, plain_layers = _run(inner, example)
-        eager = restore(copy.deepcopy(inner))
+        eager = unprepare(restore(copy.deepcopy(inner)))
+        for module in eager.modules():
+            module.register_forward_hook(_no_change)
         eager_outputs, eager_layers = _run(eager, example)
         first = next(iter(outputs.values()))
         device = first.device

@@ -13,7 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import backends
+from .block import PREPARED
 from .input_size import input_size
+
+_NOT_HERE = "in eval mode under torch.inference_mode() or torch.no_grad() alone; here the blocks run one by one"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ def own_input(model, caller, batch=1):
 def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanation:
     """Which backend runs each operation of a model, with the reasons where it is not the fastest one.
 
+    The run is one of inference: in eval mode and without gradients. Where the caller's model trains or gradients are
+    enabled, rows of prepared weights (``vit_fast.prepare``) say that they serve in inference alone; where such weights
+    are not used, a row of the operation "prepared weights" says why.
+
     Args:
         model: any module that calls ``vit_fast.ops``.
         example: an input [B, in_chans, H, W]; default one image of the model's own size and dtype.
@@ -63,7 +70,8 @@ def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanatio
     names = {module: name for name, module in model.named_modules()}
     stack, rows = [""], Explanation()
     handles = []
-    was_training = model.training
+    modes = {module: module.training for module in names}
+    inference = not torch.is_grad_enabled() and not any(modes.values())
     with backends.recording() as choices:
 
         def enter(module, inputs):
@@ -74,7 +82,10 @@ def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanatio
             stack.pop()
 
         def flush():
-            rows.extend(Row(stack[-1], *choice) for choice in choices)
+            for operation, chosen, reasons in choices:
+                if not inference and operation in ("prepared_blocks", "fp8_blocks"):
+                    reasons = (*reasons, _NOT_HERE)
+                rows.append(Row(stack[-1], operation, chosen, reasons))
             choices.clear()
 
         def enter_flushed(module, inputs):
@@ -92,6 +103,11 @@ def explain(model: nn.Module, example: torch.Tensor | None = None) -> Explanatio
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
+    for name, module in model.named_modules():
+        prepared = module.__dict__.get(PREPARED)
+        if prepared is not None and prepared.unused is not None:
+            rows.append(Row(name, "prepared weights", "unused", (prepared.unused,)))
     logging.getLogger("vit_fast").debug("explained %d operations", len(rows))
     return rows
