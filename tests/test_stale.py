@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from test_graphed import CAPTURES, OnCpu
+from test_graphed import CAPTURES, OnCpu, Reruns
 from test_optimize import CASES, PREPARABLE, output
 from torch import nn
 
@@ -103,7 +103,10 @@ def _append(stack):
 
 
 def _insert(stack):
-    stack.insert(1, copy.deepcopy(stack[0]))
+    first, *others = stack
+    stack._modules.clear()
+    for index, block in enumerate((first, copy.deepcopy(first), *others)):
+        stack.add_module(str(index), block)
 
 
 def _remove(stack):
@@ -117,7 +120,8 @@ def _swap(stack):
 
 
 def _reorder(stack):
-    stack._modules["0"] = stack._modules.pop("0")
+    first = next(iter(stack._modules))
+    stack._modules[first] = stack._modules.pop(first)
 
 
 def _replace_block(stack):
@@ -175,7 +179,7 @@ def _activation(stack):
     for module in [*stack[1].modules()]:
         for name, child in [*module.named_children()]:
             if "GELU" in type(child).__name__:
-                setattr(module, name, nn.ReLU())
+                setattr(module, name, nn.ReLU().eval())
 
 
 def _class(stack):
@@ -267,7 +271,7 @@ def test_weights_whose_changes_are_not_counted_are_refused():
     model = vit().eval()
     with torch.inference_mode():
         model.bfloat16()
-        with pytest.raises(vit_fast.UnsupportedError, match="blocks: the weights are inference tensors, whose changes"):
+        with pytest.raises(vit_fast.UnsupportedError, match="blocks: the weights are inference tensors"):
             vit_fast.prepare(model)
 
 
@@ -396,7 +400,7 @@ def test_unprepare(model):
 
 
 def test_unprepare_takes_modules():
-    with pytest.raises(TypeError, match="vit_fast.unprepare: model is str, expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"vit_fast\.unprepare: model is str, expected an nn\.Module"):
         vit_fast.unprepare("vit")
 
 
@@ -411,38 +415,26 @@ def _forward(stack):
     stack[1].forward = lambda x: 2 * x
 
 
-@each(("vit", "clip", "hybrid", "timm", "torchvision"))
+@each(("vit", "deit", "clip", "timm", "torchvision"))
 def test_graphs_see_every_change(model, monkeypatch):
-    monkeypatch.setattr(OnCpu, "graphs", Kept)
+    monkeypatch.setattr(OnCpu, "graphs", Reruns)
     for name, change in ((change.__name__, change) for change in (*CHANGES, _hook, _forward)):
         other, x = copy.deepcopy(model), images()
-        if isinstance(other, systems.hybrid.VisionTransformer):
-            stack = other.transformer.encoder.layer
-        else:
-            stack = stack_of(vit_fast.prepare(other))
-            vit_fast.unprepare(other)
+        stack = stack_of(vit_fast.prepare(other))
+        vit_fast.unprepare(other)
         CAPTURES.clear()
         module = OnCpu(other, (2,), x, True)
         with torch.no_grad():
             assert torch.equal(result(module, x), result(other, x)) and len(CAPTURES) == 1
             change(stack)
-            module(x)
+            assert torch.equal(result(module, x), result(other, x))
             assert len(CAPTURES) == (1 if change in (_write, _write_in_inference_mode) else 2), name
             module(x)
             assert len(CAPTURES) <= 2
 
 
-class Kept(OnCpu.graphs):
-    """Graphs that keep the output of their capture: only captures are counted."""
-
-    def capture(self, model, static_input):
-        CAPTURES.append(len(static_input))
-        out = model(static_input)
-        return lambda: None, out
-
-
 def test_graphs_see_prepare_refresh_unprepare_and_optimize(monkeypatch):
-    monkeypatch.setattr(OnCpu, "graphs", Kept)
+    monkeypatch.setattr(OnCpu, "graphs", Reruns)
     model, x = CASES["timm"].build().bfloat16(), images()
     CAPTURES.clear()
     module = OnCpu(model, (2,), x, True)
@@ -459,7 +451,7 @@ def test_graphs_see_prepare_refresh_unprepare_and_optimize(monkeypatch):
 def test_a_part_in_training_mode_is_seen_by_graphs():
     module = OnCpu(made("vit"), (2,), None, True)
     module.model.blocks[1].train()
-    with torch.no_grad(), pytest.raises(vit_fast.UnsupportedError, match="blocks.1 is in training mode"):
+    with torch.no_grad(), pytest.raises(vit_fast.UnsupportedError, match=r"blocks\.1 is in training mode"):
         module(images())
 
 
@@ -525,40 +517,19 @@ def test_nothing_grows_with_the_sizes_of_images(name):
 # The certificate.
 
 
-class Adapter(nn.Linear):
-    """A Linear that another library has put in the place of one, as adapters do."""
-
-    def forward(self, x):
-        return super().forward(x) + x.mean(-1, keepdim=True)
-
-
-@each(("vit", "deit", "hybrid"))
-def test_check_fails_where_a_fast_path_passes_over_a_module(model, monkeypatch):
-    def passes_over(module):
-        adapted = next(part for part in module.modules() if type(part) is nn.Linear and part.out_features > 48)
-        adapted.__class__ = Adapter
-        return module
-
-    assert vit_fast.check(model).passed and vit_fast.check(passes_over(copy.deepcopy(model))).passed
-    plain = vit_fast.block.is_plain
-    blind = lambda *modules: plain(*modules) or any(type(module) is Adapter for module in modules)  # noqa: E731
-    _everywhere(monkeypatch, "is_plain", plain, blind)
-    assert not vit_fast.check(passes_over(copy.deepcopy(model))).passed
+@each(("vit", "deit", "hybrid", "t2t", *PREPARABLE))
+def test_check_fails_where_a_fast_path_passes_over_a_call(model, monkeypatch):
+    """Of a forward that is replaced in the class itself no fused block takes notice; the plain form calls it."""
+    x, forward = images(), nn.Linear.forward
+    assert vit_fast.check(model, x).passed
+    monkeypatch.setattr(nn.Linear, "forward", lambda linear, x: forward(linear, x) * 1.5)
+    assert not vit_fast.check(model, x).passed
 
 
-def _everywhere(monkeypatch, word, value, other):
-    for module in (vit_fast.block, vit_fast.vit, systems.deit, systems.hybrid):
-        if getattr(module, word, None) is value:
-            monkeypatch.setattr(module, word, other)
-
-
-def test_check_fails_where_prepared_weights_pass_over_a_change(monkeypatch):
-    for change in (_append, _heads, _drop_bias, lambda stack: stack[0].attn.qkv.weight.data.mul_(2)):
-        model = vit_fast.prepare(made("vit"))
-        monkeypatch.setattr(vit_fast.snapshot.Snapshot, "changed", lambda snapshot: None)
-        vars(model.blocks)[PREPARED]._stack = None
-        change(model.blocks)
-        vars(model.blocks)[PREPARED]._stack = tuple(model.blocks)
-        assert not vit_fast.check(model).passed
-        monkeypatch.undo()
-        assert vit_fast.check(vit_fast.refresh(model)).passed if change is not _heads else True
+@pytest.mark.parametrize("change", (_append, _drop_bias, _eps, lambda stack: linear(stack[1]).weight.data.mul_(2)))
+def test_check_fails_where_prepared_weights_serve_all_the_same(change, monkeypatch):
+    model = vit_fast.prepare(made("vit"))
+    assert vit_fast.check(model).passed
+    change(model.blocks)
+    monkeypatch.setattr(type(vars(model.blocks)[PREPARED]), "serves", lambda prepared, x: True)
+    assert not vit_fast.check(model).passed

@@ -402,9 +402,10 @@ def graphed(
 ) -> Graphed:
     """The model as CUDA graphs: inference with little latency at small batches.
 
-    Graphs are captured here and, after a change of weights, sub-modules, hooks, attributes, dtype, device, autocast,
-    matmul precision or forced backend, in the next call. Any number of images may come: more than the largest batch size run in several
-    replays, none run the model itself. Calls of several threads and on several streams take turns.
+    Graphs are captured here and, after a change of weights, sub-modules, hooks, constant attributes, dtype, device,
+    autocast, matmul precision or forced backend, in the next call. Any number of images may come: more than the largest
+    batch size run in several replays, none run the model itself. Calls of several threads and on several streams take
+    turns.
 
     Args:
         model: in eval mode, on a CUDA device, of one tensor argument; also timm's, torchvision's and transformers'.

@@ -67,7 +67,7 @@ class Prepared(Stale):
         self._snapshot = Snapshot(self._parts)
 
     def _why_unused(self, x):
-        """Why the blocks have to run one by one, or None. Where what was folded has changed, the weights are dropped."""
+        """Why the blocks have to run one by one, or None. Where what was folded has changed, drops the weights."""
         if torch.is_grad_enabled():
             return _GRADIENTS
         if torch.is_autocast_enabled(x.device.type):
@@ -139,8 +139,8 @@ def _not_supported_reasons(blocks, precision):
         reasons.append("the weights are on the device meta")
     if any(parameter.is_inference() for block in blocks for parameter in block.parameters()):
         reasons.append(
-            "the weights are inference tensors, whose changes torch does not count (make, load and move the model outside "
-            "of torch.inference_mode())"
+            "the weights are inference tensors, whose changes torch does not count (make, load and move the model "
+            "outside of torch.inference_mode())"
         )
     dtypes = {t.dtype for t in tensors}
     if dtypes - set(_DTYPES) or len(dtypes) > 1:
@@ -168,10 +168,10 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     autocast; in other calls, and with hooks in the blocks, the blocks run as they were, and the logger "vit_fast" warns
     once of each reason. ``explain(model)`` shows ``prepared_blocks`` where they serve. Any change of what the blocks
     compute (parameters changed, moved, loaded or replaced, modules, ``.to()``, attributes such as ``num_heads``,
-    ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes it all. Writes through
-    ``parameter.data`` cannot be seen: call ``refresh`` after them. Copies and pickles of the model do not hold them. The
-    folded weights take as much memory as the blocks (in float8 half of it). Results differ from the unprepared model's
-    by the rounding of the folded weights, within the error budget of a whole model.
+    ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes ``prepare``. Writes
+    through ``parameter.data`` cannot be seen: call ``refresh`` after them; ``check`` sees them. Copies and pickles of
+    the model do not hold the folded weights. These take as much memory as the blocks (in float8 half of it). Results
+    differ from the unprepared model's by the rounding of the folded weights, within the error budget of a whole model.
 
     ``precision="fp8"`` quantises the weights of the four projections, and what they multiply, to float8 e4m3. No data
     is needed for it: all scales follow from the weights, and no value saturates. Each product then errs by some 5 % of

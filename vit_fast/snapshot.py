@@ -4,7 +4,7 @@
 compared in a few passes of C code over flat lists.
 """
 
-from itertools import compress, count
+from itertools import chain, compress, count
 from operator import attrgetter, is_, is_not, ne
 from types import NoneType
 
@@ -15,7 +15,7 @@ from .block import PREPARED
 
 _CONSTANTS = (NoneType, bool, int, float, complex, str, torch.dtype, torch.device)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DICTS = ("_parameters", "_buffers", "_modules", *HOOKS)
+_DICTS = ("_parameters", "_buffers", *HOOKS)
 _pointer, _version = torch.Tensor.data_ptr, attrgetter("_version")
 
 
@@ -51,7 +51,11 @@ class Snapshot:
             self._add(name, attributes, constants)
             for word in _DICTS:
                 self._add(name, attributes[word], attributes[word].items())
+            self._add(name, attributes["_modules"], ())
         self._sizes = [*map(len, self._dicts)]
+        self._children = [vars(module)["_modules"] for module in self._modules]
+        self._order = [*chain.from_iterable(map(dict.values, self._children))]
+        self._parents = [name for name, children in zip(modules, self._children) for _ in children]
         held = {path: value for path, value in zip(self._paths, self._values) if isinstance(value, torch.Tensor)}
         self._held, self.tensors = list(held), list(held.values())
         self._pointers = [*map(_pointer, self.tensors)]
@@ -79,6 +83,7 @@ class Snapshot:
                 self._values[index] = value  # an equal constant
         for names, was, now in (
             (self._owners, self._sizes, map(len, self._dicts)),
+            (self._parents, self._order, chain.from_iterable(map(dict.values, self._children))),
             (self._names, self._classes, map(type, self._modules)),
             (self._held, self._pointers, map(_pointer, self.tensors)),
             (self._counted, self._versions, map(_version, self._versioned)),
