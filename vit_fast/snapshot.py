@@ -16,6 +16,7 @@ from .block import PREPARED
 _CONSTANTS = (NoneType, bool, int, float, complex, str, torch.dtype, torch.device)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DICTS = ("_parameters", "_buffers", *HOOKS)
+_TORCHS = vars(nn.Module()).keys() - {"training"}  # what every module has; of this, the dicts above decide
 _pointer, _version = torch.Tensor.data_ptr, attrgetter("_version")
 
 
@@ -25,7 +26,7 @@ def _is_constant(value):
 
 def _is_seen(key, attribute):
     """Whether an attribute is one that decides what its module computes and that its forward does not keep writing."""
-    return _is_constant(attribute) or callable(attribute) or key == PREPARED
+    return key not in _TORCHS and (_is_constant(attribute) or callable(attribute) or key == PREPARED)
 
 
 class Snapshot:
@@ -53,6 +54,7 @@ class Snapshot:
                 self._add(name, attributes[word], attributes[word].items())
             self._add(name, attributes["_modules"], ())
         self._sizes = [*map(len, self._dicts)]
+        self._size = sum(self._sizes)
         self._children = [vars(module)["_modules"] for module in self._modules]
         self._order = [*chain.from_iterable(map(dict.values, self._children))]
         self._parents = [name for name, children in zip(modules, self._children) for _ in children]
@@ -81,8 +83,9 @@ class Snapshot:
                 if type(was) is not type(value) or not _is_constant(was) or was != value:
                     return self._paths[index]
                 self._values[index] = value  # an equal constant
+        if sum(map(len, self._dicts)) != self._size:
+            return next(compress(self._owners, map(ne, self._sizes, map(len, self._dicts)))) or "the model"
         for names, was, now in (
-            (self._owners, self._sizes, map(len, self._dicts)),
             (self._parents, self._order, chain.from_iterable(map(dict.values, self._children))),
             (self._names, self._classes, map(type, self._modules)),
             (self._held, self._pointers, map(_pointer, self.tensors)),
