@@ -126,8 +126,8 @@ def _run(model, example):
 
 
 def _no_change(module, inputs, output):
-    """A hook: each module of a model that carries it runs by its own ``__call__``, so that the plain form passes over
-    nothing that a fused path might: adapters, hooks, forwards of their own."""
+    """A hook that only stands in the way of fused paths, which read no weights of a module that carries one: the plain
+    form calls every module, so that whatever a fused path would pass over takes effect in it."""
 
 
 def _doubled(example):

@@ -3,9 +3,9 @@
 LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
 LayerScale into the projection that ends the branch; for float8 the result is quantised. The folded copies belong to the
 stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks them in each call whether they serve it. They do not,
-and a warning says why once, where the call is none for them; they are dropped where anything has changed that the
-blocks compute with (``snapshot``).
+``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks in each call whether they may serve it; where they may
+not, a warning says why, once. They are dropped as soon as anything has changed that the blocks compute with
+(``snapshot``).
 """
 
 import logging
@@ -39,11 +39,11 @@ class Stale:
 
     def serves(self, x) -> bool:
         """Whether prepared weights may take x [B, N, C]. The first time that they may not, a warning says why."""
-        self.unused = self._why_unused(x)
-        if self.unused is not None and self.unused not in self._told:
-            self._told.add(self.unused)
-            _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", self.unused)
-        return self.unused is None
+        self.unused = reason = self._why_unused(x)  # another thread may set it meanwhile
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
+            _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", reason)
+        return reason is None
 
     def _why_unused(self, x):
         return self.unused
