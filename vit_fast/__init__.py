@@ -8,7 +8,7 @@ from .graphed import graphed
 from .kernels.arguments import UnsupportedError
 from .optimize import optimize, restore
 from .pos_embed import resize_pos_embed
-from .prepare import prepare, refresh
+from .prepare import prepare, refresh, unprepare
 from .registry import create_model, list_models
 from .vit import VisionTransformer
 from .weights import WeightsError
@@ -33,4 +33,5 @@ __all__ = [
     "restore",
     "status",
     "systems",
+    "unprepare",
 ]

@@ -24,6 +24,7 @@ from .layer_args import library
 from .optimize import restore
 from .parity import Parity, compare
 from .plain import Fusible, why_not_plain
+from .prepare import unprepare
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _run(model, example):
 
 def _plain_form(model):
     """A copy of a model in which nothing is fused: each of its modules carries a hook, and so runs in its own call."""
-    plain = restore(copy.deepcopy(model))
+    plain = unprepare(restore(copy.deepcopy(model)))
     for module in plain.modules():
         module.register_forward_hook(_look)
     return plain

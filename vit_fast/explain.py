@@ -21,11 +21,14 @@ from torch._subclasses.fake_tensor import (
 )
 
 from . import backends
+from .block import PREPARED
 from .input_size import input_size
 from .optimize import survey
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 _NOT_OPTIMISED = "vit_fast.optimize(model) fuses it"
+
+_NOT_HERE = "in eval mode under torch.inference_mode() or torch.no_grad() alone; here the blocks run one by one"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ def explain(model: nn.Module, example=None) -> Explanation:
 
     A transformer block or patch embedding that runs its library's own forward has a row too, of the backend "library".
     A model whose steps depend on values, as timm's NaFlexVit on the coordinates of its patches, is run for real.
+    The run is one of inference: in eval mode and without gradients. Where the caller's model trains or gradients are
+    enabled, rows of prepared weights (``vit_fast.prepare``) say that they serve in inference alone; where such weights
+    are not used, a row of the operation "prepared weights" says why.
 
     Args:
         model: any module: one of vit_fast, one that ``optimize`` has changed or may change, one that calls
@@ -123,14 +129,15 @@ def explain(model: nn.Module, example=None) -> Explanation:
             "the model is called with"
         )
     was_training = {module: module.training for module in model.modules()}
+    inference = not torch.is_grad_enabled() and not any(was_training.values())
     try:
         model.eval()
         with torch.no_grad():
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                    rows = _explain(model, map_tensors(mode.from_tensor, example))
+                    rows = _explain(model, map_tensors(mode.from_tensor, example), inference)
             except _NEEDS_VALUES:
-                rows = _explain(model, example)
+                rows = _explain(model, example, inference)
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -138,8 +145,8 @@ def explain(model: nn.Module, example=None) -> Explanation:
     return rows
 
 
-def _explain(model, example):
-    """The rows of one call."""
+def _explain(model, example, inference):
+    """The rows of one call; ``inference``: whether the caller's own calls are of inference."""
     names = {module: name for name, module in model.named_modules()}
     swaps, library, *_ = survey(model)
     library = library | {name: (fast.OPERATION, _NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
@@ -147,7 +154,10 @@ def _explain(model, example):
     with backends.recording() as choices:
 
         def flush():
-            rows.extend(Row(stack[-1], *choice) for choice in choices)
+            for operation, chosen, reasons in choices:
+                if not inference and operation in ("prepared_blocks", "fp8_blocks"):
+                    reasons = (*reasons, _NOT_HERE)
+                rows.append(Row(stack[-1], operation, chosen, reasons))
             choices.clear()
 
         def enter(module, inputs):
@@ -172,4 +182,8 @@ def _explain(model, example):
         finally:
             for handle in handles:
                 handle.remove()
+    for name, module in model.named_modules():
+        prepared = module.__dict__.get(PREPARED)
+        if prepared is not None and prepared.unused is not None:
+            rows.append(Row(name, "prepared weights", "unused", (prepared.unused,)))
     return rows

@@ -5,11 +5,12 @@ the static input of the smallest bucket that holds them, replays that graph on t
 the first rows. The other rows keep what they held: an image's result must not depend on its batch mates.
 
 A graph knows addresses and no Python. So in every call, while the device works, the host looks whether parameters,
-buffers, sub-modules and settings are still those of the capture; where they are not, all graphs are captured anew and
-the call is repeated. Weights that change in place are read where they lie and need no new capture, unless the model
-computes with tensors made from them (a resized position table, prepared weights): then a new version of a weight makes
-one. What leaves no version, such as writing through ``param.data``, is seen in weights, not in what was made from them.
-What an operation reads stays alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
+buffers, sub-modules, their classes, hooks and constant attributes, and settings are still those of the capture
+(``snapshot``); where they are not, all graphs are captured anew and the call is repeated. Weights that change in place
+are read where they lie and need no new capture, unless the model computes with tensors made from them ahead of the call
+(prepared weights): then a new version of a weight makes one. A write that leaves no version, such as one through
+``param.data``, takes effect in the weights themselves, and not in tensors made from them. What an operation reads stays
+alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from . import backends
-from .block import PREPARED
 from .input_size import input_size
 from .kernels.arguments import UnsupportedError
+from .snapshot import Snapshot
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _logger = logging.getLogger("vit_fast")
@@ -121,31 +122,6 @@ def _address(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
-class _Watch:
-    """Which sub-modules, prepared weights and tensors the modules of a model hold, where the tensors lie and, if asked,
-    in which version."""
-
-    def __init__(self, model, versions):
-        modules = list(model.modules())
-        self._parents = [(module._modules, module.__dict__) for module in modules if module._modules]
-        self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
-        self._versions = versions
-        self._seen = self._look()
-
-    def tensors(self):
-        return [tensor for held in self._held for tensor in held.values() if tensor is not None]
-
-    def _look(self):
-        tensors = self.tensors()
-        children = [child for children, _ in self._parents for child in children.values()]
-        prepared = [attributes.get(PREPARED) for _, attributes in self._parents]
-        versions = [tensor._version for tensor in tensors if not tensor.is_inference()] if self._versions else None
-        return children, prepared, [tensor.data_ptr() for tensor in tensors], versions
-
-    def changed(self):
-        return self._look() != self._seen
-
-
 class _Layout(NamedTuple):
     """How an output is made of its leaves, and which of these are tensors with a row an image."""
 
@@ -163,12 +139,12 @@ class _Captured(NamedTuple):
     graphs: Any
     buckets: list[_Bucket]  # the smallest first
     layout: _Layout
-    watch: _Watch
+    watch: Snapshot
     settings: tuple
     kept: list  # the storages that the graphs read
 
     def changed(self):
-        return self.settings != _settings(self.graphs.device.type) or self.watch.changed()
+        return self.settings != _settings(self.graphs.device.type) or self.watch.changed() is not None
 
     def fits(self, images):
         like = self.buckets[0].input
@@ -376,7 +352,7 @@ class Graphed(nn.Module):
                 buckets.insert(0, _capture_bucket(graphs, model, static_input, layout))
         weights = {_address(tensor): tensor.untyped_storage() for tensor in tensors.values()}
         made_of_weights = any(read[address].device == device for address in read.keys() - weights.keys())
-        watch = _Watch(model, versions=made_of_weights)
+        watch = Snapshot(dict(model.named_modules()), versions=made_of_weights)
         kept = [*(read | weights).values()]
         self._captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
         return self._captured
@@ -388,7 +364,7 @@ class Graphed(nn.Module):
                 f"vit_fast.graphed: images are {_words(images.shape[0] if images.dim() else 0, images)}, "
                 f"captured were {_words('B', like)}"
             )
-        if torch.is_grad_enabled() and (images.requires_grad or any(t.requires_grad for t in captured.watch.tensors())):
+        if torch.is_grad_enabled() and (images.requires_grad or any(t.requires_grad for t in captured.watch.tensors)):
             raise UnsupportedError(
                 "vit_fast.graphed: gradients are enabled, which graphs do not give; call it under "
                 "torch.inference_mode() or torch.no_grad()"
@@ -426,9 +402,10 @@ def graphed(
 ) -> Graphed:
     """The model as CUDA graphs: inference with little latency at small batches.
 
-    Graphs are captured here and, after a change of weights, sub-modules, dtype, device, autocast, matmul precision or
-    forced backend, in the next call. Any number of images may come: more than the largest batch size run in several
-    replays, none run the model itself. Calls of several threads and on several streams take turns.
+    Graphs are captured here and, after a change of weights, sub-modules, hooks, constant attributes, dtype, device,
+    autocast, matmul precision or forced backend, in the next call. Any number of images may come: more than the largest
+    batch size run in several replays, none run the model itself. Calls of several threads and on several streams take
+    turns.
 
     Args:
         model: in eval mode, on a CUDA device, of one tensor argument; also timm's, torchvision's and transformers'.

@@ -2,9 +2,10 @@
 
 LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
 LayerScale into the projection that ends the branch; for float8 the result is quantised. The folded copies belong to the
-row of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles do not see them. ``block.run_blocks`` asks them whether they serve a call, which includes a
-look at every parameter they came from.
+stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
+``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks in each call whether they may serve it; where they may
+not, a warning says why, once. They are dropped as soon as anything has changed that the blocks compute with
+(``snapshot``).
 """
 
 import logging
@@ -16,38 +17,43 @@ from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .snapshot import HOOKS, Snapshot
 
 _logger = logging.getLogger("vit_fast")
 _DTYPES = (torch.float16, torch.bfloat16)
 _PRECISIONS = (None, "fp8")
+_GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
+_COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(model) folds anew"
 
 
-def _version(tensor):
-    """What grows with every change in place; inference tensors do not count theirs."""
-    return 0 if tensor.is_inference() else tensor._version
+class Stale:
+    """In the place of prepared weights that are gone: their precision, for ``refresh``, and why they are."""
 
-
-class Dropped:
-    """In the place of folded weights that no longer serve: their precision, for ``refresh``."""
-
-    def __init__(self, precision):
-        self.precision = precision
-
-    def __deepcopy__(self, memo):
-        return None
+    def __init__(self, name, precision, unused, told=()):
+        self.name, self.precision = name, precision
+        self.unused = unused  # why the last call ran without prepared weights, or None
+        self._told = set(told)
 
     def __reduce__(self):
-        return type(None), ()
+        return Stale, (self.name, self.precision, _COPIED)
 
     def serves(self, x) -> bool:
-        return False
+        """Whether prepared weights may take x [B, N, C]. The first time that they may not, a warning says why."""
+        self.unused = reason = self._why_unused(x)  # another thread may set it meanwhile
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
+            _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", reason)
+        return reason is None
+
+    def _why_unused(self, x):
+        return self.unused
 
 
-class Prepared(Dropped):
-    """The folded weights of a row of blocks, and what they were folded from."""
+class Prepared(Stale):
+    """The folded weights of a stack of blocks, and what they were folded from."""
 
-    def __init__(self, blocks, precision):
-        super().__init__(precision)
+    def __init__(self, name, blocks, precision):
+        super().__init__(name, precision, None)
         self.blocks = blocks
         params = [block.params() for block in blocks]
         head = params[0]
@@ -55,45 +61,39 @@ class Prepared(Dropped):
         self.dtype = head.qkv_weight.dtype
         with torch.no_grad():
             self.weights = [tensor for p in params for tensor in _fold(p, precision)]
-        self.modules, self.children, self.parameters = [], [], []
-        for name, module in blocks.named_modules():
-            if module is not blocks:
-                self.modules.append((module, type(module)))
-            self.children += [(module._modules, key, child) for key, child in module._modules.items()]
-            for key, tensor in module._parameters.items():
-                if tensor is not None:
-                    where = (f"{name}.{key}", module._parameters, key, tensor)
-                    self.parameters.append((*where, tensor.data_ptr(), _version(tensor)))
+        self._stack = tuple(blocks)
+        self._parts = dict(blocks.named_modules(prefix=name))
+        del self._parts[name]  # the stack only holds the blocks, its own forward does not run
+        self._snapshot = Snapshot(self._parts)
 
-    def serves(self, x) -> bool:
-        """Whether these weights may take x: inference, plain modules, the dtype and device they have; drops them, with
-        a warning, where a parameter they were folded from has changed since."""
-        if (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-            or x.dtype != self.dtype
-            or x.device != self.weights[0].device
-        ):
-            return False
-        for module, cls in self.modules:
-            if module.training or module._forward_hooks or module._forward_pre_hooks or type(module) is not cls:
-                return False
-            if "forward" in module.__dict__:
-                return False
-        changed = self._changed()
+    def _why_unused(self, x):
+        """Why the blocks have to run one by one, or None. Where what was folded has changed, drops the weights."""
+        if torch.is_grad_enabled():
+            return _GRADIENTS
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is enabled; they serve outside of it"
+        changed = self._snapshot.changed()
+        if changed is not None and (reason := self._steps_aside()):
+            return reason
+        if tuple(self.blocks._modules.values()) != self._stack:
+            changed = self.name or "the blocks"
         if changed is not None:
-            _logger.warning("%s changed: its prepared weights are dropped; vit_fast.refresh(model) folds anew", changed)
-            self.blocks.__dict__[PREPARED] = Dropped(self.precision)
-        return changed is None
+            reason = f"{changed} changed, so the prepared weights are dropped; vit_fast.refresh(model) folds anew"
+            self.blocks.__dict__[PREPARED] = Stale(self.name, self.precision, reason, told=[reason])
+            return reason
+        if x.dtype != self.dtype or x.device != self.weights[0].device:
+            return f"tokens are {x.dtype} on {x.device}; they are {self.dtype} on {self.weights[0].device}"
+        return None
 
-    def _changed(self):
-        """The name of a module or parameter that is no longer what was folded, or None."""
-        for modules, key, child in self.children:
-            if modules.get(key) is not child:
-                return key
-        for name, parameters, key, tensor, pointer, version in self.parameters:
-            if parameters.get(key) is not tensor or tensor.data_ptr() != pointer or _version(tensor) != version:
-                return name
+    def _steps_aside(self):
+        """What in the blocks has to run by itself for as long as it is there, or None."""
+        for name, module in self._parts.items():
+            if module.training:
+                return f"{name} is in training mode; they serve after model.eval()"
+            if any(vars(module)[hooks] for hooks in HOOKS):
+                return f"{name} carries a hook"
+            if "forward" in vars(module):
+                return f"{name} has a forward of its own"
         return None
 
     def run(self, x, first, last):
@@ -119,6 +119,8 @@ def _not_supported_reasons(blocks, precision):
     """Why a row of blocks cannot be prepared."""
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
+    if any(module.training for block in blocks for module in block.modules()):
+        return ["a part of the blocks is in training mode"]
     params, reasons = [block.params() for block in blocks], []
     if any(p.norm1 is None or p.norm2 is None for p in params):
         return ["the blocks are not pre-norm"]
@@ -135,6 +137,11 @@ def _not_supported_reasons(blocks, precision):
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
     if any(t.device.type == "meta" for t in tensors):
         reasons.append("the weights are on the device meta")
+    if any(parameter.is_inference() for block in blocks for parameter in block.parameters()):
+        reasons.append(
+            "the weights are inference tensors, whose changes torch does not count (make, load and move the model "
+            "outside of torch.inference_mode())"
+        )
     dtypes = {t.dtype for t in tensors}
     if dtypes - set(_DTYPES) or len(dtypes) > 1:
         came = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -158,11 +165,13 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     """Folds the weights of a model's transformer blocks for inference, in place.
 
     Used in ``eval`` without gradients (``torch.no_grad``, ``torch.inference_mode``), outside ``torch.compile`` and
-    autocast; elsewhere the model runs as it was. ``explain(model)`` shows ``prepared_blocks`` where they serve. A
-    changed, moved or replaced parameter, a new module, ``load_state_dict`` or ``.to()`` drops them, with a warning;
-    ``refresh`` folds anew. Writes through ``parameter.data`` cannot be seen: call ``refresh`` after them. The copies
-    take as much memory as the blocks (in float8 half of it). Results differ from the unprepared model's by the rounding
-    of the folded weights, within the error budget of a whole model.
+    autocast; in other calls, and with hooks in the blocks, the blocks run as they were, and the logger "vit_fast" warns
+    once of each reason. ``explain(model)`` shows ``prepared_blocks`` where they serve. Any change of what the blocks
+    compute (parameters changed, moved, loaded or replaced, modules, ``.to()``, attributes such as ``num_heads``,
+    ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes ``prepare``. Writes
+    through ``parameter.data`` cannot be seen: call ``refresh`` after them; ``check`` sees them. Copies and pickles of
+    the model do not hold the folded weights. These take as much memory as the blocks (in float8 half of it). Results
+    differ from the unprepared model's by the rounding of the folded weights, within the error budget of a whole model.
 
     ``precision="fp8"`` quantises the weights of the four projections, and what they multiply, to float8 e4m3. No data
     is needed for it: all scales follow from the weights, and no value saturates. Each product then errs by some 5 % of
@@ -191,6 +200,23 @@ def refresh(model: nn.Module) -> nn.Module:
     return _prepare(model, lambda blocks: getattr(blocks.__dict__.get(PREPARED), "precision", None))
 
 
+def unprepare(model: nn.Module) -> nn.Module:
+    """Undoes ``prepare``: frees the folded weights, so that the model runs on its own again, bit for bit as before.
+
+    Args:
+        model: any module; one that is not prepared stays as it is.
+    Returns:
+        the model itself.
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vit_fast.unprepare: model is {type(model).__name__}, expected an nn.Module")
+    for module in model.modules():
+        module.__dict__.pop(PREPARED, None)
+    return model
+
+
 def _prepare(model, precision_of):
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.prepare: model is {type(model).__name__}, expected an nn.Module")
@@ -210,5 +236,5 @@ def _prepare(model, precision_of):
         if reasons[name]:
             _logger.info("prepare leaves %s as it is: %s", name, "; ".join(reasons[name]))
         else:
-            blocks.__dict__[PREPARED] = Prepared(blocks, precision)
+            blocks.__dict__[PREPARED] = Prepared(name, blocks, precision)
     return model

@@ -437,7 +437,6 @@ class VisionTransformer(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.drop_rate, self.pos_drop_rate, self.patch_drop_rate = drop_rate, pos_drop_rate, patch_drop_rate
         self.grad_checkpointing = False
-        self._pos_cache = {}
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, not pre_norm, dynamic_img_pad, dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
@@ -545,9 +544,6 @@ class VisionTransformer(nn.Module):
         else:
             nn.init.trunc_normal_(module.weight, std=0.02)
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_pos_cache": {}}
-
     @property
     def _pos_prefix(self):
         """Rows of the position embedding that belong to prefix tokens."""
@@ -604,20 +600,13 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(table.clone(), requires_grad=self.pos_embed.requires_grad)
 
     def _pos_table(self, grid):
-        """pos_embed for a grid, resized where the grid is not the model's; cached while nothing can change it."""
+        """pos_embed for a grid, resized where the grid is not the model's. In each call: a write through ``.data``, as
+        teachers are updated, leaves no version by which a kept table could be known to be stale."""
         if self.pos_embed is None or grid == self.patch_embed.grid_size:
             return self.pos_embed
-        resize = partial(
-            resize_pos_embed, self.pos_embed, self.patch_embed.grid_size, grid, self.pos_embed_policy, self._pos_prefix
+        return resize_pos_embed(
+            self.pos_embed, self.patch_embed.grid_size, grid, self.pos_embed_policy, self._pos_prefix
         )
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
-            return resize()
-        source = self.pos_embed
-        version = 0 if source.is_inference() else source._version
-        key = (source.data_ptr(), version, source.dtype, source.device, self.pos_embed_policy)
-        if grid not in self._pos_cache or self._pos_cache[grid][0] != key:
-            self._pos_cache[grid] = (key, resize())
-        return self._pos_cache[grid][1]
 
     def _check_images(self, images):
         """Pads where asked; returns images and their grid."""
