@@ -177,6 +177,24 @@ def test_masks_of_a_prepared_model():
     assert torch.equal(vit_fast.prepare(model)(x, **chosen), wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("distilled", [False, True])
+def test_masks_of_deit(distilled):
+    words = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=7)
+    ours = perturb(vit_fast.systems.deit.build(**words, distilled=distilled)).eval()
+    theirs = (
+        timm.models.deit.VisionTransformerDistilled if distilled else timm.models.vision_transformer.VisionTransformer
+    )
+    theirs = theirs(**words).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = images_for(ours)
+    keep = masks(17 + distilled)["bool"]["attn_mask"]
+    tokens = ours.forward_tokens(x, attn_mask=keep)
+    assert_equal(tokens, theirs.forward_intermediates(x, 1, attn_mask=keep)[0])
+    assert not torch.allclose(ours(x, attn_mask=keep), ours(x), atol=1e-3)
+    assert_equal(ours(x, attn_mask=keep), ours.forward_head(ours.forward_features(x, attn_mask=keep)))
+
+
 @pytest.mark.interp
 @torch.no_grad()
 def test_masks_run_on_the_torch_backend_and_are_told():

@@ -736,7 +736,8 @@ class VisionTransformer(nn.Module):
 
     def _embed_masked(self, images, attn_mask, is_causal):
         """(tokens, bias of their attention); a bad mask is refused before anything runs."""
-        if attn_mask is not None and not (self.training and self.patch_drop_rate):
+        tells = isinstance(self.patch_embed, PatchEmbed) and not (self.training and self.patch_drop_rate)
+        if attn_mask is not None and tells:  # the number of tokens, from the images alone
             rows, columns = self._check_images(images)[1]
             check_mask(self.num_prefix_tokens + rows * columns, attn_mask, is_causal)
         x = self._embed(images)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import is_plain, run_blocks
+from vit_fast.block import is_plain
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -210,13 +210,14 @@ class DeiT(_Heads, VisionTransformer):
         x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
         return F.dropout(x, self.pos_drop_rate, self.training)
 
-    def forward_tokens(self, images):
+    def forward_tokens(self, images, attn_mask=None, is_causal: bool = False):
         """Images → normalised tokens [B, num_tokens + N, D]."""
-        return super().forward_features(images)
+        return super().forward_features(images, attn_mask, is_causal)
 
-    def forward_features(self, images):
+    def forward_features(self, images, attn_mask=None, is_causal: bool = False):
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
-        x = run_blocks(self.blocks, self._embed(images), run=self._run_block)
+        x, bias = self._embed_masked(images, attn_mask, is_causal)
+        x = self._run_blocks(x, bias=bias)
         if type(self.norm) is nn.LayerNorm and is_plain(self.norm):
             x = x[:, : self.num_tokens]
         x = self._norm(self.norm, x)
