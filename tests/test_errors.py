@@ -516,7 +516,40 @@ CREATE = [
         TypeError,
         f"unknown word 'num_class' for {TINY!r}; near: num_classes, no_embed_class, num_heads",
     ),
-    (dict(features_only=True), TypeError, f"unknown word 'features_only' for {TINY!r}"),
+    (dict(feature_only=True), TypeError, f"unknown word 'feature_only' for {TINY!r}"),
+    (dict(features_only=1), TypeError, "features_only is 1, expected a bool"),
+    (
+        dict(name="ViT-B/16", features_only=True),
+        vit_fast.UnsupportedError,
+        "features_only is True, expected False, as 'ViT-B/16' is no VisionTransformer",
+    ),
+    (dict(out_indices=2), ValueError, "out_indices is 2, expected features_only=True with it"),
+    (
+        dict(name=f"{TINY}.augreg_in21"),
+        ValueError,
+        f"unknown tag 'augreg_in21' of {TINY!r}; near: augreg_in21k, augreg_in21k_ft_in1k (timm 1.0.31; pretrained_cfg "
+        "takes the dict of another)",
+    ),
+    (dict(name="ViT-B/16.openai"), ValueError, "unknown tag 'openai' of 'ViT-B/16', which has none"),
+    (dict(pretrained_cfg=3), TypeError, "pretrained_cfg is int, expected a tag or a dict"),
+    (dict(pretrained_cfg={"mea": 0}), ValueError, "unknown field 'mea' of pretrained_cfg; near: mean"),
+    (dict(pretrained_cfg_overlay="mae"), TypeError, "pretrained_cfg_overlay is str, expected a dict"),
+    (
+        dict(pretrained_cfg_overlay={"crop": 1.0}),
+        ValueError,
+        "unknown field 'crop' of pretrained_cfg_overlay; near: crop_pct, crop_mode",
+    ),
+    (
+        dict(name="hf-hub:org/name", pretrained_cfg="mae"),
+        ValueError,
+        "pretrained_cfg is given, expected None, as 'hf-hub:org/name' has its own",
+    ),
+    (
+        dict(name="org/some-model"),
+        ValueError,
+        "unknown model 'org/some-model'; of the Hugging Face hub: 'hf-hub:org/some-model', of a folder: "
+        "'local-dir:org/some-model'; vit_fast.list_models() has them all",
+    ),
     (dict(pretrained="tiny.pt"), TypeError, "pretrained is 'tiny.pt', expected a bool; checkpoint_path takes a file"),
     (
         dict(pretrained=True, checkpoint_path="tiny.pt"),
@@ -530,6 +563,13 @@ CREATE = [
 def test_create_model(words, error, message):
     with raises_first(error, f"vit_fast.create_model: {message}"):
         vit_fast.create_model(**dict(name=TINY) | words)
+
+
+@pytest.mark.parametrize("argument", ["filter", "module", "exclude_filters"])
+@pytest.mark.parametrize("value", [3, ["*", 3], None])
+def test_list_models(argument, value):
+    with raises_first(TypeError, f"vit_fast.list_models: {argument} is {value!r}, expected a str or a list of str"):
+        vit_fast.list_models(**{argument: value})
 
 
 def test_create_model_hands_words_on():
@@ -559,9 +599,24 @@ USES = [
     ("reset_classifier", [-3], ValueError, "num_classes is -3, expected 0 or more"),
     ("reset_classifier", ["10"], TypeError, "num_classes is '10', expected an int"),
     ("reset_classifier", [3, "cls"], ValueError, "global_pool is 'cls', expected a pool it has"),
-    ("set_input_size", [None], TypeError, "img_size is None, expected an int or a pair of ints"),
+    ("set_input_size", ["32"], TypeError, "img_size is '32', expected an int or a pair of ints"),
+    ("set_input_size", [None, "8"], TypeError, "patch_size is '8', expected an int or a pair of ints"),
+    ("set_input_size", [None, 0], ValueError, "patch_size is 0, expected 1 or more"),
+    ("set_input_size", [None, 64], ValueError, "img_size is 32×32, expected at least one patch of 64×64"),
     ("set_input_size", [4], ValueError, "img_size is 4×4, expected at least one patch of 8×8"),
     ("get_intermediate_layers", [IMAGES, 9], ValueError, "9 last layers asked for, expected 1 to 2"),
+    ("prune_intermediate_layers", [3], ValueError, "3 last layers asked for, expected 1 to 2"),
+    ("prune_intermediate_layers", [[0, 2]], ValueError, "layer 2 asked for, expected 0 to 1"),
+    ("get_intermediate_layers", [IMAGES, 1, False, True, False, None, True], ValueError,
+     "return_class_token is True, expected return_prefix_tokens=False with it"),
+    ("forward", [IMAGES, [[True]]], TypeError, "attn_mask is list, expected a torch.Tensor"),
+    ("forward", [IMAGES, ones(17, 17, dtype=int64)], TypeError,
+     "attn_mask has dtype torch.int64, expected bool or a float"),
+    ("forward", [IMAGES, ones(16, 16)], ValueError,
+     "attn_mask has shape (16, 16), expected [B, H, 17, 17] or what broadcasts to it (prefix tokens count)"),
+    ("forward", [IMAGES, ones(1, 1, 1, 17, 17)], ValueError,
+     "attn_mask has shape (1, 1, 1, 17, 17), expected [B, H, 17, 17] or what broadcasts to it (prefix tokens count)"),
+    ("forward", [IMAGES, ones(17, 17), True], ValueError, "attn_mask is given, expected None with is_causal=True"),
     ("forward_intermediates", [IMAGES, [2]], ValueError, "layer 2 asked for, expected 0 to 1"),
     ("forward_intermediates", [IMAGES, "1"], TypeError, f"indices is '1', {INDICES}"),
     ("forward_intermediates", [IMAGES, 1.0], TypeError, f"indices is 1.0, {INDICES}"),

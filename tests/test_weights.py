@@ -118,7 +118,8 @@ def test_pretrained_loads_what_timm_has(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", create)
     model = vit_fast.create_model("vit_tiny_patch16_224.augreg_in21k", pretrained=True, num_classes=11).eval()
-    assert calls == [("vit_tiny_patch16_224.augreg_in21k", True, {"num_classes": 11})]
+    cfg = timm.models.get_pretrained_cfg("vit_tiny_patch16_224.augreg_in21k").to_dict()
+    assert calls == [("vit_tiny_patch16_224", True, {"pretrained_cfg": cfg, "num_classes": 11})]
     x = torch.randn(1, 3, 224, 224)
     assert torch.equal(model(x), shipped.eval()(x))
 

@@ -72,9 +72,9 @@ def drop_path_scale(x, rate: float, training: bool):
     return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
 
 
-def attend(qkv, p: BlockParams, attn_drop: float = 0.0):
+def attend(qkv, p: BlockParams, attn_drop: float = 0.0, bias=None):
     """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one."""
-    return ops.attention(qkv, p.num_heads, p.scale, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
+    return ops.attention(qkv, p.num_heads, p.scale, bias=bias, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
 
 
 def attention_probabilities(qkv, p: BlockParams, queries=None):
@@ -94,11 +94,14 @@ def project_qkv(x, p: BlockParams):
     return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias)
 
 
-def attention_branch(x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.0, proj_drop: float = 0.0, qkv=None):
-    """x plus the attention branch; ``qkv`` may be handed in where the caller has projected already."""
+def attention_branch(
+    x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.0, proj_drop: float = 0.0, qkv=None, bias=None
+):
+    """x plus the attention branch; ``qkv`` may be handed in where the caller has projected already. ``bias``, added to
+    the scores, broadcasts to [B, H, N, N]."""
     if qkv is None:
         qkv = project_qkv(x, p)
-    out = attend(qkv, p, attn_drop)
+    out = attend(qkv, p, attn_drop, bias)
     residual = qkv.chunk(3, dim=-1)[2] if p.value_skip else x
     out = ops.linear_residual(
         out, p.proj_weight, p.proj_bias, p.gamma1, residual, row_scale=row_scale, dropout_p=proj_drop

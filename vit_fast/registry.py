@@ -1,19 +1,24 @@
-"""Model names and their presets as data; the names and the constructor words are timm's."""
+"""Model names and their presets as data; the names and the constructor words are timm's.
+
+A preset of ``VisionTransformer`` holds the architecture alone. Image size, classes, mean and std come from the
+``pretrained_cfg`` of the name and tag, as in timm.
+"""
 
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
+from . import pretrained_cfg as cfgs
+from . import weights
+from .features import FeatureGetterNet
+from .kernels.arguments import UnsupportedError
 from .vit import VisionTransformer
-
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 _WIDTHS = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -59,52 +64,40 @@ def _register_plain():
         "giant": ((14, 224),),
         "gigantic": ((14, 224),),
     }
-    headless = ("vit_small_patch8_224", "vit_large_patch32_224", "vit_huge_patch14_224")
     for width, pairs in sizes.items():
         for patch, image in pairs:
-            name = f"vit_{width}_patch{patch}_{image}"
-            words = dict(patch_size=patch, img_size=image, num_classes=0 if name in headless else 1000)
-            if name == "vit_small_patch8_224":
-                words |= dict(mean=_IMAGENET[0], std=_IMAGENET[1])
-            register(name, **words, **_WIDTHS[width])
+            register(f"vit_{width}_patch{patch}_{image}", patch_size=patch, **_WIDTHS[width])
 
 
 def _register_clip():
-    """vit_<width>_patch<P>_clip_[quickgelu_]<image>: pre-norm towers; the head is a projection or, where timm's
-    default weights are fine-tuned, a classifier."""
+    """vit_<width>_patch<P>_clip_[quickgelu_]<image>: pre-norm towers."""
     sizes = {
-        "xsmall": ((16, 224, 512),),
-        "medium": ((16, 224, 512), (32, 224, 512)),
-        "betwixt": ((32, 224, 512),),
-        "base": ((16, 224, 1000), (16, 384, 1000), (32, 224, 1000), (32, 256, 512), (32, 384, 1000), (32, 448, 1000)),
-        "large": ((14, 224, 1000), (14, 336, 1000)),
-        "huge": ((14, 224, 1000), (14, 336, 1000), (14, 378, 1024)),
-        "giant": ((14, 224, 1024),),
-        "gigantic": ((14, 224, 1280), (14, 378, 1280)),
+        "xsmall": ((16, 224),),
+        "medium": ((16, 224), (32, 224)),
+        "betwixt": ((32, 224),),
+        "base": ((16, 224), (16, 384), (32, 224), (32, 256), (32, 384), (32, 448)),
+        "large": ((14, 224), (14, 336)),
+        "huge": ((14, 224), (14, 336), (14, 378)),
+        "giant": ((14, 224),),
+        "gigantic": ((14, 224), (14, 378)),
     }
     quick = ("base_patch16_224", "base_patch32_224", "large_patch14_224", "large_patch14_336")
     quick += ("huge_patch14_224", "huge_patch14_378", "gigantic_patch14_224")
-    projection = {"base": 512, "large": 768, "huge": 1024, "gigantic": 1280}
-    norm_layer = partial(nn.LayerNorm, eps=1e-5)
-    common = dict(pre_norm=True, norm_layer=norm_layer, mean=_CLIP[0], std=_CLIP[1])
-    for width, rows in sizes.items():
-        for patch, image, classes in rows:
-            words = dict(common, patch_size=patch, img_size=image, num_classes=classes, **_WIDTHS[width])
+    common = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    for width, pairs in sizes.items():
+        for patch, image in pairs:
+            words = dict(common, patch_size=patch, **_WIDTHS[width])
             if f"{width}_patch{patch}_{image}" in quick:
-                words_quick = dict(words, num_classes=projection[width], act_layer="quick_gelu")
-                register(f"vit_{width}_patch{patch}_clip_quickgelu_{image}", **words_quick)
-            if width == "large":
-                words |= dict(mean=_HALF, std=_HALF)
+                register(f"vit_{width}_patch{patch}_clip_quickgelu_{image}", **words, act_layer="quick_gelu")
             register(f"vit_{width}_patch{patch}_clip_{image}", **words)
-    words = dict(common, patch_size=16, img_size=240, num_classes=640, **_WIDTHS["base_plus"])
-    register("vit_base_patch16_plus_clip_240", **words)
+    register("vit_base_patch16_plus_clip_240", **common, patch_size=16, **_WIDTHS["base_plus"])
 
 
 def _register_dinov2():
     """vit_<width>_patch14[_reg4]_dinov2."""
     giant = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
     for width in ("small", "base", "large", "giant"):
-        words = dict(patch_size=14, img_size=518, init_values=1e-5, num_classes=0, mean=_IMAGENET[0], std=_IMAGENET[1])
+        words = dict(patch_size=14, init_values=1e-5)
         words |= giant if width == "giant" else _WIDTHS[width]
         register(f"vit_{width}_patch14_dinov2", **words)
         register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **words)
@@ -123,7 +116,7 @@ def _register_siglip():
     gap_only = {"so400m": ((14, 448), (14, 896))}
     for width, pairs in sizes.items():
         for patch, image in pairs + gap_only.get(width, ()):
-            words = dict(patch_size=patch, img_size=image, class_token=False, num_classes=0, **_WIDTHS[width])
+            words = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
             if f"{width}_patch{patch}_{image}" in tanh:
                 words["act_layer"] = "gelu_tanh"
             if (patch, image) in pairs:
@@ -136,34 +129,92 @@ def _register_pooled():
     """Towers without a class token that average their tokens, with and without registers."""
     gap = dict(class_token=False, global_pool="avg")
     plain_gap = dict(gap, fc_norm=False)
-    for name, patch, image, width in (
-        ("base_patch16_gap_224", 16, 224, dict(_WIDTHS["base"], num_heads=16)),
-        ("huge_patch14_gap_224", 14, 224, _WIDTHS["huge"]),
-        ("huge_patch16_gap_448", 16, 448, _WIDTHS["huge"]),
-        ("giant_patch16_gap_224", 16, 224, _WIDTHS["giant"]),
+    for name, patch, width in (
+        ("base_patch16_gap_224", 16, dict(_WIDTHS["base"], num_heads=16)),
+        ("huge_patch14_gap_224", 14, _WIDTHS["huge"]),
+        ("huge_patch16_gap_448", 16, _WIDTHS["huge"]),
+        ("giant_patch16_gap_224", 16, _WIDTHS["giant"]),
     ):
-        words = dict(num_classes=0, mean=_IMAGENET[0], std=_IMAGENET[1])
-        if name == "base_patch16_gap_224":
-            words = dict(num_classes=1000)
-        register(f"vit_{name}", patch_size=patch, img_size=image, **plain_gap, **words, **width)
+        register(f"vit_{name}", patch_size=patch, **plain_gap, **width)
     register(
-        "vit_base_patch16_reg4_gap_256", patch_size=16, img_size=256, reg_tokens=4, no_embed_class=True,
-        **gap, **_WIDTHS["base"],
-    )  # fmt: skip
+        "vit_base_patch16_reg4_gap_256", patch_size=16, reg_tokens=4, no_embed_class=True, **gap, **_WIDTHS["base"]
+    )
+    so150m = dict(embed_dim=896, depth=18, num_heads=14, mlp_ratio=2.572)
     for image in (256, 384):
-        so150m = dict(embed_dim=896, depth=18, num_heads=14, mlp_ratio=2.572)
-        register(
-            f"vit_so150m_patch16_reg4_gap_{image}", patch_size=16, img_size=image, reg_tokens=4, **plain_gap, **so150m
-        )
+        register(f"vit_so150m_patch16_reg4_gap_{image}", patch_size=16, reg_tokens=4, **plain_gap, **so150m)
 
 
 for _family in (_register_plain, _register_clip, _register_dinov2, _register_siglip, _register_pooled):
     _family()
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names that ``create_model`` knows, sorted; ``pattern`` is a shell pattern such as "*dinov2*"."""
-    return sorted(fnmatch.filter(PRESETS, pattern))
+def _patterns(argument, value):
+    """A shell pattern or several, as a list."""
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"vit_fast.list_models: {argument} is {value!r}, expected a str or a list of str")
+    return [pattern for pattern in patterns if pattern]
+
+
+def _natural(name):
+    """A sort key by which patch8 stands before patch16."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def _module(name):
+    """timm's module of a name: "vision_transformer", or the family of ``vit_fast.systems``."""
+    build = PRESETS[name].build
+    return "vision_transformer" if build is VisionTransformer else build.__module__.rsplit(".", 1)[-1]
+
+
+def list_models(
+    filter: str | Iterable[str] = "",
+    module: str | Iterable[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Iterable[str] = "",
+    name_matches_cfg: bool = False,
+    include_tags: bool | None = None,
+) -> list[str]:
+    """The names that ``create_model`` knows, with 8 before 16; timm's arguments.
+
+    Args:
+        filter: a shell pattern such as "*dinov2*", or several, of which one has to match.
+        module: "vision_transformer" or a family of ``vit_fast.systems``, or several.
+        pretrained: only names with published weights, with their tags.
+        exclude_filters: patterns of names to leave out.
+        name_matches_cfg: only names that timm has.
+        include_tags: name.tag, for each tag of a name; None: as ``pretrained``. A pattern without a dot then matches
+            every tag.
+    Raises:
+        TypeError: a pattern that is no str.
+    """
+    include, exclude = _patterns("filter", filter), _patterns("exclude_filters", exclude_filters)
+    modules = _patterns("module", module)
+    include_tags = pretrained if include_tags is None else include_tags
+    pairs = []  # (name, tag or "", what the patterns see)
+    for name in PRESETS:
+        if not modules or _module(name) in modules:
+            chosen = (cfgs.tags(name) or [""]) if include_tags else [""]
+            pairs += [(name, tag, f"{name}.{tag}" if tag else name) for tag in chosen]
+
+    def matches(patterns, full):
+        return any(
+            fnmatch.fnmatchcase(full, pattern)
+            or (include_tags and "." not in pattern and fnmatch.fnmatchcase(full, f"{pattern}.*"))
+            for pattern in patterns
+        )
+
+    return sorted(
+        (
+            full
+            for name, tag, full in pairs
+            if (not include or matches(include, full))
+            and not matches(exclude, full)
+            and (not pretrained or cfgs.has_weights(name, tag))
+            and (not name_matches_cfg or cfgs.tags(name))
+        ),
+        key=_natural,
+    )
 
 
 def _check_words(name, build, words):
@@ -178,57 +229,108 @@ def _check_words(name, build, words):
             raise TypeError(f"vit_fast.create_model: unknown word {word!r} for {name!r}{hint}")
 
 
-def create_model(name: str, pretrained: bool = False, checkpoint_path: str | None = None, **kwargs) -> nn.Module:
+def _known(name, asked_for):
+    """The preset of a name without a tag."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.5)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        if any(sign in asked_for for sign in "/\\:") and not asked_for.startswith(weights.SOURCES):
+            hint += f"; of the Hugging Face hub: 'hf-hub:{asked_for}', of a folder: 'local-dir:{asked_for}'"
+        raise ValueError(
+            f"vit_fast.create_model: unknown model {asked_for!r}{hint}; vit_fast.list_models() has them all"
+        )
+    return PRESETS[name]
+
+
+def _words_of(cfg, given):
+    """The constructor words that a ``pretrained_cfg`` decides; ``given`` are the caller's."""
+    if not cfg:
+        return {}
+    words = dict(in_chans=cfg["input_size"][0], mean=cfg["mean"], std=cfg["std"])
+    if cfg["num_classes"] >= 0:  # −1 in a config: not known
+        words["num_classes"] = cfg["num_classes"]
+    if cfg["fixed_input_size"]:
+        words["img_size"] = cfg["input_size"][1:]
+    channels = given.get("in_chans", words["in_chans"])
+    if isinstance(channels, int) and channels != len(words["mean"]):
+        words |= dict(mean=(0.5,) * channels, std=(0.5,) * channels)
+    return words
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint_path: str | None = None,
+    *,
+    pretrained_cfg: str | Mapping | None = None,
+    pretrained_cfg_overlay: Mapping | None = None,
+    cache_dir: str | None = None,
+    features_only: bool = False,
+    out_indices: int | list[int] | None = None,
+    **kwargs,
+) -> nn.Module:
     """Builds a model by its timm name.
 
     Args:
-        name: one of ``list_models()``; a tag after a dot ("vit_base_patch16_224.augreg_in21k") chooses among timm's
-            weights and matters only with ``pretrained``.
+        name: one of ``list_models()``. A tag after a dot ("vit_base_patch16_clip_224.openai") chooses among timm's
+            weights and, as in timm, the head, mean and std that belong to them, also without ``pretrained``; the
+            default is timm's. "hf-hub:org/name[@revision]" and "local-dir:path" take a model in timm's format from
+            the Hugging Face hub or a folder.
         pretrained: loads timm's weights for that name, through timm and huggingface_hub.
         checkpoint_path: a file instead: ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` in timm's keys (a family's own
             keys for its presets), or Google's ``.npz``.
-        kwargs: constructor words of ``VisionTransformer``, or of the family; they stand over the preset's.
+        pretrained_cfg: a tag, or a dict of timm's fields, in place of the tag's.
+        pretrained_cfg_overlay: fields that replace those of the tag, such as dict(file=...).
+        cache_dir: where downloads are kept.
+        features_only: the model as a ``FeatureGetterNet``, whose output is the list of feature maps after chosen
+            blocks; the blocks behind the last one, the norm and the head are left out.
+        out_indices: those blocks: the last n or a list; default the last 3.
+        kwargs: constructor words of ``VisionTransformer``, or of the family; they stand over the preset's. None
+            counts as not given.
     Returns:
-        the model, in training mode as timm's, with ``default_cfg`` (input_size, mean, std, num_classes).
+        the model, in training mode as timm's, with timm's ``pretrained_cfg``, also as ``default_cfg``.
     Raises:
-        TypeError, ValueError: unknown name or word (the nearest ones are named), or bad values.
+        TypeError, ValueError: unknown name, tag or word (the nearest ones are named), or bad values.
+        UnsupportedError: features_only of a family.
+        ImportError: weights or a config that need timm, where it is not installed.
         WeightsError: weights that cannot be had or do not fit.
     """
     if not isinstance(name, str):
         raise TypeError(f"vit_fast.create_model: name is {type(name).__name__}, expected a str")
-    if not isinstance(pretrained, bool):
-        raise TypeError(
-            f"vit_fast.create_model: pretrained is {pretrained!r}, expected a bool; checkpoint_path takes a file"
-        )
-    base, _, tag = name.partition(".")
-    if base not in PRESETS:
-        near = difflib.get_close_matches(base, PRESETS, n=5, cutoff=0.5)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"vit_fast.create_model: unknown model {name!r}{hint}; vit_fast.list_models() has them all")
+    for argument, value in (("pretrained", pretrained), ("features_only", features_only)):
+        if not isinstance(value, bool):
+            hint = "; checkpoint_path takes a file" if argument == "pretrained" else ""
+            raise TypeError(f"vit_fast.create_model: {argument} is {value!r}, expected a bool{hint}")
     if pretrained and checkpoint_path:
         raise ValueError("vit_fast.create_model: checkpoint_path and pretrained are both given, expected one")
-    preset = PRESETS[base]
+    if out_indices is not None and not features_only:
+        raise ValueError(f"vit_fast.create_model: out_indices is {out_indices!r}, expected features_only=True with it")
     words = {key: value for key, value in kwargs.items() if value is not None}
-    _check_words(base, preset.build, words)
-    if preset.build is VisionTransformer and isinstance(channels := words.get("in_chans", 3), int) and channels != 3:
-        for key in ("mean", "std"):
-            words.setdefault(key, (0.5,) * channels)
-    model = preset.build(**{**preset.words, **words})
-    if preset.build is VisionTransformer:
-        model.default_cfg = model.pretrained_cfg = dict(
-            architecture=base,
-            tag=tag,
-            input_size=(model.in_chans, *model.patch_embed.img_size),
-            mean=model.mean,
-            std=model.std,
-            num_classes=model.num_classes,
+    if name.startswith(weights.SOURCES):
+        if pretrained_cfg is not None:
+            raise ValueError(f"vit_fast.create_model: pretrained_cfg is given, expected None, as {name!r} has its own")
+        pretrained_cfg, base, saved = weights.config_of(name, cache_dir)
+        words = {**saved, **words}
+    else:
+        base, _, tag = name.partition(".")
+        pretrained_cfg = pretrained_cfg or tag or None
+    preset = _known(base, name)
+    of_vit = preset.build is VisionTransformer
+    if features_only and not of_vit:
+        raise UnsupportedError(
+            f"vit_fast.create_model: features_only is True, expected False, as {base!r} is no VisionTransformer"
         )
+    _check_words(base, preset.build, words)
+    cfg = cfgs.resolve(base, pretrained_cfg, pretrained_cfg_overlay)
+    model = preset.build(**{**preset.words, **(_words_of(cfg, words) if of_vit else {}), **words})
+    if of_vit:
+        cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in words}
+        model.default_cfg = cfg
+    model.pretrained_cfg = cfg or getattr(model, "default_cfg", {})
     if checkpoint_path:
-        from .weights import load_checkpoint
-
-        load_checkpoint(model, checkpoint_path)
+        weights.load_checkpoint(model, checkpoint_path)
     elif pretrained:
-        from .weights import load_pretrained
-
-        load_pretrained(model, name, words)
+        weights.load_pretrained(model, name, base, cfg, words, cache_dir)
+    if features_only:
+        model = FeatureGetterNet(model, 3 if out_indices is None else out_indices)
     return model

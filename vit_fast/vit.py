@@ -1,8 +1,8 @@
 """VisionTransformer: timm's words, timm's parameter names, this library's operations.
 
 A block is two fused branches (``block.py``) whenever its sub-modules are plain (``plain.py``); where one carries a
-hook, a parametrization or another class, its block runs module by module. Not here: masks, causal attention, RoPE,
-RMSNorm, windowed or parallel blocks.
+hook, a parametrization or another class, its block runs module by module. Not here: RoPE, RMSNorm, windowed or parallel
+blocks.
 
 Shapes: images [B, in_chans, H, W]; tokens [B, K + N, C], K prefix tokens (class token, then registers) in front.
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020.
@@ -33,6 +33,7 @@ from .block import (
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
 from .layer_args import activation_of, library, norm_maker
+from .patch_resize import resize_patch_embed
 from .pos_embed import check_policy, resize_pos_embed
 
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
@@ -131,6 +132,45 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def check_mask(tokens: int, attn_mask, is_causal: bool):
+    """``TypeError`` or ``ValueError`` for what ``attention_bias`` does not take."""
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("vit_fast.VisionTransformer: attn_mask is given, expected None with is_causal=True")
+    if not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"vit_fast.VisionTransformer: attn_mask is {type(attn_mask).__name__}, expected a torch.Tensor")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"vit_fast.VisionTransformer: attn_mask has dtype {attn_mask.dtype}, expected bool or a float")
+    shape = tuple(attn_mask.shape)
+    if len(shape) > 4 or any(size not in (1, tokens) for size in shape[-2:]):
+        raise ValueError(
+            f"vit_fast.VisionTransformer: attn_mask has shape {shape}, expected [B, H, {tokens}, {tokens}] or what "
+            "broadcasts to it (prefix tokens count)"
+        )
+
+
+def attention_bias(x, attn_mask=None, is_causal: bool = False):
+    """What is added to the attention scores of tokens x [B, N, C] for a mask: a float [B or 1, H or 1, N or 1, N or 1],
+    or None without one.
+
+    Args:
+        attn_mask: broadcasts to [B, H, N, N]; bool, True where a query may attend to a key, or a float that is added.
+        is_causal: a token attends to itself and to those before it.
+    Raises:
+        TypeError: a mask of another type or dtype.
+        ValueError: both at once, or a shape that does not broadcast.
+    """
+    if attn_mask is None and not is_causal:
+        return None
+    tokens = x.shape[1]
+    check_mask(tokens, attn_mask, is_causal)
+    if is_causal:
+        return x.new_full((1, 1, tokens, tokens), -math.inf).triu(1)
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    return x.new_zeros(()).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: [B, N, C] → [B, N, C]."""
 
@@ -149,14 +189,15 @@ class Attention(nn.Module):
         """q or k [B, N, C] through a norm of its heads, which sees [B, H, N, D] as in timm."""
         return norm(x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
 
-    def forward(self, x):
+    def forward(self, x, attn_mask=None, is_causal: bool = False):
         qkv, drop = self.qkv(x), self.attn_drop if self.training else 0.0
+        bias = attention_bias(x, attn_mask, is_causal)
         if all(plain.may_read("attention", norm, plain.NORM) for norm in (self.q_norm, self.k_norm)):
             norms = dict(q_norm=Norm.of(self.q_norm), k_norm=Norm.of(self.k_norm))
         else:
             q, k, v = qkv.chunk(3, dim=-1)
             qkv, norms = self._norm_heads(q, self.q_norm), dict(k=self._norm_heads(k, self.k_norm), v=v)
-        out = ops.attention(qkv, self.num_heads, self.scale, **norms, dropout_p=drop)
+        out = ops.attention(qkv, self.num_heads, self.scale, bias=bias, **norms, dropout_p=drop)
         return F.dropout(self.proj(out), self.proj_drop, self.training)
 
 
@@ -239,16 +280,18 @@ class Block(plain.Fusible, nn.Module):
         scale = drop_path_scale(branch, self.drop_path, self.training)
         return branch if scale is None else branch * scale[:, None, None]
 
-    def forward(self, x):
+    def forward(self, x, attn_mask=None, is_causal: bool = False):
+        bias = attention_bias(x, attn_mask, is_causal)
         if not self.is_fused():
-            x = x + self._drop_path(self.ls1(self.attn(plain.layer_norm(self.norm1, x))))
+            masks = {} if bias is None else {"attn_mask": bias}  # another attention may know no masks
+            x = x + self._drop_path(self.ls1(self.attn(plain.layer_norm(self.norm1, x), **masks)))
             return x + self._drop_path(self.ls2(self.mlp(plain.layer_norm(self.norm2, x))))
-        return self._fused(x, self.params())
+        return self._fused(x, self.params(), bias=bias)
 
-    def _fused(self, x, p, qkv=None):
+    def _fused(self, x, p, qkv=None, bias=None):
         attn_drop, proj_drop = (self.attn.attn_drop, self.attn.proj_drop) if self.training else (0.0, 0.0)
         row_scale = partial(drop_path_scale, x, self.drop_path, self.training)
-        x = attention_branch(x, p, row_scale=row_scale(), attn_drop=attn_drop, proj_drop=proj_drop, qkv=qkv)
+        x = attention_branch(x, p, row_scale=row_scale(), attn_drop=attn_drop, proj_drop=proj_drop, qkv=qkv, bias=bias)
         return mlp_branch(x, p, row_scale=row_scale(), proj_drop=proj_drop)
 
     def forward_with_attention(self, x, queries=None):
@@ -283,20 +326,46 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, bias, dynamic_img_pad, dd):
         super().__init__()
-        self.patch_size = _pair("patch_size", patch_size)
         self.dynamic_img_pad = dynamic_img_pad
-        self._set_img_size(_pair("img_size", img_size))
+        self._set_sizes(_pair("img_size", img_size), _pair("patch_size", patch_size))
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **dd)
 
-    def _set_img_size(self, img_size):
-        if any(size < patch for size, patch in zip(img_size, self.patch_size, strict=True)):
+    def _set_sizes(self, img_size, patch_size):
+        if any(size < patch for size, patch in zip(img_size, patch_size, strict=True)):
             raise ValueError(
                 f"vit_fast.VisionTransformer: img_size is {img_size[0]}×{img_size[1]}, "
-                f"expected at least one patch of {self.patch_size[0]}×{self.patch_size[1]}"
+                f"expected at least one patch of {patch_size[0]}×{patch_size[1]}"
             )
-        self.img_size = img_size
-        self.grid_size = tuple(size // patch for size, patch in zip(img_size, self.patch_size, strict=True))
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = tuple(size // patch for size, patch in zip(img_size, patch_size, strict=True))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.no_grad()
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ):
+        """Changes the sizes, None keeps one; the projection is resized to its patch (``patch_resize``)."""
+        old_patch, proj = self.patch_size, self.proj
+        new_patch = old_patch if patch_size is None else _pair("patch_size", patch_size)
+        new_image = self.img_size if img_size is None else _pair("img_size", img_size)
+        if new_patch != old_patch and "weight" not in proj._parameters:
+            raise UnsupportedError(
+                f"vit_fast.VisionTransformer: patch_size is {patch_size!r}, expected {old_patch}: the weight of "
+                f"patch_embed.proj ({type(proj).__name__}) is no plain parameter and cannot be resized"
+            )
+        self._set_sizes(new_image, new_patch)
+        if new_patch != old_patch:
+            weight = resize_patch_embed(proj.weight, new_patch)
+            proj.weight = nn.Parameter(weight, requires_grad=proj.weight.requires_grad)
+            proj.kernel_size = proj.stride = new_patch
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels of the image for each token along a side: the longer one, or (height, width)."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """``feat_size`` of a pair, timm's name."""
+        return self.feat_size(*img_size)
 
     def feat_size(self, height, width):
         """The grid (rows, columns) of an image size."""
@@ -455,8 +524,7 @@ class VisionTransformer(nn.Module):
             )
         )  # fmt: skip
         self.feature_info = [
-            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(self.patch_embed.patch_size))
-            for i in range(depth)
+            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.feat_ratio()) for i in range(depth)
         ]
         use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
         self.norm = make_norm(embed_dim) if final_norm and not use_fc_norm else nn.Identity()
@@ -589,11 +657,15 @@ class VisionTransformer(nn.Module):
             self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
-    def set_input_size(self, img_size: int | tuple[int, int]):
-        """Changes img_size for good and resizes the position embedding to it."""
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ):
+        """Changes the sizes for good, None keeps one; resizes the position embedding and the patch projection."""
         old_grid = self.patch_embed.grid_size
-        self.patch_embed._set_img_size(_pair("img_size", img_size))
-        if self.pos_embed is not None:
+        self.patch_embed.set_input_size(img_size, patch_size)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
             table = resize_pos_embed(
                 self.pos_embed, old_grid, self.patch_embed.grid_size, self.pos_embed_policy, self._pos_prefix
             )
@@ -662,6 +734,15 @@ class VisionTransformer(nn.Module):
             x = self._drop_patches(x)
         return plain.layer_norm(self.norm_pre, x)
 
+    def _embed_masked(self, images, attn_mask, is_causal):
+        """(tokens, bias of their attention); a bad mask is refused before anything runs."""
+        tells = isinstance(self.patch_embed, PatchEmbed) and not (self.training and self.patch_drop_rate)
+        if attn_mask is not None and tells:  # the number of tokens, from the images alone
+            rows, columns = self._check_images(images)[1]
+            check_mask(self.num_prefix_tokens + rows * columns, attn_mask, is_causal)
+        x = self._embed(images)
+        return x, attention_bias(x, attn_mask, is_causal)
+
     def _drop_patches(self, x):
         """Keeps a random subset of the patch tokens of each image. Source: Li et al., "FLIP", 2022."""
         patches = x[:, self.num_prefix_tokens :]
@@ -670,15 +751,25 @@ class VisionTransformer(nn.Module):
         patches = patches.gather(1, chosen.expand(-1, -1, patches.shape[2]))
         return torch.cat([x[:, : self.num_prefix_tokens], patches], dim=1)
 
-    def _run_block(self, block, x):
+    def _run_block(self, block, x, **masks):
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, x, use_reentrant=False, **masks)
+        return block(x, **masks)
 
-    def forward_features(self, images):
-        """Images → normalised tokens [B, K + N, C]."""
-        x = call_blocks(self.blocks, self._embed(images), self._run_block, self.grad_checkpointing)
-        return plain.layer_norm(self.norm, x)
+    def _run_blocks(self, x, first=0, last=None, bias=None):
+        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run unprepared."""
+        if bias is None and (first, last) == (0, None):
+            return call_blocks(self.blocks, x, self._run_block, self.grad_checkpointing)
+        if bias is None:
+            return run_blocks(self.blocks, x, first, last, self._run_block)
+        for block in self.blocks[first:last]:
+            x = self._run_block(block, x, attn_mask=bias)
+        return x
+
+    def forward_features(self, images, attn_mask=None, is_causal: bool = False):
+        """Images → normalised tokens [B, K + N, C]; the masks are those of ``forward``."""
+        x, bias = self._embed_masked(images, attn_mask, is_causal)
+        return plain.layer_norm(self.norm, self._run_blocks(x, bias=bias))
 
     def pool(self, x, pool_type: str | None = None):
         """Tokens [B, K + N, C] → [B, C] (or the tokens, for "")."""
@@ -706,8 +797,15 @@ class VisionTransformer(nn.Module):
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
-    def forward(self, images):
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images, attn_mask=None, is_causal: bool = False):
+        """Images → logits [B, num_classes].
+
+        Args:
+            attn_mask: broadcasts to [B, H, K + N, K + N]: bool, True where a token may attend to another, or a float
+                that is added to the scores. Attention then runs on the torch backend.
+            is_causal: a token attends to itself and to those before it.
+        """
+        return self.forward_head(self.forward_features(images, attn_mask, is_causal))
 
     def _layer_indices(self, indices):
         depth = len(self.blocks)
@@ -735,6 +833,8 @@ class VisionTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask=None,
+        is_causal: bool = False,
     ):
         """Features after chosen blocks.
 
@@ -746,20 +846,21 @@ class VisionTransformer(nn.Module):
             output_fmt: "NCHW" [B, C, rows, columns] or "NLC" [B, N, C].
             intermediates_only: only the list.
             output_dict: {"image_features", "image_intermediates", "image_intermediates_prefix"}.
+            attn_mask, is_causal: as in ``forward``.
         Returns:
             (normalised tokens, list of intermediates), or as asked above.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"vit_fast.VisionTransformer: output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
         chosen = self._layer_indices(indices)
-        x = self._embed(images)
+        x, bias = self._embed_masked(images, attn_mask, is_causal)
         features, done = [], 0
         for i in sorted(set(chosen)):
-            x = run_blocks(self.blocks, x, done, i + 1, self._run_block)
+            x = self._run_blocks(x, done, i + 1, bias)
             features.append(plain.layer_norm(self.norm, x) if norm else x)
             done = i + 1
         if not stop_early:
-            x = run_blocks(self.blocks, x, done, None, self._run_block)
+            x = self._run_blocks(x, done, None, bias)
         prefix = [y[:, : self.num_prefix_tokens] for y in features] if self.num_prefix_tokens else None
         features = [y[:, self.num_prefix_tokens :] for y in features]
         if output_fmt == "NCHW":
@@ -783,16 +884,52 @@ class VisionTransformer(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        attn_mask=None,
+        return_class_token: bool = False,
     ):
-        """Features after the last n (or the listed) blocks, as a list; DINOv2's words."""
-        return self.forward_intermediates(
+        """Features after the last n (or the listed) blocks, as a list; DINO's interface.
+
+        Args:
+            reshape: [B, C, rows, columns] instead of [B, N, C].
+            return_prefix_tokens: each becomes (patches, prefix tokens [B, K, C]), timm's word.
+            return_class_token: each becomes (patches, class token [B, C]), DINOv2's word.
+            norm: applies the final norm to each; by default not, as in timm (DINOv2 does).
+            attn_mask: as in ``forward``.
+        """
+        if return_class_token and (return_prefix_tokens or not self.has_class_token):
+            wanted = "return_prefix_tokens=False with it" if return_prefix_tokens else "a model with a class token"
+            raise ValueError(f"vit_fast.VisionTransformer: return_class_token is True, expected {wanted}")
+        layers = self.forward_intermediates(
             images,
             n,
-            return_prefix_tokens=return_prefix_tokens,
+            return_prefix_tokens=return_prefix_tokens or return_class_token,
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
+            attn_mask=attn_mask,
         )
+        return [(patches, prefix[:, 0]) for patches, prefix in layers] if return_class_token else layers
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what ``forward_intermediates`` of the same indices does not need: the blocks behind the last one.
+
+        Args:
+            indices: the last n blocks, or a list (negative counts from the end).
+            prune_norm: removes the final norm.
+            prune_head: removes pooling, its norm and the head.
+        Returns:
+            the indices counted from the first block, which stay valid.
+        """
+        chosen = self._layer_indices(indices)
+        self.blocks = self.blocks[: max(chosen) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return chosen
 
     def get_attention_maps(self, images, n: int | list[int] = 1, queries=None):
         """Attention probabilities of chosen blocks; all others, and their outputs, stay on the fast path.
@@ -807,7 +944,7 @@ class VisionTransformer(nn.Module):
         x = self._embed(images)
         maps, done = [], 0
         for i in chosen:
-            x = run_blocks(self.blocks, x, done, i, self._run_block)
+            x = self._run_blocks(x, done, i)
             x, probabilities = self.blocks[i].forward_with_attention(x, queries)
             maps.append(probabilities)
             done = i + 1

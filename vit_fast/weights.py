@@ -174,20 +174,59 @@ def load_checkpoint(model, path):
     return load_state_dict(model, state)
 
 
-def load_pretrained(model, name, words):
-    """timm's weights for a name, adapted by timm to ``words`` (num_classes, in_chans, img_size, ...).
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # in front of model names that timm's hub functions look up
+
+# The constructor words that change what a state_dict of timm's holds, by timm's names.
+_SHAPING_WORDS = (
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
+    "qkv_bias", "qk_norm", "proj_bias", "init_values", "class_token", "pos_embed", "no_embed_class", "reg_tokens",
+    "pre_norm", "final_norm", "fc_norm",
+)  # fmt: skip
+
+
+def _import_timm(what):
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"vit_fast: {what} needs timm: pip install vit-fast[timm]") from error
+    return timm
+
+
+def config_of(name, cache_dir=None):
+    """(pretrained_cfg, architecture, constructor words) that the config.json of a hub or folder model tells.
+
+    Raises:
+        ImportError: timm is not installed, or too old to read folders.
+        WeightsError: there is no such config, or it cannot be downloaded.
+    """
+    hub = _import_timm(repr(name)).models._hub
+    source, _, place = name.partition(":")
+    reader = "load_model_config_from_path" if source == "local-dir" else "load_model_config_from_hf"
+    if not hasattr(hub, reader):
+        raise ImportError(f"vit_fast: {name!r} needs a timm that has {reader}: pip install -U timm")
+    words = {"cache_dir": cache_dir} if cache_dir is not None and source != "local-dir" else {}
+    try:
+        return getattr(hub, reader)(place, **words)
+    except Exception as error:
+        # What huggingface_hub raises without network, repository or permission has no common class.
+        raise WeightsError(
+            f"vit_fast.create_model: the config of {name!r} cannot be had through timm: {error}"
+        ) from error
+
+
+def load_pretrained(model, name, architecture, cfg, words, cache_dir=None):
+    """timm's weights of a ``pretrained_cfg``, adapted by timm to ``words`` (num_classes, in_chans, img_size, ...).
 
     Raises:
         ImportError: timm is not installed.
         WeightsError: timm has no such weights, or they cannot be downloaded.
     """
+    timm = _import_timm("pretrained=True")
+    known = {key: words[key] for key in _SHAPING_WORDS if key in words}
+    if cache_dir is not None:
+        known["cache_dir"] = cache_dir
     try:
-        import timm
-    except ImportError as error:
-        raise ImportError("vit_fast: pretrained=True needs timm: pip install vit-fast[timm]") from error
-    known = {key: words[key] for key in ("num_classes", "in_chans", "img_size", "global_pool") if key in words}
-    try:
-        source = timm.create_model(name, pretrained=True, **known)
+        source = timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg or None, **known)
     except Exception as error:
         raise WeightsError(
             f"vit_fast.create_model: pretrained weights of {name!r} cannot be had through timm: {error}. "

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import plain
-from vit_fast.block import call_blocks
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -209,14 +208,14 @@ class DeiT(_Heads, VisionTransformer):
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         return F.dropout(x, self.pos_drop_rate, self.training)
 
-    def forward_tokens(self, images):
+    def forward_tokens(self, images, attn_mask=None, is_causal: bool = False):
         """Images → normalised tokens [B, num_tokens + N, D]."""
-        return super().forward_features(images)
+        return super().forward_features(images, attn_mask, is_causal)
 
-    def forward_features(self, images):
+    def forward_features(self, images, attn_mask=None, is_causal: bool = False):
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
-        x = call_blocks(self.blocks, self._embed(images), self._run_block, self.grad_checkpointing)
-        x = plain.layer_norm(self.norm, x, slice(self.num_tokens))
+        x, bias = self._embed_masked(images, attn_mask, is_causal)
+        x = plain.layer_norm(self.norm, self._run_blocks(x, bias=bias), slice(self.num_tokens))
         return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])
 
     def group_matcher(self, coarse: bool = False) -> dict:
