@@ -20,6 +20,7 @@ from torch import nn
 
 from . import ops
 from .kernels.reference import activate, attention_weights, split_heads
+from .kernels.tracing import is_fx_symbolic_tracing, is_recording
 
 PREPARED = "_vit_fast_prepared"  # the attribute of a row of blocks that holds its prepared weights
 _PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity}
@@ -80,8 +81,9 @@ def drop_path_scale(x, rate: float, training: bool):
 
 def is_plain(*modules) -> bool:
     """Whether modules are what their class says: no hook, no parametrization, no wrapper, no forward of their own, so
-    that their weights may be read past their ``__call__``. None and ``nn.Identity`` count as plain."""
-    return all(
+    that their weights may be read past their ``__call__``. None and ``nn.Identity`` count as plain. Nothing does while
+    torch.fx traces, whose graphs have a node for each module."""
+    return not is_fx_symbolic_tracing() and all(
         module is None
         or (
             type(module) in _PLAIN
@@ -151,7 +153,7 @@ def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
     Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called
     for each block, by default block(x).
     """
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or is_recording()):
         prepared = blocks.__dict__.get(PREPARED)
         if prepared is not None and prepared.serves(x):
             return prepared.run(x, first, last)

@@ -101,8 +101,8 @@ def absent(args, kwargs) -> bool:
 
 
 def is_dense(x, dims) -> bool:
-    """Whether x is a plain tensor of so many dimensions, and no tracer of torch.fx or torch.jit watches it."""
-    return type(x) in _TENSORS and not x.is_nested and x.dim() == dims and not torch.jit.is_tracing()
+    """Whether x is a plain tensor of so many dimensions, and no tracer of torch.fx watches it."""
+    return type(x) in _TENSORS and not x.is_nested and x.dim() == dims
 
 
 def autocasts(x) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import is_plain, run_blocks
+from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -190,11 +191,13 @@ class DeiT(_Heads, VisionTransformer):
         elif mode.startswith("jax") and name.startswith("pre_logits"):
             lecun_normal_(module.weight)
 
+    @untraced
     def _check_images(self, images):
-        words.check_images("deit", images, self.in_chans)
-        size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
-        if not self.dynamic_img_size and size != expected:
-            words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
+        if not isinstance(images, torch.fx.Proxy):
+            words.check_images("deit", images, self.in_chans)
+            size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
+            if not self.dynamic_img_size and size != expected:
+                words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
         return super()._check_images(images)
 
     def _embed(self, images):
@@ -202,10 +205,9 @@ class DeiT(_Heads, VisionTransformer):
             x = self.patch_embed(images)
             x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
             return F.dropout(x, self.pos_drop_rate, self.training)
-        images, grid = self._check_images(images)
+        images, grid, mean, std = self._fit(images)
         table = self._pos_table(grid)
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
-        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         proj = self.patch_embed.proj
         x = ops.patch_embed(images, proj.weight, proj.bias, table, prefix, proj.stride, mean, std)
         return F.dropout(x, self.pos_drop_rate, self.training)
