@@ -5,6 +5,7 @@ One file is one operation: head comment, device code, launch, public function.
 ===================  ==========================================================
 ``arguments``        what every backend demands of its arguments, and the errors
 ``reference``        the same operations in plain PyTorch: truth and last fallback
+``tracing``          which tracers and transforms of PyTorch watch a call
 ``configs``          launch configurations as data
 ``layer_norm``       LayerNorm over the last axis
 ``linear``           GEMM with fused epilogues: activation, LayerScale, residual

@@ -12,6 +12,8 @@ from numbers import Integral, Real
 
 import torch
 
+from .tracing import untraced
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PATCH_WEIGHT_SIZES = (
     "weight has {} rows", "weight has {} channels", "weight has patch height {}", "weight has patch width {}"
@@ -130,10 +132,12 @@ def _check_branch(op, x, gamma, row_scale, width, why):
         _check_vector(op, "row_scale", row_scale, x.shape[0], "the batch size of x", "x", x)
 
 
+@untraced
 def check_layer_norm(x, weight, bias, eps):
     _check_layer_norm("layer_norm", x, weight, bias, eps)
 
 
+@untraced
 def check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation):
     op = "layer_norm_linear"
     _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
@@ -146,6 +150,7 @@ def check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation
         )
 
 
+@untraced
 def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed):
     op = "linear_residual"
     _check_tensor(op, "x", x)
@@ -163,6 +168,7 @@ def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p
     _check_dropout(op, dropout_p, seed, "x", x)
 
 
+@untraced
 def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed):
     op = "layernorm_mlp"
     _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
@@ -186,6 +192,7 @@ def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, 
     _check_dropout(op, dropout_p, seed, "x", x)
 
 
+@untraced
 def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, num_prefix, q_norm, k_norm, dropout_p, seed):
     op = "attention"
     _check_tensor(op, "qkv", qkv, 3)
@@ -261,6 +268,7 @@ def _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths,
         _check_eps(op, f"{name} eps", norm[2])
 
 
+@untraced
 def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std):
     """Returns the stride as a pair."""
     op = "patch_embed"
@@ -319,10 +327,12 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
     return stride
 
 
+@untraced
 def check_prepared_blocks(x, weights):
     _check_blocks("prepared_blocks", x, weights[0], (weights[0].dtype,))
 
 
+@untraced
 def check_fp8_blocks(x, weights):
     _check_blocks("fp8_blocks", x, weights[1], (torch.float16, torch.bfloat16))
 

@@ -12,6 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .tracing import is_transformed, transform_reasons, untraced
+
 _ACTIVATION = {
     None: lambda z: z,
     "gelu": F.gelu,
@@ -23,7 +25,7 @@ _ACTIVATION = {
 
 def _may_overwrite():
     """Whether a fresh intermediate may be written in place: nothing records it for a backward or a graph."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transform_reasons())
 
 
 def _stat_dtype(x):
@@ -88,13 +90,30 @@ def dropout(x, p, seed):
 # layer_norm: y = (x − mean) / sqrt(var + eps) · weight + bias over the last axis.
 
 
+@untraced
+def _width(x):
+    """The last axis as an int: ONNX takes no other."""
+    return x.shape[-1]
+
+
 def layer_norm(x, weight, bias, eps):
     if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
         dtype = torch.promote_types(x.dtype, (weight if weight is not None else bias).dtype)
         return layer_norm(
             x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype), eps
         ).to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if is_transformed():
+        return _plain_layer_norm(x, weight, bias, eps)
+    return F.layer_norm(x, (_width(x),), weight, bias, eps)
+
+
+def _plain_layer_norm(x, weight, bias, eps):
+    """``F.layer_norm``, whose tangent torch itself differentiates wrongly (torch 2.13), in plain arithmetic."""
+    wide = x.to(_stat_dtype(x))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def layer_norm_stats(x, eps):
@@ -246,7 +265,8 @@ def attention(
     if key_lengths is not None:
         padding = torch.arange(k.shape[2], device=q.device) >= key_lengths[:, None, None, None]
         mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
-    if dropout_p and seed is not None:
+    # torch's fused attention on a CPU has no tangent, no second derivative and no rule for vmap.
+    if is_transformed() or (dropout_p and seed is not None):
         out = dropout(attention_weights(q, k, scale, mask), dropout_p, seed) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)

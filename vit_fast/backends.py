@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels.arguments import UnsupportedError
+from .kernels.tracing import transform_reasons
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 OPERATIONS = (
@@ -153,7 +154,7 @@ def note(operation: str, chosen: str, reasons) -> None:
 
 
 def select(op: str, device: torch.device, not_supported) -> str:
-    """The backend that runs ``op`` on ``device``.
+    """The backend that runs ``op`` on ``device``: "torch" where a tracer or transform wants plain PyTorch operations.
 
     Args:
         not_supported: function of no arguments that lists why Triton cannot run this very call.
@@ -165,13 +166,15 @@ def select(op: str, device: torch.device, not_supported) -> str:
     if word == "torch":
         chosen, reasons = "torch", ["forced"]
     elif word == "auto":
-        reasons = list(unavailable("triton", device.type, device.index)) or not_supported()
+        reasons = list(unavailable("triton", device.type, device.index) or transform_reasons()) or not_supported()
         chosen = "torch" if reasons else "triton"
         if reasons and _strict() and (device.type == "cuda" or not unavailable("triton", device.type, device.index)):
             raise UnsupportedError(f"vit_fast.{op}: triton cannot run this (VIT_FAST_STRICT=1): {'; '.join(reasons)}")
     else:
-        reasons = list(unavailable(word, device.type, device.index)) or not_supported()
-        if reasons:
+        reasons = list(unavailable(word, device.type, device.index))
+        if not reasons and (reasons := list(transform_reasons())):
+            reasons.append('run it inside `with vit_fast.backend("torch")`')
+        if reasons := reasons or not_supported():
             raise UnsupportedError(f"vit_fast.{op}: backend {word!r} was forced and cannot run: {'; '.join(reasons)}")
         chosen = word
     note(op, chosen, reasons)

@@ -20,6 +20,7 @@ from torch import nn
 
 from . import ops
 from .kernels.reference import activate, attention_weights, split_heads
+from .kernels.tracing import is_recording
 from .plain import why_not_plain
 
 PREPARED = "_vit_fast_prepared"  # the attribute of a row of blocks that holds its prepared weights
@@ -139,7 +140,7 @@ def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
     Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called
     for each block, by default block(x).
     """
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or is_recording()):
         prepared = blocks.__dict__.get(PREPARED)
         if prepared is not None and prepared.serves(x):
             return prepared.run(x, first, last)

@@ -5,6 +5,8 @@ Each public function checks its arguments, asks ``backends.select``, and calls e
 what a backward needs beside the output (natural-log LSE; mean and rstd of rows), carry a fake, an autograd formula
 and a FLOP formula, and record the backend, so that forward and backward may run on different ones. Their backward
 ``vit_fast::<op>_bwd`` is the closed formula of ``kernels.reference``; differentiating it once more raises.
+Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and ONNX export the reference runs
+(``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
 ``prepared_blocks`` and ``fp8_blocks`` have no gradient: ``vit_fast.prepare`` calls them in inference only.
@@ -19,6 +21,7 @@ import torch
 from . import backends
 from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
+from .kernels.tracing import is_transformed
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
 
@@ -31,6 +34,15 @@ _flop_log.disabled = False
 
 _library = torch.library.Library("vit_fast", "DEF")
 _interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
+
+
+def _refuse_transforms(name):
+    """Raises in a transform, where only a graph recorded outside of it calls an operator: these have no tangent."""
+    if is_transformed():
+        raise UnsupportedError(
+            f"vit_fast.{name}: a recorded graph of the triton backend cannot run under torch.func's transforms or "
+            "forward-mode differentiation; call the model itself, or record it inside `with vit_fast.backend('torch')`"
+        )
 
 
 def _register(name, signature, results, differentiable, forward, fake, backward, flops, save_output=False):
@@ -49,6 +61,7 @@ def _register(name, signature, results, differentiable, forward, fake, backward,
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
+        _refuse_transforms(name)
         interpreted = inputs[-1] == "triton" and inputs[0].device.type == "cpu"
         with _interpreter if interpreted else contextlib.nullcontext():
             outputs = forward(inputs[-1])(*inputs[:-1])
@@ -144,6 +157,7 @@ _register(
 )
 
 
+@torch.fx.wrap
 def layer_norm(x, weight, bias, eps: float = 1e-6):
     """LayerNorm over the last axis: (x − mean)/√(var + eps)·weight + bias, statistics in float32.
 
@@ -192,6 +206,7 @@ _register(
 )
 
 
+@torch.fx.wrap
 def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activation: str | None = None):
     """act(LN(x) Wᵀ + b): LayerNorm and the qkv projection, or LayerNorm, fc1 and its activation.
 
@@ -249,6 +264,7 @@ _register(
 )
 
 
+@torch.fx.wrap
 def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p: float = 0.0, seed=None):
     """residual + row_scale·gamma·dropout(x Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
 
@@ -309,6 +325,7 @@ _register(
 )
 
 
+@torch.fx.wrap
 def layernorm_mlp(
     x,
     ln_weight,
@@ -412,6 +429,7 @@ def _normalise_heads(x, num_heads, norm):
     return x if norm is None else layer_norm(x.unflatten(2, (num_heads, -1)), *norm).flatten(2)
 
 
+@torch.fx.wrap
 def attention(
     qkv,
     num_heads: int,
@@ -489,6 +507,7 @@ def _register_blocks(name, tensors_per_block):
 
     def run(x, weights, *arguments):
         *arguments, _ = arguments
+        _refuse_transforms(name)
         with _interpreter if x.device.type == "cpu" else contextlib.nullcontext():
             return getattr(backends.kernel(name), name)(x, weights, *arguments).contiguous()
 
@@ -595,6 +614,7 @@ _register(
 )
 
 
+@torch.fx.wrap
 def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
     """Patch embedding: convolution, position embedding of the patch rows, prefix tokens in front.
 

@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import backends, ops
 from .kernels.reference import normalise_pixels
+from .kernels.tracing import is_fx_symbolic_tracing
 
 LINEAR = (nn.Linear,)
 CONVOLUTION = (nn.Conv2d,)
@@ -59,6 +60,8 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if module is None:
         return None
+    if is_fx_symbolic_tracing():
+        return "is a node of the graph that torch.fx traces"
     hooks, fields = module._forward_hooks, module.__dict__
     if hooks and not all(ignores(hook) for hook in hooks.values()):
         return "carries a hook"
@@ -157,6 +160,6 @@ def patch_embed(module, images, table, prefix, mean=None, std=None, cls=nn.Conv2
         return ops.patch_embed(images, conv.weight, conv.bias, table, prefix, conv.stride, mean, std)
     dtype = dtype_of(module)
     x = module(images.to(dtype) if mean is None else normalise_pixels(images, mean, std, dtype))
-    x = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+    x = x.flatten(2).transpose(1, 2) if cls is nn.Conv2d else x
     x = x if table is None else x + table
     return x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)

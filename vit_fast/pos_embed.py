@@ -16,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .kernels.tracing import untraced
+
 _POLICIES = {
     "R1": dict(mode="bilinear", align_corners=True),
     "R2": dict(mode="bilinear", align_corners=False),
@@ -75,6 +77,13 @@ def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_t
         )
     if old_grid == new_grid:
         return table
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        # That exporter knows no antialiased bicubic interpolation: the resized table is a constant of its graph.
+        return untraced(_resize)(table.detach(), old_grid, new_grid, policy, num_prefix_tokens)
+    return _resize(table, old_grid, new_grid, policy, num_prefix_tokens)
+
+
+def _resize(table, old_grid, new_grid, policy, num_prefix_tokens):
     prefix, grid = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
     grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if grid.dtype in (torch.float16, torch.bfloat16):

@@ -32,6 +32,7 @@ from .block import (
 )
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
+from .kernels.tracing import untraced
 from .layer_args import activation_of, library, norm_maker
 from .patch_resize import resize_patch_embed
 from .pos_embed import check_policy, resize_pos_embed
@@ -680,8 +681,13 @@ class VisionTransformer(nn.Module):
             self.pos_embed, self.patch_embed.grid_size, grid, self.pos_embed_policy, self._pos_prefix
         )
 
+    @untraced
     def _check_images(self, images):
-        """Pads where asked; returns images and their grid."""
+        """(rows, columns of pixels to pad; the grid) of images; a graph of torch.fx has the size of the model."""
+        if isinstance(images, torch.fx.Proxy):
+            for side, wanted in zip((2, 3), self.patch_embed.img_size, strict=True):
+                torch._assert(images.shape[side] == wanted, f"vit_fast.VisionTransformer: expected {wanted} pixels")
+            return (0, 0), self.patch_embed.grid_size
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"vit_fast.VisionTransformer: images are {type(images).__name__}, expected a torch.Tensor")
         if images.dim() != 4:
@@ -709,25 +715,30 @@ class VisionTransformer(nn.Module):
             )
         grid = embed.feat_size(height, width)
         if embed.dynamic_img_pad:
-            pad = (grid[1] * embed.patch_size[1] - width, grid[0] * embed.patch_size[0] - height)
-            if pad != (0, 0):
-                images = F.pad(images, (0, pad[0], 0, pad[1]))
-        elif height < embed.patch_size[0] or width < embed.patch_size[1]:
+            return (grid[0] * embed.patch_size[0] - height, grid[1] * embed.patch_size[1] - width), grid
+        if height < embed.patch_size[0] or width < embed.patch_size[1]:
             raise ValueError(
                 f"vit_fast.VisionTransformer: images are {height}×{width}, "
                 f"expected at least one patch of {embed.patch_size[0]}×{embed.patch_size[1]}"
             )
-        return images, grid
+        return (0, 0), grid
+
+    def _fit(self, images):
+        """Images, checked and padded where the model pads; their grid; mean and std where they are uint8."""
+        pad, grid = self._check_images(images)
+        if pad != (0, 0):
+            images = F.pad(images, (0, pad[1], 0, pad[0]))
+        raw = not isinstance(images, torch.fx.Proxy) and images.dtype == torch.uint8
+        return images, grid, self.mean if raw else None, self.std if raw else None
 
     def _embed(self, images):
         """Images → tokens with position embedding, dropouts and norm_pre: [B, K + N, C]."""
-        images, grid = self._check_images(images)
+        images, grid, mean, std = self._fit(images)
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1) if len(tokens) > 1 else (tokens[0] if tokens else None)
         table = self._pos_table(grid)
         if table is not None and self._pos_prefix:
             prefix, table = prefix + table[:, : self._pos_prefix], table[:, self._pos_prefix :]
-        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         x = F.dropout(x, self.pos_drop_rate, self.training)
         if self.training and self.patch_drop_rate:

@@ -73,14 +73,12 @@ def given(args, kwargs) -> str | None:
 
 
 def not_dense(x, dims) -> str | None:
-    """Why x is no plain tensor of so many dimensions, or None; tracers of torch.fx and torch.jit watch others."""
+    """Why x is no plain tensor of so many dimensions, or None; a tracer of torch.fx watches others."""
     if type(x) not in TENSORS:
         return f"the input is a {type(x).__name__}"
     if x.is_nested:
         return "the input is a nested tensor"
-    if x.dim() != dims:
-        return f"the input has {x.dim()} dimensions, not {dims}"
-    return "torch.jit traces the model" if torch.jit.is_tracing() else None
+    return f"the input has {x.dim()} dimensions, not {dims}" if x.dim() != dims else None
 
 
 def autocasts(x) -> bool:

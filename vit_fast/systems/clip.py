@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from vit_fast import plain
 from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
 from vit_fast.kernels.reference import activate
+from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
 from vit_fast.weights import WeightsError, load_state_dict
@@ -259,6 +260,7 @@ class ImageTower(nn.Module):
             _fail_size(subject, size, f"multiples of the patch {patch}; allow_floor=True leaves the rest out")
         return tuple((pixels - patch) // stride + 1 for pixels, patch, stride in parts)
 
+    @untraced
     def _check_images(self, images):
         """The grid of the images, after every check."""
         words.check_images("clip", images, self.in_chans)
@@ -317,6 +319,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images, cv_emb=None):
         """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
+        words.check_traceable("clip", images)
         if cv_emb is not None and self.variant != "clip_reid":
             words.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
         x = self._embed(images, cv_emb)

@@ -62,6 +62,7 @@ class ReID(nn.Module):
         return (self.sie_coe * self.cv_embed[index]).expand(batch, -1)
 
     def forward(self, images, cam_label=None, view_label=None):
+        words.check_traceable("clip_reid", images)
         side = self._side_information(cam_label, view_label, images.shape[0])
         last, feature, projected = (tokens[:, 0] for tokens in self.image_encoder(images, side))
         if not self.training and self.neck_feat == "before":

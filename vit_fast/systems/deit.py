@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import plain
+from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
@@ -189,11 +190,13 @@ class DeiT(_Heads, VisionTransformer):
         elif mode.startswith("jax") and name.startswith("pre_logits"):
             lecun_normal_(module.weight)
 
+    @untraced
     def _check_images(self, images):
-        words.check_images("deit", images, self.in_chans)
-        size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
-        if not self.dynamic_img_size and size != expected:
-            words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
+        if not isinstance(images, torch.fx.Proxy):
+            words.check_images("deit", images, self.in_chans)
+            size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
+            if not self.dynamic_img_size and size != expected:
+                words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
         return super()._check_images(images)
 
     def _embed(self, images):
@@ -201,10 +204,9 @@ class DeiT(_Heads, VisionTransformer):
             x = self.patch_embed(images)
             x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
             return F.dropout(x, self.pos_drop_rate, self.training)
-        images, grid = self._check_images(images)
+        images, grid, mean, std = self._fit(images)
         table = self._pos_table(grid)
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
-        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         return F.dropout(x, self.pos_drop_rate, self.training)
 

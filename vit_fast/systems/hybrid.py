@@ -40,6 +40,7 @@ from vit_fast.block import (
     run_blocks,
 )
 from vit_fast.kernels.reference import activate, attention_weights
+from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import resize_pos_embed
 from vit_fast.weights import WeightsError, load_state_dict
 
@@ -385,6 +386,7 @@ class VisionTransformer(nn.Module):
         """The original's method: a Google checkpoint, as ``numpy.load`` gives it."""
         load(self, weights)
 
+    @untraced
     def _check_images(self, images):
         check_images(_FAMILY, images, self.in_chans)
         check_float(_FAMILY, images)
@@ -414,6 +416,8 @@ class VisionTransformer(nn.Module):
         if hasattr(self, "pre_logits"):
             x = torch.tanh(self.pre_logits(x))
         logits = self.head(x)
+        if torch.jit.is_tracing():
+            maps = maps or ()  # a traced graph returns no empty list
         return (logits, maps) if labels is None else self._loss(logits, labels)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.kernels.tracing import untraced
 from vit_fast.weights import load_state_dict
 
 from . import words
@@ -39,6 +40,7 @@ def _sizes(name, value, wanted):
     return tuple(_whole(name, size) for size in value)
 
 
+@untraced
 def _check_tokens(x, width, count=None):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"vit_fast.systems.lanl: tokens are {type(x).__name__}, expected a torch.Tensor")
@@ -49,6 +51,7 @@ def _check_tokens(x, width, count=None):
         )
 
 
+@untraced
 def _check_images(x, img_size):
     words.check_images(FAMILY, x, img_size[0])
     words.check_float(FAMILY, x)

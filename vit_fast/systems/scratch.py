@@ -20,6 +20,7 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.kernels.arguments import ACTIVATIONS
+from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.weights import WeightsError, load_state_dict
 
@@ -95,6 +96,7 @@ class ScratchViT(nn.Module):
         table = self.position_embedding_table[: 1 + self.grid_size[0] * self.grid_size[1]]
         return resize_pos_embed(table, self.grid_size, grid, self.pos_embed_policy, 1)
 
+    @untraced
     def _check(self, image):
         words.check_images(FAMILY, image, self.in_chans)
         words.check_float(FAMILY, image)

@@ -6,6 +6,8 @@ Source: Yuan et al., "Tokens-to-Token ViT", 2021; Vaswani et al., "Attention Is 
 import torch
 import torch.nn.functional as F
 
+from vit_fast.kernels.tracing import untraced
+
 
 def sinusoid_table(tokens: int, width: int) -> torch.Tensor:
     """[1, tokens, width] float32: sin (even channels) and cos (odd) of position / 10000^(2·⌊channel/2⌋/width).
@@ -24,16 +26,34 @@ def split_grid(size: tuple[int, int], kernel: int, stride: int, padding: int) ->
     return tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
 
 
+@untraced
+def _window_pixels(padded, kernel, stride):
+    """The pixel rows [rows, kernel] and columns [columns, kernel] of the windows."""
+    windows = split_grid(padded.shape[2:], kernel, stride, 0)
+    offsets = torch.arange(kernel, device=padded.device)
+    return [torch.arange(count, device=padded.device)[:, None] * stride + offsets for count in windows]
+
+
+def _gathered(padded, rows, columns):
+    """What two calls of ``Tensor.unfold`` give, which ONNX has not: [B, C, rows, columns, kernel, kernel]."""
+    pixels = padded.index_select(2, rows.flatten()).index_select(3, columns.flatten())
+    return pixels.reshape(*padded.shape[:2], *rows.shape, *columns.shape).transpose(3, 4)
+
+
 def soft_split(images, kernel: int, stride: int, padding: int):
     """Zero-padded windows as tokens: [B, C, H, W] → [B, rows·columns, C·kernel²], contiguous.
 
     Tokens are row-major; inside a token the channel is outermost, then window row, then window column.
     """
     padded = F.pad(images, (padding, padding, padding, padding)) if padding else images
-    windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride)
+    if torch.jit.is_tracing():
+        windows = _gathered(padded, *_window_pixels(padded, kernel, stride))
+    else:
+        windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride)
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def as_image(tokens, grid: tuple[int, int]):
     """Tokens back on their grid: [B, rows·columns, C] → [B, C, rows, columns], a view."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    # unflatten would fix the batch size in ONNX
+    return tokens.view(tokens.shape[0], *grid, tokens.shape[2]).permute(0, 3, 1, 2)

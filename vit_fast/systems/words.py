@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 
 from vit_fast import layer_args
+from vit_fast.kernels.arguments import UnsupportedError
+from vit_fast.kernels.tracing import untraced
 from vit_fast.layer_args import activation_of, built
 from vit_fast.weights import WeightsError, read_state_dict
 
@@ -94,8 +96,19 @@ def check_heads(family, heads_name, heads, width_name, width):
         fail(family, heads_name, heads, f"a divisor of {width_name} {width}")
 
 
+def check_traceable(family, images):
+    """``UnsupportedError`` where torch.fx traces the model: these forwards read the sizes of images."""
+    if isinstance(images, torch.fx.Proxy):
+        raise UnsupportedError(
+            f"vit_fast.systems.{family}: torch.fx cannot trace this model; "
+            "take features with forward hooks, or a graph with torch.export"
+        )
+
+
+@untraced
 def check_images(family, images, in_chans):
     """``TypeError`` or ``ValueError`` unless images are a tensor [B, in_chans, H, W]."""
+    check_traceable(family, images)
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"vit_fast.systems.{family}: images are {type(images).__name__}, expected a torch.Tensor")
     if images.dim() != 4:

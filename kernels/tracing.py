@@ -1,0 +1,66 @@
+"""What of PyTorch may be watching a call: tracers, exporters, function transforms, forward-mode differentiation.
+
+They follow plain PyTorch operations. The registered operators have a backward and no more: no rule for vmap, no
+tangent, nothing that ONNX knows.
+"""
+
+import functools
+
+import torch
+from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+
+def transform_reasons() -> tuple[str, ...]:
+    """Why only plain PyTorch operations can run now, whatever the arguments; empty in an ordinary call."""
+    if torch._C._get_tracing_state() is not None:
+        return ("torch.jit.trace records plain PyTorch operations only",)
+    if is_transformed():
+        return ("torch.func's transforms and forward-mode differentiation need plain PyTorch operations",)
+    if _in_onnx_export():
+        return ("torch.onnx.export knows plain PyTorch operations only",)
+    return ()
+
+
+def is_recording() -> bool:
+    """Whether torch.jit.trace or torch.fx turns a model into a graph that is to run whatever the mode and the size of
+    the batch then are."""
+    return torch.jit.is_tracing() or is_fx_symbolic_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether the call stands inside a transform of torch.func (grad, vmap, jvp, ...) or a level of dual tensors."""
+    return forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def _in_torch_func():
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _in_onnx_export():
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+# Dynamo cannot read these two; it enters torch.func's transforms while it traces, and guards their stack. The attribute
+# is what torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s).
+_in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True
+
+
+def untraced(function):
+    """Decorator: torch.jit's tracer, if there is one, does not see the function.
+
+    Sizes are ints in there, and not tensors of the graph; a tensor that it makes becomes a constant of the graph.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        state = torch._C._get_tracing_state()
+        if state is None:
+            return function(*args, **kwargs)
+        torch._C._set_tracing_state(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    return run
