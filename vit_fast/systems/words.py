@@ -11,10 +11,9 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from vit_fast.weights import WeightsError, read_state_dict
+from vit_fast.weights import read_state_dict, unwrap
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
-_WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 
 def fail(family, name, value, wanted):
@@ -122,25 +121,17 @@ def fail_images(family, images, wanted):
     raise ValueError(f"vit_fast.systems.{family}: images are {images.shape[2]}×{images.shape[3]}, expected {wanted}")
 
 
-def state_of(family, source):
+def state_of(family, source, torchscript=False):
     """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``weights.read_state_dict``.
-
-    Unwraps "state_dict_ema", "state_dict" and "model" and strips a "module." prefix.
 
     Raises:
         TypeError: neither a mapping nor a path.
         WeightsError: unreadable file, or something else than tensors inside.
     """
     if isinstance(source, (str, os.PathLike)):
-        return read_state_dict(source)
+        return read_state_dict(source, torchscript=torchscript)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"vit_fast.systems.{family}: weights are {type(source).__name__}, expected a state_dict or a path"
         )
-    for wrapper in _WRAPPERS:
-        if isinstance(source.get(wrapper), Mapping):
-            source = source[wrapper]
-    foreign = [str(key) for key, value in source.items() if not isinstance(value, torch.Tensor)]
-    if foreign:
-        raise WeightsError(f"vit_fast.systems.{family}: weights hold {foreign[0]!r}, expected tensors only")
-    return {key.removeprefix("module."): value for key, value in source.items()}
+    return unwrap(source, f"vit_fast.systems.{family}: a checkpoint")
