@@ -15,7 +15,7 @@ from test_systems_hybrid import google_arrays
 import vit_fast
 from vit_fast import weights
 from vit_fast.convert import convert_file, convert_state_dict
-from vit_fast.systems import clip, deit, hybrid
+from vit_fast.systems import clip, deit, hybrid, t2t
 
 WORDS = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5)
 HF = dict(
@@ -51,7 +51,7 @@ def told_of(caplog, level):
     )
 
 
-# Hugging Face: (class, config words, our words, our output, the names of what is left out)
+# Hugging Face: class → how the names of what is left out begin
 LEFT_OUT = {
     "ViTForImageClassification": [],
     "ViTModel": ["pooler.dense.bias", "pooler.dense.weight"],
@@ -292,6 +292,17 @@ def test_a_table_that_is_no_square_asks_for_its_grid(tmp_path):
     torch.save(small(img_size=(64, 24)).state_dict(), tmp_path / "y.pth")
     with pytest.raises(vit_fast.WeightsError, match=r"25 rows, expected 1 prefix rows and a square, or old_grid"):
         weights.load_checkpoint(model, tmp_path / "y.pth")
+
+
+def test_canonical_keys_load_into_the_families():
+    for build in (
+        lambda: deit.build(**WORDS),
+        lambda: t2t.build(img_size=32, embed_dim=24, depth=1, num_heads=3, mlp_ratio=2.0, num_classes=5),
+        jeonsworld,
+    ):
+        source, model = perturbed(build()), build()
+        weights.load_state_dict(model, convert_state_dict(source.state_dict(), "canonical")[0])
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 # Google's files: a key that is missing is the one that is named, and heads are those of the model

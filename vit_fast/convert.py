@@ -288,7 +288,7 @@ _WRITE = {
 _MODELS = (
     (is_jeonsworld, "jeonsworld", timm_to_jeonsworld),
     (lambda own: "class_embedding" in own, "clip", _timm_to_clip),
-    (lambda own: "patch_embed.proj.weight" in own, "timm", _as_it_is),
+    (lambda own: "blocks.0.attn.qkv.weight" in own, "timm", _as_it_is),
 )
 
 

@@ -26,7 +26,8 @@ class MissingKeyError(WeightsError, KeyError):
 
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz", ".ckpt")
-_AVERAGED = ("state_dict_ema", "model_ema")  # in timm's order of preference, as the next line
+# Keys that hold the state_dict of a checkpoint, in the order in which timm's loader looks for them.
+_AVERAGED = ("state_dict_ema", "model_ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model")
 _LOGGER = logging.getLogger("vit_fast")
 

@@ -24,7 +24,7 @@ def is_dinov2(state) -> bool:
 
 def fold_class_row(state, log):
     """Adds the first row of pos_embed to cls_token where there are registers; in place, in timm's keys."""
-    if "reg_token" not in state:
+    if not {"reg_token", "cls_token", "pos_embed"} <= state.keys():
         return
     row, state["pos_embed"] = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
     state["cls_token"] = state["cls_token"] + row
