@@ -289,9 +289,12 @@ def test_a_table_that_is_no_square_asks_for_its_grid(tmp_path):
     model = small(img_size=48)
     weights.load_checkpoint(model, tmp_path / "x.pth", old_grid=(8, 2))
     assert torch.equal(model.pos_embed, vit_fast.resize_pos_embed(source.pos_embed, (8, 2), (6, 6), "R5", 1))
-    torch.save(small(img_size=(64, 24)).state_dict(), tmp_path / "y.pth")
-    with pytest.raises(vit_fast.WeightsError, match=r"25 rows, expected 1 prefix rows and a square, or old_grid"):
-        weights.load_checkpoint(model, tmp_path / "y.pth")
+    tower = dict(patch_size=8, width=24, layers=1, heads=3, output_dim=4)
+    for build in (small, lambda **size: deit.build(**WORDS | size), lambda **size: clip.build(**tower, **size)):
+        torch.save(build(img_size=(64, 24)).state_dict(), tmp_path / "y.pth")
+        with pytest.raises(vit_fast.WeightsError, match=r"pos.*25.*old_grid=\(rows, columns\)"):
+            weights.load_checkpoint(build(img_size=48), tmp_path / "y.pth")
+        weights.load_checkpoint(build(img_size=48), tmp_path / "y.pth", old_grid=(8, 3))
 
 
 def test_canonical_keys_load_into_the_families():

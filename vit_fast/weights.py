@@ -238,7 +238,10 @@ def load_state_dict(model, state, fit=None):
     if unexpected:
         problems.append(f"unexpected {_listed(unexpected)}")
     if shapes:
-        problems.append(f"wrong shape {_listed(shapes)}")
+        tables = [key for key in ("pos_embed", "positional_embedding") if key in own and key in state]
+        rows = any(state[key].shape[-2] != own[key].shape[-2] for key in tables if state[key].dim() == own[key].dim())
+        hint = " (old_grid=(rows, columns) says which grid the file's table has)" if rows else ""
+        problems.append(f"wrong shape {_listed(shapes)}{hint}")
     if dtypes:
         problems.append(f"wrong dtype {_listed(dtypes)}")
     if problems:
