@@ -10,7 +10,7 @@ import torch
 
 import vit_fast
 from vit_fast import cli
-from vit_fast.convert import FAMILIES, convert_file, convert_state_dict, family_of
+from vit_fast.convert import convert_file, convert_state_dict, family_of
 from vit_fast.systems import hybrid
 from vit_fast.weights import WeightsError, read_state_dict
 
@@ -120,9 +120,13 @@ def test_timms_keys_stay_and_old_patch_weights_get_their_axes():
     assert_whole(report, source, state)
     assert report.count("kept") == len(source) and all(state[key] is source[key] for key in source)
     old = source | {"patch_embed.proj.weight": source["patch_embed.proj.weight"].flatten(1)}
-    state, report = convert_state_dict(old)
+    state, report = convert_state_dict(old, patch_size=8)
     assert torch.equal(state["patch_embed.proj.weight"], source["patch_embed.proj.weight"])
     assert report.count("resized") == 1 and "192 columns → 3×8×8" in str(report)
+    for patch_size in (None, 7):
+        with pytest.raises(WeightsError, match=f"patch_size is {patch_size}, expected the side.*192 columns"):
+            convert_state_dict(old, patch_size=patch_size)
+    assert convert_state_dict(old, patch_size=4)[0]["patch_embed.proj.weight"].shape == (24, 12, 4, 4)
 
 
 def test_clip_to_timm_as_open_clip_says(tmp_path, peer):
@@ -207,8 +211,10 @@ def test_blocks_that_timm_has_not_become_canonical_only(family, tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         facts = file.metadata()
     assert facts["vit_fast.family"] == family and facts["vit_fast.keys"] == "canonical"
-    assert facts["vit_fast.value_skip"] == str(family == "lanl") and facts["vit_fast.eps"] == "1e-05"
-    assert facts["vit_fast.pre_norm"] == str(family != "torch")
+    assert facts["vit_fast.value_skip"] == str(family == "lanl")
+    # Both programs take a class of LayerNorm and of the activation, torch's layer may be pre-norm: names tell neither.
+    assert not facts.keys() & {"vit_fast.eps", "vit_fast.activation"}
+    assert facts.get("vit_fast.pre_norm") == ("True" if family == "lanl" else None)
     with pytest.raises(ValueError, match=f"expected 'canonical' for family '{family}'"):
         convert_file(tmp_path / "x.pth", tmp_path / "y.safetensors")
     with pytest.raises(ValueError, match=f"expected 'canonical': the file is of family '{family}'"):
@@ -302,9 +308,42 @@ def test_openais_archive_only_where_it_is_trusted(tmp_path, capsys):
     assert torch.equal(read_state_dict(tmp_path / "x.safetensors")["cls_token"][0, 0], source.class_embedding)
 
 
-def test_every_family_has_its_facts():
-    for facts in FAMILIES.values():
-        assert facts.keys() == {"eps", "activation", "pre_norm", "value_skip", "policy"}
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_metadata_of_a_clip_tower_tells_no_activation(tmp_path, activation):
+    from safetensors import safe_open
+
+    from vit_fast.systems import clip
+
+    words = dict(image_size=32, patch_size=8, width=24, layers=1, heads=3, activation=activation)
+    safetensors.save_file(clip.build("open_clip", **words).state_dict(), tmp_path / "x.safetensors")
+    assert run("convert", tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--quiet") == 0
+    with safe_open(tmp_path / "y.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert facts == {
+        "format": "pt", "vit_fast.keys": "timm", "vit_fast.family": "clip", "vit_fast.pre_norm": "True",
+        "vit_fast.value_skip": "False",
+    }  # fmt: skip
+
+
+def test_metadata_of_googles_files_tells_the_heads(tmp_path):
+    from safetensors import safe_open
+    from test_systems_hybrid import google_arrays
+
+    np.savez(tmp_path / "x.npz", **google_arrays(jeonsworld()))
+    convert_file(tmp_path / "x.npz", tmp_path / "y.safetensors", "canonical")
+    convert_file(tmp_path / "y.safetensors", tmp_path / "z.safetensors")
+    for name, keys in (("y", "canonical"), ("z", "timm")):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            facts = file.metadata()
+        assert facts["vit_fast.num_heads"] == "3" and facts["vit_fast.activation"] == "gelu_tanh"
+        assert facts["vit_fast.family"] == "google" and facts["vit_fast.keys"] == keys
+
+
+def test_a_table_that_is_a_square_with_and_without_prefix_rows_asks_for_its_grid():
+    state = timm_keyed(img_size=24, reg_tokens=4, no_embed_class=True).state_dict()
+    with pytest.raises(WeightsError, match="old_grid is None, expected rows and columns: the 9 rows"):
+        convert_state_dict(state, grid=(2, 2))
+    assert convert_state_dict(state, grid=(2, 2), old_grid=(3, 3))[0]["pos_embed"].shape == (1, 4, 24)
 
 
 # vit-fast list

@@ -690,6 +690,10 @@ def _reader(error):
 
 
 PICKLED = "cannot be read: it is damaged, or holds Python objects, expected tensors alone; nothing in it was executed"
+RESAVE = (
+    f"{PICKLED}. It names posix.mkdir; where you trust it, save its tensors alone: checkpoint = torch.load(PATH, "
+    "weights_only=False); torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that holds them"
+)
 EIGHT = ", ".join(f"blocks.0.{name}" for name in (
     "attn.proj.bias", "attn.proj.weight", "attn.qkv.bias", "attn.qkv.weight",
     "mlp.fc1.bias", "mlp.fc1.weight", "mlp.fc2.bias", "mlp.fc2.weight",
@@ -697,8 +701,8 @@ EIGHT = ", ".join(f"blocks.0.{name}" for name in (
 FILES = [
     ("absent.pt", lambda path: None, "does not exist"),
     ("folder.pt", lambda path: path.mkdir(), "is a directory"),
-    ("weights.h5", _bytes(b"x"), "ends in '.h5', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz"),
-    ("weights", _bytes(b"x"), "ends in '', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz"),
+    ("weights.h5", _bytes(b"x"), "ends in '.h5', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz, .ckpt"),
+    ("weights", _bytes(b"x"), "ends in '', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz, .ckpt"),
     ("empty.pt", _bytes(b""), "cannot be read: it is empty"),
     ("empty.safetensors", _bytes(b""), "cannot be read: it is empty"),
     ("truncated.safetensors", _truncated, _reader),
@@ -708,9 +712,13 @@ FILES = [
     ("cut.npz", _bytes(b"PK\x03\x04"), _reader),
     ("objects.npz", lambda path: np.savez(path, head=np.array([{}], dtype=object)), _reader),
     ("page.bin", _bytes(b"<!doctype html>"), PICKLED),
-    ("code.pt", lambda path: torch.save({"head.weight": Evil(path.with_name("executed"))}, path), PICKLED),
+    ("code.pt", lambda path: torch.save({"head.weight": Evil(path.with_name("executed"))}, path), RESAVE),
     ("list.pt", _pickle([1, 2]), "holds no state_dict of tensors, but a list"),
-    ("trainer.pt", _pickle({"epoch": 3, "net": {}}), "holds no state_dict of tensors, but epoch, net"),
+    (
+        "trainer.pt",
+        _pickle({"epoch": 3, "net": {}}),
+        "holds no state_dict of tensors, but epoch, net; where 'net' is the state_dict, save or pass it alone",
+    ),
     ("numbered.pt", _pickle({1: ones(1)}), "holds no state_dict of tensors, but 1"),
 ]
 MISFITS = [
@@ -740,7 +748,7 @@ def test_weight_file(tmp_path, name, write, message):
     write(path)
 
     def words(cause):
-        came = f"cannot be read: {message(cause)}" if callable(message) else message
+        came = f"cannot be read: {message(cause)}" if callable(message) else message.replace("PATH", repr(str(path)))
         return f"vit_fast: weight file {str(path)!r} {came}"
 
     with _unchanged(model), raises(vit_fast.WeightsError, words):
@@ -767,7 +775,10 @@ def test_position_embedding_of_no_grid(tmp_path):
     path, model = tmp_path / "weights.safetensors", _small()
     _safetensors(pos_embed=ones(1, 12, 48))(path)
     message = f"vit_fast: pos_embed of {str(path)!r} does not fit: vit_fast.resize_pos_embed: table has 12 rows, "
-    with _unchanged(model), raises(vit_fast.WeightsError, message + "expected 1 prefix rows and a grid of 3×3"):
+    with (
+        _unchanged(model),
+        raises(vit_fast.WeightsError, message + "expected 1 prefix rows and a square, or old_grid=(rows, columns)"),
+    ):
         weights.load_checkpoint(model, path)
 
 

@@ -133,7 +133,7 @@ def test_plain_knows_only_the_number_of_patches():
     with pytest.raises(ValueError, match=r"14×38, expected 10 patches, got 2×6"):
         model(torch.randn(1, 3, 14, 38))
     with pytest.raises(ValueError, match="num_patches"):
-        clip.build("plain", patch_size=8, width=64, num_patches=10, img_size=32)
+        clip.build("plain", patch_size=8, width=24, num_patches=10, img_size=32)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 13])
@@ -464,14 +464,44 @@ def test_load_safetensors_and_torchscript(tmp_path):
 
     with pytest.warns(DeprecationWarning):
         torch.jit.script(Whole()).save(tmp_path / "b.pt")
+    shapes = dict(
+        patch_size=(8, 8), stride_size=(8, 8), width=32, layers=1, output_dim=12, in_chans=3, mlp_ratio=4.0,
+        no_ln_pre=False, ls_init_value=None,
+    )  # fmt: skip
+    known = dict(heads=4, img_size=32, activation="gelu")
+    assert clip.infer_words(tmp_path / "a.safetensors", **known) == shapes | known
+    told = dict(heads=4, img_size=32, activation="quick_gelu")
+    assert clip.infer_words(tmp_path / "b.pt", heads=4) == shapes | told
+    with pytest.raises(ValueError, match="heads is None"):  # 32 // 64, the rule of OpenAI's program, is none
+        clip.infer_words(tmp_path / "b.pt")
     for path, half in ((tmp_path / "a.safetensors", False), (tmp_path / "b.pt", True)):
-        words = clip.infer_words(path)
-        assert words == dict(
-            input_resolution=32, patch_size=8, width=32, layers=1, heads=0, output_dim=12, in_chans=3, mlp_ratio=4.0
-        )
-        model = clip.load(clip.build(**dict(words, heads=4)), path)
+        model = clip.load(clip.build(**clip.infer_words(path, **known)), path)
         for key, value in source.state_dict().items():
             assert torch.equal(model.state_dict()[key], value.half().float() if half else value)
+
+
+def test_infer_words_asks_for_what_the_file_does_not_tell():
+    words = dict(img_size=(128, 64), patch_size=8, width=320, heads=4, layers=1, activation="gelu", no_ln_pre=True)
+    source = perturbed(tiny("open_clip", **words, ls_init_value=0.5))
+    state, known = source.state_dict(), dict(heads=4, img_size=(128, 64), activation="gelu")
+    for name in known:
+        with pytest.raises(ValueError, match=f"infer_words: {name} is None, expected a value: the file does not tell"):
+            clip.infer_words(state, **dict(known, **{name: None}))
+    for wrong in (dict(img_size=88), dict(stride_size=4)):
+        with pytest.raises(ValueError, match=r"img_size .* and stride_size .* patches, expected 128"):
+            clip.infer_words(state, **dict(known, **wrong))
+    model = clip.load(clip.build("open_clip", **clip.infer_words(state, **known)), state).eval()
+    images = torch.randn(1, 3, 128, 64)
+    assert torch.equal(model(images), source(images))
+
+
+def test_plain_has_twelve_layers_and_heads_whatever_the_width():
+    model = clip.build("plain", patch_size=16, stride_size=12, width=96, num_patches=25, output_dim=20)
+    blocks = model.transformer.resblocks
+    assert len(blocks) == 12 and {block.attn.num_heads for block in blocks} == {12}
+    for variant in ("openai", "clip_reid", "open_clip"):
+        tower = clip.build(variant, patch_size=16, img_size=64, width=128, layers=1, output_dim=20)
+        assert tower.transformer.resblocks[0].attn.num_heads == 2
 
 
 @pytest.mark.parametrize("variant, policy", [("clip_reid", "R3"), ("open_clip", "R5")])

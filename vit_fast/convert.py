@@ -1,14 +1,16 @@
 """Checkpoints of one program in the keys of another, with a report of every key.
 
 Read: timm (and DeiT, T2T-ViT, which share its block names), OpenAI CLIP / open_clip / CLIP-ReID image towers,
-jeonsworld's ViT-pytorch with its hybrids, Google's .npz, LANL's ViTs, stacks of torch's TransformerEncoderLayer, and
-"canonical". Written: "timm", "canonical", "jeonsworld".
+Hugging Face's ViTs, DINOv2's and MAE's own files, jeonsworld's ViT-pytorch with its hybrids, Google's .npz, LANL's
+ViTs, stacks of torch's TransformerEncoderLayer, and "canonical". Written: "timm", "canonical", "jeonsworld".
 
 canonical keys are timm's with the block spelled ln1, qkv, out, ln2, fc1, fc2, gamma1, gamma2, straight under
-``blocks.<i>.``. They hold any family's block; what the block does with them (eps, activation, pre-norm, value skip)
-stands in the file's metadata. timm's keys are refused to families whose block timm has not (post-norm, value skip).
+``blocks.<i>.``. They hold any family's block. What the block does with them (eps, activation, pre-norm, value skip)
+stands in the file's metadata as far as the source tells: names of keys tell neither an activation nor an eps. timm's
+keys are refused to families whose block timm has not (post-norm, value skip).
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,23 +18,30 @@ from pathlib import Path
 
 import torch
 
+from .checkpoints import dinov2, huggingface, mae
+from .checkpoints.key_rules import compile_rules, rename, renamed
 from .pos_embed import resize_pos_embed
-from .weights import WeightsError, read_state_dict
+from .weights import WeightsError, log_left_out, read_state_dict
 
 TARGETS = ("timm", "canonical", "jeonsworld")
 
-# What a family's block does, as far as the family decides it, and the policy that resizes its position table.
+# What every block of a family does, whatever the words that its program was given; a word that is not here may vary.
 FAMILIES = {
-    "timm": dict(eps=1e-6, activation="gelu", pre_norm=True, value_skip=False, policy="R5"),
-    "canonical": dict(eps=1e-6, activation="gelu", pre_norm=True, value_skip=False, policy="R5"),
-    "clip": dict(eps=1e-5, activation="quick_gelu", pre_norm=True, value_skip=False, policy="R5"),
-    "jeonsworld": dict(eps=1e-6, activation="gelu", pre_norm=True, value_skip=False, policy="R1"),
-    "google": dict(eps=1e-6, activation="gelu_tanh", pre_norm=True, value_skip=False, policy="R2"),
-    "lanl": dict(eps=1e-5, activation="gelu", pre_norm=True, value_skip=True, policy="R4"),
-    "torch": dict(eps=1e-5, activation="relu", pre_norm=False, value_skip=False, policy="R4"),
+    "timm": {},
+    "canonical": {},
+    "clip": dict(pre_norm=True, value_skip=False),
+    "huggingface": dict(pre_norm=True, value_skip=False),
+    "dinov2": dict(eps=1e-6, pre_norm=True, value_skip=False),
+    "mae": dict(pre_norm=True, value_skip=False),
+    "jeonsworld": dict(eps=1e-6, pre_norm=True, value_skip=False),
+    "google": dict(eps=1e-6, activation="gelu_tanh", pre_norm=True, value_skip=False),
+    "lanl": dict(pre_norm=True, value_skip=True),
+    "torch": dict(value_skip=False),
 }
+# The policy that resizes a family's position table.
+_POLICIES = dict.fromkeys(FAMILIES, "R5") | {"jeonsworld": "R1", "google": "R2", "lanl": "R4", "torch": "R4"}
 
-# (the family's key, timm's key): {} is an index, {+} one that counts from 1; a trailing dot stands for all below.
+# (the family's key, timm's key), as ``checkpoints.key_rules`` describes them.
 _CLIP = (
     ("conv1.weight", "patch_embed.proj.weight"),
     ("class_embedding", "cls_token"),
@@ -51,6 +60,7 @@ _CLIP = (
     ("transformer.resblocks.{}.mlp.c_proj.", "blocks.{}.mlp.fc2."),
 )
 _TOWERS = ("visual.", "image_encoder.", "")
+CLIP_SCALARS = ("input_resolution", "context_length", "vocab_size")  # buffers of OpenAI's archives
 _CANONICAL = (
     ("blocks.{}.ln1.", "blocks.{}.norm1."),
     ("blocks.{}.qkv.", "blocks.{}.attn.qkv."),
@@ -139,43 +149,6 @@ class Report(list):
         return "\n".join(lines)
 
 
-def _rules(pairs, reverse=False):
-    """(pattern, template, shifts of the indices) of pairs, from the first key to the second."""
-    rules = []
-    for source, target in ((b, a) for a, b in pairs) if reverse else pairs:
-        parts = re.split(r"(\{\+?\})", source)
-        pattern = "".join(r"(\d+)" if part in ("{}", "{+}") else re.escape(part) for part in parts)
-        shifts = [
-            (new == "{+}") - (old == "{+}")
-            for old, new in zip(re.findall(r"\{\+?\}", source), re.findall(r"\{\+?\}", target), strict=True)
-        ]
-        whole = "" if source.endswith(".") else "$"
-        rules.append((re.compile(pattern + whole), target.replace("{+}", "{}"), shifts))
-    return rules
-
-
-def _rename(key, rules):
-    """The key under the first rule that fits, or None."""
-    for pattern, target, shifts in rules:
-        match = pattern.match(key)
-        if match:
-            return target.format(*(int(n) + s for n, s in zip(match.groups(), shifts))) + key[match.end() :]
-    return None
-
-
-def _renamed(state, rules, keep=True):
-    """(state, log, dropped) with every key renamed; keys without a rule stay, or are dropped."""
-    out, log, dropped = {}, [], []
-    for key, value in state.items():
-        new = _rename(key, rules)
-        if new is None and not keep:
-            dropped.append(key)
-            continue
-        out[new or key] = value
-        log.append(((key,), new or key))
-    return out, log, dropped
-
-
 def is_jeonsworld(state) -> bool:
     """Whether a mapping has the names of jeonsworld's ViT-pytorch."""
     return "transformer.embeddings.patch_embeddings.weight" in state
@@ -186,12 +159,17 @@ def is_canonical(state) -> bool:
     return "blocks.0.ln1.weight" in state and "blocks.0.qkv.weight" in state
 
 
+def is_clip(state) -> bool:
+    """Whether a mapping has the names of a CLIP's image tower, alone or in a whole CLIP."""
+    return any(f"{prefix}conv1.weight" in state and f"{prefix}class_embedding" in state for prefix in _TOWERS)
+
+
 def jeonsworld_to_timm(state):
     """(state, log, dropped): query, key and value become rows of qkv; hybrids get timm's hybrid keys."""
     stages = any(key.startswith(f"{_STEM}.body.") for key in state)
     pairs = [pair for pair in _JEONSWORLD if stages == (".stem." in pair[1]) or ".root." not in pair[0]]
     rest = {key: value for key, value in state.items() if not _QKV.match(key)}
-    out, log, dropped = _renamed(rest, _rules(pairs))
+    out, log = renamed(rest, compile_rules(pairs))
     packed = {}
     for key in state:
         match = _QKV.match(key)
@@ -204,13 +182,13 @@ def jeonsworld_to_timm(state):
         sources = tuple(names[name] for name in ("query", "key", "value"))
         out[target] = torch.cat([state[source] for source in sources])
         log.append((sources, target))
-    return out, log, dropped
+    return out, log, []
 
 
 def timm_to_jeonsworld(state):
-    """(state, log, dropped): rows of qkv become query, key and value; pre_logits and head keep their names."""
+    """(state, log): rows of qkv become query, key and value; pre_logits and head keep their names."""
     rest = {key: value for key, value in state.items() if ".attn.qkv." not in key}
-    out, log, dropped = _renamed(rest, _rules(_JEONSWORLD, reverse=True))
+    out, log = renamed(rest, compile_rules(_JEONSWORLD, reverse=True))
     for key, value in state.items():
         if key not in rest:
             layer, kind = key.split(".")[1], key.rsplit(".", 1)[1]
@@ -218,30 +196,31 @@ def timm_to_jeonsworld(state):
                 target = f"{_LAYER.format(layer)}.attn.{name}.{kind}"
                 out[target] = part.contiguous()
                 log.append(((key,), target))
-    return out, log, dropped
+    return out, log
 
 
 def canonical_to_timm(state):
     """(state, log, dropped)."""
-    return _renamed(state, _rules(_CANONICAL))
+    return *renamed(state, compile_rules(_CANONICAL)), []
 
 
 def timm_to_canonical(state):
-    """(state, log, dropped)."""
-    return _renamed(state, _rules(_CANONICAL, reverse=True))
+    """(state, log)."""
+    return renamed(state, compile_rules(_CANONICAL, reverse=True))
 
 
 def _clip_to_timm(state):
     """(state, log, dropped): the image tower alone; the projection becomes the head's weight with a bias of zeros."""
     prefix = next(prefix for prefix in _TOWERS if f"{prefix}conv1.weight" in state)
-    rules = _rules(_CLIP)
+    rules = compile_rules(_CLIP)
     out, log, dropped = {}, [], []
     for key, value in state.items():
-        new = _rename(key.removeprefix(prefix), rules) if key.startswith(prefix) else None
-        if new is None:
-            dropped.append(key)
+        if not key.startswith(prefix) or key in CLIP_SCALARS:
+            dropped.append((key, "not of the image tower"))
             continue
-        if key == f"{prefix}proj":
+        name = key.removeprefix(prefix)
+        new = rename(name, rules) or name
+        if name == "proj":
             value = value.t().contiguous()
         elif new in ("cls_token", "pos_embed"):
             value = value.reshape(1, -1, value.shape[-1])
@@ -253,11 +232,28 @@ def _clip_to_timm(state):
     return out, log, dropped
 
 
+def _timm_to_clip(state):
+    """(state, log): the head's weight becomes the projection, which has no bias: one of zeros is left out."""
+    out, log = {}, []
+    rules = compile_rules(_CLIP, reverse=True)
+    for key, value in state.items():
+        if key == "head.bias" and not value.any():
+            continue
+        new = rename(key, rules) or key
+        if key == "head.weight":
+            value = value.t().contiguous()
+        elif key in ("cls_token", "pos_embed"):
+            value = value[0, 0] if key == "cls_token" else value[0]
+        out[new] = value
+        log.append(((key,), new))
+    return out, log
+
+
 def _torch_to_timm(state):
-    out, log, dropped = _renamed(state, _rules(_TORCH))
+    out, log = renamed(state, compile_rules(_TORCH))
     if out.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
         out["pos_embed"] = out["pos_embed"][None]
-    return out, log, dropped
+    return out, log, []
 
 
 def _google_to_timm(state):
@@ -266,20 +262,34 @@ def _google_to_timm(state):
     return to_timm(state)
 
 
+def _as_it_is(state):
+    return state, [((key,), key) for key in state]
+
+
 _READ = {
-    "timm": lambda state: (dict(state), [((key,), key) for key in state], []),
+    "timm": lambda state: (*_as_it_is(dict(state)), []),
     "canonical": canonical_to_timm,
     "clip": _clip_to_timm,
+    "huggingface": huggingface.to_timm,
+    "dinov2": dinov2.to_timm,
+    "mae": mae.to_timm,
     "jeonsworld": jeonsworld_to_timm,
     "google": _google_to_timm,
-    "lanl": lambda state: _renamed(state, _rules(_LANL)),
+    "lanl": lambda state: (*renamed(state, compile_rules(_LANL)), []),
     "torch": _torch_to_timm,
 }
+_OPTIONAL = ("head.", "head_dist.", "pre_logits.", "attn_pool.", "proj")  # what a model may be built without
 _WRITE = {
-    "timm": lambda state: (state, [((key,), key) for key in state], []),
+    "timm": _as_it_is,
     "canonical": timm_to_canonical,
     "jeonsworld": timm_to_jeonsworld,
 }
+# The names that a model may have, its own first: how timm's keys become them.
+_MODELS = (
+    (is_jeonsworld, "jeonsworld", timm_to_jeonsworld),
+    (lambda own: "class_embedding" in own, "clip", _timm_to_clip),
+    (lambda own: "blocks.0.attn.qkv.weight" in own, "timm", _as_it_is),
+)
 
 
 def family_of(state) -> str:
@@ -296,9 +306,14 @@ def family_of(state) -> str:
         return "jeonsworld"
     if is_canonical(state):
         return "canonical"
-    for prefix in _TOWERS:
-        if f"{prefix}conv1.weight" in state and f"{prefix}class_embedding" in state:
-            return "clip"
+    if is_clip(state):
+        return "clip"
+    if huggingface.is_huggingface(state):
+        return "huggingface"
+    if mae.is_mae(state):
+        return "mae"
+    if dinov2.is_dinov2(state):
+        return "dinov2"
     for key in state:
         if re.match(r"(vit_)?backbone\.blocks\.\d+\.neuralnet\.", key):
             return "lanl"
@@ -324,16 +339,37 @@ def _fit_table(state, grid, old_grid, policy):
     if table is None or table.dim() != 3:
         raise WeightsError("vit_fast.convert: grid is given, expected a checkpoint with a table pos_embed [1, N, C]")
     prefix = sum(state[name].shape[-2] for name in ("cls_token", "dist_token", "reg_token") if name in state)
-    rows = table.shape[1]
-    for count in (prefix, 0):
+    rows, fits = table.shape[1], []
+    for count in dict.fromkeys((prefix, 0)):
         try:
-            resized = resize_pos_embed(table, old_grid, grid, policy, count)
+            fits.append(resize_pos_embed(table, old_grid, grid, policy, count))
         except ValueError as error:
             problem = error
-            continue
-        state["pos_embed"] = resized
-        return None if resized is table else f"{rows} → {resized.shape[1]} rows, {policy}"
-    raise WeightsError(f"vit_fast.convert: pos_embed does not fit: {problem}")
+    if not fits:
+        raise WeightsError(f"vit_fast.convert: pos_embed does not fit: {problem}")
+    if len(fits) == 2:
+        raise WeightsError(
+            f"vit_fast.convert: old_grid is None, expected rows and columns: the {rows} rows of pos_embed are a square "
+            f"with {prefix} prefix rows and without"
+        )
+    state["pos_embed"] = fits[0]
+    return None if fits[0] is table else f"{rows} → {fits[0].shape[1]} rows, {policy}"
+
+
+def _fit_patches(state, patch_size):
+    """Gives old patch weights [C, in_chans·P·P] their axes, in place; returns a note, or None where nothing changed."""
+    old = state.get("patch_embed.proj.weight")
+    if old is None or old.dim() != 2:
+        return None
+    columns = old.shape[1]
+    if patch_size is None or columns % patch_size**2:
+        raise WeightsError(
+            f"vit_fast.convert: patch_size is {patch_size}, expected the side of the patches: "
+            f"patch_embed.proj.weight has {columns} columns, in_chans · patch_size²"
+        )
+    channels = columns // patch_size**2
+    state["patch_embed.proj.weight"] = old.reshape(old.shape[0], channels, patch_size, patch_size)
+    return f"{columns} columns → {channels}×{patch_size}×{patch_size}"
 
 
 def _fit_channels(state, in_chans):
@@ -355,6 +391,7 @@ def convert_state_dict(
     grid: tuple[int, int] | None = None,
     old_grid: tuple[int, int] | None = None,
     policy: str | None = None,
+    patch_size: int | None = None,
     in_chans: int | None = None,
     drop_head: bool = False,
 ) -> tuple[dict[str, torch.Tensor], Report]:
@@ -366,6 +403,7 @@ def convert_state_dict(
         family: the family of ``state``; None recognises it.
         grid, old_grid, policy: the position table is resized to ``grid`` (rows, columns) by ``policy`` (the family's
             own where None); ``old_grid`` None takes a square.
+        patch_size: side of the patches, which old files tell not: their patch weights are a matrix.
         in_chans: channels of the first convolution: summed for one, tiled otherwise.
         drop_head: leaves out head, head_dist and pre_logits.
     Returns:
@@ -380,48 +418,91 @@ def convert_state_dict(
         raise ValueError(f"vit_fast.convert: family is {family!r}, expected one of {', '.join(FAMILIES)}")
     state = {key: torch.as_tensor(value) for key, value in state.items()}
     family = family or family_of(state)
-    facts = FAMILIES[family]
-    if to != "canonical" and (facts["value_skip"] or not facts["pre_norm"]):
-        raise ValueError(
-            f"vit_fast.convert: to is {to!r}, expected 'canonical' for family {family!r}: its blocks "
-            f"{'add the values to their output' if facts['value_skip'] else 'are post-norm'}, {to}'s do not"
-        )
+    _check_block(to, f" for family {family!r}", family)
     state, log, dropped = _READ[family](state)
-    dropped = [(key, "no place") for key in dropped]
-    notes = {}
-    old = state.get("patch_embed.proj.weight")
-    if old is not None and old.dim() == 2:
-        side = int((old.shape[1] // 3) ** 0.5)
-        state["patch_embed.proj.weight"] = old.reshape(old.shape[0], 3, side, side)
-        notes["patch_embed.proj.weight"] = f"{old.shape[1]} columns → 3×{side}×{side}"
+    dropped = list(dropped)
+    notes = {"patch_embed.proj.weight": _fit_patches(state, patch_size)}
     if in_chans is not None:
         key, note = _fit_channels(state, in_chans)
-        notes |= {key: note} if note else {}
+        notes[key] = note or notes.get(key)
     if grid is not None:
-        note = _fit_table(state, tuple(grid), old_grid, policy or facts["policy"])
-        notes |= {"pos_embed": note} if note else {}
+        notes["pos_embed"] = _fit_table(state, tuple(grid), old_grid, policy or _POLICIES[family])
     if drop_head:
         origin = {target: sources for sources, target in log}
         for key in [key for key in state if key.split(".")[0] in ("head", "head_dist", "pre_logits")]:
             del state[key]
             dropped += [(source, "head") for source in origin[key]]
-    resized = {id(state[key]): note for key, note in notes.items()}
-    state, second, _ = _WRITE[to](state)
+    resized = {id(state[key]): note for key, note in notes.items() if note}
+    state, second = _WRITE[to](state)
+    return {key: value.contiguous() for key, value in state.items()}, _report(log, second, state, dropped, resized)
+
+
+def _report(first, second, state, dropped, resized):
+    """Of the keys of a state: two logs, what was dropped and why, the notes of resized tensors by their id."""
     report = Report()
-    for sources, target in _joined(log, second):
+    for sources, target in _joined(first, second):
         note = resized.get(id(state[target]), "")
         kept = sources == (target,)
         action = "resized" if note else "added" if not sources else "kept" if kept else "mapped"
         report.append(Entry(action, sources, target, note))
     report += [Entry("dropped", (key,), "", why) for key, why in dropped]
-    return {key: value.contiguous() for key, value in state.items()}, report
+    return report
+
+
+def _check_block(to, subject, family):
+    facts = FAMILIES[family]
+    if to != "canonical" and (facts.get("value_skip") or family == "torch"):
+        raise ValueError(
+            f"vit_fast.convert: to is {to!r}, expected 'canonical'{subject}: its blocks "
+            f"{'add the values to their output' if facts.get('value_skip') else 'may be post-norm'}, {to}'s do not"
+        )
+
+
+def for_model(model, state: Mapping) -> Mapping:
+    """A state_dict of another program under a model's own names; unchanged where it has them, or is of no known family.
+
+    What became of every key is logged at level INFO. Heads and pooling that the model was built without, and what no
+    ViT here has (decoders, mask tokens, text towers), are left out with a warning.
+
+    Raises:
+        WeightsError: a file of a known family lacks a key, or has other heads than the model where it tells of them.
+    """
+    from .systems import google_npz
+
+    own = model.state_dict()
+    target, write = next(((name, write) for test, name, write in _MODELS if test(own)), (None, None))
+    if google_npz.is_google(state):
+        return google_npz.for_model(model, state)
+    if target is None or own.keys() == state.keys():
+        return state
+    try:
+        source = family_of(state)
+    except WeightsError:
+        return state
+    if source in (target, "lanl", "torch"):
+        return state
+    state, log, dropped = _READ[source](dict(state))
+    state, second = write(state)
+    report = _report(log, second, state, dropped, {})
+    absent = tuple(part for part in _OPTIONAL if not any(key.startswith(part) for key in own))
+    for index, entry in enumerate(report):
+        if entry.target.startswith(absent) and absent and entry.target:
+            del state[entry.target]
+            report[index] = Entry("dropped", entry.sources, "", "the model has no place for it")
+    logging.getLogger("vit_fast").info("%s keys for %s:\n%s", source, type(model).__name__, report)
+    left_out = [(source, entry.note) for entry in report if entry.action == "dropped" for source in entry.sources]
+    log_left_out(f"{source} keys for {type(model).__name__}", left_out)
+    return state
 
 
 def convert_file(source, target, to: str = "timm", *, torchscript: bool = False, **words) -> Report:
-    """Converts a file (.pth, .pt, .bin, .tar, .safetensors, .npz) into a ``.safetensors`` file; words as in
-    ``convert_state_dict``. Metadata of the target: the keys, the family, and what its blocks do. torchscript also reads
-    OpenAI's TorchScript archives, by ``torch.jit.load``: for sources that you trust.
+    """Converts a file of ``weights.read_state_dict`` into a ``.safetensors`` file; words as in ``convert_state_dict``.
 
+    Metadata of the target: the keys, the family, what its blocks do as far as that is known, and the "vit_fast."
+    entries of a source that was converted before.
+
+    Args:
+        torchscript: also reads OpenAI's TorchScript archives, by ``torch.jit.load``: for sources that you trust.
     Raises:
         ImportError: safetensors is not installed.
         ValueError, WeightsError: see ``convert_state_dict``; nothing is written then.
@@ -432,25 +513,21 @@ def convert_file(source, target, to: str = "timm", *, torchscript: bool = False,
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    if torchscript:
-        from .systems.clip import read
+    from .systems import google_npz
 
-        state = read(source)
-    else:
-        state = read_state_dict(source)
+    state = read_state_dict(source, torchscript=torchscript)
     metadata = {}
     if Path(source).suffix == ".safetensors":
         with safe_open(source, "pt") as file:
-            metadata = file.metadata() or {}
-    found = words.get("family") or family_of(state)
-    if found == "canonical" and metadata.get("vit_fast.family") in FAMILIES:
-        origin = metadata["vit_fast.family"]
-        facts = FAMILIES[origin]
-        if to != "canonical" and (facts["value_skip"] or not facts["pre_norm"]):
-            raise ValueError(f"vit_fast.convert: to is {to!r}, expected 'canonical': the file is of family {origin!r}")
-    else:
-        origin = found
-    state, report = convert_state_dict(state, to, **words)
-    facts = {f"vit_fast.{name}": str(value) for name, value in FAMILIES[origin].items() if name != "policy"}
-    save_file(state, target, {"format": "pt", "vit_fast.keys": to, "vit_fast.family": origin, **facts})
+            metadata = {key: v for key, v in (file.metadata() or {}).items() if key.startswith("vit_fast.")}
+    family = words.get("family") or family_of(state)
+    origin = metadata.get("vit_fast.family", family)
+    if origin != family and origin in FAMILIES:
+        _check_block(to, f": the file is of family {origin!r}", origin)
+    converted, report = convert_state_dict(state, to, **words)
+    facts = {f"vit_fast.{name}": str(value) for name, value in FAMILIES[family].items()}
+    if family == "google":
+        facts["vit_fast.num_heads"] = str(google_npz.num_heads(state))
+    known = {"format": "pt", "vit_fast.family": origin, **facts, **metadata, "vit_fast.keys": to}
+    save_file(converted, target, known)
     return report

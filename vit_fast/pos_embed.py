@@ -67,6 +67,11 @@ def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_t
     rows = table.shape[-2] - num_prefix_tokens
     if old_grid is None:
         side = math.isqrt(max(rows, 0))
+        if side * side != rows or not rows:
+            raise ValueError(
+                f"vit_fast.resize_pos_embed: table has {table.shape[-2]} rows, expected "
+                f"{num_prefix_tokens} prefix rows and a square, or old_grid=(rows, columns)"
+            )
         old_grid = (side, side)
     else:
         old_grid = _check_grid("old_grid", old_grid)

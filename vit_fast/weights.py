@@ -1,9 +1,13 @@
 """Weights from files and from timm's hub, always strict: nothing is dropped or left out silently."""
 
+import argparse
+import logging
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +25,11 @@ class MissingKeyError(WeightsError, KeyError):
     __str__ = Exception.__str__
 
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz", ".ckpt")
+# Keys that hold the state_dict of a checkpoint, in the order in which timm's loader looks for them.
+_AVERAGED = ("state_dict_ema", "model_ema")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model")
+_LOGGER = logging.getLogger("vit_fast")
 
 
 def _read_npz(path):
@@ -39,10 +47,53 @@ def _read_npz(path):
     return state
 
 
-def read_state_dict(path) -> dict[str, torch.Tensor]:
-    """The state_dict in a file: .safetensors, .npz, or .pt/.pth/.bin/.tar; reading it executes nothing.
+def _is_torchscript(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
-    Checkpoints that wrap it ("state_dict_ema", "state_dict", "model") are unwrapped, a "module." prefix is stripped.
+
+def _read_torchscript(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def _classes_in(path):
+    """The classes and functions that a pickle names beyond tensors and containers; none where it cannot be told."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # of foreign bytes, without a common class
+        return []
+
+
+def _read_pickle(path):
+    try:
+        # timm's training checkpoints hold their options in a Namespace: a container, whose unpickling runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to execute what the file holds.
+        remedy = ""
+        if classes := _classes_in(path):
+            remedy = (
+                f". It names {_listed(classes)}; where you trust it, save its tensors alone: "
+                f"checkpoint = torch.load({str(path)!r}, weights_only=False); "
+                "torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that holds them"
+            )
+        raise WeightsError(
+            f"vit_fast: weight file {str(path)!r} cannot be read: it is damaged, or holds Python objects, "
+            f"expected tensors alone; nothing in it was executed{remedy}"
+        ) from error
+
+
+def read_state_dict(path, *, torchscript: bool = False) -> dict[str, torch.Tensor]:
+    """The state_dict in a file: .safetensors, .npz, or .pt/.pth/.bin/.tar/.ckpt; reading it executes nothing.
+
+    Checkpoints that wrap it are unwrapped as timm's loader does (see ``unwrap``). torchscript also reads TorchScript
+    archives, by ``torch.jit.load``, which runs what they hold: for files that you trust.
 
     Raises:
         TypeError: not a path.
@@ -51,15 +102,19 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"vit_fast: path of a weight file is {type(path).__name__}, expected a str or os.PathLike")
     path = Path(path)
+    subject = f"vit_fast: weight file {str(path)!r}"
     if not path.is_file():
-        came = "is a directory" if path.is_dir() else "does not exist"
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} {came}")
+        raise WeightsError(f"{subject} {'is a directory' if path.is_dir() else 'does not exist'}")
     if path.suffix not in _SUFFIXES:
-        raise WeightsError(
-            f"vit_fast: weight file {str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}"
-        )
+        raise WeightsError(f"{subject} ends in {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
     if not path.stat().st_size:
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: it is empty")
+        raise WeightsError(f"{subject} cannot be read: it is empty")
+    archive = path.suffix not in (".safetensors", ".npz") and _is_torchscript(path)
+    if archive and not torchscript:
+        raise WeightsError(
+            f"{subject} cannot be read: it is a TorchScript archive, which is a program. Where you trust it, save its "
+            f"tensors alone: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -68,32 +123,49 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
         elif path.suffix == ".npz":
             state = _read_npz(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
+            state = _read_torchscript(path) if archive else _read_pickle(path)
+    except (ImportError, WeightsError):
         raise
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to execute what the file holds.
-        raise WeightsError(
-            f"vit_fast: weight file {str(path)!r} cannot be read: it is damaged, or holds Python objects, "
-            "expected tensors alone; nothing in it was executed"
-        ) from error
     except Exception as error:
         # What torch, numpy and safetensors raise on foreign bytes has no common class.
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: {cause}") from error
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise WeightsError(
-            f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors, but a {type(state).__name__}"
-        )
+        raise WeightsError(f"{subject} cannot be read: {cause}") from error
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{subject} holds no state_dict of tensors, but a {type(state).__name__}")
+    return unwrap(state, subject)
+
+
+def unwrap(checkpoint: Mapping, subject: str) -> dict[str, torch.Tensor]:
+    """The state_dict in a checkpoint, as timm's loader takes it.
+
+    Averaged (EMA) weights come before the others, and the log says so at level INFO: "state_dict_ema", "model_ema",
+    "state_dict", "model". The prefixes of torch.compile and DistributedDataParallel are stripped.
+
+    Args:
+        checkpoint: a state_dict, or a mapping around one.
+        subject: what an error speaks of.
+    Raises:
+        WeightsError: something else than tensors inside.
+    """
+    state = checkpoint
+    while wrapper := next((name for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None):
+        if wrapper in _AVERAGED:
+            others = [name for name in _WRAPPERS if name != wrapper and isinstance(state.get(name), Mapping)]
+            rest = f"; {' and '.join(others)} left aside" if others else ""
+            _LOGGER.info("%s: %s is taken, the averaged (EMA) weights%s", subject, wrapper, rest)
+        state = state[wrapper]
     foreign = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
     if foreign:
-        raise WeightsError(
-            f"vit_fast: weight file {str(path)!r} holds no state_dict of tensors, but {_listed(foreign)}"
-        )
-    return {key.removeprefix("module."): value for key, value in state.items()}
+        nested = [key for key, value in state.items() if isinstance(value, Mapping)]
+        remedy = f"; where {nested[0]!r} is the state_dict, save or pass it alone" if nested else ""
+        raise WeightsError(f"{subject} holds no state_dict of tensors, but {_listed(foreign)}{remedy}")
+    return {_clean(key): value for key, value in state.items()}
+
+
+def _clean(key):
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
 
 
 def _listed(keys):
@@ -101,12 +173,38 @@ def _listed(keys):
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
-def load_state_dict(model, state):
+def log_left_out(subject: str, dropped: Iterable[tuple[str, str]]):
+    """One warning for keys of a file that a model does not take: (key, why) of each."""
+    reasons = {}
+    for key, why in dropped:
+        reasons.setdefault(why, []).append(key)
+    if reasons:
+        parts = "; ".join(f"{_listed(keys)} ({why})" for why, keys in reasons.items())
+        _LOGGER.warning("vit_fast: %s: left out: %s", subject, parts)
+
+
+def _prefix_hint(state, own):
+    """What to do where the model's keys stand under a prefix in the file."""
+    first = next(iter(own))
+    for key in state:
+        prefix = key.removesuffix(first)
+        if prefix and prefix != key and all(prefix + name in state for name in own):
+            return (
+                f"; its keys stand under {prefix!r}: pass "
+                f"{{k.removeprefix({prefix!r}): v for k, v in state.items() if k.startswith({prefix!r})}}"
+            )
+    return ""
+
+
+def load_state_dict(model, state, fit=None):
     """Strict load; mismatches of keys, shapes and dtypes are listed in one ``WeightsError`` and nothing is changed.
 
     A floating dtype may differ from the model's; integers for floats are a mismatch.
 
-    Names of Google's .npz files and canonical ones (``vit_fast.convert``) are translated first.
+    Args:
+        state: a state_dict; names of other programs that ``vit_fast.convert`` knows are translated first, and the log
+            tells of every key.
+        fit: a function of the state_dict under the model's names, which returns the one to load (position tables).
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"vit_fast: state is {type(state).__name__}, expected a state_dict of tensors")
@@ -114,13 +212,12 @@ def load_state_dict(model, state):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"vit_fast: {key} of the state is {type(value).__name__}, expected a torch.Tensor")
     from . import convert
-    from .systems import google_npz
+    from .systems.google_npz import is_google
 
-    google = google_npz.is_google(state)
-    if google:
-        state = google_npz.for_model(model, state)
-    elif convert.is_canonical(state):
-        state = convert.canonical_to_timm(state)[0]
+    google = is_google(state)
+    state = convert.for_model(model, state)
+    if fit is not None:
+        state = fit(state)
     own = model.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [
@@ -135,43 +232,57 @@ def load_state_dict(model, state):
     ]
     problems = []
     if missing:
-        problems.append(f"missing {_listed(missing)}")
+        no_head = missing == {key for key in own if key.startswith("head.")}
+        hint = " (it holds no classifier: num_classes=0 builds a model without one)" if no_head else ""
+        problems.append(f"missing {_listed(missing)}{hint}")
     if unexpected:
         problems.append(f"unexpected {_listed(unexpected)}")
     if shapes:
-        problems.append(f"wrong shape {_listed(shapes)}")
+        tables = [key for key in ("pos_embed", "positional_embedding") if key in own and key in state]
+        rows = any(state[key].shape[-2] != own[key].shape[-2] for key in tables if state[key].dim() == own[key].dim())
+        hint = " (old_grid=(rows, columns) says which grid the file's table has)" if rows else ""
+        problems.append(f"wrong shape {_listed(shapes)}{hint}")
     if dtypes:
         problems.append(f"wrong dtype {_listed(dtypes)}")
     if problems:
-        raise WeightsError(f"vit_fast: weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise WeightsError(
+            f"vit_fast: weights do not fit {type(model).__name__}: {'; '.join(problems)}{_prefix_hint(state, own)}"
+        )
     model.load_state_dict(state)
     if google and hasattr(model, "google_weights_loaded"):
         model.google_weights_loaded()
     return model
 
 
-def load_checkpoint(model, path):
+def load_checkpoint(model, path, old_grid=None):
     """Loads a file into a model; a position embedding of another grid is resized.
 
-    ``VisionTransformer``: timm's keys, Google's .npz or canonical ones. A model of ``vit_fast.systems``: what the
-    ``load`` of its family takes.
-
+    Args:
+        model: a ``VisionTransformer``, or a model of ``vit_fast.systems``, which its family's ``load`` serves.
+        path: a file of ``read_state_dict``: timm's keys, or those of a program that ``vit_fast.convert`` knows. The log
+            says at level INFO what became of every key, and as a warning what was left out.
+        old_grid: (rows, columns) of the file's position embedding; default the model's own grid where the count is the
+            same, else a square.
     Raises:
         WeightsError: unreadable file, or keys or shapes that do not fit (listed).
     """
     family = type(model).__module__
     if family.startswith("vit_fast.systems."):
-        return sys.modules[family].load(model, path)
-    state = read_state_dict(path)
-    table = state.get("pos_embed")
-    if table is not None and model.pos_embed is not None and table.dim() == 3 and table.shape != model.pos_embed.shape:
+        return sys.modules[family].load(model, path, **({} if old_grid is None else {"old_grid": old_grid}))
+
+    def fit(state):
+        table, own = state.get("pos_embed"), model.pos_embed
+        if table is None or own is None or table.dim() != 3 or (old_grid is None and table.shape == own.shape):
+            return state
         try:
-            state["pos_embed"] = resize_pos_embed(
-                table, None, model.patch_embed.grid_size, model.pos_embed_policy, model._pos_prefix
+            table = resize_pos_embed(
+                table, old_grid, model.patch_embed.grid_size, model.pos_embed_policy, model._pos_prefix
             )
         except ValueError as error:
             raise WeightsError(f"vit_fast: pos_embed of {str(path)!r} does not fit: {error}") from error
-    return load_state_dict(model, state)
+        return {**state, "pos_embed": table}
+
+    return load_state_dict(model, read_state_dict(path), fit)
 
 
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # in front of model names that timm's hub functions look up

@@ -19,7 +19,7 @@ def _grid(option, text):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pth, .pt, .bin or .tar file.")],
+    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pth, .pt, .bin, .tar or .ckpt file.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     to: Annotated[str, typer.Option(help="Keys to write: timm, canonical or jeonsworld.")] = "timm",
     family: Annotated[
@@ -29,6 +29,9 @@ def convert(
     old_grid: Annotated[str | None, typer.Option(help="The file's own grid where it is not a square.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="R1 to R5, how the table is resized; the family's own if not given.")
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the patches where a file holds their weights as a matrix.")
     ] = None,
     in_chans: Annotated[int | None, typer.Option(min=1, help="Adapt the first convolution to so many.")] = None,
     drop_head: Annotated[bool, typer.Option("--drop-head", help="Leave the classifier out.")] = False,
@@ -45,7 +48,7 @@ def convert(
     if target.exists() and not force:
         raise CommandError(f"{target} exists; --force overwrites it")
     words = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
-    words |= dict(grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    words |= dict(patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
     try:
         report = convert_file(source, target, to, **words)
     except (ValueError, OSError) as error:

@@ -21,9 +21,6 @@ Li et al., "CLIP-ReID", 2023; open_clip.
 
 import math
 import operator
-import os
-import warnings
-import zipfile
 from collections import OrderedDict
 
 import torch
@@ -32,17 +29,17 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_fast import plain
 from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
+from vit_fast.convert import CLIP_SCALARS
 from vit_fast.kernels.reference import activate
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
-from vit_fast.weights import WeightsError, load_state_dict
+from vit_fast.weights import WeightsError, load_state_dict, log_left_out
 
 from . import words
 
 VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
 
 
 def _openai(resolution, patch, width, layers, out):
@@ -191,6 +188,8 @@ class ImageTower(nn.Module):
         self.stride_size = words.pair("clip", "stride_size", stride)
         self.width = width = words.integer("clip", "width", width)
         layers = words.integer("clip", "layers", layers)
+        if heads is None and variant == "plain":
+            heads = 12  # fixed in that constructor, whatever the width
         if heads is None and width // 64 == 0:
             words.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
         heads = words.integer("clip", "heads", width // 64 if heads is None else heads)
@@ -353,7 +352,7 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
         img_size, image_size or input_resolution: pixels, int or (height, width); h_resolution and w_resolution: the
             grid instead; num_patches: only its number of patches.
         stride_size: default patch_size; the grid is (size − patch) // stride + 1.
-        layers, heads, mlp_ratio: 12, width // 64, 4.
+        layers, heads, mlp_ratio: 12, width // 64 ("plain": 12), 4.
         output_dim: width of the projection, None for none; 512 for open_clip.
         in_chans: channels of the images.
         activation: "quick_gelu" ("gelu" for open_clip), "gelu", "gelu_tanh" or "relu"; or act_layer, a class.
@@ -375,51 +374,73 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
     return ImageTower(variant, **constructor_words)
 
 
-def _is_torchscript(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def read(source):
     """The tensors of a checkpoint of any of the originals, TorchScript archives included."""
-    if isinstance(source, (str, os.PathLike)) and _is_torchscript(source):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                source = torch.jit.load(source, map_location="cpu").state_dict()
-        except RuntimeError as error:
-            raise WeightsError(f"vit_fast.systems.clip: archive {str(source)!r} cannot be read: {error}") from error
-    state = words.state_of("clip", source)
-    return {key: value for key, value in state.items() if key not in _ARCHIVE_SCALARS}
+    return words.state_of("clip", source, torchscript=True)
 
 
 def tower_state(state):
-    """The tower's own keys: what follows "visual." or "image_encoder.", or all keys where there is no such prefix."""
-    for prefix in ("visual.", "image_encoder."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if "conv1.weight" in state and "class_embedding" not in state:
+    """The tower's own keys: what follows "visual." or "image_encoder.", or all keys where there is no such prefix; the
+    rest is left out with a warning."""
+    prefix = next((p for p in ("visual.", "image_encoder.") if any(key.startswith(p) for key in state)), "")
+    tower = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    tower = {key: value for key, value in tower.items() if key not in CLIP_SCALARS}
+    if "conv1.weight" in tower and "class_embedding" not in tower:
         raise WeightsError("vit_fast.systems.clip: weights are of a ResNet tower, expected a ViT's")
-    return state
+    if "class_embedding" in tower:
+        rest = [key for key in state if not key.startswith(prefix) or key in CLIP_SCALARS]
+        log_left_out("systems.clip", [(key, "not of the image tower") for key in rest])
+    return tower
 
 
-def infer_words(source) -> dict:
-    """The words for ``build`` ("openai"; a square image of side patch · grid) that a checkpoint asks for."""
-    state = tower_state(read(source))
+def infer_words(source, *, heads=None, img_size=None, stride_size=None, activation=None) -> dict:
+    """The words for ``build`` that a checkpoint asks for.
+
+    OpenAI's own archives tell all of them: they hold input_resolution, and their program has width // 64 heads,
+    QuickGELU, and patches side by side. Other files tell shapes alone; the caller has to know the rest.
+
+    Args:
+        source: a state_dict, a checkpoint around one, or a file, as for ``load``.
+        heads: of the blocks.
+        img_size: pixels, int or (height, width): a table of 144 rows may be 12×12, 16×9 or 18×8.
+        stride_size: of overlapping patches; default the patch's own size, where the table's rows agree with it.
+        activation: "quick_gelu" (OpenAI, CLIP-ReID), "gelu" (most of open_clip), ...
+    Raises:
+        ValueError: a word that the file does not tell and that is not given, or that contradicts the file.
+        WeightsError: no CLIP image tower.
+    """
+    whole = read(source)
+    state = tower_state(whole)
     try:
         conv, table = state["conv1.weight"], state["positional_embedding"]
         hidden = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     except KeyError as error:
         raise WeightsError(f"vit_fast.systems.clip: weights lack {error}, expected a CLIP image tower") from error
-    width, in_chans, patch = conv.shape[0], conv.shape[1], conv.shape[-1]
+    width, in_chans, patch = conv.shape[0], conv.shape[1], tuple(conv.shape[2:])
+    told = {}
+    resolution = next((whole[key] for key in ("input_resolution", "visual.input_resolution") if key in whole), None)
+    if resolution is not None:
+        told = dict(heads=width // 64 or None, img_size=int(resolution), activation="quick_gelu")
+    given = dict(heads=heads, img_size=img_size, activation=activation)
+    chosen = {name: told.get(name) if value is None else value for name, value in given.items()}
+    for name, value in chosen.items():
+        if value is None:
+            words.fail("clip.infer_words", name, None, "a value: the file does not tell it")
+    size = words.pair("clip.infer_words", "img_size", chosen["img_size"])
+    stride = words.pair("clip.infer_words", "stride_size", patch if stride_size is None else stride_size)
+    grid = tuple((pixels - side) // step + 1 for pixels, side, step in zip(size, patch, stride, strict=True))
+    if 1 + math.prod(grid) != table.shape[0]:
+        raise ValueError(
+            f"vit_fast.systems.clip.infer_words: img_size {size} and stride_size {stride} make {math.prod(grid)} "
+            f"patches, expected {table.shape[0] - 1}, the rows of positional_embedding without the class token's"
+        )
     proj = state.get("proj")
     return dict(
-        input_resolution=patch * round(math.sqrt(table.shape[0] - 1)), patch_size=patch, width=width,
-        layers=sum(key.endswith(".attn.in_proj_weight") for key in state), heads=width // 64,
+        chosen, patch_size=patch, stride_size=stride, width=width,
+        layers=sum(key.endswith(".attn.in_proj_weight") for key in state),
         output_dim=None if proj is None else proj.shape[1], in_chans=in_chans, mlp_ratio=hidden / width,
+        no_ln_pre="ln_pre.weight" not in state,
+        ls_init_value=1.0 if "transformer.resblocks.0.ls_1.gamma" in state else None,
     )  # fmt: skip
 
 
@@ -450,9 +471,12 @@ def load(model, source, old_grid=None):
     Raises:
         WeightsError: unreadable file, or keys and shapes that do not fit (listed).
     """
-    state = tower_state(read(source))
-    fit_table(state, "positional_embedding", model, old_grid)
-    return load_state_dict(model, state)
+
+    def fit(state):
+        fit_table(state, "positional_embedding", model, old_grid)
+        return state
+
+    return load_state_dict(model, tower_state(read(source)), fit)
 
 
 def convert_weights(model, dtype=torch.float16):

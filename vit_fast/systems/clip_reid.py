@@ -9,7 +9,7 @@ Labels", 2023.
 import torch
 from torch import nn
 
-from vit_fast.weights import load_state_dict
+from vit_fast.weights import load_state_dict, log_left_out
 
 from . import clip, words
 
@@ -96,6 +96,7 @@ def load(model: ReID, source, old_grid=None) -> ReID:
     if not any(key.startswith("classifier.") for key in state):
         clip.load(model.image_encoder, source, old_grid)
         return model
+    log_left_out("systems.clip_reid", [(key, "the text side") for key in state if key.startswith(_TEXT_SIDE)])
     state = {key: value for key, value in state.items() if not key.startswith(_TEXT_SIDE)}
     clip.fit_table(state, "image_encoder.positional_embedding", model.image_encoder, old_grid)
     return load_state_dict(model, state)

@@ -30,7 +30,7 @@ from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict
 
-from . import google_npz, words
+from . import words
 from .encoder_layer import EncoderLayer
 
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -361,16 +361,16 @@ def build(
     return LiteralDeiT(w, dd) if literal else DeiT(w, dd)
 
 
-def _fit_keys(model, state):
-    """Older spellings of keys, in place: pre_logits.0, nested blocks, patch weights as a matrix."""
+def _own_spelling(model, state):
+    """The state with older spellings of keys renamed: pre_logits.0, nested blocks; patch weights get their axes."""
     literal = isinstance(model, LiteralDeiT)
-    for key in list(state):
-        new = key.replace("blocks.layers.", "blocks.") if literal else key.replace("pre_logits.0.", "pre_logits.fc.")
-        state[new] = state.pop(key)
+    old, new = ("blocks.layers.", "blocks.") if literal else ("pre_logits.0.", "pre_logits.fc.")
+    state = {key.replace(old, new): value for key, value in state.items()}
     key = "patch_embed.weight" if literal else "patch_embed.proj.weight"
     own = model.state_dict().get(key)
     if key in state and state[key].dim() == 2 and own is not None and state[key].numel() == own.numel():
         state[key] = state[key].reshape(own.shape)
+    return state
 
 
 def load(model, source, fine_tune: bool = False, old_grid=None):
@@ -387,22 +387,24 @@ def load(model, source, fine_tune: bool = False, old_grid=None):
     Raises:
         WeightsError: unreadable file, or keys and shapes that do not fit (listed).
     """
-    state = words.state_of("deit", source)
-    if google_npz.is_google(state):
-        state = google_npz.for_model(model, state)
-    _fit_keys(model, state)
-    own, table = model.state_dict(), state.get("pos_embed")
+    own = model.state_dict()
     grid = model.grid_size if isinstance(model, LiteralDeiT) else model.patch_embed.grid_size
-    if table is not None and table.dim() == 3 and (old_grid is not None or table.shape != own["pos_embed"].shape):
-        try:
-            state["pos_embed"] = resize_pos_embed(table, old_grid, grid, model.pos_embed_policy, model.num_tokens)
-        except ValueError as error:
-            if old_grid is not None:
-                raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
-    if fine_tune:
-        state = {key: v for key, v in state.items() if not key.startswith("head") or _fits(own.get(key), v)}
-        state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}
-    return load_state_dict(model, state)
+
+    def fit(state):
+        state = _own_spelling(model, state)
+        table = state.get("pos_embed")
+        if table is not None and table.dim() == 3 and (old_grid is not None or table.shape != own["pos_embed"].shape):
+            try:
+                state["pos_embed"] = resize_pos_embed(table, old_grid, grid, model.pos_embed_policy, model.num_tokens)
+            except ValueError as error:
+                if old_grid is not None:
+                    raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
+        if fine_tune:
+            state = {key: v for key, v in state.items() if not key.startswith("head") or _fits(own.get(key), v)}
+            state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}
+        return state
+
+    return load_state_dict(model, words.state_of("deit", source), fit)
 
 
 def _fits(own, value):

@@ -11,7 +11,6 @@ position table at "pos_embedding", MAP head, and blocks stacked along a leading 
 Hybrids become timm's hybrid keys (patch_embed.backbone.…).
 """
 
-import logging
 import math
 import re
 
@@ -19,26 +18,30 @@ import torch
 
 from vit_fast import convert
 from vit_fast.pos_embed import resize_pos_embed
-from vit_fast.weights import MissingKeyError, WeightsError
+from vit_fast.weights import MissingKeyError, WeightsError, log_left_out
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
+_MARKS = tuple(f"{prefix}{name}" for prefix in _PREFIXES for name in ("embedding/kernel", "Transformer/encoder"))
+_HEADS_IN = re.compile(r"MultiHeadDotProductAttention_\d/(?:query|key|value)/(?:kernel|bias)$")
 
 
 def is_google(state) -> bool:
     """Whether a mapping holds Google's names."""
-    return any(f"{prefix}embedding/kernel" in state for prefix in _PREFIXES)
+    return any(key.startswith(_MARKS) for key in state if isinstance(key, str))
 
 
 class _Reader:
     """Reads keys under the file's prefix and notes which were used."""
 
     def __init__(self, state):
-        self.prefix = next(prefix for prefix in _PREFIXES if f"{prefix}embedding/kernel" in state)
+        names = ("embedding/kernel", "Transformer/encoder")
+        self.prefix = next(p for p in _PREFIXES if any(key.startswith((p + names[0], p + names[1])) for key in state))
         self.state = {key: torch.as_tensor(value) for key, value in state.items() if key.startswith(self.prefix)}
         self.used, self.log = set(), []
 
-    def has(self, key):
-        return self.prefix + key in self.state
+    def has(self, start):
+        """Whether the file has a key that starts so: a part that is there in part is asked for whole."""
+        return any(key.startswith(self.prefix + start) for key in self.state)
 
     def get(self, key):
         key = self.prefix + key
@@ -49,12 +52,16 @@ class _Reader:
 
     def layers(self):
         """How many blocks, and how many of them are stacked in one array."""
-        if self.has("Transformer/encoderblock/LayerNorm_0/scale"):
-            depth = self.state[f"{self.prefix}Transformer/encoderblock/LayerNorm_0/scale"].shape[0]
-            return depth, True
+        if self.has("Transformer/encoderblock/"):
+            return self.get("Transformer/encoderblock/LayerNorm_0/scale").shape[0], True
         pattern = re.compile(re.escape(self.prefix) + r"Transformer/encoderblock_(\d+)/")
         found = [int(match[1]) for match in map(pattern.match, self.state) if match]
         return max(found, default=-1) + 1, False
+
+    def units(self):
+        """(block, unit) of every unit of a hybrid's ResNet."""
+        pattern = re.compile(re.escape(self.prefix) + r"block(\d+)/unit(\d+)/")
+        return sorted({(int(match[1]), int(match[2])) for match in map(pattern.match, self.state) if match})
 
 
 def _dense(kernel):
@@ -79,8 +86,8 @@ def to_timm(state):
     Args:
         state: mapping of names to arrays or tensors, as ``numpy.load`` or ``vit_fast.weights.read_state_dict`` give.
     Returns:
-        (state_dict, log, dropped): contiguous float tensors; a list of (Google names, timm key); the names left over
-        ("pre_logits" is mapped to "pre_logits.fc").
+        (state_dict, log, dropped): contiguous float tensors; a list of (Google names, timm key); (name, why) of the
+        names left over ("pre_logits" is mapped to "pre_logits.fc").
     Raises:
         MissingKeyError: a block or the stem lacks a key (named).
     """
@@ -105,9 +112,9 @@ def to_timm(state):
         put(f"{target}.weight", f"{source}/kernel", _dense, layer=layer)
         put(f"{target}.bias", f"{source}/bias", layer=layer)
 
-    if read.has("conv_root/kernel"):
+    if read.has("conv_root/") or read.has("gn_root/"):
         _stem(read, put, norm)
-    if read.state[f"{read.prefix}embedding/kernel"].dim() != 4:
+    if read.get("embedding/kernel").dim() != 4:
         raise WeightsError("vit_fast: Google checkpoint's embedding/kernel is not a convolution, expected 4 dimensions")
     put("patch_embed.proj.weight", "embedding/kernel", _conv)
     put("patch_embed.proj.bias", "embedding/bias")
@@ -120,12 +127,26 @@ def to_timm(state):
         source, layer = ("Transformer/encoderblock", i) if stacked else (f"Transformer/encoderblock_{i}", None)
         _block(read, put, norm, dense, f"blocks.{i}", source, layer)
     norm("norm", "Transformer/encoder_norm")
-    if read.has("MAPHead_0/probe"):
+    if read.has("MAPHead_0/"):
         _map_head(read, put, norm, dense)
     for name, target in (("pre_logits", "pre_logits.fc"), ("head", "head")):
-        if read.has(f"{name}/kernel"):
+        if read.has(f"{name}/"):
             dense(target, name)
-    return out, read.log, sorted(set(state) - read.used)
+    return out, read.log, [(key, "no place") for key in sorted(set(state) - read.used)]
+
+
+def num_heads(state):
+    """The number of heads that the kernels of query, key and value [C, H, D] have.
+
+    Raises:
+        WeightsError: kernels or biases of different numbers.
+    """
+    heads = {key: value.shape[-2] for key, value in state.items() if _HEADS_IN.search(key) and len(value.shape) > 1}
+    if len(set(heads.values())) > 1:
+        raise WeightsError(
+            f"vit_fast: Google checkpoint has kernels of {sorted(set(heads.values()))} heads, expected one number"
+        )
+    return next(iter(heads.values()), None)
 
 
 def _attention(put, target, source, layer, projections):
@@ -138,10 +159,12 @@ def _attention(put, target, source, layer, projections):
 
 
 def _block(read, put, norm, dense, target, source, layer):
-    old = read.has(f"{source}/MultiHeadDotProductAttention_1/query/kernel")
-    attention = "MultiHeadDotProductAttention_1" if old else "MultiHeadDotProductAttention_0"
-    norm2 = "LayerNorm_2" if read.has(f"{source}/LayerNorm_2/scale") else "LayerNorm_1"
-    mlp = "MlpBlock_3" if read.has(f"{source}/MlpBlock_3/Dense_0/kernel") else "MlpBlock_0"
+    old = any(read.has(f"{source}/{part}/") for part in ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"))
+    attention, norm2, mlp = (
+        ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+        if old
+        else ("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+    )
     norm(f"{target}.norm1", f"{source}/LayerNorm_0", layer)
     _attention(put, f"{target}.attn", f"{source}/{attention}", layer, {"qkv": ("query", "key", "value")})
     norm(f"{target}.norm2", f"{source}/{norm2}", layer)
@@ -161,22 +184,18 @@ def _map_head(read, put, norm, dense):
 
 def _stem(read, put, norm):
     backbone = "patch_embed.backbone"
-    stem = f"{backbone}.stem" if read.has("block1/unit1/conv1/kernel") else backbone
+    units = read.units()
+    stem = f"{backbone}.stem" if units else backbone
     put(f"{stem}.conv.weight", "conv_root/kernel", _conv)
     norm(f"{stem}.norm", "gn_root")
-    block = 1
-    while read.has(f"block{block}/unit1/conv1/kernel"):
-        unit = 1
-        while read.has(f"block{block}/unit{unit}/conv1/kernel"):
-            source, target = f"block{block}/unit{unit}", f"{backbone}.stages.{block - 1}.blocks.{unit - 1}"
-            for r in (1, 2, 3):
-                put(f"{target}.conv{r}.weight", f"{source}/conv{r}/kernel", _conv)
-                norm(f"{target}.norm{r}", f"{source}/gn{r}")
-            if read.has(f"{source}/conv_proj/kernel"):
-                put(f"{target}.downsample.conv.weight", f"{source}/conv_proj/kernel", _conv)
-                norm(f"{target}.downsample.norm", f"{source}/gn_proj")
-            unit += 1
-        block += 1
+    for block, unit in units:
+        source, target = f"block{block}/unit{unit}", f"{backbone}.stages.{block - 1}.blocks.{unit - 1}"
+        for r in (1, 2, 3):
+            put(f"{target}.conv{r}.weight", f"{source}/conv{r}/kernel", _conv)
+            norm(f"{target}.norm{r}", f"{source}/gn{r}")
+        if read.has(f"{source}/conv_proj/") or read.has(f"{source}/gn_proj/"):
+            put(f"{target}.downsample.conv.weight", f"{source}/conv_proj/kernel", _conv)
+            norm(f"{target}.downsample.norm", f"{source}/gn_proj")
 
 
 def adapt_in_chans(kernel, in_chans: int):
@@ -244,6 +263,14 @@ def for_model(model, state):
         )
     if hasattr(model, "check_google_weights"):
         model.check_google_weights()
+    heads = num_heads(state)
+    for name, module in model.named_modules():
+        own_heads = getattr(module, "num_heads", heads)
+        if own_heads != heads:
+            raise WeightsError(
+                f"vit_fast: Google checkpoint has kernels of {heads} heads, expected {own_heads} "
+                f"(num_heads of {type(model).__name__}'s {name})"
+            )
     state = to_timm(state)[0]
     for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
         if key in state and key in own:
@@ -258,10 +285,9 @@ def for_model(model, state):
     for part in optional:
         if any(key.startswith(part) for key in own):
             dropped = [key for key in dropped if not key.startswith(part)]
-    if dropped:
-        logging.getLogger("vit_fast").warning(
-            "Google checkpoint: %s has no place for %s; left out", type(model).__name__, ", ".join(dropped)
-        )
+    log_left_out(
+        f"Google checkpoint for {type(model).__name__}", [(key, "the model has no place for it") for key in dropped]
+    )
     state = {key: value for key, value in state.items() if key not in dropped}
     if getattr(model, "zero_head", False):
         state |= {key: torch.zeros(own[key].shape) for key in ("head.weight", "head.bias") if key in own}

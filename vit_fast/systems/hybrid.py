@@ -450,13 +450,17 @@ def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
     """
     if isinstance(source, Mapping):
         source = {name: torch.as_tensor(value) if hasattr(value, "dtype") else value for name, value in source.items()}
-    state = state_of(_FAMILY, source)
     key = "transformer.embeddings.position_embeddings"
     own = model.transformer.embeddings.position_embeddings
-    if key in state and (old_grid is not None or state[key].shape != own.shape):
+
+    def fit(state):
+        if key not in state or (old_grid is None and state[key].shape == own.shape):
+            return state
         prefix = int(model.transformer.embeddings.cls_token is not None)
         try:
-            state[key] = resize_pos_embed(state[key], old_grid, model.grid_size, model.google_policy, prefix)
+            table = resize_pos_embed(state[key], old_grid, model.grid_size, model.google_policy, prefix)
         except ValueError as error:
             raise WeightsError(f"vit_fast.systems.hybrid: {key} does not fit: {error}") from error
-    return load_state_dict(model, state)
+        return {**state, key: table}
+
+    return load_state_dict(model, state_of(_FAMILY, source), fit)

@@ -14,10 +14,9 @@ from vit_fast import layer_args
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.kernels.tracing import untraced
 from vit_fast.layer_args import activation_of, built
-from vit_fast.weights import WeightsError, read_state_dict
+from vit_fast.weights import read_state_dict, unwrap
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
-_WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 
 def fail(family, name, value, wanted):
@@ -130,25 +129,17 @@ def fail_images(family, images, wanted):
     raise ValueError(f"vit_fast.systems.{family}: images are {images.shape[2]}×{images.shape[3]}, expected {wanted}")
 
 
-def state_of(family, source):
+def state_of(family, source, torchscript=False):
     """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``weights.read_state_dict``.
-
-    Unwraps "state_dict_ema", "state_dict" and "model" and strips a "module." prefix.
 
     Raises:
         TypeError: neither a mapping nor a path.
         WeightsError: unreadable file, or something else than tensors inside.
     """
     if isinstance(source, (str, os.PathLike)):
-        return read_state_dict(source)
+        return read_state_dict(source, torchscript=torchscript)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"vit_fast.systems.{family}: weights are {type(source).__name__}, expected a state_dict or a path"
         )
-    for wrapper in _WRAPPERS:
-        if isinstance(source.get(wrapper), Mapping):
-            source = source[wrapper]
-    foreign = [str(key) for key, value in source.items() if not isinstance(value, torch.Tensor)]
-    if foreign:
-        raise WeightsError(f"vit_fast.systems.{family}: weights hold {foreign[0]!r}, expected tensors only")
-    return {key.removeprefix("module."): value for key, value in source.items()}
+    return unwrap(source, f"vit_fast.systems.{family}: a checkpoint")

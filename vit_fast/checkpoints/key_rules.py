@@ -1,0 +1,37 @@
+"""Rules that rename the keys of a state_dict.
+
+A rule is written as (a program's key, timm's key): {} is an index, {+} one that counts from 1; a trailing dot stands
+for all below.
+"""
+
+import re
+
+
+def compile_rules(pairs, reverse=False):
+    """(pattern, template, shifts of the indices) of pairs, from the first key to the second."""
+    rules = []
+    for source, target in ((b, a) for a, b in pairs) if reverse else pairs:
+        parts = re.split(r"(\{\+?\})", source)
+        pattern = "".join(r"(\d+)" if part in ("{}", "{+}") else re.escape(part) for part in parts)
+        shifts = [
+            (new == "{+}") - (old == "{+}")
+            for old, new in zip(re.findall(r"\{\+?\}", source), re.findall(r"\{\+?\}", target), strict=True)
+        ]
+        whole = "" if source.endswith(".") else "$"
+        rules.append((re.compile(pattern + whole), target.replace("{+}", "{}"), shifts))
+    return rules
+
+
+def rename(key, rules):
+    """The key under the first rule that fits, or None."""
+    for pattern, target, shifts in rules:
+        match = pattern.match(key)
+        if match:
+            return target.format(*(int(n) + s for n, s in zip(match.groups(), shifts))) + key[match.end() :]
+    return None
+
+
+def renamed(state, rules):
+    """(state, log) with every key renamed; keys without a rule stay."""
+    targets = {key: rename(key, rules) or key for key in state}
+    return {targets[key]: value for key, value in state.items()}, [((key,), target) for key, target in targets.items()]
