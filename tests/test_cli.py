@@ -489,7 +489,7 @@ def test_the_best_rival_multiplies_in_no_lower_precision():
     for name, step in seconds.items():
         row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in compare.IN_FLOAT8 else 100.0}
         ours = name.startswith("vit_fast")
-        rows[name] = compare.Provider(name, None, row, ours=ours, steps=[step] * 3, latencies=[step] * 3)
+        rows[name] = compare.Provider(name, None, row, ours=ours, rounds=[[step]] * 3, latencies=[step] * 3)
     contest = SimpleNamespace(flops=1e12)
     compare._fill_in(rows.values(), SimpleNamespace(device=torch.device("cpu")), contest, 5)
     best = {name: (p.row.get("best_rival"), p.row.get("speedup_vs_best_rival")) for name, p in rows.items()}
@@ -541,7 +541,7 @@ def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
     device, _, old = device.partition(" of ")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if old else (9, 0))
     monkeypatch.setattr(flags_of_bench.options, "target_device", lambda text: torch.device(device))
-    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or ([], False))
+    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings))
     monkeypatch.setattr(report, "print_report", lambda *rest: None)
     assert run("bench", *flags) == 0
     assert (asked[0].variants, asked[0].rivals) == (ours, theirs)
