@@ -12,7 +12,7 @@ from vit_fast.cli.speedup import drift, rounds_needed, speedup
 
 
 def drawn(seed, rounds, ratio=1.0, noise=0.05, slowing=0.0, outliers=0.0):
-    """(ours, theirs): rounds of one step; theirs take ``ratio`` times as long. Both slow down, both meet other programs."""
+    """(ours, theirs): rounds of a step; theirs take ``ratio`` times as long. Both slow down and meet other programs."""
     draw = random.Random(seed)
     ours, theirs = [], []
     for turn in range(rounds):
@@ -62,7 +62,7 @@ def test_a_difference_of_a_tenth_is_found_in_forty_rounds(world):
 
 
 def test_quotients_of_whole_medians_would_be_wrong_under_drift():
-    """Ours is timed in six rounds, theirs stops after three of a machine that slows down: rounds are compared in pairs."""
+    """Of a machine that slows down, theirs was timed in the first three of six rounds: rounds are compared in pairs."""
     ours = [[1.0], [1.0], [2.0], [4.0], [4.0], [4.0]]
     assert speedup(ours, ours[:3]).ratio == 1.0
 
