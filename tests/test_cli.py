@@ -340,7 +340,8 @@ def test_what_a_variant_does_not_support_is_told(stage, variants, json_file, mon
     plain, prepared, graphed, eager = (row["status"] for row in json.loads(json_file.read_text()))
     assert graphed == f"not timed: vit_fast.{stage}: no such thing"
     assert prepared == (graphed if stage == "prepare" else "ok") and plain == eager == "ok"
-    assert run(*QUICK, "-b", "1", "--variants", "graphed", "--rivals", "eager", "--results-file", json_file) == 1
+    words = ["-b", "1", "--precision", "bfloat16", "--variants", "graphed", "--rivals", "eager"]
+    assert run(*QUICK, *words, "--results-file", json_file) == 1
     graphed, eager = (row["status"] for row in json.loads(json_file.read_text()))
     assert graphed.startswith("not timed") and eager == "not timed: no variant of vit_fast to compare with"
 
@@ -540,7 +541,7 @@ def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
     device, _, old = device.partition(" of ")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if old else (9, 0))
     monkeypatch.setattr(flags_of_bench.options, "target_device", lambda text: torch.device(device))
-    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings))
+    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or False)
     monkeypatch.setattr(report, "print_report", lambda *rest: None)
     assert run("bench", *flags) == 0
     assert (asked[0].variants, asked[0].rivals) == (ours, theirs)
@@ -563,16 +564,16 @@ def test_the_verdict_is_of_the_fastest_of_ours_and_honest():
     rows += [{"provider": "vit_fast", "infer_batch_size": 32, "product_dtype": "bfloat16", "best_rival": None}]
     rows += [_row("vit_fast", 1.2, 64, 0.8, 1.4, same=True, rival="eager")]
     rows += [_row("vit_fast-fp8", 1.9, 64, 1.8, 2.0, rival="scaled-mm")]
-    interval = "confidence interval"
+    best, interval = "the best rival", "confidence interval"
     assert list(report._verdicts(rows)) == [
-        f"Batch 4: vit_fast-prepared is faster than the best rival (compile): 1.50×, {interval} 1.48 to 1.52 of 12 rounds.",
+        f"Batch 4: vit_fast-prepared is faster than {best} (compile): 1.50×, {interval} 1.48 to 1.52 of 12 rounds.",
         f"Batch 8: vit_fast is slower than the best rival (compile): 0.80×, {interval} 0.75 to 0.90 of 12 rounds.",
         "Batch 16: vit_fast is neither faster nor slower than the best rival (compile), as far as can be told: 1.30×, "
         f"{interval} 0.99 to 1.70 of 12 rounds.",
         "Batch 24: vit_fast against the best rival (compile): 3 rounds are too few for a verdict (measured 2.11×).",
-        "Batch 64: vit_fast is equal to the best rival (eager): the same operators, the same bits. What is left is host "
-        f"time and noise: 1.20×, {interval} 0.80 to 1.40 of 12 rounds.",
-        f"Batch 64: vit_fast-fp8 is faster than the best rival (scaled-mm): 1.90×, {interval} 1.80 to 2.00 of 12 rounds.",
+        "Batch 64: vit_fast is equal to the best rival (eager): the same operators, the same bits. What is left is "
+        f"host time and noise: 1.20×, {interval} 0.80 to 1.40 of 12 rounds.",
+        f"Batch 64: vit_fast-fp8 is faster than {best} (scaled-mm): 1.90×, {interval} 1.80 to 2.00 of 12 rounds.",
     ]
 
 
@@ -1111,7 +1112,7 @@ def test_version(capsys):
 )
 def test_words_for_precisions(flags, precision, amp_dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings))
+    monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or False)
     assert run(*QUICK, *flags) == 0
     assert (asked[0].precision, asked[0].amp_dtype) == (precision, amp_dtype)
 
