@@ -628,7 +628,9 @@ def test_the_table_is_whole_at_every_width(columns, monkeypatch, capsys):
     for cell in ("1.235e+04", "1.2e+04", "1.25e+04", "3.241", "4.123", "124.22", "12346", "123", "77.7", "6.6e-07"):
         assert words.count(cell) == 3, cell
     assert words.count("1.23") == words.count("9.87") == 3 and words.count("scaled-mm:") == 1
-    assert {words.count(name) for name in names[:2]} == {{60: 5, 80: 3, 120: 2}[columns]}
+    # Each of the tables names its rows; a wider terminal needs fewer.
+    tables = words.count("provider")
+    assert words.count(names[0]) == words.count(names[1]) == tables <= {60: 5, 80: 3, 120: 2}[columns]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
@@ -1293,7 +1295,8 @@ def test_what_a_time_budget_leaves_out_is_told_beforehand(limit, batches, provid
 @pytest.mark.parametrize(
     ("limit", "took", "statuses"),
     [
-        (150, 40.0, ["ok", "no time", "ok", "no time"]),  # compile at both sizes before max-autotune at any
+        (110, 40.0, ["ok", "no time", "ok", "no time"]),
+        (150, 40.0, ["ok", "ok", "ok", "no time"]),  # compile at both sizes before max-autotune at any
         (400, 40.0, ["ok"] * 4),
         (70, 40.0, ["ok", "no time", "no time", "no time"]),
         (20, 40.0, ["late", "no time", "no time", "no time"]),
