@@ -251,7 +251,8 @@ def _plan(settings, contest, budget, tell):
     first, *others = settings.batch_sizes
     left_out = []
     if least(first, providers) > budget.left():
-        providers, dropped = (*ours[:1], *rivals[:1]), providers
+        dropped = providers
+        providers = tuple(name for side in (ours, rivals) for name in [n for n in side if n in dropped][:1])
         left_out += [name for name in dropped if name not in providers]
     batches, total = {first: least(first, providers)}, least(first, providers)
     for batch in others:
