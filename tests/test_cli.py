@@ -1150,10 +1150,13 @@ def test_check_refuses_at_once(words, named, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["nowhere.pth", "out.safetensors"], "nowhere.pth is no file"),
+        (["nowhere.pth", "out.safetensors"], "nowhere.pth does not exist"),
         ([__file__, "out.pth"], "expected a file name ending in .safetensors"),
         ([__file__, "/proc/x.safetensors"], "a file that can be written"),
-        ([__file__, "out.safetensors", "--to", "keras"], "timm, canonical or jeonsworld"),
+        (
+            [__file__, "out.safetensors", "--to", "keras"],
+            "--to is 'keras', expected one of timm, canonical, jeonsworld",
+        ),
         ([__file__, "out.safetensors", "--from", "keras"], "--from"),
     ],
 )

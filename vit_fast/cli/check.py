@@ -61,7 +61,11 @@ def check(
     if variant in CUDA_GRAPHS and target.type != "cuda":
         raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
     if variant != "plain" and precision == "float32":
-        raise options.wrong("--variant", variant, "it with --precision bfloat16 or float16: float32 is not folded")
+        raise options.wrong(
+            "--variant",
+            variant,
+            "it with --precision bfloat16 or float16: folding is for all float16 or all bfloat16 weights",
+        )
     options.backend(backend, target)
     options.buildable(model, words)
     photographs.check_folder(images)

@@ -42,11 +42,11 @@ def convert(
     """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
     from vit_fast.convert import FAMILIES, TARGETS, convert_file
 
-    options.one_of("--to", to, TARGETS)
-    if family is not None:
-        options.one_of("--from", family, tuple(FAMILIES))
+    for word, given, known in (("--to", to, TARGETS), ("--from: family", family, FAMILIES)):
+        if given is not None and given not in known:
+            raise CommandError(f"{word} is {given!r}, expected one of {', '.join(known)}")
     if not source.is_file():
-        raise CommandError(f"{source} is {'a folder' if source.is_dir() else 'no file'}, expected a checkpoint")
+        raise CommandError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}, expected a checkpoint")
     if target.suffix != ".safetensors":
         raise CommandError(f"target is {str(target)!r}, expected a file name ending in .safetensors")
     if target.exists() and source.samefile(target):
