@@ -208,7 +208,7 @@ def _wrong_head(right):
         (("--precision", "float32", "--variant", "prepared"), "folding is for all float16 or all bfloat16"),
         (("--variant", "graphed", "--precision", "bfloat16"), "CUDA"),
         (("--model", "vit_nothing"), "vit_fast cannot make the model 'vit_nothing'"),
-        (("--backend", "triton"), "backend 'triton' was forced and cannot run"),
+        (("--backend", "triton"), "got 'triton', wanted a backend that runs on cpu"),
     ],
 )
 def test_command_refuses(words, told, capsys):

@@ -597,7 +597,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(command.options, "target_device", lambda text: torch.device("cuda", 0))
     monkeypatch.setattr(command, "_model_and_pixels", on_the_cpu)
-    monkeypatch.setattr(command, "_trace", lambda call, settings: trace.events)
+    monkeypatch.setattr(command, "_trace", lambda call, settings: ("", trace.events))
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 4e12)
     peaks = {torch.float32: 50.0, torch.bfloat16: 700.0, torch.float8_e4m3fn: 1300.0}
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: peaks[dtype])
@@ -720,6 +720,8 @@ def test_profile_on_a_gpu(provider, tmp_path):
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),
         (["--device", "tpu"], "--device", "cpu, cuda or cuda:N"),
         (["--model-kwargs", "depth"], "--model-kwargs", "key=value"),
+        (["--device", "cpu", "--backend", "cuda"], "--backend", "the cuda extension is not built"),
+        (["--device", "cpu", "--trace", "/proc/x.json"], "--trace", "a file that can be written"),
     ),
 )
 def test_bad_words_are_named_with_what_is_wanted(words, named, wanted, capsys):
@@ -734,7 +736,6 @@ def test_bad_words_are_named_with_what_is_wanted(words, named, wanted, capsys):
         (["--model", "vit_enormous"], "vit_fast cannot make the model 'vit_enormous'"),
         (["--model", "vit_enormous", "--provider", "eager"], "timm cannot make the model 'vit_enormous'"),
         (["--img-size", "7"], "cannot make the model"),
-        (["--img-size", "32", "--backend", "cuda"], "cuda"),
     ),
 )
 def test_models_that_cannot_be_made(words, text, capsys):

@@ -1,11 +1,21 @@
 """The command line: one file per verb, and beside them one file per subject that a verb needs."""
 
+import contextlib
 import importlib
+import os
+import re
 import sys
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
 
 
 class CommandError(Exception):
     """A failure that the user can mend: its text is all that is printed."""
+
+
+def reason(error):
+    """The text of one of the library's errors, without the function that raised it: the command line names a flag."""
+    return re.sub(r"^vit_fast(\.\w+)*: ", "", str(error))
 
 
 def require(module, extra):
@@ -18,33 +28,54 @@ def require(module, extra):
         raise CommandError(f"{name} {cause}; pip install 'vit-fast[{extra}]' brings it") from error
 
 
+def _app():
+    typer = require("typer", "cli")
+    require("rich", "cli")
+    from .bench import bench
+    from .check import check
+    from .convert import convert
+    from .info import info, show_version
+    from .list import list_models
+    from .profile import profile
+
+    app = typer.Typer(
+        name="vit-fast",
+        help="Fast Vision Transformers: benchmark them, check them, see what runs here.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(show_version)
+    app.command()(bench)
+    app.command()(check)
+    app.command()(convert)
+    app.command()(info)
+    app.command("list")(list_models)
+    app.command()(profile)
+    return app
+
+
+def _discard_output():
+    """Points standard output at the null device: what its buffer holds would fail once more when Python exits."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor has nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments=None):
     """Entry point of ``vit-fast`` and of ``python -m vit_fast``."""
     try:
-        typer = require("typer", "cli")
-        require("rich", "cli")
-        from .bench import bench
-        from .check import check
-        from .convert import convert
-        from .info import info
-        from .list import list_models
-        from .profile import profile
-
-        app = typer.Typer(
-            name="vit-fast",
-            help="Fast Vision Transformers: benchmark them, check them, see what runs here.",
-            rich_markup_mode=None,
-            pretty_exceptions_enable=False,
-            no_args_is_help=True,
-            context_settings={"help_option_names": ["-h", "--help"]},
-        )
-        app.command()(bench)
-        app.command()(check)
-        app.command()(convert)
-        app.command()(info)
-        app.command("list")(list_models)
-        app.command()(profile)
-        app(args=arguments, prog_name="vit-fast")
+        try:
+            _app()(args=arguments, prog_name="vit-fast")
+        finally:
+            sys.stdout.flush()
     except CommandError as error:
         print(f"vit-fast: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+            print(f"vit-fast: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,5 +1,6 @@
 """``vit-fast bench``: its flags, checked before anything heavy is imported; ``compare`` does the work."""
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import options, require
+from . import INTERRUPTED, machine, options, photographs, require
+from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 # The longest to compile last: what a time budget cuts is the end.
@@ -20,6 +22,7 @@ DEFAULT_VARIANTS = {"cuda": VARIANTS[:3], "cpu": ("plain", "prepared")}
 FLOAT8_VARIANTS, FLOAT8_RIVAL = VARIANTS[3:], RIVALS[-1]
 CUDA_GRAPHS = ("compile-cudagraphs", "graphed", "fp8-graphed")
 FORMATS = ("csv", "json")
+AMP_PRECISIONS = {"amp": "float16", "amp_bfloat16": "bfloat16"}
 BATCH_SIZES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
 TIME_BUDGET = {"cuda": 0.0, "cpu": 150.0}
 
@@ -57,7 +60,13 @@ def bench(
         typer.Option("--batch-size", "-b", help="One, or several: 1,8,64. [default: GPU 1,8,64,256, CPU 1,4]"),
     ] = None,
     img_size: options.ImgSize = None,
-    precision: options.Precision = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16 (fp32, bf16, fp16) weights and images; amp and amp_bfloat16 as timm: "
+            "--amp in float16, or in bfloat16. [default: GPU bfloat16, CPU float32]"
+        ),
+    ] = None,
     amp: Annotated[bool, typer.Option("--amp", help="float32 weights under autocast.")] = False,
     amp_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float16 for --amp. [default: GPU float16, CPU bfloat16]")
@@ -99,7 +108,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw images/s by batch size here, .png, .svg or .pdf.")] = None,
 ):
     """Benchmark a model against timm, torch.compile and other libraries: parity first, then speed and memory."""
-    start = time.perf_counter()
+    start, load = time.perf_counter(), machine.load_average()
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise options.wrong("--plot", str(plot), "a name that ends in .png, .svg or .pdf")
     for flag, value, least in (
@@ -110,16 +119,17 @@ def bench(
     ):
         options.at_least(flag, value, least)
     file_format = _results_format(results_file, results_format)
-    if precision is not None:
-        options.one_of("--precision", precision, options.PRECISIONS)
+    if precision in AMP_PRECISIONS:
+        if amp_dtype is not None:
+            raise options.wrong("--amp-dtype", amp_dtype, f"it without --precision {precision}, which says it")
+        amp, amp_dtype, precision = True, AMP_PRECISIONS[precision], None
+    precision = options.precision("--precision", precision)
     if amp_dtype is not None:
-        options.one_of("--amp-dtype", amp_dtype, options.PRECISIONS[1:])
+        amp_dtype = options.precision("--amp-dtype", amp_dtype, options.PRECISIONS[1:])
         if not amp:
             raise options.wrong("--amp-dtype", amp_dtype, "it together with --amp")
     if amp and precision not in (None, "float32"):
         raise options.wrong("--amp", precision, "float32 weights: leave out --precision")
-    if backend is not None:
-        options.one_of("--backend", backend, options.BACKENDS)
     if family is not None:
         options.one_of("--family", family, (*FAMILIES, "all"))
         for flag, given in (
@@ -138,19 +148,26 @@ def bench(
         variants = options.list_of("--variants", variants, VARIANTS)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
     words = options.keywords(model_kwargs)
-    for module in ("timm", *(["matplotlib"] if plot else [])):
-        require(module, "bench")
     target = options.target_device(device)
     on_gpu = target.type == "cuda"
     for flag, chosen in (("--rivals", rivals), ("--variants", variants)):
         for word in CUDA_GRAPHS:
             if not on_gpu and word in (chosen or ()):
                 raise options.wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
-    results_file, plot = options.output_file("--results-file", results_file), options.output_file("--plot", plot)
+    precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
+    if precision == "float32" and variants and "plain" not in variants:
+        told = "plain among them: the others fold float16 or bfloat16 weights, see --precision"
+        raise options.wrong("--variants", ",".join(variants), told)
+    options.backend(backend, target)
+    if family is None:
+        options.buildable(model, words if img_size is None else words | {"img_size": img_size})
+    photographs.check_folder(images)
+    for module in ("timm", *(["matplotlib"] if plot else [])):
+        require(module, "bench")
+    options.output_files({"--results-file": results_file, "--plot": plot})
 
     from . import compare, measure, report
 
-    precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
     if variants is None:
         variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
         if precision != "float32" and family is None and not measure.float8_missing(target):
@@ -176,31 +193,47 @@ def bench(
         pretrained=pretrained,
         images=images,
         backend=backend,
+        load_average=load,
     )
     seconds = TIME_BUDGET[target.type] if time_budget is None else time_budget
     contests = [settings]
     if family is not None:
         names = FAMILIES if family == "all" else (family,)
         contests = [replace(settings, family=name, model=name, model_kwargs={}) for name in names]
-    rows, failed, budgeted = [], False, seconds > 0
+    rows, failed, interrupted, budgeted = [], False, False, seconds > 0
+
+    def write_rows(path):
+        report.write_rows(rows, path, file_format)
+
     for index, contest in enumerate(contests):
         began = start if index == 0 else time.perf_counter()
         limit = max(seconds / (len(contests) - index), 1e-3) if budgeted else 0.0
-
-        def keep(its_rows, before=rows):
-            if results_file is not None:
-                report.write_rows(before + its_rows, results_file, file_format)
-
+        its_rows = []
         with report.progress() as tell:
-            its_rows, its_failed = compare.run(contest, compare.TimeBudget(limit, began), tell, keep)
-        report.print_report(its_rows, contest, limit)
+
+            def keep(batch_rows, contest=contest, its_rows=its_rows, tell=tell):
+                its_rows += batch_rows
+                rows.extend(batch_rows)
+                if results_file is not None:
+                    with contextlib.suppress(OSError):  # told at the end, if it then fails still
+                        write_rows(results_file)
+                with tell.paused():
+                    report.print_batch(batch_rows, contest)
+
+            try:
+                failed |= compare.run(contest, compare.TimeBudget(limit, began), tell, keep)
+            except KeyboardInterrupt:
+                interrupted = True
+        if its_rows:
+            report.print_report(its_rows, contest, limit)
+        if interrupted:
+            break
         seconds -= time.perf_counter() - began
-        rows, failed = rows + its_rows, failed or its_failed
-    if results_file is not None:
-        report.write_rows(rows, results_file, file_format)
-        print(f"rows: {results_file}")
-    if plot is not None:
-        report.draw(rows, plot)
-        print(f"plot: {plot}")
-    if failed:
+    if interrupted:
+        say("Interrupted: the rows that were finished by then." if rows else "Interrupted before a row was finished.")
+    written = save("rows", results_file, write_rows) if rows else True
+    written &= save("plot", plot, lambda path: report.draw(rows, path)) if rows else True
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if failed or not written:
         raise typer.Exit(1)

@@ -7,8 +7,28 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError, options
-from .bench import VARIANTS
+from . import CommandError, options, photographs, reason
+from .bench import CUDA_GRAPHS, VARIANTS
+from .output import save, say, show_table
+
+_HEADS = ("layer", "error", "eager's", "allowed", "rms error", "eager's rms", "cosine", "verdict")
+
+
+def _print_certificate(found):
+    """The text of a certificate, with its table at the width of the terminal."""
+    rows = []
+    for layer in (*found.layers, *found.outputs):
+        its = layer.parity
+        figures = (its.error, its.reference_error, its.allowed, its.relative_error, its.reference_relative_error)
+        verdict = "holds" if its.passed else "beyond what is allowed"
+        rows.append([layer.name, *(f"{figure:.2e}" for figure in figures), f"{its.cosine:.7f}", verdict])
+    first, _, *lines = str(found).splitlines()
+    say(first)
+    say()
+    show_table(_HEADS, rows, text=("verdict",))
+    say()
+    for line in lines[len(rows) :]:
+        say(line)
 
 
 def check(
@@ -30,16 +50,26 @@ def check(
     options.one_of("--variant", variant, VARIANTS)
     options.at_least("--batch-size", batch_size, 1)
     options.at_least("--img-size", img_size, 1)
-    if precision is not None:
-        options.one_of("--precision", precision, options.PRECISIONS)
-    if backend is not None:
-        options.one_of("--backend", backend, options.BACKENDS)
+    precision = options.precision("--precision", precision)
     if results_file is not None and results_file.suffix != ".json":
         raise options.wrong("--results-file", str(results_file), "a name that ends in .json")
     words = options.keywords(model_kwargs)
     if img_size is not None:
         words["img_size"] = img_size
-    target, results_file = options.target_device(device), options.output_file("--results-file", results_file)
+    target = options.target_device(device)
+    precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
+    if variant in CUDA_GRAPHS and target.type != "cuda":
+        raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
+    if variant != "plain" and precision == "float32":
+        raise options.wrong(
+            "--variant",
+            variant,
+            "it with --precision bfloat16 or float16: folding is for all float16 or all bfloat16 weights",
+        )
+    options.backend(backend, target)
+    options.buildable(model, words)
+    photographs.check_folder(images)
+    options.output_files({"--results-file": results_file})
 
     import torch
 
@@ -47,16 +77,16 @@ def check(
     from vit_fast import parity
     from vit_fast.input_size import input_size
 
-    from . import machine, photographs
+    from . import machine
 
     torch.manual_seed(0)
     try:
         made = vit_fast.create_model(model, pretrained=pretrained, **words).eval()
     except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
-        raise CommandError(f"vit_fast cannot make the model {model!r}: {error}") from error
+        raise CommandError(f"vit_fast cannot make the model {model!r}: {reason(error)}") from error
     if not pretrained:
         parity.perturb(made)
-    made.to(target, getattr(torch, precision or ("bfloat16" if target.type == "cuda" else "float32")))
+    made.to(target, getattr(torch, precision))
     channels, height, width = input_size(made)
     mean, std = (made.default_cfg.get(key, (0.5,) * channels) for key in ("mean", "std"))
     if len(mean) != channels:
@@ -71,14 +101,13 @@ def check(
                 made = vit_fast.graphed(made, batch_sizes=[batch_size])
             found = vit_fast.check(made, pixels)
     except (ValueError, vit_fast.UnsupportedError) as error:
-        raise CommandError(str(error)) from error
-    print(found)
+        raise CommandError(reason(error)) from error
+    _print_certificate(found)
     weights = "pretrained" if pretrained else "random"
-    print(f"{model}, variant {variant}, {weights} weights; pixels: {photos.source}.")
-    if results_file is not None:
-        facts = {"name": model, "variant": variant, "weights": weights, "images": photos.source}
-        facts |= {"vit_fast": vit_fast.__version__, "commit": machine.commit(), **machine.gpu_state(target)}
-        results_file.write_text(json.dumps(facts | found.as_dict(), indent=1, ensure_ascii=False) + "\n")
-        print(f"certificate: {results_file}")
-    if not found.passed:
+    say(f"{model}, variant {variant}, {weights} weights; pixels: {photos.source}.")
+    facts = {"name": model, "variant": variant, "weights": weights, "images": photos.source}
+    facts |= {"vit_fast": vit_fast.__version__, "commit": machine.commit(), **machine.gpu_state(target)}
+    text = json.dumps(facts | found.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    written = save("certificate", results_file, lambda path: path.write_text(text, encoding="utf-8"))
+    if not (found.passed and written):
         raise typer.Exit(1)

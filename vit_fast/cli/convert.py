@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError, require
+from . import CommandError, options, reason, require
+from .output import say
 
 
 def _grid(option, text):
@@ -42,16 +43,26 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
 ):
     """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
-    require("safetensors", "timm")
-    from vit_fast.convert import convert_file
+    from vit_fast.convert import FAMILIES, TARGETS, convert_file
 
+    for word, given, known in (("--to", to, TARGETS), ("--from: family", family, FAMILIES)):
+        if given is not None and given not in known:
+            raise CommandError(f"{word} is {given!r}, expected one of {', '.join(known)}")
+    if not source.is_file():
+        raise CommandError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}, expected a checkpoint")
+    if target.suffix != ".safetensors":
+        raise CommandError(f"target is {str(target)!r}, expected a file name ending in .safetensors")
+    if target.exists() and source.samefile(target):
+        raise CommandError(f"{target} is the source itself, expected another file")
     if target.exists() and not force:
         raise CommandError(f"{target} exists; --force overwrites it")
     words = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
     words |= dict(patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    options.output_file("TARGET", target)
+    safetensors = require("safetensors", "timm")
     try:
         report = convert_file(source, target, to, **words)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise CommandError(reason(error)) from error
     text = str(report)
-    print(text.rsplit("\n", 1)[-1] if quiet else text)
+    say(text.rsplit("\n", 1)[-1] if quiet else text)

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import platform
+from typing import Annotated
+
+import typer
 
 _PACKAGES = ("vit-fast", "torch", "triton", "torchvision", "timm", "transformers", "open_clip_torch", "numpy")
 
@@ -13,6 +16,22 @@ def _version(package):
         return "not installed"
 
 
+def _print_version(wanted):
+    if wanted:
+        from vit_fast import __version__
+
+        print(f"vit-fast {__version__}")
+        raise typer.Exit
+
+
+def show_version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+):
+    """The flags that stand before a verb."""
+
+
 def info():
     """Print versions, the devices, and which backend may run which operation here."""
     import torch
@@ -20,17 +39,18 @@ def info():
     import vit_fast
 
     from . import machine
+    from .output import say
 
-    print(f"{'python':<16} {platform.python_version()} on {platform.platform()}")
+    say(f"{'python':<16} {platform.python_version()} on {platform.platform()}")
     for package in _PACKAGES:
-        print(f"{package:<16} {_version(package)}")
-    print(f"{'commit':<16} {machine.commit()}")
-    print(f"{'cpu':<16} {machine.cpu_name()}, {torch.get_num_threads()} threads")
+        say(f"{package:<16} {_version(package)}")
+    say(f"{'commit':<16} {machine.commit()}")
+    say(f"{'cpu':<16} {machine.cpu_name()}, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         facts = ", ".join(f"{name} {value}" for name, value in machine.gpu_state(device).items())
-        print(f"{f'cuda:{index}':<16} {machine.name(device)}{', ' + facts if facts else ''}")
+        say(f"{f'cuda:{index}':<16} {machine.name(device)}{', ' + facts if facts else ''}")
     if not torch.cuda.is_available():
-        print(f"{'cuda':<16} no device")
-    print()
-    print(vit_fast.status())
+        say(f"{'cuda':<16} no device")
+    say()
+    say(str(vit_fast.status()))

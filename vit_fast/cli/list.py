@@ -1,12 +1,14 @@
 """``vit-fast list``: the names that ``create_model`` knows, their families, their sizes."""
 
+import difflib
+import fnmatch
 from collections import Counter
-from fnmatch import fnmatch
 from typing import Annotated
 
 import typer
 
 from . import CommandError
+from .output import show_table
 
 _COLUMNS = ("name", "family", "input", "classes", "parameters", "trainable")
 
@@ -42,37 +44,42 @@ def _row(name, num_classes):
     )
 
 
-def _print_table(rows):
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in ("classes", "parameters", "trainable") else cell.ljust(width)
-            for cell, width, column in zip(row, widths, _COLUMNS, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
+def _matches(pattern):
+    """The names that match a shell pattern, or that hold a text without wildcards."""
+    from vit_fast.registry import PRESETS
+
+    if not any(character in pattern for character in "*?["):
+        pattern = f"*{pattern}*"
+    return sorted(fnmatch.filter(PRESETS, pattern))
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="Only names that match, for example '*large*'.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="Only names that hold this text, or match this pattern: large, '*patch16*'.")
+    ] = "*",
     family: Annotated[str | None, typer.Option(help="Only names of this family; --families has them.")] = None,
     families: Annotated[bool, typer.Option("--families", help="The families and how many names each has.")] = False,
     long: Annotated[bool, typer.Option("--long", "-l", help="A table: family, input, parameter counts.")] = False,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Count with so many classes; needs --long.")] = None,
 ):
     """Print the names of the models, one a line."""
-    import vit_fast
-
-    names = [name for name in vit_fast.list_models() if fnmatch(name, pattern)]
-    counts = Counter(map(_family, vit_fast.list_models()))
+    if num_classes is not None and not long:
+        raise CommandError("--num-classes is given without --long, which counts with it")
+    names, known = _matches(pattern), _matches("*")
+    counts = Counter(map(_family, known))
     if family is not None:
         if family not in counts:
             raise CommandError(f"--family is {family!r}, expected one of {', '.join(sorted(counts))}")
         names = [name for name in names if _family(name) == family]
+    if not names:
+        near = ", ".join(difflib.get_close_matches(pattern.strip("*"), known, n=5, cutoff=0.5))
+        of = f" of family {family}" if family else ""
+        raise CommandError(f"no model{of} matches {pattern!r}{near and '; near: ' + near}")
     if families:
         for name, count in sorted(Counter(map(_family, names)).items()):
             print(f"{name:<12} {count}")
     elif long:
-        _print_table([_COLUMNS, *(_row(name, num_classes) for name in names)])
+        show_table(_COLUMNS, [_row(name, num_classes) for name in names], text=("family", "input"))
     else:
         for name in names:
             print(name)

@@ -38,6 +38,11 @@ def cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def load_average():
+    """How many programs wanted to run on this machine in the last minute, or None where the system does not tell it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def name(device):
     """Readable name of a torch device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

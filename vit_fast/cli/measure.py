@@ -18,9 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vit_fast.kernels.reference import E4M3
 
+_MOVES = tuple(f"aten::{name}" for name in ("add", "cat", "clone", "copy", "_to_copy", "empty_like", "_unsafe_view"))
 _flush = {}
 
 
@@ -205,6 +208,31 @@ def flops_per_image(model, pixels):
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels[:1])
     return counter.get_total_flops()
+
+
+class Operators(TorchDispatchMode):
+    """Writes down the operators that run under it, and the sizes of what they get.
+
+    An operator of vit_fast on its backend "torch" is what it is made of; in-place forms have the name of the others.
+    Views, sums and copies are left out: equal programs place them differently, as eager adds the position table. Under
+    inference mode it would see F.linear and its like alone, not what they are made of.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vit_fast" and args[-1] == "torch":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        out = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        name = func._schema.name.rstrip("_")
+        if tensors and not func.is_view and name not in _MOVES:
+            self.calls.append((name, sorted(tuple(t.shape) for t in tensors)))
+        return out
 
 
 def weight_bytes(model):

@@ -1,5 +1,6 @@
 """Real pixels for a benchmark: the user's photographs, or the sample photograph that matplotlib ships."""
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,11 @@ def _folder(folder, count, mode):
     """The first ``count`` readable images below a folder, in the order of their names, and the unreadable files."""
     if not folder.is_dir():
         raise CommandError(f"--images: {folder} is not a folder; wanted a folder of photographs")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    try:
+        os.listdir(folder)  # rglob passes over what it may not read
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise CommandError(f"--images: {folder} cannot be read: {error.strerror}") from error
     images, skipped = [], []
     for path in files:
         if len(images) == count:
@@ -41,6 +46,13 @@ def _folder(folder, count, mode):
         first = f", the first: {skipped[0]}" if skipped else ""
         raise CommandError(f"--images: no photograph in {folder}: {what}{first}")
     return images, skipped
+
+
+def check_folder(folder):
+    """CommandError unless a folder, None for matplotlib's sample photograph, holds a readable image."""
+    if folder is not None:
+        require("PIL.Image", "bench")
+        _folder(folder, 1, "RGB")
 
 
 def _sample(mode):

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError, options, require
+from . import CommandError, options, reason, require
+from .output import save, say, show_table
 
 OURS = ("vit_fast", "prepared", "fp8")
 PROVIDERS = (*OURS, "eager", "compile", "compile-max-autotune")
@@ -26,7 +26,6 @@ BATCH_SIZE = {"cuda": 256, "cpu": 4}
 ITERATIONS = {"cuda": 20, "cpu": 5}
 WARM_CALLS = {"cuda": 10, "cpu": 2}
 LEAST_SHARE = 0.1  # percent of the step below which an operator without an operation is only named
-NAME_WIDTH = 60  # characters of a kernel's name in the table
 CPU_SENTENCE = "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
 
 
@@ -43,7 +42,6 @@ class Settings:
     model_kwargs: dict
     backend: str | None
     iterations: int
-    trace: Path | None
 
 
 def profile(
@@ -77,8 +75,7 @@ def profile(
         ("--num-iter", num_iter, 1),
     ):
         options.at_least(flag, value, least)
-    if precision is not None:
-        options.one_of("--precision", precision, options.PRECISIONS)
+    precision = options.precision("--precision", precision)
     if backend is not None:
         options.one_of("--backend", backend, options.BACKENDS)
         if provider not in OURS:
@@ -90,10 +87,18 @@ def profile(
     if trace is not None and trace.suffix != ".json":
         raise options.wrong("--trace", str(trace), "a name that ends in .json")
     words = options.keywords(model_kwargs)
-    if provider not in OURS:
-        require("timm", "bench")
     target = options.target_device(device)
-    results_file, trace = options.output_file("--results-file", results_file), options.output_file("--trace", trace)
+    precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
+    if provider in ("prepared", "fp8") and precision == "float32":
+        raise CommandError(
+            f"--provider {provider}: vit_fast.prepare folds float16 and bfloat16, --precision is float32"
+        )
+    if provider in OURS:
+        options.backend(backend, target)
+        options.buildable(model, words if img_size is None else words | {"img_size": img_size})
+    else:
+        require("timm", "bench")
+    options.output_files({"--results-file": results_file, "--trace": trace})
 
     from . import report
 
@@ -102,28 +107,27 @@ def profile(
         provider=provider,
         batch=batch_size or BATCH_SIZE[target.type],
         device=target,
-        precision=precision or ("bfloat16" if target.type == "cuda" else "float32"),
+        precision=precision,
         img_size=img_size,
         model_kwargs=words,
         backend=backend,
         iterations=num_iter or ITERATIONS[target.type],
-        trace=trace,
     )
     with report.progress() as tell:
-        facts, rows = run(settings, tell)
+        facts, rows, trace_text = run(settings, tell)
     _print_table(rows, settings)
-    print()
+    say()
     for sentence in _sentences(facts, rows, settings):
-        print(sentence)
-    if results_file is not None:
-        _write(facts, rows, results_file)
-        print(f"rows: {results_file}")
-    if trace is not None:
-        print(f"trace: {trace}")
+        say(sentence)
+    written = save("rows", results_file, lambda path: _write(facts, rows, path))
+    written &= save("trace", trace, lambda path: path.write_text(trace_text, encoding="utf-8"))
+    if not written:
+        raise typer.Exit(1)
 
 
 def run(settings, tell):
-    """(facts of the run, rows as dicts: operations, kernels without one, and the lines sum, gaps and step)."""
+    """(facts of the run, rows as dicts, the Chrome trace's text); rows are operations, kernels without one, and the
+    lines sum, gaps and step."""
     import torch
 
     import vit_fast
@@ -161,7 +165,7 @@ def run(settings, tell):
             step = statistics.median(measure.step_times(call, settings.iterations, device))
             host = statistics.median(_host_seconds(call, settings.iterations, device))
             tell("profile", 0.6)
-            events = _trace(call, settings)
+            trace, events = _trace(call, settings)
         tell("ceilings", 0.8)
         flop_rate = 1e12 * measure.matmul_peak(getattr(torch, settings.precision), device)
         float8_rate = None
@@ -171,7 +175,7 @@ def run(settings, tell):
     except torch.OutOfMemoryError as error:
         raise CommandError(f"out of memory at --batch-size {settings.batch}: {error}") from error
     except vit_fast.UnsupportedError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(reason(error)) from error
     found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate, float8_rate)
     if on_gpu and not found.rows:
         raise CommandError(
@@ -179,7 +183,7 @@ def run(settings, tell):
             "attached, or the driver restricts it to administrators); nothing can be attributed"
         )
     facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate, float8_rate)
-    return facts, _rows(found, facts)
+    return facts, _rows(found, facts), trace
 
 
 def _model_and_pixels(settings):
@@ -193,15 +197,9 @@ def _model_and_pixels(settings):
         words["img_size"] = settings.img_size
     torch.manual_seed(0)
     if settings.provider in OURS:
-        owner, create = "vit_fast", vit_fast.create_model
+        owner, model = "vit_fast", vit_fast.create_model(settings.model, **words).eval()
     else:
-        import timm
-
-        owner, create = "timm", timm.create_model
-    try:
-        model = create(settings.model, **words).eval()
-    except Exception as error:
-        raise CommandError(f"{owner} cannot make the model {settings.model!r}: {error}") from error
+        owner, model = "timm", options.timm_model(settings.model, **words).eval()
     model.to(settings.device, getattr(torch, settings.precision)).requires_grad_(False)
     size = input_size(model)
     if size is None:
@@ -241,7 +239,7 @@ def _host_seconds(call, count, device):
 
 
 def _trace(call, settings):
-    """The events of the profiled steps; the trace stays where the user wants it."""
+    """The Chrome trace of the profiled steps: its text, and the events in it."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from . import attribution, measure
@@ -258,9 +256,10 @@ def _trace(call, settings):
                 call()
         measure.synchronize(settings.device)
     with tempfile.TemporaryDirectory() as folder:
-        path = settings.trace or Path(folder) / "trace.json"
+        path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+        text = path.read_text(encoding="utf-8", errors="replace")
+    return text, json.loads(text)["traceEvents"]
 
 
 def copy_bandwidth(device, size=None):
@@ -343,8 +342,6 @@ def _rows(found, facts):
 
 
 _COLUMNS = (
-    ("operation", "operation", None),
-    ("module", "module", None),
     ("calls", "calls", ".3g"),
     ("us_per_call", "µs/call", ".1f"),
     ("us", "µs", ".1f"),
@@ -361,29 +358,17 @@ def _is_small(row):
     return row["floor_us"] is None and row["calls"] and row["percent_of_step"] < LEAST_SHARE
 
 
-def _short(name):
-    return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
-
-
 def _print_table(rows, settings):
-    from rich.console import Console
-    from rich.table import Table
-
     on_gpu = settings.device.type == "cuda"
-    table = Table()
-    for _, head, form in _COLUMNS:
-        table.add_column(head, justify="right" if form else "left", overflow="fold")
-    if on_gpu:
-        table.add_column("kernels", overflow="fold")
+    heads = ["operation", *(head for _, head, _ in _COLUMNS), *(["kernels"] if on_gpu else [])]
+    lines = []
     for row in rows:
-        if row["operation"] == "sum":
-            table.add_section()
         if on_gpu or not _is_small(row):
-            values = ((row[key], form) for key, _, form in _COLUMNS)
-            cells = ["" if value is None else format(value, form) if form else _short(value) for value, form in values]
+            figures = ("" if row[key] is None else format(row[key], form) for key, _, form in _COLUMNS)
             known = row["floor_us"] is not None and row["kernels"]
-            table.add_row(*cells, *([_short(row["kernels"]) if known else ""] if on_gpu else []))
-    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+            kernels = [row["kernels"] if known else ""] if on_gpu else []
+            lines.append([f"{row['operation']} {row['module']}".strip(), *figures, *kernels])
+    show_table(heads, lines, text=("kernels",))
 
 
 def _sentences(facts, rows, settings):

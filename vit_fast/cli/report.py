@@ -6,6 +6,9 @@ import json
 import math
 import sys
 
+from . import speedup
+from .output import say, show_table
+
 # The first columns of a file, timm's names before ours; what a row has beyond them follows in its own order.
 COLUMNS = (
     "model",
@@ -33,7 +36,10 @@ COLUMNS = (
 
 @contextlib.contextmanager
 def progress():
-    """Yields ``tell(text, fraction)``, with ``tell.warn(text)``: a bar on standard error if that is a terminal."""
+    """Yields ``tell(text, fraction)``: a bar on standard error if that is a terminal.
+
+    ``tell.warn(text)`` prints a line there; in ``with tell.paused():`` the bar is gone and standard output is free.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -48,7 +54,15 @@ def progress():
         def warn(text):
             bar.console.print(f"vit-fast: warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
-        tell.warn = warn
+        @contextlib.contextmanager
+        def paused():
+            if sys.stderr.isatty():
+                bar.stop()
+            yield
+            if sys.stderr.isatty():
+                bar.start()
+
+        tell.warn, tell.paused = warn, paused
         yield tell
 
 
@@ -57,58 +71,50 @@ def _number(row, key, form):
     return "" if value is None else format(value, form)
 
 
-def _cells(row, rivals):
-    if row["status"] != "ok":
-        return [str(row["infer_batch_size"]), row["provider"], row["product_dtype"], row["status"]]
-    spread = f"{row['infer_samples_per_sec_p20']:.4g}…{row['infer_samples_per_sec_p80']:.4g}"
-    return [
-        str(row["infer_batch_size"]),
-        row["provider"],
-        row["product_dtype"],
-        _number(row, "infer_samples_per_sec", ".4g"),
-        spread,
-        _number(row, "infer_step_time", ".4g"),
-        _number(row, "latency_ms", ".4g"),
-        _number(row, "first_call_s", ".2f"),
-        _number(row, "peak_memory_mib", ".0f"),
-        _number(row, "achieved_tflops", ".3g"),
-        _number(row, "percent_of_peak", ".1f"),
-        *(_number(row, f"speedup_vs_{rival.replace('-', '_')}", ".2f") for rival in rivals),
-        f"{row['parity_error']:.1e}",
-    ]
+def print_batch(rows, settings):
+    """The rows of one batch size for reading, what has no figures below them."""
+    rivals = dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("vit_fast"))
+    timed = [row for row in rows if row["status"] == "ok"]
+    say(f"{rows[0]['model']}, batch {rows[0]['infer_batch_size']}")
+    say()
+    if timed:
+        figures = [
+            ("images/s", [_number(row, "infer_samples_per_sec", ".4g") for row in timed]),
+            (
+                "p20 … p80",
+                [f"{row['infer_samples_per_sec_p20']:.4g} … {row['infer_samples_per_sec_p80']:.4g}" for row in timed],
+            ),
+            ("ms/step", [_number(row, "infer_step_time", ".4g") for row in timed]),
+            *(
+                [("latency ms", [_number(row, "latency_ms", ".4g") for row in timed])]
+                * (settings.device.type == "cuda")
+            ),
+            *(
+                (f"× {name.removeprefix('compile-')}", [_number(row, _speedup_column(name), ".2f") for row in timed])
+                for name in rivals
+            ),
+            ("first call s", [_number(row, "first_call_s", ".2f") for row in timed]),
+            ("peak MiB", [_number(row, "peak_memory_mib", ".0f") for row in timed]),
+            ("TFLOP/s", [_number(row, "achieved_tflops", ".3g") for row in timed]),
+            ("% of peak", [_number(row, "percent_of_peak", ".1f") for row in timed]),
+            ("max error", [f"{row['parity_error']:.1e}" for row in timed]),
+        ]
+        products = [row["product_dtype"] for row in timed]
+        if len(set(products)) > 1:
+            figures.append(("products", products))
+        figures = [(head, cells) for head, cells in figures if any(cells)]
+        heads = ["provider", *(head for head, _ in figures)]
+        show_table(heads, list(zip([row["provider"] for row in timed], *(cells for _, cells in figures))))
+        say()
+    for row in rows:
+        if row["status"] != "ok":
+            say(f"{row['provider']}: {row['status']}")
+    if len(timed) < len(rows):
+        say()
 
 
-def print_table(rows, rivals):
-    """The rows for reading: rich's table on a terminal, columns of plain text elsewhere."""
-    heads = [
-        "batch",
-        "provider",
-        "products",
-        "images/s",
-        "p20…p80",
-        "ms/step",
-        "latency ms",
-        "first call s",
-        "peak MiB",
-    ]
-    heads += ["TFLOP/s", "% of peak", *(f"× {rival.removeprefix('compile-')}" for rival in rivals), "max error"]
-    lines = [_cells(row, rivals) for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*heads)
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
-        return
-    full = [heads, *(line for line in lines if len(line) == len(heads))]
-    widths = [max(len(line[i]) for line in (full if i > 2 else [heads, *lines])) for i in range(len(heads))]
-    for batch, provider, products, *cells in [heads, *lines]:
-        if len(cells) > 1:
-            cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[3:], strict=True)]
-        begin = [f"{batch:>{widths[0]}}", f"{provider:<{widths[1]}}", f"{products:<{widths[2]}}"]
-        print("  ".join([*begin, *cells]).rstrip())
+def _speedup_column(rival):
+    return f"speedup_vs_{rival.replace('-', '_')}"
 
 
 def _in_float8(row):
@@ -118,22 +124,51 @@ def _in_float8(row):
 def _verdicts(rows):
     """The fastest of ours against the best rival, a sentence a batch size, and one more for those in float8."""
     for batch, float8 in dict.fromkeys((row["infer_batch_size"], _in_float8(row)) for row in rows):
-        here = {row["provider"]: row for row in rows if row["infer_batch_size"] == batch}
-        ours = [row for row in here.values() if row.get("best_rival") and _in_float8(row) == float8]
-        if not ours:
-            continue
-        row = max(ours, key=lambda row: row["speedup_vs_best_rival"])
-        ratio, pair = row["speedup_vs_best_rival"], (row, here[row["best_rival"]])
-        low = max(one["infer_samples_per_sec_p20"] for one in pair)
-        high = min(one["infer_samples_per_sec_p80"] for one in pair)
-        close = "; their p20…p80 overlap" if low <= high else ""
-        if ratio < 0.995:
-            yield (
-                f"Batch {batch}: {row['provider']} is slower than the best rival ({row['best_rival']}): "
-                f"{ratio:.2f} times its speed{close}."
-            )
+        here = [row for row in rows if row["infer_batch_size"] == batch]
+        ours = [row for row in here if row.get("best_rival") and _in_float8(row) == float8]
+        if ours:
+            yield f"Batch {batch}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_rival']))}."
+
+
+def _verdict(row):
+    name, rival, rounds = row["provider"], f"the best rival ({row['best_rival']})", row["compared_rounds"]
+    ratio, low, high = (row[f"paired_speedup{end}"] for end in ("", "_low", "_high"))
+    if low is None:
+        measured = f"{rounds} rounds are too few for a verdict (measured {ratio:.2f}×)"
+        told = f"{name} against {rival}: {measured}"
+    else:
+        measured = f"{ratio:.2f}×, confidence interval {low:.2f} to {high:.2f} of {rounds} rounds"
+        if low > 1:
+            told = f"{name} is faster than {rival}: {measured}"
+        elif high < 1:
+            told = f"{name} is slower than {rival}: {measured}"
         else:
-            yield f"Batch {batch}: {row['provider']} is {ratio:.2f}× the best rival ({row['best_rival']}){close}."
+            told = f"{name} is neither faster nor slower than {rival}, as far as can be told: {measured}"
+    if row["same_as_best_rival"]:
+        told = f"{name} is equal to {rival}: the same operators, the same bits. What is left is host time and noise: "
+        told += measured
+    return told
+
+
+def _disturbances(rows):
+    """What the figures suffered from: other programs, a machine whose speed changes, times that scatter."""
+    load, cores = rows[0].get("load_average"), rows[0].get("cpu_threads")
+    if load is not None and load > 0.25 * cores:
+        yield (
+            f"Other programs were running when this began (load average {load:.1f} at {cores} threads): repeat it on "
+            "an idle machine."
+        )
+    for batch in dict.fromkeys(row["infer_batch_size"] for row in rows):
+        here = [row for row in rows if row["infer_batch_size"] == batch and row["status"] == "ok"]
+        drift = next((row["drift"] for row in here if row.get("drift")), 1.0)
+        if max(drift, 1 / drift) > speedup.NOTICED_DRIFT:
+            yield (
+                f"Batch {batch}: the last rounds took {drift:.2f} times as long as the first. Verdicts compare within "
+                "a round, images/s do not."
+            )
+        spread = max((row["infer_samples_per_sec_p80"] / row["infer_samples_per_sec_p20"] for row in here), default=1.0)
+        if spread > speedup.NOTICED_SPREAD:
+            yield f"Batch {batch}: step times scatter, by a factor of up to {spread:.2f} between p20 and p80."
 
 
 def _parity(rows, eager):
@@ -191,6 +226,7 @@ def _sentences(rows, settings, seconds):
     yield f"Peak of a matrix product in this run: {told or 'not measured'}."
     yield "First call includes compilation. Max error is against float64."
     yield from _verdicts(rows)
+    yield from _disturbances(rows)
     ways = {}
     for row in rows:
         if row.get("attention"):
@@ -212,12 +248,9 @@ def _sentences(rows, settings, seconds):
 
 
 def print_report(rows, settings, seconds):
-    """The table and what has to be known to read it."""
-    names = dict.fromkeys(row["provider"] for row in rows)
-    print_table(rows, [name for name in names if not name.startswith("vit_fast")])
-    print()
+    """What has to be known to read the rows."""
     for sentence in _sentences(rows, settings, seconds):
-        print(sentence)
+        say(sentence)
 
 
 def _finite(value):
