@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vit_fast.block import run_blocks
-from vit_fast.plain import TENSORS, Fusible
+from vit_fast.plain import TENSORS, Fusible, not_fused_reason
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the word of nn.GELU
 
@@ -35,6 +35,10 @@ class Row(nn.Sequential):
 
 class Fused(Fusible):
     """Base of the fast classes, in front of the library's class."""
+
+    def is_fused(self) -> bool:
+        """Whether the block runs fused: all of its parts are plain."""
+        return not_fused_reason(self, type(self)) is None
 
 
 def unknown_parts(module, fast) -> list[str]:
