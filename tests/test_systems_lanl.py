@@ -200,8 +200,7 @@ def test_unfused_path_agrees():
     ):  # fmt: skip
         module.register_forward_hook(lambda module, *_: fired.append(module))
     formulas.assert_close(model(images), wanted, 2e-6)
-    # attn is plain and reads proj's weights itself; the other five are called
-    assert len(fired) == 5
+    assert len(fired) == 6
 
 
 @pytest.mark.parametrize("words", [VIT, T2T])

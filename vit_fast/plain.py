@@ -8,8 +8,8 @@ the module's own call, or in the tensor itself. A module is plain where
     no hook of its own runs around its forward or its backward (global hooks do not count);
     its weights are its registered parameters, and these are no tensor subclass (DTensor, torchao, ...).
 
-Where a module is not plain the caller runs the modules one by one, and ``explain`` shows the reason. Our own blocks,
-``systems`` and ``integrations`` all ask here.
+Where a module is not plain the caller runs the modules one by one; of our own models ``explain`` shows the reason. Our
+own blocks, ``systems`` and ``integrations`` all ask here.
 """
 
 from types import NoneType

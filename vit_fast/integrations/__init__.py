@@ -55,6 +55,10 @@ class Fused(Swapped, Fusible):
         backends.note(self.OPERATION, "library", (reason,))
         return super().forward(*args, **kwargs)
 
+    def is_fused(self) -> bool:
+        """Whether the block may run fused; ``run_library`` notes the reason where it does not."""
+        return self.not_fused() is None
+
 
 def unknown_parts(module, fast) -> list[str]:
     """Sub-modules that a fast class does not know: a library's newer version may run them."""

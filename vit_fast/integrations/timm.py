@@ -121,7 +121,6 @@ class FastBlock(Fused, Block):
 class FastPatchEmbed(Fused, PatchEmbed):
     """timm's PatchEmbed in one operation: [B, in_chans, H, W] → [B, N, C] or [B, rows, columns, C]."""
 
-    OPERATION = "patch_embed"
     PARTS = parts(proj=(nn.Conv2d,), norm=NOTHING)
 
     def not_covered(self):
