@@ -763,7 +763,7 @@ def test_a_resized_position_table_is_part_of_the_graphs():
         for write in (model.pos_embed.mul_, model.pos_embed.data.mul_):
             write(2)
             torch.testing.assert_close(module(x), model(x))
-    assert not torch.allclose(module(x), before) and len(CAPTURES) == 2
+        assert not torch.allclose(module(x), before) and len(CAPTURES) == 2
 
 
 def test_a_compiled_model():

@@ -3,9 +3,8 @@
 LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
 LayerScale into the projection that ends the branch; for float8 the result is quantised. The folded copies belong to the
 stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks in each call whether they may serve it; where they may
-not, a warning says why, once. They are dropped as soon as anything has changed that the blocks compute with
-(``snapshot``).
+``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks in each call whether they may serve it; where not, a
+warning says why, once. They are dropped as soon as anything has changed that the blocks compute with (``snapshot``).
 """
 
 import logging
