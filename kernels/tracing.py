@@ -49,7 +49,7 @@ _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant
 def untraced(function):
     """Decorator: torch.jit's tracer, if there is one, does not see the function.
 
-    Sizes are ints in there, and not tensors of the graph. The function may read shapes and must not make tensors.
+    Sizes are ints in there, and not tensors of the graph; a tensor that it makes becomes a constant of the graph.
     """
 
     @functools.wraps(function)
