@@ -16,12 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 PACKAGE = sorted((ROOT / "vit_fast").rglob("*.py"))
-WITHOUT_TRITON = (
-    "arguments",
-    "configs",
-    "reference",
-    "tracing",
-)  # modules of kernels/ that vit_fast may import at once
+WITHOUT_TRITON = ("arguments", "configs", "reference", "tracing")  # may be imported at once by vit_fast
 WITH_TWIN = ()  # kernel files that may use what the interpreter lacks: each has a twin that it can run
 
 
