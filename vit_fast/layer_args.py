@@ -63,5 +63,6 @@ def activation_of(act_layer) -> str | None:
     if module is None or module.state_dict():
         return None
     x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
+    x = torch.cat([x, torch.logspace(1.0, 4.0, 31, dtype=x.dtype, device="cpu").outer(x.new_tensor([-1, 1])).flatten()])
     y, wanted = module(x.clone()), {word: activate(x, word) for word in _ACTIVATIONS} | {"silu": F.silu(x)}
     return next((word for word, z in wanted.items() if y.shape == z.shape and torch.allclose(y, z, 0, 1e-12)), None)

@@ -27,6 +27,7 @@ from .block import (
     call_blocks,
     drop_path_scale,
     mlp_branch,
+    pass_over_prepared,
     project_qkv,
     run_blocks,
 )
@@ -290,10 +291,11 @@ class Block(plain.Fusible, nn.Module):
         return self._fused(x, self.params(), bias=bias)
 
     def _fused(self, x, p, qkv=None, bias=None):
-        attn_drop, proj_drop = (self.attn.attn_drop, self.attn.proj_drop) if self.training else (0.0, 0.0)
+        attn, mlp = self.attn, self.mlp
+        attn_drop, proj_drop = (attn.attn_drop, attn.proj_drop) if attn.training else (0.0, 0.0)
         row_scale = partial(drop_path_scale, x, self.drop_path, self.training)
         x = attention_branch(x, p, row_scale=row_scale(), attn_drop=attn_drop, proj_drop=proj_drop, qkv=qkv, bias=bias)
-        return mlp_branch(x, p, row_scale=row_scale(), proj_drop=proj_drop)
+        return mlp_branch(x, p, row_scale=row_scale(), proj_drop=mlp.drop if mlp.training else 0.0)
 
     def forward_with_attention(self, x, queries=None):
         """(output, probabilities [B, H, N, N]); the output comes from the fused path all the same.
@@ -768,11 +770,12 @@ class VisionTransformer(nn.Module):
         return block(x, **masks)
 
     def _run_blocks(self, x, first=0, last=None, bias=None):
-        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run unprepared."""
+        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run one by one."""
         if bias is None and (first, last) == (0, None):
             return call_blocks(self.blocks, x, self._run_block, self.grad_checkpointing)
         if bias is None:
             return run_blocks(self.blocks, x, first, last, self._run_block)
+        pass_over_prepared(self.blocks, "attn_mask or is_causal is given")
         for block in self.blocks[first:last]:
             x = self._run_block(block, x, attn_mask=bias)
         return x
