@@ -360,8 +360,8 @@ def test_list_families_and_long(capsys):
     assert run("list", "vit_tiny_patch16_224", "-l") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "family", "input", "classes", "parameters", "trainable"]
-    assert lines[1].split() == ["vit_tiny_patch16_224", "vit", "3×224×224", "1000", "5,717,416", "5,717,416"]
+    assert lines[2].split() == ["vit_tiny_patch16_224", "vit", "3×224×224", "1000", "5,717,416", "5,717,416"]
     assert run("list", "ViT-B_32", "--long", "--num-classes", "1000") == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[3:5] == ["1000", "88,224,232"]
+    assert capsys.readouterr().out.splitlines()[2].split()[3:5] == ["1000", "88,224,232"]
     assert run("list", "--family", "vgg") == 1
     assert "--family is 'vgg', expected one of" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def _scale(stack):
 
 
 def _activation(stack):
-    for word in ("activation", "activation_word"):
+    for word in ("activation", "activation_word", "word"):
         for module in holders(stack[1], word, str):
             setattr(module, word, "quick_gelu")
     for module in [*stack[1].modules()]:
