@@ -166,6 +166,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """What the command line prints has the width of no terminal, wherever the tests run."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def seeds():
     random.seed(0)
     np.random.seed(0)

@@ -155,8 +155,9 @@ def _chain(model, name):
 def _carries(model, name):
     """Whether a module does more than its own library wrote: a hook, a forward or a weight of its own, an adapter."""
     *above, module = _chain(model, name)
-    own = next((its for its in (library(type(block)) for block in reversed(above)) if its != "torch"), "torch")
-    if library(type(module)) not in ("torch", own):
+    # A fast class stands in front of the library's own.
+    wrote = {library(cls) for block in above for cls in type(block).__mro__ if issubclass(cls, nn.Module)}
+    if library(type(module)) not in wrote | {"torch"}:
         return True
 
     def ignores(hook):

@@ -33,7 +33,7 @@ from .block import (
 )
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
-from .kernels.tracing import untraced
+from .kernels.tracing import is_fx_symbolic_tracing, untraced
 from .layer_args import activation_of, library, norm_maker
 from .patch_resize import resize_patch_embed
 from .pos_embed import check_policy, resize_pos_embed
@@ -171,6 +171,14 @@ def attention_bias(x, attn_mask=None, is_causal: bool = False):
         return x.new_full((1, 1, tokens, tokens), -math.inf).triu(1)
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     return x.new_zeros(()).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+
+
+@torch.fx.wrap
+def _without_masks(images, attn_mask, is_causal):
+    """The images, in a graph of torch.fx, which was traced without masks."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("vit_fast.VisionTransformer: a graph of torch.fx takes no attn_mask and no is_causal")
+    return images
 
 
 class Attention(nn.Module):
@@ -749,6 +757,8 @@ class VisionTransformer(nn.Module):
 
     def _embed_masked(self, images, attn_mask, is_causal):
         """(tokens, bias of their attention); a bad mask is refused before anything runs."""
+        if is_fx_symbolic_tracing():
+            return self._embed(_without_masks(images, attn_mask, is_causal)), None
         tells = isinstance(self.patch_embed, PatchEmbed) and not (self.training and self.patch_drop_rate)
         if attn_mask is not None and tells:  # the number of tokens, from the images alone
             rows, columns = self._check_images(images)[1]
