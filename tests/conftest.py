@@ -1,6 +1,6 @@
 """Set-up of the test suite: which tests run in this process, the interpreter's cures, poisoned memory, honest counts.
 
-Three processes: ``TRITON_INTERPRET=1 pytest -m interp``, ``pytest -m aot`` and ``pytest -m "not interp and not aot"``.
+Four runs: ``TRITON_INTERPRET=1 pytest -m interp``, ``pytest -m aot``, ``pytest -m gpu`` and all others, in parallel.
 A test whose mark does not fit the process is deselected, and the summary says so; it never runs the wrong way.
 A skip whose reason is not in ALLOWED_SKIPS fails the run.
 """
