@@ -411,9 +411,7 @@ def test_each_module_drops_in_its_own_mode(name):
     """Some freeze the dropouts of a model that trains, others draw with the dropouts of one that does not."""
     build, switch = DROPS[name]
     model, images = build(), torch.randn(3, 3, 16, 16)
-    images = (
-        torch.randn(3, 4, 48) if name == "t2t_transformer" else images[..., :8, :8] if name == "scratch" else images
-    )
+    images = {"t2t_transformer": torch.randn(3, 4, 48), "scratch": images[..., :8, :8]}.get(name, images)
     parity.perturb(model)
     for module in model.modules():
         if name == "clip" and isinstance(module, nn.MultiheadAttention):
@@ -424,7 +422,6 @@ def test_each_module_drops_in_its_own_mode(name):
                 embedding.embeddings.eval()
         switch(model, mode)
         for form in (model, unfused(model)):
-            torch.testing.assert_close(form(images), form(images)) if not mode else None
             assert torch.equal(outputs(form(images)), outputs(form(images))) is not mode
 
 

@@ -7,6 +7,7 @@ that a change could make stale. ``check`` fails a model whose fast path passes o
 
 import copy
 import gc
+import inspect
 import logging
 import pickle
 import weakref
@@ -372,7 +373,6 @@ def test_calls_that_never_ask_for_them_are_told(model, words, change, reason, ca
     if words.get("output_hidden_states"):
         model(x, **words)  # leaves its hooks on the layers, asleep
     vit_fast.prepare(model)
-    keyword = "pixel_values" if "output_hidden_states" in words else "images" if words else "x"
     with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
         assert serves(model, x) and not told(caplog)
         if change is not None:
@@ -381,7 +381,7 @@ def test_calls_that_never_ask_for_them_are_told(model, words, change, reason, ca
             model(x, **words)
         (message,) = told(caplog)
         assert message.endswith(f"are not used: {reason}")
-        (row,) = unused(model, {keyword: x} | words)
+        (row,) = unused(model, {next(iter(inspect.signature(model.forward).parameters)): x} | words)
         assert row.reasons == (reason,)
         if change is None:
             assert serves(model, x)
