@@ -4,6 +4,7 @@ References: numbers counted by hand (FLOPs, quantiles, pixels), and timm for the
 both sides of its limit. Models have two blocks and 32 pixels a side: what is tested is the harness, not its figures.
 """
 
+import builtins
 import contextlib
 import csv
 import json
@@ -168,6 +169,26 @@ def test_a_network_that_a_library_has_not_is_told(name, words, library, reason):
     modules, absent = rivals.build(("eager", library), model, torch.device("cpu"))
     assert modules == {"eager": model}
     assert re.search(reason, absent[library])
+
+
+def test_a_torchvision_of_another_torch_is_told_in_a_line(monkeypatch, capsys):
+    def import_module(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    with pytest.raises(cli.CommandError) as raised:
+        cli.require("timm", "bench")
+    assert str(raised.value) == (
+        "timm fails to import (operator torchvision::nms does not exist); install torch and torchvision in one step"
+    )
+    shipped = builtins.__import__
+
+    def without_timm(name, *rest):
+        return import_module(name) if name == "timm" else shipped(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    with pytest.raises(ImportError, match=r"pretrained=True needs timm, which fails to import .* in one step"):
+        vit_fast.create_model("vit_tiny_patch16_224", pretrained=True)
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,10 @@ def _import_timm(what):
         import timm
     except ImportError as error:
         raise ImportError(f"vit_fast: {what} needs timm: pip install vit-fast[timm]") from error
+    except RuntimeError as error:  # torchvision, whose operators are built for one torch
+        raise ImportError(
+            f"vit_fast: {what} needs timm, which fails to import ({error}); install torch and torchvision in one step"
+        ) from error
     return timm
 
 

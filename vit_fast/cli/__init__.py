@@ -26,6 +26,8 @@ def require(module, extra):
         name = (error.name or module).split(".")[0]
         cause = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails to import ({error})"
         raise CommandError(f"{name} {cause}; pip install 'vit-fast[{extra}]' brings it") from error
+    except RuntimeError as error:  # torchvision, whose operators are built for one torch
+        raise CommandError(f"{module} fails to import ({error}); install torch and torchvision in one step") from error
 
 
 def _app():
