@@ -4,12 +4,14 @@ Oracles: transformers' own models, saved by ``save_pretrained``; timm's loader a
 """
 
 import argparse
+import json
 import logging
 import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_systems_hybrid import google_arrays
 
 import vit_fast
@@ -283,6 +285,121 @@ def test_files_that_are_not_taken_name_a_remedy(tmp_path):
         weights.load_checkpoint(model, tmp_path / "lightning.ckpt")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda key: key.replace("blocks.1.", "blocks.1._orig_mod."),
+        lambda key: "module." + key.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."),
+        lambda key: "_fsdp_wrapped_module." + key.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."),
+        lambda key: "_orig_mod.module._orig_mod." + key.replace(".mlp.", ".mlp._orig_mod."),
+    ],
+    ids=["compiled", "checkpointed", "fsdp", "ddp"],
+)
+def test_wrappers_of_blocks_are_taken_out_of_names(names, tmp_path):
+    source, model = perturbed(small()), small()
+    torch.save({names(key): value for key, value in source.state_dict().items()}, tmp_path / "x.pth")
+    weights.load_checkpoint(model, tmp_path / "x.pth")
+    assert torch.equal(model(IMAGES), source(IMAGES))
+    convert_file(tmp_path / "x.pth", tmp_path / "timm.safetensors")
+    assert torch.equal(weights.load_checkpoint(small(), tmp_path / "timm.safetensors")(IMAGES), source(IMAGES))
+
+
+def test_an_averaged_model_of_torch(tmp_path, caplog):
+    source, model = perturbed(small()), small()
+    torch.save(torch.optim.swa_utils.AveragedModel(source).state_dict(), tmp_path / "x.pth")
+    with caplog.at_level(logging.INFO, "vit_fast"):
+        weights.load_checkpoint(model, tmp_path / "x.pth")
+    assert torch.equal(model(IMAGES), source(IMAGES)) and "n_averaged" in told_of(caplog, logging.INFO)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_index_of_shards_stands_for_them(safe, tmp_path):
+    source, model = perturbed(small()), small()
+    state = source.state_dict()
+    names = [f"model-0000{n}-of-00002.{'safetensors' if safe else 'bin'}" for n in (1, 2)]
+    for name, keys in zip(names, (list(state)[:9], list(state)[9:]), strict=True):
+        part = {key: state[key] for key in keys}
+        save_file(part, tmp_path / name) if safe else torch.save(part, tmp_path / name)
+    index = tmp_path / f"model{'.safetensors' if safe else '.bin'}.index.json"
+    of = {key: names[place >= 9] for place, key in enumerate(state)}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": of}))
+    weights.load_checkpoint(model, index)
+    assert torch.equal(model(IMAGES), source(IMAGES))
+    assert convert_file(index, tmp_path / "timm.safetensors").count("kept") == len(state)
+    for read in (weights.read_state_dict, lambda path: convert_file(path, tmp_path / "y.safetensors")):
+        with pytest.raises(vit_fast.WeightsError, match=rf"is one of 2 shards, expected their index {index.name}"):
+            read(tmp_path / names[0])
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(vit_fast.WeightsError, match=f"names {names[1]}, expected that file beside it"):
+        weights.load_checkpoint(model, index)
+    index.write_text("{}")
+    with pytest.raises(vit_fast.WeightsError, match="cannot be read: KeyError: 'weight_map'"):
+        weights.load_checkpoint(model, index)
+
+
+def test_files_without_usable_tensors(tmp_path):
+    model = small()
+    dense = model.state_dict()
+    for name, checkpoint, message in (
+        ("empty", {}, "holds no tensor"),
+        ("nothing", {"model": {}}, "holds no tensor"),
+        ("sparse", dense | {"head.weight": dense["head.weight"].to_sparse()}, "head.weight of layout torch.sparse_coo"),
+        ("meta", {key: value.to("meta") for key, value in dense.items()}, "blocks.0.attn.proj.bias on the meta device"),
+    ):
+        path = tmp_path / f"{name}.pth"
+        torch.save(checkpoint, path)
+        with pytest.raises(vit_fast.WeightsError, match=message):
+            weights.load_checkpoint(model, path)
+        with pytest.raises(vit_fast.WeightsError, match=message):
+            convert_file(path, tmp_path / "x.safetensors")
+        if name in ("sparse", "meta"):
+            with pytest.raises(vit_fast.WeightsError, match=r"of the state is o[fn] .*, expected a dense tensor"):
+                weights.load_state_dict(model, checkpoint)
+
+
+def test_other_errors_of_files_name_a_remedy(tmp_path):
+    model = small()
+    torch.save(model, tmp_path / "whole.pth")
+    with pytest.raises(vit_fast.WeightsError, match=r"or checkpoint\.state_dict\(\) where it is a whole model"):
+        weights.load_checkpoint(model, tmp_path / "whole.pth")
+    tower = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    pair = {name: {f"backbone.{key}": value for key, value in tower.items()} for name in ("student", "teacher")}
+    torch.save(pair, tmp_path / "pair.pth")
+    with pytest.raises(vit_fast.WeightsError, match="where 'student' or 'teacher' is the state_dict"):
+        weights.load_checkpoint(model, tmp_path / "pair.pth")
+    remedy = r"; its keys stand under 'backbone\.': pass \{k\.removeprefix\('backbone\.'\)"
+    with pytest.raises(vit_fast.WeightsError, match=f"missing blocks.*{remedy}"):
+        weights.load_state_dict(model, pair["teacher"])
+    with pytest.raises(vit_fast.WeightsError, match=f"belong to no known family, .*{remedy}"):
+        convert_state_dict(pair["teacher"])
+    deep = {f"model.image.{key}": value for key, value in deit.build(**WORDS).state_dict().items()}
+    with pytest.raises(vit_fast.WeightsError, match=r"its keys stand under 'model\.image\.'"):
+        convert_state_dict(deep | {"criterion.weight": torch.zeros(1)})
+    logits = deit.build(**WORDS, representation_size=24)
+    with pytest.raises(vit_fast.WeightsError, match=r"pre_logits\.fc\.weight \(it holds no pre_logits: repres"):
+        weights.load_state_dict(logits, model.state_dict())
+    weights.load_state_dict(deit.build(**WORDS, representation_size=0), model.state_dict())
+    with pytest.raises(vit_fast.WeightsError, match=r"no classifier: num_classes=0 .*; it holds no pre_logits"):
+        weights.load_state_dict(logits, tower)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "clip", "t2t", "hybrid"])
+def test_a_table_of_another_grid_is_told_once(family, tmp_path):
+    tower = dict(patch_size=8, width=24, layers=1, heads=3, output_dim=4)
+    tokens = dict(embed_dim=24, depth=1, num_heads=3, mlp_ratio=2.0, num_classes=5)
+    build = {
+        "vit": small,
+        "deit": lambda **size: deit.build(**WORDS | size),
+        "clip": lambda **size: clip.build(**tower, **size),
+        "t2t": lambda **size: t2t.build(**tokens, **size),
+        "hybrid": lambda **size: jeonsworld(**size),
+    }[family]
+    torch.save(build(img_size=32).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(vit_fast.WeightsError, match=r"pos.* does not fit: table has \d+ rows") as error:
+        weights.load_checkpoint(build(img_size=48), tmp_path / "x.pth", old_grid=(3, 3))
+    assert str(error.value).count("vit_fast") == 1
+
+
 def test_a_table_that_is_no_square_asks_for_its_grid(tmp_path):
     source = small(img_size=(64, 16))
     torch.save(source.state_dict(), tmp_path / "x.pth")
@@ -311,13 +428,13 @@ def test_canonical_keys_load_into_the_families():
 # Google's files: a key that is missing is the one that is named, and heads are those of the model
 
 
-def jeonsworld(heads=3, resnet=None):
+def jeonsworld(heads=3, resnet=None, img_size=32):
     transformer = dict(mlp_dim=48, num_heads=heads, num_layers=2, attention_dropout_rate=0.0, dropout_rate=0.0)
     config = dict(patches=dict(size=(8, 8)), hidden_size=24, transformer=transformer)
     if resnet is not None:
         config |= dict(patches=dict(size=(1, 1)), resnet=dict(num_layers=resnet, width_factor=0.5))
     return hybrid.build(
-        config=config, img_size=32, num_classes=5, **({} if resnet is None else {"hybrid_mode": "google"})
+        config=config, img_size=img_size, num_classes=5, **({} if resnet is None else {"hybrid_mode": "google"})
     )
 
 

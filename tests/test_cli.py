@@ -850,6 +850,7 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (["--img-size", "-3"], "--img-size", "whole number of 1 or more"),
         (["--num-bench-iter", "0"], "--num-bench-iter", "whole number of 1 or more"),
         (["--time-budget", "-1"], "--time-budget", "0 or more"),
+        (["--time-budget", "nan"], "--time-budget", "0 or more"),
         (["--device", "tpu"], "--device", "cpu, cuda or cuda:N"),
         (["--device", "meta"], "--device", "cpu, cuda or cuda:N"),
         (["--amp-dtype", "bfloat16"], "--amp-dtype", "together with --amp"),

@@ -252,6 +252,23 @@ def test_bad_words_and_files(tmp_path):
         convert_state_dict({"a": torch.zeros(1), "b": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"pos_embed does not fit: .*17 rows"):
         convert_state_dict(state, grid=(2, 2), old_grid=(3, 3))
+    with pytest.raises(WeightsError) as error:
+        convert_state_dict(state, grid=(2, 2), old_grid=(3, 3))
+    assert "expected 1 prefix rows" in str(error.value) and str(error.value).count("vit_fast") == 1
+    for words in (dict(old_grid=(3, 3)), dict(policy="R1")):
+        with pytest.raises(ValueError, match=rf"{next(iter(words))} is .*, expected grid with it"):
+            convert_state_dict(state, **words)
+    with pytest.raises(ValueError, match=r"^vit_fast: pos_embed policy is 'R9', expected one of R1"):
+        convert_state_dict(state, grid=(2, 2), policy="R9")
+    for family in ("clip", "huggingface", "google", "jeonsworld", "canonical", "lanl"):
+        with pytest.raises(ValueError, match=f"family is '{family}', expected 'timm', whose keys these are"):
+            convert_state_dict(state, family=family)
+    assert convert_state_dict(state, family="dinov2")[0].keys() == state.keys()
+    some = {key: value for key, value in state.items() if key.startswith("norm.")}
+    assert convert_state_dict(some, family="timm")[0].keys() == some.keys()
+    for family in ("clip", "huggingface", "google"):
+        with pytest.raises(WeightsError, match="belong to no known family"):
+            convert_state_dict(some, family=family)
     with pytest.raises(WeightsError, match="grid is given, expected a checkpoint with a table"):
         convert_state_dict({key: value for key, value in state.items() if key != "pos_embed"}, grid=(2, 2))
     lacking = {key: v for key, v in jeonsworld().state_dict().items() if not key.endswith("1.attn.key.weight")}

@@ -698,18 +698,21 @@ EIGHT = ", ".join(f"blocks.0.{name}" for name in (
     "attn.proj.bias", "attn.proj.weight", "attn.qkv.bias", "attn.qkv.weight",
     "mlp.fc1.bias", "mlp.fc1.weight", "mlp.fc2.bias", "mlp.fc2.weight",
 ))  # fmt: skip
+ENDINGS = ".safetensors, .pt, .pth, .bin, .tar, .npz, .ckpt, .index.json"
+NO_ARCHIVE = "cannot be read: it is no archive of arrays"
 FILES = [
     ("absent.pt", lambda path: None, "does not exist"),
     ("folder.pt", lambda path: path.mkdir(), "is a directory"),
-    ("weights.h5", _bytes(b"x"), "ends in '.h5', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz, .ckpt"),
-    ("weights", _bytes(b"x"), "ends in '', expected one of .safetensors, .pt, .pth, .bin, .tar, .npz, .ckpt"),
+    ("weights.h5", _bytes(b"x"), f"ends in '.h5', expected one of {ENDINGS}"),
+    ("weights", _bytes(b"x"), f"ends in '', expected one of {ENDINGS}"),
     ("empty.pt", _bytes(b""), "cannot be read: it is empty"),
     ("empty.safetensors", _bytes(b""), "cannot be read: it is empty"),
     ("truncated.safetensors", _truncated, _reader),
     ("header.safetensors", _bytes(struct.pack("<Q", 2**63) + b"{}"), _reader),
     ("pointer.safetensors", _bytes(b"version https://git-lfs.github.com/spec/v1\n"), _reader),
     ("text.pt", _bytes(b"hello"), _reader),
-    ("cut.npz", _bytes(b"PK\x03\x04"), _reader),
+    ("cut.npz", _bytes(b"PK\x03\x04"), NO_ARCHIVE),
+    ("pointer.npz", _bytes(b"version https://git-lfs.github.com/spec/v1\n"), NO_ARCHIVE),
     ("objects.npz", lambda path: np.savez(path, head=np.array([{}], dtype=object)), _reader),
     ("page.bin", _bytes(b"<!doctype html>"), PICKLED),
     ("code.pt", lambda path: torch.save({"head.weight": Evil(path.with_name("executed"))}, path), RESAVE),
@@ -774,7 +777,7 @@ def test_weights_that_do_not_fit(tmp_path, changes, message):
 def test_position_embedding_of_no_grid(tmp_path):
     path, model = tmp_path / "weights.safetensors", _small()
     _safetensors(pos_embed=ones(1, 12, 48))(path)
-    message = f"vit_fast: pos_embed of {str(path)!r} does not fit: vit_fast.resize_pos_embed: table has 12 rows, "
+    message = f"vit_fast: pos_embed of {str(path)!r} does not fit: table has 12 rows, "
     with (
         _unchanged(model),
         raises(vit_fast.WeightsError, message + "expected 1 prefix rows and a square, or old_grid=(rows, columns)"),

@@ -992,6 +992,8 @@ def test_bad_models():
         "PatchEmbed); torchvision (EncoderBlock); transformers (layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP "
         "vision); open_clip (ResidualAttentionBlock of the image tower)"
     )
+    with pytest.raises(TypeError, match=r"vit_fast\.optimize: strict is 'yes', expected a bool"):
+        vit_fast.optimize(nn.Linear(2, 2), strict="yes")
     linear = nn.Linear(2, 2)
     assert vit_fast.restore(linear) is linear
 

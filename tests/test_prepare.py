@@ -399,9 +399,10 @@ def test_bad_models():
             "nothing can be prepared: blocks: the weights are on the device meta",
         ),
     ):
-        with pytest.raises(error) as raised:
-            vit_fast.prepare(model)
-        assert str(raised.value) == f"vit_fast.prepare: {message}"
+        for function in (vit_fast.prepare, vit_fast.refresh):
+            with pytest.raises(error) as raised:
+                function(model)
+            assert str(raised.value) == f"vit_fast.{function.__name__}: {message}"
 
 
 def test_unlike_blocks_are_told():

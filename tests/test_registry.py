@@ -47,8 +47,9 @@ def test_every_tag_is_built_as_timm_builds_it(name, no_download):
         words = dict(depth=1, weight_init="skip")
         with torch.device("meta"):
             theirs = timm.create_model(full, **words)
-            ours = vit_fast.create_model(full, pretrained=full != name, **words)
-        assert no_download == ([] if full == name else [theirs.pretrained_cfg])
+            pretrained = full != name and get_pretrained_cfg(full).has_weights
+            ours = vit_fast.create_model(full, pretrained=pretrained, **words)
+        assert no_download == ([theirs.pretrained_cfg] if pretrained else [])
         no_download.clear()
         assert ours.pretrained_cfg == theirs.pretrained_cfg and ours.default_cfg == theirs.default_cfg
         for use_test_size in (False, True):
@@ -232,6 +233,21 @@ def test_models_of_the_hub_and_of_folders(prefix, tmp_path, monkeypatch):
     assert changed.head.out_features == 3 and torch.equal(changed.cls_token, published.cls_token)
     fresh = vit_fast.create_model(name)
     assert shapes(fresh) == shapes(published) and not torch.equal(fresh.head.weight, published.head.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_large_patch14_224", "vit_gigantic_patch14_224", "ViT-B/32", "t2t_vit_14", "ViT-B_16", "lanl_vit"]
+)
+def test_names_without_weights_are_refused_at_once(name, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)  # asked for in vain, a download would be worse
+    with pytest.raises(vit_fast.WeightsError, match=f"timm has no weights of '{name}'.*; checkpoint_path takes a file"):
+        vit_fast.create_model(name, pretrained=True)
+
+
+def test_tags_with_weights_are_named():
+    message = r"no weights of 'vit_huge_patch14_224\.untrained'; of 'vit_huge_patch14_224' it has orig_in21k, mae;"
+    with pytest.raises(vit_fast.WeightsError, match=message):
+        vit_fast.create_model("vit_huge_patch14_224.untrained", pretrained=True)
 
 
 def test_hub_names_that_cannot_be_had(tmp_path, monkeypatch):

@@ -20,10 +20,13 @@ import torch
 
 from .checkpoints import dinov2, huggingface, mae
 from .checkpoints.key_rules import compile_rules, rename, renamed
-from .pos_embed import resize_pos_embed
-from .weights import WeightsError, log_left_out, read_state_dict
+from .pos_embed import check_policy
+from .weights import WeightsError, log_left_out, prefix_remedy, read_state_dict, resized_table
 
 TARGETS = ("timm", "canonical", "jeonsworld")
+
+# Families that differ from timm's names in few keys, which a file may lack.
+_TIMMS_NAMES = {"timm", "dinov2", "mae"}
 
 # What every block of a family does, whatever the words that its program was given; a word that is not here may vary.
 FAMILIES = {
@@ -292,12 +295,8 @@ _MODELS = (
 )
 
 
-def family_of(state) -> str:
-    """The family whose names a state_dict has.
-
-    Raises:
-        WeightsError: none of them.
-    """
+def _recognised(state):
+    """The family whose names a state_dict has, or None."""
     from .systems.google_npz import is_google
 
     if is_google(state):
@@ -321,10 +320,46 @@ def family_of(state) -> str:
             return "torch"
         if re.match(r"blocks\.\d+\.attn\.qkv\.weight$", key):
             return "timm"
-    raise WeightsError(
-        f"vit_fast.convert: keys such as {', '.join(sorted(state)[:4])} belong to no known family, "
-        f"expected one of {', '.join(FAMILIES)}"
-    )
+    return None
+
+
+def _prefix_hint(state):
+    """``prefix_remedy`` where keys of a known family stand under a prefix of at most three names."""
+    parts = [key.split(".") for key in state]
+    for count in (1, 2, 3):
+        for prefix in dict.fromkeys(".".join(names[:count]) + "." for names in parts if len(names) > count):
+            if _recognised({key.removeprefix(prefix): None for key in state if key.startswith(prefix)}):
+                return prefix_remedy(prefix)
+    return ""
+
+
+def family_of(state) -> str:
+    """The family whose names a state_dict has.
+
+    Raises:
+        WeightsError: none of them.
+    """
+    family = _recognised(state)
+    if family is None:
+        raise WeightsError(
+            f"vit_fast.convert: keys such as {', '.join(sorted(state)[:4])} belong to no known family, "
+            f"expected one of {', '.join(FAMILIES)}{_prefix_hint(state)}"
+        )
+    return family
+
+
+def _check_family(given, state):
+    """The family of a state_dict: the given one, which its keys must not contradict."""
+    if given is None:
+        return family_of(state)
+    if given not in FAMILIES:
+        raise ValueError(f"vit_fast.convert: family is {given!r}, expected one of {', '.join(FAMILIES)}")
+    known = _recognised(state)
+    if known is None and given in ("clip", "huggingface", "google"):  # which begin with a key that tells them
+        return family_of(state)
+    if known not in (None, given) and not {known, given} <= _TIMMS_NAMES:
+        raise ValueError(f"vit_fast.convert: family is {given!r}, expected {known!r}, whose keys these are")
+    return given
 
 
 def _joined(first, second):
@@ -339,14 +374,14 @@ def _fit_table(state, grid, old_grid, policy):
     if table is None or table.dim() != 3:
         raise WeightsError("vit_fast.convert: grid is given, expected a checkpoint with a table pos_embed [1, N, C]")
     prefix = sum(state[name].shape[-2] for name in ("cls_token", "dist_token", "reg_token") if name in state)
-    rows, fits = table.shape[1], []
+    rows, fits, problem = table.shape[1], [], None
     for count in dict.fromkeys((prefix, 0)):
         try:
-            fits.append(resize_pos_embed(table, old_grid, grid, policy, count))
-        except ValueError as error:
-            problem = error
+            fits.append(resized_table("vit_fast.convert: pos_embed", table, old_grid, grid, policy, count))
+        except WeightsError as error:
+            problem = problem or error
     if not fits:
-        raise WeightsError(f"vit_fast.convert: pos_embed does not fit: {problem}")
+        raise problem
     if len(fits) == 2:
         raise WeightsError(
             f"vit_fast.convert: old_grid is None, expected rows and columns: the {rows} rows of pos_embed are a square "
@@ -400,7 +435,7 @@ def convert_state_dict(
     Args:
         state: names to tensors or arrays, of any family that the head of this file names.
         to: "timm", "canonical" or "jeonsworld".
-        family: the family of ``state``; None recognises it.
+        family: the family of ``state``; None recognises it by its keys.
         grid, old_grid, policy: the position table is resized to ``grid`` (rows, columns) by ``policy`` (the family's
             own where None); ``old_grid`` None takes a square.
         patch_size: side of the patches, which old files tell not: their patch weights are a matrix.
@@ -409,15 +444,19 @@ def convert_state_dict(
     Returns:
         (state_dict, report).
     Raises:
-        ValueError: unknown words, or timm's keys asked for a family whose block timm has not.
+        ValueError: unknown words, a family that the keys contradict, or timm's keys asked for a family whose block
+            timm has not.
         WeightsError: keys of no known family, or missing ones.
     """
     if to not in TARGETS:
         raise ValueError(f"vit_fast.convert: to is {to!r}, expected one of {', '.join(TARGETS)}")
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"vit_fast.convert: family is {family!r}, expected one of {', '.join(FAMILIES)}")
+    for name, value in (("old_grid", old_grid), ("policy", policy)):
+        if value is not None and grid is None:
+            raise ValueError(f"vit_fast.convert: {name} is {value!r}, expected grid with it")
+    if policy is not None:
+        check_policy(policy)
     state = {key: torch.as_tensor(value) for key, value in state.items()}
-    family = family or family_of(state)
+    family = _check_family(family, state)
     _check_block(to, f" for family {family!r}", family)
     state, log, dropped = _READ[family](state)
     dropped = list(dropped)
@@ -520,7 +559,7 @@ def convert_file(source, target, to: str = "timm", *, torchscript: bool = False,
     if Path(source).suffix == ".safetensors":
         with safe_open(source, "pt") as file:
             metadata = {key: v for key, v in (file.metadata() or {}).items() if key.startswith("vit_fast.")}
-    family = words.get("family") or family_of(state)
+    family = _check_family(words.get("family"), state)
     origin = metadata.get("vit_fast.family", family)
     if origin != family and origin in FAMILIES:
         _check_block(to, f": the file is of family {origin!r}", origin)

@@ -144,11 +144,13 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     Returns:
         the model itself.
     Raises:
-        TypeError: no module.
+        TypeError: no module, or strict is no bool.
         ValueError: a model without transformer blocks, or one of vit_fast's own.
         UnsupportedError: nothing of it can be optimised, or with ``strict`` not all; blocks and reasons are named.
     """
     _check("optimize", model)
+    if not isinstance(strict, bool):
+        raise TypeError(f"vit_fast.optimize: strict is {strict!r}, expected a bool")
     swaps, left, done, own, unknown = survey(model)
     if not (swaps or left or done):
         came = ", whose blocks are vit_fast's own and fused already" if own else " without transformer blocks"

@@ -207,12 +207,12 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     """
     if precision not in _PRECISIONS:
         raise ValueError(f"vit_fast.prepare: precision is {precision!r}, expected None or 'fp8'")
-    return _prepare(model, lambda blocks: precision)
+    return _prepare("prepare", model, lambda blocks: precision)
 
 
 def refresh(model: nn.Module) -> nn.Module:
     """Folds the weights of a prepared model anew, after they have changed, to the same precision; see ``prepare``."""
-    return _prepare(model, lambda blocks: getattr(blocks.__dict__.get(PREPARED), "precision", None))
+    return _prepare("refresh", model, lambda blocks: getattr(blocks.__dict__.get(PREPARED), "precision", None))
 
 
 def unprepare(model: nn.Module) -> nn.Module:
@@ -232,21 +232,21 @@ def unprepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _prepare(model, precision_of):
+def _prepare(caller, model, precision_of):
     if not isinstance(model, nn.Module):
-        raise TypeError(f"vit_fast.prepare: model is {type(model).__name__}, expected an nn.Module")
+        raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
-        raise ValueError("vit_fast.prepare: model is in training mode, expected model.eval()")
+        raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
     rows = [(name, blocks, precision_of(blocks)) for name, blocks in _rows_of_blocks(model)]
     if not rows:
         raise ValueError(
-            f"vit_fast.prepare: model is {type(model).__name__} without transformer blocks of this library, expected "
+            f"vit_fast.{caller}: model is {type(model).__name__} without transformer blocks of this library, expected "
             "a VisionTransformer, a model of vit_fast.systems or an optimised model"
         )
     reasons = {name: _not_supported_reasons(blocks, precision) for name, blocks, precision in rows}
     if all(reasons.values()):
         told = "; ".join(f"{name or type(model).__name__}: {', '.join(why)}" for name, why in reasons.items())
-        raise UnsupportedError(f"vit_fast.prepare: nothing can be prepared: {told}")
+        raise UnsupportedError(f"vit_fast.{caller}: nothing can be prepared: {told}")
     for name, blocks, precision in rows:
         if reasons[name]:
             _logger.info("prepare leaves %s as it is: %s", name, "; ".join(reasons[name]))

@@ -26,10 +26,9 @@ def tags(name: str) -> list[str]:
     return list(_data()["models"].get(name, ()))
 
 
-def has_weights(name: str, tag: str) -> bool:
-    """Whether weights were published for a tag."""
-    cfg = resolve(name, tag)
-    return any(cfg.get(source) for source in ("url", "file", "hf_hub_id"))
+def has_source(cfg: Mapping) -> bool:
+    """Whether a ``pretrained_cfg`` tells where weights are, or holds them."""
+    return any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict"))
 
 
 def _from_table(name, tag):

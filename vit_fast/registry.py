@@ -210,7 +210,7 @@ def list_models(
             for name, tag, full in pairs
             if (not include or matches(include, full))
             and not matches(exclude, full)
-            and (not pretrained or cfgs.has_weights(name, tag))
+            and (not pretrained or cfgs.has_source(cfgs.resolve(name, tag)))
             and (not name_matches_cfg or cfgs.tags(name))
         ),
         key=_natural,
@@ -322,6 +322,13 @@ def create_model(
         )
     _check_words(base, preset.build, words)
     cfg = cfgs.resolve(base, pretrained_cfg, pretrained_cfg_overlay)
+    if pretrained and not cfgs.has_source(cfg):
+        others = [tag for tag in cfgs.tags(base) if cfgs.has_source(cfgs.resolve(base, tag))]
+        hint = f"; of {base!r} it has {', '.join(others)}" if others else ""
+        raise weights.WeightsError(
+            f"vit_fast.create_model: pretrained is True, expected False, as timm has no weights of {name!r}{hint}; "
+            "checkpoint_path takes a file"
+        )
     model = preset.build(**{**preset.words, **(_words_of(cfg, words) if of_vit else {}), **words})
     if of_vit:
         cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in words}

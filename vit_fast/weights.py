@@ -1,9 +1,11 @@
 """Weights from files and from timm's hub, always strict: nothing is dropped or left out silently."""
 
 import argparse
+import json
 import logging
 import os
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -25,10 +27,14 @@ class MissingKeyError(WeightsError, KeyError):
     __str__ = Exception.__str__
 
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz", ".ckpt")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".npz", ".ckpt", ".index.json")
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)(\.\w+)")
+# What torch.compile, activation checkpointing and FSDP put around a module, wherever it stands in a model.
+_AROUND_MODULES = re.compile(r"(^|\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+")
 # Keys that hold the state_dict of a checkpoint, in the order in which timm's loader looks for them.
 _AVERAGED = ("state_dict_ema", "model_ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model")
+_UPDATES = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts its updates beside "module."
 _LOGGER = logging.getLogger("vit_fast")
 
 
@@ -36,6 +42,8 @@ def _read_npz(path):
     """Arrays by name; bfloat16, which numpy holds as raw two-byte values, becomes float32."""
     import numpy as np
 
+    if not zipfile.is_zipfile(path):  # numpy's own words advise to unpickle it
+        raise WeightsError(f"vit_fast: weight file {str(path)!r} cannot be read: it is no archive of arrays")
     state = {}
     with np.load(path, allow_pickle=False) as file:
         for name in file.files:
@@ -45,6 +53,24 @@ def _read_npz(path):
             else:
                 state[name] = torch.from_numpy(array)
     return state
+
+
+def _read_shards(index):
+    """The tensors of all files that Hugging Face's index of a sharded checkpoint names; they lie beside it."""
+    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state = {}
+    for name in files:
+        shard = index.parent / name
+        if not shard.is_file():
+            raise WeightsError(f"vit_fast: weight file {str(index)!r} names {name}, expected that file beside it")
+        state |= _read_safetensors(shard) if shard.suffix == ".safetensors" else _read_pickle(shard)
+    return state
+
+
+def _read_safetensors(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def _is_torchscript(path):
@@ -78,10 +104,12 @@ def _read_pickle(path):
         # torch's own words advise to execute what the file holds.
         remedy = ""
         if classes := _classes_in(path):
+            save = "torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that holds them"
+            if any(name.startswith("torch.nn.modules.") for name in classes):
+                save += ", or checkpoint.state_dict() where it is a whole model"
             remedy = (
                 f". It names {_listed(classes)}; where you trust it, save its tensors alone: "
-                f"checkpoint = torch.load({str(path)!r}, weights_only=False); "
-                "torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that holds them"
+                f"checkpoint = torch.load({str(path)!r}, weights_only=False); {save}"
             )
         raise WeightsError(
             f"vit_fast: weight file {str(path)!r} cannot be read: it is damaged, or holds Python objects, "
@@ -92,7 +120,8 @@ def _read_pickle(path):
 def read_state_dict(path, *, torchscript: bool = False) -> dict[str, torch.Tensor]:
     """The state_dict in a file: .safetensors, .npz, or .pt/.pth/.bin/.tar/.ckpt; reading it executes nothing.
 
-    Checkpoints that wrap it are unwrapped as timm's loader does (see ``unwrap``). torchscript also reads TorchScript
+    The index of a sharded checkpoint of Hugging Face (.safetensors.index.json) stands for its files. Checkpoints that
+    wrap the state_dict are unwrapped as timm's loader does (see ``unwrap``). torchscript also reads TorchScript
     archives, by ``torch.jit.load``, which runs what they hold: for files that you trust.
 
     Raises:
@@ -105,10 +134,15 @@ def read_state_dict(path, *, torchscript: bool = False) -> dict[str, torch.Tenso
     subject = f"vit_fast: weight file {str(path)!r}"
     if not path.is_file():
         raise WeightsError(f"{subject} {'is a directory' if path.is_dir() else 'does not exist'}")
-    if path.suffix not in _SUFFIXES:
+    if not path.name.endswith(_SUFFIXES):
         raise WeightsError(f"{subject} ends in {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
     if not path.stat().st_size:
         raise WeightsError(f"{subject} cannot be read: it is empty")
+    shard = _SHARD.fullmatch(path.name)
+    if shard and int(shard[2]) > 1:
+        raise WeightsError(
+            f"{subject} is one of {int(shard[2])} shards, expected their index {shard[1]}{shard[3]}.index.json"
+        )
     archive = path.suffix not in (".safetensors", ".npz") and _is_torchscript(path)
     if archive and not torchscript:
         raise WeightsError(
@@ -117,11 +151,11 @@ def read_state_dict(path, *, torchscript: bool = False) -> dict[str, torch.Tenso
         )
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
+            state = _read_safetensors(path)
         elif path.suffix == ".npz":
             state = _read_npz(path)
+        elif path.suffix == ".json":
+            state = _read_shards(path)
         else:
             state = _read_torchscript(path) if archive else _read_pickle(path)
     except (ImportError, WeightsError):
@@ -139,13 +173,14 @@ def unwrap(checkpoint: Mapping, subject: str) -> dict[str, torch.Tensor]:
     """The state_dict in a checkpoint, as timm's loader takes it.
 
     Averaged (EMA) weights come before the others, and the log says so at level INFO: "state_dict_ema", "model_ema",
-    "state_dict", "model". The prefixes of torch.compile and DistributedDataParallel are stripped.
+    "state_dict", "model". What DistributedDataParallel, torch.compile, activation checkpointing and FSDP add to names
+    is taken out.
 
     Args:
         checkpoint: a state_dict, or a mapping around one.
         subject: what an error speaks of.
     Raises:
-        WeightsError: something else than tensors inside.
+        WeightsError: something else than tensors inside, no tensor, or tensors that are sparse or on the meta device.
     """
     state = checkpoint
     while wrapper := next((name for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None):
@@ -154,18 +189,29 @@ def unwrap(checkpoint: Mapping, subject: str) -> dict[str, torch.Tensor]:
             rest = f"; {' and '.join(others)} left aside" if others else ""
             _LOGGER.info("%s: %s is taken, the averaged (EMA) weights%s", subject, wrapper, rest)
         state = state[wrapper]
+    if _UPDATES in state:
+        _LOGGER.info("%s: the weights of an AveragedModel are taken, its count %s left aside", subject, _UPDATES)
+        state = {key: value for key, value in state.items() if key != _UPDATES}
     foreign = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
     if foreign:
         nested = [key for key, value in state.items() if isinstance(value, Mapping)]
-        remedy = f"; where {nested[0]!r} is the state_dict, save or pass it alone" if nested else ""
+        remedy = f"; where {' or '.join(map(repr, nested))} is the state_dict, save or pass it alone" if nested else ""
         raise WeightsError(f"{subject} holds no state_dict of tensors, but {_listed(foreign)}{remedy}")
+    if not state:
+        raise WeightsError(f"{subject} holds no tensor")
+    if unusable := [f"{key} {why}" for key, value in state.items() if (why := _why_unusable(value))]:
+        raise WeightsError(f"{subject} holds tensors that cannot be loaded: {_listed(unusable)}")
     return {_clean(key): value for key, value in state.items()}
 
 
+def _why_unusable(tensor):
+    if tensor.layout != torch.strided:
+        return f"of layout {tensor.layout}"
+    return "on the meta device" if tensor.is_meta else None
+
+
 def _clean(key):
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        key = key.removeprefix(prefix)
-    return key
+    return _AROUND_MODULES.sub(r"\1", _AROUND_MODULES.sub(r"\1", key).removeprefix("module."))
 
 
 def _listed(keys):
@@ -183,17 +229,41 @@ def log_left_out(subject: str, dropped: Iterable[tuple[str, str]]):
         _LOGGER.warning("vit_fast: %s: left out: %s", subject, parts)
 
 
+def prefix_remedy(prefix):
+    """What to do where the keys of a state_dict stand under a prefix."""
+    return (
+        f"; its keys stand under {prefix!r}: pass "
+        f"{{k.removeprefix({prefix!r}): v for k, v in state.items() if k.startswith({prefix!r})}}"
+    )
+
+
 def _prefix_hint(state, own):
-    """What to do where the model's keys stand under a prefix in the file."""
+    """``prefix_remedy`` where most of the model's keys stand under a prefix in the file; the head may be another."""
     first = next(iter(own))
     for key in state:
         prefix = key.removesuffix(first)
-        if prefix and prefix != key and all(prefix + name in state for name in own):
-            return (
-                f"; its keys stand under {prefix!r}: pass "
-                f"{{k.removeprefix({prefix!r}): v for k, v in state.items() if k.startswith({prefix!r})}}"
-            )
+        if prefix and prefix != key and 2 * sum(prefix + name in state for name in own) > len(own):
+            return prefix_remedy(prefix)
     return ""
+
+
+def resized_table(subject, table, old_grid, new_grid, policy, num_prefix_tokens):
+    """``resize_pos_embed`` of a table out of a file; ``subject`` is what an error speaks of.
+
+    Raises:
+        WeightsError: the table does not hold the old grid.
+    """
+    try:
+        return resize_pos_embed(table, old_grid, new_grid, policy, num_prefix_tokens)
+    except ValueError as error:
+        raise WeightsError(f"{subject} does not fit: {str(error).partition(': ')[2]}") from error
+
+
+# What a file may lack and a model may be built without: how.
+_ABSENT = {
+    "head.": "it holds no classifier: num_classes=0 builds a model without one",
+    "pre_logits.": "it holds no pre_logits: representation_size=0 builds a model without them",
+}
 
 
 def load_state_dict(model, state, fit=None):
@@ -208,9 +278,12 @@ def load_state_dict(model, state, fit=None):
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"vit_fast: state is {type(state).__name__}, expected a state_dict of tensors")
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"vit_fast: {key} of the state is {type(value).__name__}, expected a torch.Tensor")
+        if not on_meta and (why := _why_unusable(value)):
+            raise WeightsError(f"vit_fast: {key} of the state is {why}, expected a dense tensor with values")
     from . import convert
     from .systems.google_npz import is_google
 
@@ -232,9 +305,10 @@ def load_state_dict(model, state, fit=None):
     ]
     problems = []
     if missing:
-        no_head = missing == {key for key in own if key.startswith("head.")}
-        hint = " (it holds no classifier: num_classes=0 builds a model without one)" if no_head else ""
-        problems.append(f"missing {_listed(missing)}{hint}")
+        absent = {part: {key for key in own if key.startswith(part)} for part in _ABSENT}
+        hints = [hint for part, hint in _ABSENT.items() if absent[part] and absent[part] <= missing]
+        told = hints and missing <= set().union(*absent.values())
+        problems.append(f"missing {_listed(missing)}" + (f" ({'; '.join(hints)})" if told else ""))
     if unexpected:
         problems.append(f"unexpected {_listed(unexpected)}")
     if shapes:
@@ -274,12 +348,8 @@ def load_checkpoint(model, path, old_grid=None):
         table, own = state.get("pos_embed"), model.pos_embed
         if table is None or own is None or table.dim() != 3 or (old_grid is None and table.shape == own.shape):
             return state
-        try:
-            table = resize_pos_embed(
-                table, old_grid, model.patch_embed.grid_size, model.pos_embed_policy, model._pos_prefix
-            )
-        except ValueError as error:
-            raise WeightsError(f"vit_fast: pos_embed of {str(path)!r} does not fit: {error}") from error
+        grid, subject = model.patch_embed.grid_size, f"vit_fast: pos_embed of {str(path)!r}"
+        table = resized_table(subject, table, old_grid, grid, model.pos_embed_policy, model._pos_prefix)
         return {**state, "pos_embed": table}
 
     return load_state_dict(model, read_state_dict(path), fit)

@@ -51,7 +51,7 @@ def list_of(flag, text, words):
 
 
 def at_least(flag, value, least):
-    if value is not None and value < least:
+    if value is not None and not value >= least:  # NaN is neither
         raise wrong(flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more")
 
 

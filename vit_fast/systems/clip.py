@@ -34,7 +34,7 @@ from vit_fast.kernels.reference import activate
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
-from vit_fast.weights import WeightsError, load_state_dict, log_left_out
+from vit_fast.weights import WeightsError, load_state_dict, log_left_out, resized_table
 
 from . import words
 
@@ -455,10 +455,11 @@ def fit_table(state, key, tower, old_grid):
     if old_grid is None and table.shape[0] == 1 + tower.num_patches:
         return
     try:
-        state[key] = resize_pos_embed(table, old_grid, tower.grid_size, tower.pos_embed_policy, 1)
-    except ValueError as error:
+        subject = f"vit_fast.systems.clip: {key}"
+        state[key] = resized_table(subject, table, old_grid, tower.grid_size, tower.pos_embed_policy, 1)
+    except WeightsError:
         if old_grid is not None:
-            raise WeightsError(f"vit_fast.systems.clip: {key} does not fit: {error}") from error
+            raise
 
 
 def load(model, source, old_grid=None):

@@ -26,9 +26,9 @@ from torch import nn
 
 from vit_fast import plain
 from vit_fast.kernels.tracing import untraced
-from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.pos_embed import check_policy
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
-from vit_fast.weights import WeightsError, load_state_dict
+from vit_fast.weights import WeightsError, load_state_dict, resized_table
 
 from . import words
 from .encoder_layer import EncoderLayer
@@ -395,10 +395,12 @@ def load(model, source, fine_tune: bool = False, old_grid=None):
         table = state.get("pos_embed")
         if table is not None and table.dim() == 3 and (old_grid is not None or table.shape != own["pos_embed"].shape):
             try:
-                state["pos_embed"] = resize_pos_embed(table, old_grid, grid, model.pos_embed_policy, model.num_tokens)
-            except ValueError as error:
+                state["pos_embed"] = resized_table(
+                    "vit_fast.systems.deit: pos_embed", table, old_grid, grid, model.pos_embed_policy, model.num_tokens
+                )
+            except WeightsError:
                 if old_grid is not None:
-                    raise WeightsError(f"vit_fast.systems.deit: pos_embed does not fit: {error}") from error
+                    raise
         if fine_tune:
             state = {key: v for key, v in state.items() if not key.startswith("head") or _fits(own.get(key), v)}
             state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}

@@ -43,8 +43,7 @@ from vit_fast.block import (
 )
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.kernels.tracing import untraced
-from vit_fast.pos_embed import resize_pos_embed
-from vit_fast.weights import WeightsError, load_state_dict
+from vit_fast.weights import WeightsError, load_state_dict, resized_table
 
 from .hybrid_config import CONFIGS, Config, read
 from .resnetv2 import MODES, ResNetV2
@@ -460,10 +459,8 @@ def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
         if key not in state or (old_grid is None and state[key].shape == own.shape):
             return state
         prefix = int(model.transformer.embeddings.cls_token is not None)
-        try:
-            table = resize_pos_embed(state[key], old_grid, model.grid_size, model.google_policy, prefix)
-        except ValueError as error:
-            raise WeightsError(f"vit_fast.systems.hybrid: {key} does not fit: {error}") from error
+        subject = f"vit_fast.systems.hybrid: {key}"
+        table = resized_table(subject, state[key], old_grid, model.grid_size, model.google_policy, prefix)
         return {**state, key: table}
 
     return load_state_dict(model, state_of(_FAMILY, source), fit)

@@ -23,9 +23,9 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
-from vit_fast.pos_embed import check_policy, resize_pos_embed
+from vit_fast.pos_embed import check_policy
 from vit_fast.vit import Block, Mlp
-from vit_fast.weights import WeightsError, load_state_dict
+from vit_fast.weights import load_state_dict, resized_table
 
 from . import words
 from .soft_split import as_image, sinusoid_table, soft_split, split_grid
@@ -354,8 +354,7 @@ def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int
     if table is not None and pos_embed == "recompute":
         state["pos_embed"] = sinusoid_table(*own["pos_embed"].shape[1:])
     elif table is not None and table.dim() == 3 and (old_grid or table.shape[1] != own["pos_embed"].shape[1]):
-        try:
-            state["pos_embed"] = resize_pos_embed(table, old_grid, model.tokens_to_token.grid_size, pos_embed, 1)
-        except ValueError as error:
-            raise WeightsError(f"vit_fast.systems.t2t: pos_embed does not fit: {error}") from error
+        state["pos_embed"] = resized_table(
+            "vit_fast.systems.t2t: pos_embed", table, old_grid, model.tokens_to_token.grid_size, pos_embed, 1
+        )
     return load_state_dict(model, state)
