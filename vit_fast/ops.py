@@ -62,7 +62,7 @@ def _register(
 
     ``signature`` lists the arguments without the backend; ``differentiable`` are the positions of the tensor
     arguments that get gradients, in the order in which ``backward(run, grad, inputs, saved, needs)`` yields them, where
-    ``run`` is the function of a backend's table. ``forward(backend, *inputs)`` calls that of the forward. Saved are the
+    ``run`` is a function of a backend's table; ``forward`` maps a backend to the function that runs it. Saved are the
     inputs and the statistics, and the output where ``save_output`` says so.
     """
     statistics = results.count("Tensor") - 1
@@ -73,11 +73,10 @@ def _register(
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
-        *inputs, word = inputs
-        _refuse_transforms(name, word)
-        backend = select.loaded(word, name)
+        _refuse_transforms(name, inputs[-1])
+        backend = select.loaded(inputs[-1], name)
         with backend.launching(inputs[0].device):
-            outputs = forward(backend, *inputs)
+            outputs = forward(backend)(*inputs[:-1])
         return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
 
     def bwd(grad, *inputs):
@@ -165,7 +164,7 @@ _register(
     "Tensor x, Tensor? weight, Tensor? bias, float eps",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2),
-    lambda backend, *inputs: backend.forward["layer_norm"](*inputs),
+    lambda backend: backend.forward["layer_norm"],
     lambda x, weight, bias, eps, backend: (x.new_empty(x.shape), *_row_stats(x)),
     lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved),
     lambda *shapes, **_: 0,
@@ -212,7 +211,7 @@ _register(
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5),
-    lambda backend, *inputs: backend.forward["layer_norm_linear"](*inputs),
+    lambda backend: backend.forward["layer_norm_linear"],
     _layer_norm_linear_fake,
     lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
@@ -246,6 +245,11 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
 # linear_residual
 
 
+def _with_row_scale(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose last argument is row_scale, which operators have by position and ``run`` by name."""
+    return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
+
+
 def _linear_residual_backward(run, grad, inputs, saved, needs):
     x, weight, bias, gamma, residual, row_scale = inputs
     dx, dweight, dbias, dgamma, drow_scale = run(grad, x, weight, bias, gamma, row_scale)
@@ -257,7 +261,7 @@ _register(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale",
     "Tensor",
     (0, 1, 2, 3, 4, 5),
-    lambda backend, *inputs: backend.forward["linear_residual"](*inputs[:-1], row_scale=inputs[-1]),
+    lambda backend: _with_row_scale(backend.forward["linear_residual"]),
     lambda x, weight, bias, gamma, residual, row_scale, backend: residual.new_empty(residual.shape),
     _linear_residual_backward,
     lambda x, weight, *_, **__: _linear_flops(x, weight),
@@ -308,7 +312,7 @@ _register(
     "str activation, Tensor? gamma, Tensor? row_scale",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5, 6, 7, 9, 10),
-    lambda backend, *inputs: backend.forward["layernorm_mlp"](*inputs[:-1], row_scale=inputs[-1]),
+    lambda backend: _with_row_scale(backend.forward["layernorm_mlp"]),
     lambda x, *_: (x.new_empty(x.shape), *_row_stats(x)),
     lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
@@ -366,10 +370,13 @@ def layernorm_mlp(
 # attention
 
 
-def _attention_forward(backend: Backend, qkv, k, v, num_heads, scale, with_lse):
-    if with_lse:
-        return backend.forward["attention"](qkv, num_heads, scale, k=k, v=v)
-    return backend.output("attention", qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
+def _attention_forward(backend: Backend) -> Callable[..., Any]:
+    def run(qkv, k, v, num_heads, scale, with_lse):
+        if with_lse:
+            return backend.forward["attention"](qkv, num_heads, scale, k=k, v=v)
+        return backend.output("attention", qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
+
+    return run
 
 
 def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
@@ -578,7 +585,7 @@ _register(
     "float[]? mean, float[]? std",
     "Tensor",
     (0, 1, 2, 3, 4),
-    lambda backend, *inputs: backend.forward["patch_embed"](*inputs),
+    lambda backend: backend.forward["patch_embed"],
     _patch_embed_fake,
     _patch_embed_backward,
     _patch_embed_flops,

@@ -124,59 +124,39 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
         UnsupportedError: a forced backend cannot; in strict mode, only the reference can.
     """
     word = requested()
-    if word == "auto":
-        chosen, reasons = _first(operation, device, not_fused, arguments, options)
-    elif word == "torch":
-        chosen, reasons = word, ("forced",)
-    else:
-        chosen, reasons = word, ()
-        if why := unavailable(word, device) or _why_not(word, operation, not_fused, arguments, options):
-            if why == transform_reasons():
-                why = (*why, 'run it inside `with vit_fast.backend("torch")`')
-            told = "; ".join(why)
-            raise UnsupportedError(f"vit_fast.{operation}: backend {word!r} was forced and cannot run: {told}")
-    note(operation, chosen, reasons)
-    return chosen
-
-
-def _why_not(
-    name: str, operation: str, not_fused: Sequence[str], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[str, ...]:
-    """Why a backend other than ``torch`` cannot run a call on a device where it is available."""
-    return transform_reasons() or (*not_fused, *BACKENDS[name].reasons(operation, *arguments, **options))
-
-
-def _first(
-    operation: str,
-    device: torch.device,
-    not_fused: Sequence[str],
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-) -> tuple[str, tuple[str, ...]]:
-    """The first backend that can run a call, and why those before it cannot."""
-    passed_over: dict[str, tuple[str, ...]] = {}
-    for name in BACKENDS:
-        if name == "torch" or unavailable(name, device):
+    if word == "torch":
+        note(operation, word, ("forced",))
+        return word
+    absent: tuple[str, ...] = ()  # why the first backend asked does not run on the device
+    refused: dict[str, tuple[str, ...]] = {}  # those that do, and why they cannot run this call
+    for name in BACKENDS if word == "auto" else (word,):
+        if name == "torch":
+            break
+        if why := unavailable(name, device):
+            absent = absent or why
             continue
-        why = _why_not(name, operation, not_fused, arguments, options)
+        why = transform_reasons() or (*not_fused, *BACKENDS[name].reasons(operation, *arguments, **options))
         if not why:
-            return name, _joined(passed_over)
-        passed_over[name] = why
-    strict = _strict() and (passed_over or device.type == "cuda")
-    if not passed_over:  # the device has the reference alone: told is why the first of the order does not run on it
-        name = next(iter(BACKENDS))
-        passed_over = {name: unavailable(name, device)}
-    reasons = _joined(passed_over)
-    if strict:
-        names, told = ", ".join(passed_over), "; ".join(reasons)
+            note(operation, name, _joined(refused) if refused else ())
+            return name
+        refused[name] = why
+    reasons = _joined(refused) if refused else absent
+    if word != "auto":
+        if reasons == transform_reasons():
+            reasons = (*reasons, 'run it inside `with vit_fast.backend("torch")`')
+        told = "; ".join(reasons)
+        raise UnsupportedError(f"vit_fast.{operation}: backend {word!r} was forced and cannot run: {told}")
+    if _strict() and (refused or device.type == "cuda"):
+        names, told = ", ".join(refused or [next(iter(BACKENDS))]), "; ".join(reasons)
         raise UnsupportedError(f"vit_fast.{operation}: {names} cannot run this (VIT_FAST_STRICT=1): {told}")
-    return "torch", reasons
+    note(operation, "torch", reasons)
+    return "torch"
 
 
-def _joined(passed_over: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _joined(refused: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The reasons of all backends, each with the backend's name where there are several."""
-    several = len(passed_over) > 1
-    return tuple(f"{name}: {reason}" if several else reason for name, why in passed_over.items() for reason in why)
+    several = len(refused) > 1
+    return tuple(f"{name}: {reason}" if several else reason for name, why in refused.items() for reason in why)
 
 
 def loaded(name: str, operation: str) -> Backend:
@@ -189,7 +169,7 @@ def loaded(name: str, operation: str) -> Backend:
     backend = BACKENDS.get(name)
     if backend is None:
         raise ValueError(f"vit_fast.{operation}: backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    if reasons := backend.load():
+    if not backend.forward and (reasons := backend.load()):
         raise UnsupportedError(f"vit_fast.{operation}: backend {name!r} cannot run: {'; '.join(reasons)}")
     return backend
 

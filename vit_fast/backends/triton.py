@@ -11,6 +11,8 @@ import torch
 
 from .base import Backend
 
+_no_lock = contextlib.nullcontext()
+
 
 class Triton(Backend):
     name = "triton"
@@ -77,16 +79,17 @@ class Triton(Backend):
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():
             return reasons
-        if device.type == "cuda":
+        device_type = device.type
+        if device_type == "cuda":
             major, minor = torch.cuda.get_device_capability(device.index)
             if major < 8:
                 return (f"Triton kernels need compute capability 8.0, the device has {major}.{minor}",)
             return ()
-        if device.type == "cpu":
+        if device_type == "cpu":
             if os.environ.get("TRITON_INTERPRET", "0") != "1":
                 return ("Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)",)
             return ()
-        return (f"Triton kernels do not run on device type {device.type}",)
+        return (f"Triton kernels do not run on device type {device_type}",)
 
     def version(self) -> str | None:
         if self.load():
@@ -96,7 +99,7 @@ class Triton(Backend):
         return str(triton.__version__)
 
     def launching(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        return self._interpreter if device.type == "cpu" else super().launching(device)
+        return self._interpreter if device.type == "cpu" else _no_lock
 
 
 TRITON = Triton()
