@@ -1,6 +1,6 @@
 """Set-up of the test suite: which tests run in this process, the interpreter's cures, poisoned memory, honest counts.
 
-Three processes: ``TRITON_INTERPRET=1 pytest -m interp``, ``pytest -m aot`` and ``pytest -m "not interp and not aot"``.
+Four runs: ``TRITON_INTERPRET=1 pytest -m interp``, ``pytest -m aot``, ``pytest -m gpu`` and all others, in parallel.
 A test whose mark does not fit the process is deselected, and the summary says so; it never runs the wrong way.
 A skip whose reason is not in ALLOWED_SKIPS fails the run.
 """
@@ -163,6 +163,12 @@ def pytest_terminal_summary(terminalreporter):
         line("FAILED: skips whose reason is not in ALLOWED_SKIPS of tests/conftest.py:", red=True)
         for entry in UNLISTED_SKIPS:
             line(f"  {entry}", red=True)
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """What the command line prints has the width of no terminal, wherever the tests run."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)

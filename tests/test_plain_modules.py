@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 import torch.nn.utils.parametrizations as parametrizations
+from test_optimize import CASES
 from torch import nn
 from torch.nn.utils import prune
 
@@ -344,6 +345,119 @@ def test_parts_may_be_taken_out():
     ]  # fmt: skip
 
 
+def unfused(model):
+    """A copy of a model whose modules all run in their own call."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+SEQUENTIALS = {
+    "clip": "transformer.resblocks.0.mlp",
+    "t2t": "tokens_to_token.attention1.mlp",
+    "torchvision": "encoder.layers.encoder_layer_0.mlp",
+    "open_clip": "transformer.resblocks.1.mlp",
+}
+
+
+@pytest.mark.parametrize("name", SEQUENTIALS)
+def test_whatever_a_sequential_holds_is_run(name, peer):
+    if name in MODELS and name != "open_clip":
+        model, images = make(name)
+    else:
+        peer(name)
+        model, images = vit_fast.optimize(CASES[name].build().double()), torch.randn(2, 3, 32, 32).double()
+        parity.perturb(model)
+    with torch.no_grad():
+        plain = outputs(model(images))
+        model.get_submodule(SEQUENTIALS[name]).append(nn.Tanh())
+        changed = outputs(model(images))
+        assert (changed - plain).abs().max() > 1e-8
+        torch.testing.assert_close(changed, outputs(unfused(model)(images)), rtol=1e-9, atol=1e-9)
+    assert any("mlp holds " in row.reasons[0] for row in vit_fast.explain(model, images))
+
+
+def _dropouts(model, mode):
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):
+            module.train(mode)
+
+
+def _attention_and_mlp(model, mode):
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("attn", "mlp", "ffn"):
+            module.train(mode)
+
+
+DROPS = {
+    "own": (lambda: vit_fast.VisionTransformer(**OWN, proj_drop_rate=0.5, attn_drop_rate=0.5), _attention_and_mlp),
+    "hybrid": (
+        lambda: systems.hybrid.build(
+            HYBRID | {"transformer": HYBRID["transformer"] | dict(dropout_rate=0.5, attention_dropout_rate=0.5)}, 16, 5
+        ),
+        _attention_and_mlp,
+    ),
+    "t2t_transformer": (
+        lambda: nn.Sequential(systems.t2t.Token_transformer(48, 16, drop=0.5, attn_drop=0.5)), _attention_and_mlp,
+    ),
+    "scratch": (lambda: systems.scratch.build(**SCRATCH, dropout=0.5), _dropouts),
+    "clip": (MODELS["clip"], _dropouts),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_each_module_drops_in_its_own_mode(name):
+    """Some freeze the dropouts of a model that trains, others draw with the dropouts of one that does not."""
+    build, switch = DROPS[name]
+    model, images = build(), torch.randn(3, 3, 16, 16)
+    images = {"t2t_transformer": torch.randn(3, 4, 48), "scratch": images[..., :8, :8]}.get(name, images)
+    parity.perturb(model)
+    for module in model.modules():
+        if name == "clip" and isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.5
+    for mode in (True, False):
+        for embedding in model.train(not mode).children():  # the dropout of positions is not a block's
+            if type(embedding).__name__ == "Transformer" and hasattr(embedding, "embeddings"):
+                embedding.embeddings.eval()
+        switch(model, mode)
+        for form in (model, unfused(model)):
+            assert torch.equal(outputs(form(images)), outputs(form(images))) is not mode
+
+
+TORCH_LAYERS = {
+    "activation": lambda layer: setattr(layer, "activation", torch.tanh),
+    "batch_first": lambda layer: setattr(layer.self_attn, "batch_first", False),
+    "add_zero_attn": lambda layer: setattr(layer.self_attn, "add_zero_attn", True),
+}
+
+
+@pytest.mark.parametrize("change", TORCH_LAYERS)
+def test_options_of_torch_layers_are_honoured(change):
+    for name, path in (("scratch", "transformer_encoder.layers.0"), ("clip", "transformer.resblocks.0")):
+        model, images = make(name)
+        layer = model.get_submodule(path)
+        if name == "clip":
+            if change == "activation":
+                continue
+            layer.self_attn = layer.attn
+        with torch.no_grad():
+            plain = outputs(model(images))
+            TORCH_LAYERS[change](layer)
+            changed = outputs(model(images))
+            assert (changed - plain).abs().max() > 1e-6
+            torch.testing.assert_close(changed, outputs(unfused(model)(images)), rtol=1e-9, atol=1e-9)
+
+
+def test_projections_may_have_no_bias():
+    model, images = make("hybrid")
+    attn = model.transformer.encoder.layer[0].attn
+    for names in (("key",), ("query", "value")):
+        for name in names:
+            getattr(attn, name).bias = None
+        torch.testing.assert_close(outputs(model(images)), outputs(unfused(model)(images)), rtol=1e-9, atol=1e-9)
+
+
 class Twice(nn.LayerNorm):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -414,12 +528,13 @@ def test_activations_are_known_by_what_they_compute(peer):
     layers = peer("timm.layers")
     built = vit_fast.VisionTransformer(**OWN, act_layer=Sigmoid1702)
     assert built.blocks[0].mlp.activation == "quick_gelu"
-    for act_layer in (GELU, nn.PReLU, torch.tanh):
+    for act_layer in (GELU, nn.PReLU, torch.tanh, nn.ReLU6, partial(nn.Hardtanh, 0.0, 1000.0)):
         with pytest.raises(ValueError, match="act_layer is"):
             vit_fast.VisionTransformer(**OWN, act_layer=act_layer)
         with pytest.raises(ValueError, match="activation is"):
             systems.clip.build("openai", **CLIP, input_resolution=16, act_layer=act_layer)
     images = torch.randn(2, 3, 16, 16)
+    assert systems.deit.build(**DEIT, act_layer=nn.PReLU, dtype=torch.bfloat16)(images.bfloat16()).isfinite().all()
     deit = systems.deit.build(**DEIT, act_layer=GELU).eval()
     assert type(deit.blocks[0].mlp.act) is GELU
     assert {row.reasons[0] for row in vit_fast.explain(deit, images) if row.operation == "block"} == {

@@ -15,6 +15,7 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
+from vit_fast import plain
 from vit_fast.block import PREPARED
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
@@ -165,6 +166,7 @@ def test_bad_precision_and_capability(monkeypatch):
     for block in model.blocks:
         for module in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             module.weight = nn.Parameter(module.weight.detach().as_subclass(OnCuda), requires_grad=False)
+    monkeypatch.setattr(plain, "TENSORS", plain.TENSORS | {OnCuda})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(vit_fast.UnsupportedError) as raised:
         vit_fast.prepare(model, precision="fp8")

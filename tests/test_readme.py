@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import timm
+
 import vit_fast
 
 ROOT = Path(__file__).parents[1]
@@ -25,4 +27,7 @@ def test_commands_and_counts_are_true():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    assert f"{len(vit_fast.list_models())} names" in README
+    names = vit_fast.list_models()
+    shared = set(names) & set(timm.list_models())
+    assert f"{len(names)} names" in README and f"{len(shared)} of them timm's" in README
+    assert f"other {len(names) - len(shared)} names" in README

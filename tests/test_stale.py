@@ -7,15 +7,18 @@ that a change could make stale. ``check`` fails a model whose fast path passes o
 
 import copy
 import gc
+import inspect
 import logging
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from test_graphed import CAPTURES, OnCpu, Reruns
 from test_optimize import CASES, PREPARABLE, output
 from torch import nn
+from vit_fast.kernels.reference import activate
 
 import vit_fast
 from vit_fast import parity, systems
@@ -173,9 +176,14 @@ def _scale(stack):
 
 
 def _activation(stack):
-    for word in ("activation", "activation_word"):
-        for module in holders(stack[1], word, str):
-            setattr(module, word, "quick_gelu")
+    changed = (
+        ("activation", "quick_gelu"),
+        ("word", "quick_gelu"),
+        ("activation", partial(activate, activation="quick_gelu")),
+    )
+    for word, value in changed:
+        for module in holders(stack[1], word, type(value)):
+            setattr(module, word, value)
     for module in [*stack[1].modules()]:
         for name, child in [*module.named_children()]:
             if "GELU" in type(child).__name__:
@@ -275,6 +283,24 @@ def test_weights_whose_changes_are_not_counted_are_refused():
             vit_fast.prepare(model)
 
 
+class _Twice(vit_fast.vit.Block):
+    def forward(self, x, **masks):
+        return 2 * super().forward(x, **masks)
+
+
+def _subclass(stack):
+    stack[1].__class__ = _Twice
+
+
+@pytest.mark.parametrize("change", (lambda stack: _hook(stack), lambda stack: _forward(stack), _subclass))
+def test_blocks_with_a_call_of_their_own_are_refused(change):
+    """Folded weights would compute what a hook or another forward of a whole block passes over."""
+    model = made("vit")
+    change(model.blocks)
+    with pytest.raises(vit_fast.UnsupportedError, match="blocks: a block carries a hook or has a forward of its own"):
+        vit_fast.prepare(model)
+
+
 def test_a_part_in_training_mode_is_refused():
     model = made("vit")
     model.blocks[1].mlp.train()
@@ -323,6 +349,60 @@ def test_a_call_that_they_do_not_serve_is_told_once(caplog):
             assert told(caplog) == [f"{start}blocks.0 is in training mode; they serve after model.eval()"]
             model.eval()
             assert serves(model, x) and not unused(model, x) and not told(caplog)
+
+
+def _hooked_stack(model):
+    model.blocks.register_forward_hook(lambda *arguments: None)
+
+
+def _not_batch_first(model):
+    model.transformer.batch_first = False
+
+
+CALLS = (
+    ("vit", dict(is_causal=True), None, "attn_mask or is_causal is given"),
+    ("vit", {}, _hooked_stack, "the stack carries a hook"),
+    ("open_clip", {}, _not_batch_first, "batch_first is False"),
+    ("CLIPVision", dict(output_hidden_states=True), None, "hidden_states are recorded"),
+)
+
+
+@pytest.mark.parametrize("model, words, change, reason", CALLS, indirect=["model"])
+def test_calls_that_never_ask_for_them_are_told(model, words, change, reason, caplog):
+    x = images()
+    if words.get("output_hidden_states"):
+        model(x, **words)  # leaves its hooks on the layers, asleep
+    vit_fast.prepare(model)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
+        assert serves(model, x) and not told(caplog)
+        if change is not None:
+            change(model)
+        for _ in range(2):
+            model(x, **words)
+        (message,) = told(caplog)
+        assert message.endswith(f"are not used: {reason}")
+        (row,) = unused(model, {next(iter(inspect.signature(model.forward).parameters)): x} | words)
+        assert row.reasons == (reason,)
+        if change is None:
+            assert serves(model, x)
+
+
+def test_a_mask_does_not_hide_why_they_are_gone(caplog):
+    model, x = vit_fast.prepare(made("vit")), images()
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
+        _write(model.blocks)
+        for words in ({}, dict(is_causal=True), {}):
+            model(x, **words)
+        assert ["dropped" in message for message in told(caplog)] == [True, False]
+        assert "dropped" in unused(model, x)[0].reasons[0]
+
+
+def test_attention_probabilities_are_computed_block_by_block(caplog):
+    model, x = systems.hybrid.build(config=_HYBRID, img_size=32, num_classes=7, vis=True).eval().bfloat16(), images()
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
+        _, maps = vit_fast.prepare(model)(x)
+        assert len(maps) == 2 and "attention probabilities are asked for (vis)" in told(caplog)[0]
+        assert unused(model, x)
 
 
 @each(("vit", "clip", "timm"))

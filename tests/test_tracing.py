@@ -240,7 +240,7 @@ def test_features_by_torchvision(peer):
     model, x, _ = family("vit")
     nodes = ["blocks.0.norm1", "blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.0", "norm", "head"]
     features = extraction.create_feature_extractor(model, nodes)(x)
-    assert list(features) == nodes
+    assert sorted(features) == sorted(nodes)
     torch.testing.assert_close(features["norm"], model.forward_features(x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(features["head"], model(x), rtol=1e-5, atol=1e-6)
     (block,) = model.get_intermediate_layers(x, return_prefix_tokens=False)
@@ -254,8 +254,8 @@ def test_features_by_timm(peer):
     extractor = peer("timm.models._features_fx").FeatureGraphNet
     ours, theirs = perturb(vit(init_values=0.1)), timm_vit(peer).eval()
     theirs.load_state_dict(ours.state_dict())
-    x, nodes = torch.randn(2, 3, 16, 16), ("blocks.0.attn.proj", "blocks.0", "norm")
+    x, chosen = torch.randn(2, 3, 16, 16), (0,)
     for model in (ours, vit_fast.optimize(copy.deepcopy(theirs))):
-        features = extractor(model, nodes)(x)
-        for feature, wanted in zip(features, extractor(theirs, nodes)(x), strict=True):
+        features = extractor(model, chosen)(x)
+        for feature, wanted in zip(features, extractor(theirs, chosen)(x), strict=True):
             torch.testing.assert_close(feature, wanted, rtol=1e-4, atol=1e-5)

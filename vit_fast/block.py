@@ -39,6 +39,17 @@ class Norm(NamedTuple):
         return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
 
 
+def pack(projections):
+    """(weight, bias) of linear layers of one input as those of one layer, biases of 0 where only some have one."""
+    biases = [linear.bias for linear in projections]
+    if any(bias is not None for bias in biases):
+        zeros = (linear.weight.new_zeros(len(linear.weight)) for linear in projections)
+        bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
+    else:
+        bias = None
+    return torch.cat([linear.weight for linear in projections]), bias
+
+
 class BlockParams(NamedTuple):
     """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""
 
@@ -71,6 +82,19 @@ def drop_path_scale(x, rate: float, training: bool):
         return None
     keep = 1.0 - rate
     return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
+
+
+def drops_not_covered(rates, hidden, out) -> str | None:
+    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
+    MLP's."""
+    if max(rates) >= 1:
+        return "a drop rate is 1"
+    return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
+
+
+def drop_rate(module) -> float:
+    """The rate at which an ``nn.Dropout`` or a module that stands for none drops now."""
+    return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
 def attend(qkv, p: BlockParams, attn_drop: float = 0.0, bias=None):
@@ -126,10 +150,25 @@ def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
     return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)
 
 
+def pass_over_prepared(blocks, reason: str):
+    """Tells that a call runs the blocks of a stack one by one: where they are prepared, a warning says why, once."""
+    prepared = _prepared(blocks)
+    if prepared is not None:
+        prepared.pass_over(reason)
+
+
+def _prepared(blocks):
+    """The prepared weights of a stack, or None: what is recorded or compiled holds the model's own."""
+    if torch.compiler.is_compiling() or is_recording():
+        return None
+    return blocks.__dict__.get(PREPARED)
+
+
 def call_blocks(blocks, x, run, recomputes: bool):
     """``run_blocks`` over a whole ``nn.Sequential``, as the originals call it: where it carries a hook or is of another
     class, it is called itself, unless its blocks are recomputed in the backward (``recomputes``)."""
-    if not recomputes and why_not_plain(blocks, (nn.Sequential,)):
+    if not recomputes and (reason := why_not_plain(blocks, (nn.Sequential,))):
+        pass_over_prepared(blocks, f"the stack {reason}")
         return blocks(x)
     return run_blocks(blocks, x, run=run)
 
@@ -140,10 +179,9 @@ def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
     Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called
     for each block, by default block(x).
     """
-    if not (torch.compiler.is_compiling() or is_recording()):
-        prepared = blocks.__dict__.get(PREPARED)
-        if prepared is not None and prepared.serves(x):
-            return prepared.run(x, first, last)
+    prepared = _prepared(blocks)
+    if prepared is not None and prepared.serves(x):
+        return prepared.run(x, first, last)
     chosen = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
     for block in chosen:
         x = block(x) if run is None else run(block, x)

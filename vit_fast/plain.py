@@ -33,16 +33,34 @@ _SHADOWS = frozenset(("forward", "weight", "bias", "in_proj_weight", "in_proj_bi
 
 
 def parts(**classes) -> tuple:
-    """The sub-modules that a fused operation reads: path → the classes that each may have.
+    """The sub-modules that a fused operation reads: (path, its keys, the classes that each may have, its children).
 
-    ``__`` in a word stands for the dot of a path; ``NoneType`` among the classes for a module that may be absent.
+    ``__`` in a word stands for the dot of a path; ``NoneType`` among the classes for a module that may be absent. The
+    children are those of an ``nn.Sequential``, which runs whatever it holds; None for other classes.
     """
-    return tuple((name.replace("__", "."), tuple(name.split("__")), allowed) for name, allowed in classes.items())
+    paths = {name: tuple(name.split("__")) for name in classes}
+
+    def children(name):
+        if any(issubclass(cls, nn.Sequential) for cls in classes[name]):
+            return tuple(path[-1] for path in paths.values() if path[:-1] == paths[name])
+
+    return tuple((name.replace("__", "."), path, classes[name], children(name)) for name, path in paths.items())
 
 
 def multihead_parts(name: str) -> dict:
     """The words of ``parts`` for an ``nn.MultiheadAttention``."""
     return {name: (nn.MultiheadAttention,), f"{name}__out_proj": (nn.modules.linear.NonDynamicallyQuantizableLinear,)}
+
+
+def multihead_not_covered(attn) -> str | None:
+    """What the fused operations do not cover of an ``nn.MultiheadAttention``, or None."""
+    if attn.in_proj_weight is None:
+        return "q, k and v differ in width"
+    if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
+        return "its attention adds keys"
+    if not attn.batch_first:
+        return "its attention is not batch_first"
+    return None
 
 
 def _never(hook) -> bool:
@@ -83,13 +101,15 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
 
 def not_plain_reason(module, parts, ignores=_never) -> str | None:
     """Why the parts of a module (of ``parts``) may not be read past their ``__call__``, or None."""
-    for name, path, classes in parts:
+    for name, path, classes, children in parts:
         part = module
         for key in path:
             part = part._modules.get(key)
         reason = why_not_plain(part, classes, ignores)
         if reason is not None:
             return f"{name} {reason}"
+        if children is not None and tuple(part._modules) != children:
+            return f"{name} holds {', '.join(part._modules)}"
     return None
 
 

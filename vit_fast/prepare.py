@@ -7,6 +7,7 @@ stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no par
 warning says why, once. They are dropped as soon as anything has changed that the blocks compute with (``snapshot``).
 """
 
+import inspect
 import logging
 
 import torch
@@ -16,6 +17,7 @@ from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .plain import why_not_plain
 from .snapshot import HOOKS, Snapshot
 
 _logger = logging.getLogger("vit_fast")
@@ -29,7 +31,7 @@ class Stale:
     """In the place of prepared weights that are gone: their precision, for ``refresh``, and why they are."""
 
     def __init__(self, name, precision, unused, told=()):
-        self.name, self.precision = name, precision
+        self.name, self.precision, self._gone = name, precision, unused
         self.unused = unused  # why the last call ran without prepared weights, or None
         self._told = set(told)
 
@@ -39,13 +41,19 @@ class Stale:
     def serves(self, x) -> bool:
         """Whether prepared weights may take x [B, N, C]. The first time that they may not, a warning says why."""
         self.unused = reason = self._why_unused(x)  # another thread may set it meanwhile
-        if reason is not None and reason not in self._told:
-            self._told.add(reason)
-            _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", reason)
+        if reason is not None:
+            self.pass_over(reason)
         return reason is None
 
+    def pass_over(self, reason: str):
+        """Notes why a call does without prepared weights; a warning tells each reason once."""
+        self.unused = reason
+        if reason not in self._told:
+            self._told.add(reason)
+            _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", reason)
+
     def _why_unused(self, x):
-        return self.unused
+        return self._gone
 
 
 class Prepared(Stale):
@@ -114,10 +122,18 @@ def _fold(p: BlockParams, precision):
     return fp8_block(*parts, p.activation) if precision == "fp8" else prepare_block(*parts)
 
 
+def _runs_its_params(cls):
+    """Whether a class of blocks computes what its ``params`` say: a subclass may have a forward that does more."""
+    owner = next((base for base in cls.__mro__ if "params" in vars(base)), None)
+    return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
+
+
 def _not_supported_reasons(blocks, precision):
     """Why a row of blocks cannot be prepared."""
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
+    if any(not _runs_its_params(type(b)) or why_not_plain(b, (type(b),), b.ignores) for b in blocks):
+        return ["a block carries a hook or has a forward of its own"]
     if any(module.training for block in blocks for module in block.modules()):
         return ["a part of the blocks is in training mode"]
     params, reasons = [block.params() for block in blocks], []

@@ -27,12 +27,13 @@ from .block import (
     call_blocks,
     drop_path_scale,
     mlp_branch,
+    pass_over_prepared,
     project_qkv,
     run_blocks,
 )
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
-from .kernels.tracing import untraced
+from .kernels.tracing import is_fx_symbolic_tracing, untraced
 from .layer_args import activation_of, library, norm_maker
 from .patch_resize import resize_patch_embed
 from .pos_embed import check_policy, resize_pos_embed
@@ -172,6 +173,14 @@ def attention_bias(x, attn_mask=None, is_causal: bool = False):
     return x.new_zeros(()).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
 
 
+@torch.fx.wrap
+def _without_masks(images, attn_mask, is_causal):
+    """The images, in a graph of torch.fx, which was traced without masks."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("vit_fast.VisionTransformer: a graph of torch.fx takes no attn_mask and no is_causal")
+    return images
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: [B, N, C] → [B, N, C]."""
 
@@ -290,10 +299,11 @@ class Block(plain.Fusible, nn.Module):
         return self._fused(x, self.params(), bias=bias)
 
     def _fused(self, x, p, qkv=None, bias=None):
-        attn_drop, proj_drop = (self.attn.attn_drop, self.attn.proj_drop) if self.training else (0.0, 0.0)
+        attn, mlp = self.attn, self.mlp
+        attn_drop, proj_drop = (attn.attn_drop, attn.proj_drop) if attn.training else (0.0, 0.0)
         row_scale = partial(drop_path_scale, x, self.drop_path, self.training)
         x = attention_branch(x, p, row_scale=row_scale(), attn_drop=attn_drop, proj_drop=proj_drop, qkv=qkv, bias=bias)
-        return mlp_branch(x, p, row_scale=row_scale(), proj_drop=proj_drop)
+        return mlp_branch(x, p, row_scale=row_scale(), proj_drop=mlp.drop if mlp.training else 0.0)
 
     def forward_with_attention(self, x, queries=None):
         """(output, probabilities [B, H, N, N]); the output comes from the fused path all the same.
@@ -747,6 +757,8 @@ class VisionTransformer(nn.Module):
 
     def _embed_masked(self, images, attn_mask, is_causal):
         """(tokens, bias of their attention); a bad mask is refused before anything runs."""
+        if is_fx_symbolic_tracing():
+            return self._embed(_without_masks(images, attn_mask, is_causal)), None
         tells = isinstance(self.patch_embed, PatchEmbed) and not (self.training and self.patch_drop_rate)
         if attn_mask is not None and tells:  # the number of tokens, from the images alone
             rows, columns = self._check_images(images)[1]
@@ -768,11 +780,12 @@ class VisionTransformer(nn.Module):
         return block(x, **masks)
 
     def _run_blocks(self, x, first=0, last=None, bias=None):
-        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run unprepared."""
+        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run one by one."""
         if bias is None and (first, last) == (0, None):
             return call_blocks(self.blocks, x, self._run_block, self.grad_checkpointing)
         if bias is None:
             return run_blocks(self.blocks, x, first, last, self._run_block)
+        pass_over_prepared(self.blocks, "attn_mask or is_causal is given")
         for block in self.blocks[first:last]:
             x = self._run_block(block, x, attn_mask=bias)
         return x

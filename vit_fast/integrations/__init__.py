@@ -109,33 +109,9 @@ def not_taken(x, weight, *gammas) -> str | None:
     return None
 
 
-def drops_not_covered(rates, hidden, out) -> str | None:
-    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
-    MLP's."""
-    if max(rates) >= 1:
-        return "a drop rate is 1"
-    return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
-
-
-def rate(module) -> float:
-    """The rate at which an ``nn.Dropout`` or a module that stands for none drops now."""
-    return module.p if type(module) is nn.Dropout and module.training else 0.0
-
-
 def instances(model, classes):
     """(name, module, class) of every module of the classes, of subclasses too."""
     for name, module in model.named_modules():
         for cls in classes:
             if isinstance(module, cls):
                 yield name, module, cls
-
-
-def multihead_not_covered(attn) -> str | None:
-    """What the formula does not cover of an ``nn.MultiheadAttention``, or None."""
-    if attn.in_proj_weight is None:
-        return "q, k and v differ in width"
-    if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
-        return "its attention adds keys"
-    if not attn.batch_first:
-        return "its attention is not batch_first"
-    return None

@@ -7,6 +7,7 @@ Text towers, whose attention is causal, are left alone; an image tower of timm i
 Source: open_clip/transformer.py.
 """
 
+import torch
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -18,10 +19,10 @@ from open_clip.transformer import (
 )
 from torch import nn
 
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
-from vit_fast.plain import LINEAR, NOTHING, multihead_parts, parts
+from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, pass_over_prepared, run_blocks
+from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_parts, parts
 
-from . import GELU, Fused, Swapped, given, instances, multihead_not_covered, not_taken
+from . import GELU, Fused, Swapped, given, instances, not_taken
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
@@ -87,9 +88,16 @@ class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
     def forward(self, x, attn_mask=None):
-        if attn_mask is not None or self.grad_checkpointing or not self.batch_first:
-            return super().forward(x, attn_mask=attn_mask)
-        return run_blocks(self.resblocks, x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            reason = "grad_checkpointing recomputes the blocks"
+        elif attn_mask is not None:
+            reason = "attn_mask is given"
+        elif not self.batch_first:
+            reason = "batch_first is False"
+        else:
+            return run_blocks(self.resblocks, x)
+        pass_over_prepared(self.resblocks, reason)
+        return super().forward(x, attn_mask=attn_mask)
 
     @staticmethod
     def row(module):

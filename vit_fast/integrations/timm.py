@@ -11,10 +11,18 @@ from timm.models.vision_transformer import Attention, Block, DropPath, LayerScal
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch
+from vit_fast.block import (
+    BlockParams,
+    Norm,
+    attention_branch,
+    drop_path_scale,
+    drop_rate,
+    drops_not_covered,
+    mlp_branch,
+)
 from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, Fused, autocasts, drops_not_covered, given, instances, not_dense, not_taken, rate
+from . import GELU, Fused, autocasts, given, instances, not_dense, not_taken
 
 _NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
 _DROPOUTS = (nn.Dropout, *NOTHING)
@@ -109,9 +117,9 @@ class FastBlock(Fused, Block):
         attn_trains = attn.training if attn.fused_attn else attn.attn_drop.training
         attn_drop = getattr(attn.attn_drop, "p", 0.0) if attn_trains else 0.0
         paths = _drop_path(self.drop_path1), _drop_path(self.drop_path2)
-        drops = attn_drop, rate(attn.proj_drop), rate(mlp.drop1)
+        drops = attn_drop, drop_rate(attn.proj_drop), drop_rate(mlp.drop1)
         reason = not_taken(x, p.qkv_weight, p.gamma1, p.gamma2)
-        if reason := reason or drops_not_covered((*paths, *drops), drops[2], rate(mlp.drop2)):
+        if reason := reason or drops_not_covered((*paths, *drops), drops[2], drop_rate(mlp.drop2)):
             return self.run_library(reason, x, *masks, **named_masks)
         row_scale = drop_path_scale(x, paths[0], True)
         x = attention_branch(x, p, row_scale=row_scale, attn_drop=attn_drop, proj_drop=drops[1])

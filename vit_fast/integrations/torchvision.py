@@ -9,10 +9,10 @@ Source: torchvision/models/vision_transformer.py.
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
-from vit_fast.plain import LINEAR, multihead_parts, parts
+from vit_fast.block import BlockParams, Norm, attention_branch, drop_rate, drops_not_covered, mlp_branch
+from vit_fast.plain import LINEAR, multihead_not_covered, multihead_parts, parts
 
-from . import GELU, Fused, drops_not_covered, instances, multihead_not_covered, not_taken, rate
+from . import GELU, Fused, instances, not_taken
 
 _DROPOUT = (nn.Dropout,)
 
@@ -60,8 +60,8 @@ class FastEncoderBlock(Fused, EncoderBlock):
             return self.run_library(reason, input)
         p, attn, (_, _, drop1, _, drop2) = self.params(), self.self_attention, self.mlp
         attn_drop = attn.dropout if attn.training else 0.0
-        drops = attn_drop, rate(self.dropout), rate(drop1)
-        if reason := not_taken(input, p.qkv_weight) or drops_not_covered(drops, drops[2], rate(drop2)):
+        drops = attn_drop, drop_rate(self.dropout), drop_rate(drop1)
+        if reason := not_taken(input, p.qkv_weight) or drops_not_covered(drops, drops[2], drop_rate(drop2)):
             return self.run_library(reason, input)
         x = attention_branch(input, p, attn_drop=attn_drop, proj_drop=drops[1])
         return mlp_branch(x, p, proj_drop=drops[2])

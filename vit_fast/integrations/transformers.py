@@ -10,7 +10,6 @@ Source: transformers/models/{vit,deit,dinov2,dinov2_with_registers,clip,siglip}/
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation
@@ -26,10 +25,10 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 from transformers.utils import output_capturing
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, drop_path_scale, run_blocks
+from vit_fast.block import BlockParams, Norm, drop_path_scale, drop_rate, pack, pass_over_prepared, run_blocks
 from vit_fast.plain import LINEAR, NOTHING, parts
 
-from . import GELU, Fused, Swapped, given, instances, not_taken, rate
+from . import GELU, Fused, Swapped, given, instances, not_taken
 
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)
@@ -91,7 +90,7 @@ class _FastLayer(Fused):
         drop_path = getattr(self, "drop_path", None)
         path = getattr(drop_path, "drop_prob", 0.0) if drop_path is not None and drop_path.training else 0.0
         # Dropout after the MLP alone, as ViT and DeiT have it, is not timm's, which also drops the hidden activations.
-        dropout = rate(getattr(self, "dropout", None))
+        dropout = drop_rate(getattr(self, "dropout", None))
         reason = not_taken(x, attn.q_proj.weight, *gammas)
         if dropout or max(attn_drop, path) >= 1:
             reason = "it drops the output of its MLP" if dropout else "a drop rate is 1"
@@ -177,11 +176,11 @@ class _FastCLIPLayer(_FastLayer):
     def params(self) -> BlockParams:
         """The weights as they are folded, q, k and v packed."""
         attn, mlp = self.self_attn, self.mlp
-        projections = attn.q_proj, attn.k_proj, attn.v_proj
+        qkv_weight, qkv_bias = pack((attn.q_proj, attn.k_proj, attn.v_proj))
         return BlockParams(
             norm1=Norm.of(self.layer_norm1),
-            qkv_weight=torch.cat([projection.weight for projection in projections]),
-            qkv_bias=torch.cat([projection.bias for projection in projections]),
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
             proj_weight=attn.out_proj.weight,
             proj_bias=attn.out_proj.bias,
             norm2=Norm.of(self.layer_norm2),
@@ -207,7 +206,11 @@ class _FastEncoder(Swapped):
     """Layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
     def forward(self, inputs_embeds, *masks, **options):
-        if given(masks, options):
+        reason = given(masks, options)
+        if recorded := output_capturing._active_collector.get():  # asked for by the config too
+            reason = f"{next(iter(recorded))} are recorded"
+        if reason is not None:
+            pass_over_prepared(self.layers, reason)
             return super().forward(inputs_embeds, *masks, **options)
         x = run_blocks(self.layers, inputs_embeds, run=lambda layer, x: layer(x, None))
         return BaseModelOutput(last_hidden_state=x)

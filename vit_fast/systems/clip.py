@@ -114,6 +114,9 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
 
+    def not_covered(self):
+        return plain.multihead_not_covered(self.attn)
+
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
         attn, mlp = self.attn, self.mlp
@@ -137,8 +140,8 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
 
     def forward(self, x):
         if self.is_fused():
-            p = self.params()
-            return mlp_branch(attention_branch(x, p), p)
+            p, attn = self.params(), self.attn
+            return mlp_branch(attention_branch(x, p, attn_drop=attn.dropout if attn.training else 0.0), p)
         y = plain.layer_norm(self.ln_1, x)
         x = x + self.ls_1(self.attn(y, y, y, need_weights=False)[0])
         return x + self.ls_2(self.mlp(plain.layer_norm(self.ln_2, x)))

@@ -157,7 +157,7 @@ class DeiT(_Heads, VisionTransformer):
         for block in self.blocks:
             block.attn.scale = w["qk_scale"] or block.attn.head_dim**-0.5
             if activation is None:
-                block.mlp = OpenMlp(width, block.mlp.fc1.out_features, act(), w["drop_ratio"], dd)
+                block.mlp = OpenMlp(width, block.mlp.fc1.out_features, act().to(**dd), w["drop_ratio"], dd)
             if w["norm_layer"] is not None:
                 block.norm1, block.norm2 = (_make_norm(w, dd) for _ in range(2))
         if w["norm_layer"] is not None:

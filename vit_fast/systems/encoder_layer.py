@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from vit_fast import plain
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, run_blocks
+from vit_fast.block import BlockParams, Norm, attention_branch, drop_rate, drops_not_covered, mlp_branch, run_blocks
 from vit_fast.kernels.reference import activate
 
 
@@ -35,7 +35,17 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             dim, num_heads, hidden, dropout, partial(activate, activation=activation), eps,
             batch_first=True, norm_first=pre_norm,
         )  # fmt: skip
-        self.activation_word = activation
+
+    def _drops(self):
+        """The rates at which the layer drops now: attention weights, attention output, hidden MLP, output."""
+        attn = self.self_attn.dropout if self.self_attn.training else 0.0
+        return attn, *map(drop_rate, (self.dropout1, self.dropout, self.dropout2))
+
+    def not_covered(self):
+        if getattr(self.activation, "func", None) is not activate:
+            return f"its activation is {self.activation}"
+        drops = self._drops()
+        return plain.multihead_not_covered(self.self_attn) or drops_not_covered(drops, *drops[2:])
 
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
@@ -54,7 +64,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             fc2_bias=self.linear2.bias,
             num_heads=attn.num_heads,
             scale=attn.head_dim**-0.5,
-            activation=self.activation_word,
+            activation=self.activation.keywords["activation"],
         )
 
     def forward(self, x):
@@ -65,12 +75,11 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
                 return x + self._ff_block(plain.layer_norm(self.norm2, x))
             x = plain.layer_norm(self.norm1, x + self._sa_block(x, None, None))
             return plain.layer_norm(self.norm2, x + self._ff_block(x))
-        p = self.params()
-        drop = self.dropout.p if self.training else 0.0
-        x = attention_branch(x, p, attn_drop=drop, proj_drop=drop)
+        p, (attn_drop, proj_drop, mlp_drop, _) = self.params(), self._drops()
+        x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=proj_drop)
         if not self.norm_first:
             x = plain.layer_norm(self.norm1, x)
-        x = mlp_branch(x, p, proj_drop=drop)
+        x = mlp_branch(x, p, proj_drop=mlp_drop)
         if not self.norm_first:
             x = plain.layer_norm(self.norm2, x)
         return x

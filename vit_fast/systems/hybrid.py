@@ -36,6 +36,8 @@ from vit_fast.block import (
     attention_branch,
     attention_probabilities,
     mlp_branch,
+    pack,
+    pass_over_prepared,
     project_qkv,
     run_blocks,
 )
@@ -120,11 +122,11 @@ class Block(plain.Fusible, nn.Module):
     def params(self) -> BlockParams:
         """The weights as the fused branches take them; query, key and value are packed at each call."""
         attn, ffn = self.attn, self.ffn
-        packed = (attn.query, attn.key, attn.value)
+        qkv_weight, qkv_bias = pack((attn.query, attn.key, attn.value))
         return BlockParams(
             norm1=Norm.of(self.attention_norm),
-            qkv_weight=torch.cat([linear.weight for linear in packed]),
-            qkv_bias=torch.cat([linear.bias for linear in packed]),
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
             proj_weight=attn.out.weight,
             proj_bias=attn.out.bias,
             norm2=Norm.of(self.ffn_norm),
@@ -143,12 +145,12 @@ class Block(plain.Fusible, nn.Module):
             y, probabilities = attn(plain.layer_norm(self.attention_norm, x))
             x = x + y
             return x + ffn(plain.layer_norm(self.ffn_norm, x)), probabilities
-        attn_drop, out_drop, drop = (attn.attn_drop, attn.out_drop, ffn.drop) if self.training else (0.0, 0.0, 0.0)
+        attn_drop, out_drop = (attn.attn_drop, attn.out_drop) if attn.training else (0.0, 0.0)
         p = self.params()
         qkv = project_qkv(x, p)
         probabilities = attention_probabilities(qkv, p) if attn.vis else None
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=out_drop, qkv=qkv)
-        return mlp_branch(x, p, proj_drop=drop), probabilities
+        return mlp_branch(x, p, proj_drop=ffn.drop if ffn.training else 0.0), probabilities
 
 
 class Embeddings(nn.Module):
@@ -193,6 +195,7 @@ class Encoder(nn.Module):
             return x
 
         if any(block.attn.vis for block in self.layer):
+            pass_over_prepared(self.layer, "attention probabilities are asked for (vis)")
             for block in self.layer:
                 x = run(block, x)
         else:

@@ -96,10 +96,11 @@ class Token_transformer(plain.Fusible, nn.Module):
             branch = self.mlp(plain.layer_norm(self.norm2, x))
             scale = drop_path_scale(x, self.drop_path, self.training)
             return x + (branch if scale is None else branch * scale[:, None, None])
-        p, attn = self.params(), self.attn
-        drop, attn_drop = (attn.drop, attn.attn_drop) if self.training else (0.0, 0.0)
+        p, attn, mlp = self.params(), self.attn, self.mlp
+        drop, attn_drop = (attn.drop, attn.attn_drop) if attn.training else (0.0, 0.0)
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=drop)
-        return mlp_branch(x, p, row_scale=drop_path_scale(x, self.drop_path, self.training), proj_drop=drop)
+        row_scale = drop_path_scale(x, self.drop_path, self.training)
+        return mlp_branch(x, p, row_scale=row_scale, proj_drop=mlp.drop if mlp.training else 0.0)
 
 
 def performer_attention(q, k, v, w):
