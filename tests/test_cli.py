@@ -532,7 +532,7 @@ def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch)
 
     def seconds(call, device):
         found = shipped(call, device)
-        return (3000.0, found[1]) if vit_fast.backends._recorder.get() is not None else found
+        return (3000.0, found[1]) if vit_fast.backends.select._recorder.get() is not None else found
 
     monkeypatch.setattr(measure, "seconds", seconds)
     monkeypatch.setattr(compare.torch, "compile", lambda model, **words: model)
@@ -801,7 +801,7 @@ def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
 
 
 def test_a_backend_of_the_environment_that_cannot_run_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(vit_fast.backends, "_ENVIRONMENT", "cuda")
+    monkeypatch.setattr(vit_fast.backends.select, "_ENVIRONMENT", "cuda")
     assert run(*QUICK) == 2
     assert "Invalid value for VIT_FAST_BACKEND" in " ".join(capsys.readouterr().err.split())
 

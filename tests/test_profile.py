@@ -14,7 +14,8 @@ import torch
 from test_on_gpu import NO_FLOAT8
 
 import vit_fast
-from vit_fast import backends, cli
+from vit_fast import cli
+from vit_fast.backends import select
 from vit_fast.cli import attribution, machine, measure
 from vit_fast.cli import profile as command
 from vit_fast.cli.attribution import STEP, attribute, family
@@ -57,7 +58,7 @@ def run(*arguments):
 
 def b16(monkeypatch, batch=256, backend="triton"):
     """The calls of ViT-B/16 in bfloat16 by vit_fast's operators, which run on fake tensors here."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: backend)
+    monkeypatch.setattr(select, "choose", lambda *call, **options: backend)
     with torch.device("meta"):
         model = vit_fast.create_model("vit_base_patch16_224")
     model = model.to_empty(device="cpu").to(torch.bfloat16).eval().requires_grad_(False)
@@ -83,7 +84,7 @@ def test_operations_of_vit_b16_by_hand(monkeypatch):
 
 def fp8(monkeypatch, depth, batch=256):
     """The calls of ViT-B/16 in float8, of so many blocks; its kernels run on fake tensors here."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: "triton")
+    monkeypatch.setattr(select, "choose", lambda *call, **options: "triton")
     model = vit_fast.create_model("vit_base_patch16_224", depth=depth).to(torch.bfloat16).eval().requires_grad_(False)
     vit_fast.prepare(model, precision="fp8")
     return forward_operations(model, torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16))
@@ -203,7 +204,7 @@ def test_operations_of_plain_pytorch_by_hand():
 )
 def test_operations_with_every_argument(monkeypatch, activation, first_rows, hidden):
     """What ViT-B/16 has none of: LayerScale, drop path, mixed dtypes, gated activations, keys of another length."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: "triton")
+    monkeypatch.setattr(select, "choose", lambda *call, **options: "triton")
     half = {"dtype": torch.bfloat16}
 
     class Branches(torch.nn.Module):

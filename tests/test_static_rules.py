@@ -341,7 +341,7 @@ def unsafe_calls(source):
         if isinstance(node, ast.Import):  # under its own name pickle is seen where it is used
             names = [alias.name for alias in node.names if alias.name != "pickle" or alias.asname]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute) and dotted(node.value) == "pickle":
             names = [dotted(node)]
         for name in names:
@@ -432,7 +432,7 @@ def early_triton(source):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
         for name in names:
             parts = name.split(".")
             kernel = parts[parts.index("kernels") + 1 :][:1] if "kernels" in parts else []
@@ -636,6 +636,7 @@ SNIPPETS = {
             "def f():\n    import triton",
             "from .kernels import arguments, reference",
             "from .kernels.arguments import UnsupportedError",
+            "from .triton import TRITON",
             "import torch",
         ],
     ),
