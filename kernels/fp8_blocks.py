@@ -29,7 +29,7 @@ from . import attention as attn
 from . import configs
 from . import layer_norm as ln
 from .linear import fp8_linear
-from .prepared_blocks import ARRIVALS
+from .prepared_blocks import SEMAPHORE_TILES
 from .reference import E4M3, TENSORS_PER_FP8_BLOCK
 
 
@@ -44,16 +44,16 @@ def not_supported_reasons(x, weights, num_heads):
 def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_FP8_BLOCK
-    arrivals = iter(torch.zeros(2 * depth, ARRIVALS, dtype=torch.int32, device=x.device).unbind())
-    dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
+    semaphores = iter(torch.zeros(2 * depth, SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
+    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for i in range(depth):
         norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]
         qkv, proj, fc1, hidden_scale, fc2 = linears[:3], linears[3:6], linears[6:9], linears[9], linears[10:]
-        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, dependent=dependent)
-        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, dependent=dependent)
-        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(out, *proj, residual=x, arrivals=next(arrivals), dependent=dependent)
-        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, dependent=dependent)
-        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(hidden, *fc2, residual=x, arrivals=next(arrivals), dependent=dependent)
+        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, pdl=pdl)
+        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, pdl=pdl)
+        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl)
+        x = fp8_linear(out, *proj, residual=x, semaphore=next(semaphores), pdl=pdl)
+        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, pdl=pdl)
+        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, pdl=pdl)
+        x = fp8_linear(hidden, *fc2, residual=x, semaphore=next(semaphores), pdl=pdl)
     return x

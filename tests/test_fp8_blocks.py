@@ -181,7 +181,7 @@ def test_tiles_of_an_architecture(arch):
 
 
 def test_tiles_of_float8():
-    """Few tiles are small, but for tcgen05; swiglu has two accumulators; scattered loads take less at a time."""
+    """Few tiles are small, but for tcgen05; swiglu has two accumulators; unaligned loads take less at a time."""
     config = configs.LinearConfig
     for arch, many, few in (
         (89, config(128, 128, 64, 8, 8, 3, False), config(64, 64, 64, 8, 4, 4, False)),
@@ -191,10 +191,10 @@ def test_tiles_of_float8():
     ):
         for rows, wanted in ((50432, many), (197, few)):
             assert configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, False, arch) == wanted
-            scattered = configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, True, arch)
+            unaligned = configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, True, arch)
             small = rows == 197 and arch != 100
             tile = (64, 64, 32, 8, 4, 3) if small else (128, 64, 32, 8, 8, 3)
-            assert scattered == config(*tile, arch in (90, 100))
+            assert unaligned == config(*tile, arch in (90, 100))
             half = dataclasses.replace(wanted, block_n=wanted.block_n // 2)
             assert configs.pick_linear_config(rows, 768, True, E4M3, E4M3, False, False, arch) == half
 
@@ -249,15 +249,15 @@ def test_linear_adds_the_residual_and_splits_its_sums(splits, dtype):
     x, weight, scale, *_ = parts_of_linear(20, 48, 200, None)
     residual = torch.randn(20, 96).to(dtype)[:, ::2]
     config = configs.LinearConfig(16, 32, 16, 8, 4, 2, False, splits)
-    arrivals = torch.zeros(8, dtype=torch.int32)
-    out = fp8_linear(x, weight, scale, None, residual=residual, arrivals=arrivals, config=config)
+    semaphore = torch.zeros(8, dtype=torch.int32)
+    out = fp8_linear(x, weight, scale, None, residual=residual, semaphore=semaphore, config=config)
     eager = reference.fp8_linear(x, weight, scale, None, residual=residual)
     assert_within_budget(out, eager, exact_linear(x, weight, scale, torch.zeros(48), None, residual=residual))
     tiles = 2 * 2
-    assert arrivals.tolist() == [splits if splits > 1 else 0] * tiles + [0] * 4
+    assert semaphore.tolist() == [splits if splits > 1 else 0] * tiles + [0] * 4
     spread = fp8_linear(
         x.repeat(1, 2)[:, :200], weight.t().contiguous().t(), torch.stack([scale, scale], 1)[:, 0], None,
-        residual=residual, arrivals=torch.zeros(8, dtype=torch.int32), config=config,
+        residual=residual, semaphore=torch.zeros(8, dtype=torch.int32), config=config,
     )  # fmt: skip
     assert torch.equal(spread, out)
 
@@ -367,7 +367,7 @@ def test_what_triton_cannot_runs_on_torch():
 
 
 def test_capability_is_a_reason(monkeypatch):
-    from vit_fast.kernels import fp8_blocks
+    from vit_fast.kernels import fp8_blocks, launch
     from vit_fast.kernels import layer_norm as ln
 
     class OnCuda:
@@ -379,7 +379,7 @@ def test_capability_is_a_reason(monkeypatch):
             return self
 
     weights = quantised([block(16, 24, "gelu", torch.float16)], "gelu")
-    monkeypatch.setattr(ln, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     for arch, told in ((80, ["float8 needs capability 8.9, the device has 8.0"]), (89, []), (90, [])):
         monkeypatch.setattr(configs, "arch_of", lambda device, arch=arch: arch)
         monkeypatch.setattr(ln, "not_supported_reasons", lambda *_: [])

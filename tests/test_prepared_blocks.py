@@ -135,7 +135,7 @@ def test_five_launches_a_block_and_one_in_front(monkeypatch):
     with vit_fast.backend("triton"):
         ops.prepared_blocks(torch.randn(1, 17, 32).bfloat16(), weights, HEADS, SCALE, "gelu", *EPS)
     five = ["_linear_fwd_kernel", "_attention_fwd_resident_kernel", *["_linear_fwd_kernel"] * 3]
-    assert names == ["_row_moments_kernel", *five * 3]
+    assert names == ["_row_partials_kernel", *five * 3]
 
 
 @pytest.mark.interp

@@ -76,7 +76,7 @@ class PreparedBlocksCase(properties.Case):
         self.same_but_for_order(inputs, self.kernel(x[image], *weights), [results[0][image]])
 
     def law_halves_of_the_stack(self, inputs, results):
-        """The second half takes the moments of its x from a kernel of its own, in one part."""
+        """The second half takes the partials of its x from a kernel of its own, in one part."""
         x, *weights = inputs
         half = self.depth // 2 * reference.TENSORS_PER_BLOCK
         if half:
