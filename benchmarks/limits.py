@@ -33,7 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vit_fast.kernels import configs, reference
+from vit_fast.kernels import configs, folding
 
 import vit_fast
 from vit_fast.cli import machine, measure
@@ -286,7 +286,7 @@ def stack(clock, tower, early):
 
     def block():
         first = ((None, None), linear(3 * width, width), linear(width, width), None)
-        return reference.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
+        return folding.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
 
     x, weights = clock.random(1, tokens, width), [tensor for _ in range(DEPTH) for tensor in block()]
 

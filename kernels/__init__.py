@@ -5,6 +5,7 @@ One file is one operation: head comment, device code, launch, public function.
 ===================  ==========================================================
 ``arguments``        what every backend demands of its arguments, and the errors
 ``reference``        the same operations in plain PyTorch: truth and last fallback
+``folding``          weights folded and quantised for inference
 ``configs``          launch configurations as data
 ``launch``           what all launches share: PDL, row layouts, dtypes, device guard
 ``layer_norm``       LayerNorm over the last axis; row-statistics partials

@@ -4,7 +4,7 @@
     x = x + fc2(act(fc1(LN2(x))))
 
 x [B, N, C] with any strides, out [B, N, C] contiguous, float16 or bfloat16. The weights are those of
-``reference.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
+``folding.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
 product reads is rounded to e4m3 by the kernel that makes it, with scales that come from the weights alone (bounds that
 no input exceeds), so that nothing saturates, nothing is calibrated, and no image's scale depends on its batch mates.
 
@@ -28,9 +28,9 @@ import torch
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
+from .folding import E4M3, TENSORS_PER_FP8_BLOCK
 from .linear import fp8_linear
 from .prepared_blocks import SEMAPHORE_TILES
-from .reference import E4M3, TENSORS_PER_FP8_BLOCK
 
 
 def not_supported_reasons(x, weights, num_heads):

@@ -65,10 +65,6 @@ def fp8_linear(
     )[0]  # fmt: skip
 
 
-def linear_not_supported_reasons(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None):
-    return launch.device_reasons(x, weight, bias, gamma, residual, row_scale)
-
-
 def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, config=None):
     """residual + row_scale · gamma · (x Wᵀ + bias), in the residual's dtype."""
     return linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=config)

@@ -5,7 +5,7 @@
 
 x [B, N, C] with any strides, out [B, N, C] contiguous, both in the weights' dtype: float16 or bfloat16 (float64
 interpreted; in float32 a folded LayerNorm keeps no budget where the mean of a row is large against its spread). The
-weights are those of ``reference.prepare_block``, ten tensors a block: the weight and bias of each LayerNorm are folded
+weights are those of ``folding.prepare_block``, ten tensors a block: the weight and bias of each LayerNorm are folded
 into the projection that follows it, LayerScale into the one that ends the branch; biases are float32.
 
     launch                                          reads, writes (elements, rows = B·N, weights aside)
@@ -27,8 +27,8 @@ import torch
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
+from .folding import TENSORS_PER_BLOCK
 from .linear import folded_linear, linear_with_partials
-from .reference import TENSORS_PER_BLOCK
 
 SEMAPHORE_TILES = 256  # counters a GEMM; split-K is for fewer tiles than there are multiprocessors
 

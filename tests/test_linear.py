@@ -610,7 +610,6 @@ def test_reasons(kernels):
     x, weight, bias = problem((2, 5, 48), 64, torch.float32)
     residual = torch.zeros(2, 5, 64)
     for reasons in (
-        kernels.linear_not_supported_reasons(x, weight, bias, "gelu"),
         kernels.linear_residual_not_supported_reasons(x, weight, bias, None, residual),
         kernels.layer_norm_linear_not_supported_reasons(x, None, None, 1e-6, weight, bias),
     ):

@@ -15,7 +15,7 @@ from torch import nn
 from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
-from .kernels.reference import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .kernels.folding import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
 
 _logger = logging.getLogger("vit_fast")
 _DTYPES = (torch.float16, torch.bfloat16)

@@ -651,11 +651,6 @@ def _linear_reasons(kernels, module):
     x, weight, bias = module.problem((2, 5, 48), 64, FLOAT32)
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         for function, arguments, options in (
-            (
-                kernels.linear_not_supported_reasons,
-                [x, weight, bias, "gelu"],
-                {"gamma": bias, "residual": x, "row_scale": bias},
-            ),
             (kernels.linear_residual_not_supported_reasons, [x, weight, bias, bias, x], {"row_scale": bias}),
             (kernels.layer_norm_linear_not_supported_reasons, [x, bias, bias, 1e-6, weight, bias], {}),
         ):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vit_fast.kernels.reference import E4M3
+from vit_fast.kernels.folding import E4M3
 
 _flush = {}
 
