@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import bfloat16, complex64, float16, float64, inf, int32, int64, nan, nn, ones, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
@@ -40,14 +40,14 @@ GOOD = {
     ),
     "prepared_blocks": dict(
         x=ones(2, 3, 4), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
-        weights=reference.prepare_block(
+        weights=folding.prepare_block(
             *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
             *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)),
         ),
     ),
     "fp8_blocks": dict(
         x=ones(2, 3, 4).half(), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
-        weights=reference.fp8_block(
+        weights=folding.fp8_block(
             *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
             *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)), "gelu",
         ),

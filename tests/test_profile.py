@@ -380,7 +380,7 @@ def test_kernels_inside_operators_and_graphs_that_nobody_knows(monkeypatch):
                 if call.operator.startswith("vit_fast") and call.operator not in ("vit_fast::layer_norm_fwd",):
                     continue
                 if call.operator == "vit_fast::layer_norm_fwd":
-                    stack = [("_row_moments_kernel", 7), *block * 12]
+                    stack = [("_row_partials_kernel", 7), *block * 12]
                     trace.operator("vit_fast::prepared_blocks", [[256, 197, 768]], *stack)
                 trace.operator(call.operator, call.sizes, *KERNELS[call.operator])
     rows = found_rows(attribute(trace.events, calls, 2, True, 500e12, 4e12))
@@ -392,8 +392,8 @@ def test_kernels_inside_operators_and_graphs_that_nobody_knows(monkeypatch):
         )
     assert rows["attention", "blocks.*"].calls == pytest.approx(12)
     assert rows["layer_norm", "norm"].calls == pytest.approx(1)
-    moments = rows["_row_moments_kernel [8×1×1]", "vit_fast::prepared_blocks"]
-    assert moments.seconds == pytest.approx(7e-6) and moments.floor is None
+    partials = rows["_row_partials_kernel [8×1×1]", "vit_fast::prepared_blocks"]
+    assert partials.seconds == pytest.approx(7e-6) and partials.floor is None
     assert ("layer_norm", "blocks.*.norm1") not in rows
 
     # One linear kernel more than there are operations: nothing is guessed, kernels of one grid share a row.
@@ -461,7 +461,7 @@ def test_host_work_counts_itself_once():
         ("_layer_norm_wide_fwd_kernel", "layer_norm"),
         ("_attention_fwd_streaming_kernel", "attention"),
         ("_patch_embed_fwd_kernel", "patch_embed"),
-        ("_row_moments_kernel", None),
+        ("_row_partials_kernel", None),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNT", "linear"),
         ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x32_stage4", "linear"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "patch_embed"),

@@ -22,7 +22,7 @@ import torch
 from .backends import select
 from .backends.base import Backend
 from .backends.torch import TORCH
-from .kernels import arguments, reference
+from .kernels import arguments, folding, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
 
@@ -510,8 +510,8 @@ def _call_blocks(name, x, weights, num_heads, *words):
     return getattr(torch.ops.vit_fast, name)(x, list(weights), num_heads, *words, backend)
 
 
-_register_blocks("prepared_blocks", reference.TENSORS_PER_BLOCK)
-_register_blocks("fp8_blocks", reference.TENSORS_PER_FP8_BLOCK)
+_register_blocks("prepared_blocks", folding.TENSORS_PER_BLOCK)
+_register_blocks("fp8_blocks", folding.TENSORS_PER_FP8_BLOCK)
 
 
 def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
@@ -519,7 +519,7 @@ def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, e
 
     Args:
         x: [B, N, C] in the dtype of the weights.
-        weights: the tensors of ``reference.prepare_block`` of each block, one block after the other.
+        weights: the tensors of ``folding.prepare_block`` of each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:
@@ -537,7 +537,7 @@ def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: 
 
     Args:
         x: [B, N, C], float16 or bfloat16.
-        weights: the tensors of ``reference.fp8_block`` of each block, one block after the other.
+        weights: the tensors of ``folding.fp8_block`` of each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``, that of the weights.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:

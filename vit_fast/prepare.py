@@ -16,7 +16,7 @@ from torch import nn
 from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
-from .kernels.reference import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .kernels.folding import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
 from .plain import why_not_plain
 from .snapshot import HOOKS, Snapshot
 
