@@ -332,15 +332,16 @@ def _linear_fwd_kernel(
             )  # fmt: skip
 
 
-def _alignment(x, stride_xo, stride_xi, weight, out_features):
+def _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features):
     """(tma_compatible, unaligned): can TMA read both operands; would pointers load them in pieces under 16 bytes?"""
     in_features = weight.shape[1]
-    x_bytes = launch.vector_bytes(x, in_features, stride_xo, stride_xi) if x.stride(-1) == 1 else 0
-    weight_bytes = launch.vector_bytes(weight, in_features, weight.stride(0)) if weight.stride(1) == 1 else 0
+    stride_wn, stride_wk = weight.stride()
+    x_bytes = launch.vector_bytes(x, in_features, stride_xo, stride_xi) if stride_xk == 1 else 0
+    weight_bytes = launch.vector_bytes(weight, in_features, stride_wn) if stride_wk == 1 else 0
     # A descriptor's rows must not overlap.
-    tma_compatible = x_bytes == weight_bytes == 16 and stride_xi >= in_features and weight.stride(0) >= in_features
-    if weight.stride(0) == 1:
-        weight_bytes = launch.vector_bytes(weight, out_features, weight.stride(1))
+    tma_compatible = x_bytes == weight_bytes == 16 and stride_xi >= in_features and stride_wn >= in_features
+    if stride_wn == 1:
+        weight_bytes = launch.vector_bytes(weight, out_features, stride_wk)
     return tma_compatible, min(x_bytes, weight_bytes) < 16
 
 
@@ -385,15 +386,19 @@ def gemm(
         return out, RowPartials(out.new_empty(2, 1, 0, dtype=torch.float32), out_features) if with_partials else None
 
     rows_per_sample = rows // x.shape[0] if row_scale is not None else 0
-    x, x_two_strides, x_inner, stride_xo, stride_xi = launch.row_layout(x.to(weight.dtype))
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
+    x, x_two_strides, x_inner, stride_xo, stride_xi = launch.row_layout(x)
+    stride_xk, (stride_wn, stride_wk) = x.stride(-1), weight.stride()
     residual_two_strides, residual_inner, stride_ro, stride_ri = False, 0, 0, 0
     if residual is not None:
         residual, residual_two_strides, residual_inner, stride_ro, stride_ri = launch.row_layout(residual)
         residual = Residual(residual, stride_ro, stride_ri, residual.stride(-1))
-    vectors = Vectors(*(launch.vector(v) for v in (weight_scale, bias, gamma, row_scale)))
+    vector = launch.vector
+    vectors = Vectors(vector(weight_scale), vector(bias), vector(gamma), vector(row_scale))
 
     precision = launch.dot_precision() if weight.dtype == torch.float32 else "ieee"
-    tma_compatible, unaligned = _alignment(x, stride_xo, stride_xi, weight, out_features)
+    tma_compatible, unaligned = _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features)
     if config is None:
         arch, tf32 = configs.arch_of(x.device), precision == "tf32"
         config = configs.pick_linear_config(rows, out_features, swiglu, weight.dtype, out_dtype, tf32, unaligned, arch)
@@ -416,7 +421,7 @@ def gemm(
     if descriptors:
         x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
         weight_src = TensorDescriptor(
-            weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k]
+            weight, list(weight.shape), [stride_wn, stride_wk], [config.block_n, config.block_k]
         )
     tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(out_features, config.block_n)
     split_k = None
@@ -430,14 +435,14 @@ def gemm(
         _linear_fwd_kernel[(tiles * config.split_k,)](
             out, x_src, weight_src, norm, vectors, residual, partials_out and partials_out.values, split_k,
             rows, out_features, in_features, x_inner, residual_inner, rows_per_sample,
-            stride_xo, stride_xi, x.stride(-1), weight.stride(0), weight.stride(1),
+            stride_xo, stride_xi, stride_xk, stride_wn, stride_wk,
             ACTIVATION=activation,
             EXACT=weight.dtype in (torch.float32, torch.float64),
             X_TWO_STRIDES=x_two_strides,
             RESIDUAL_TWO_STRIDES=residual_two_strides,
             DESCRIPTORS=descriptors,
             EVEN_K=descriptors or in_features % config.block_k == 0,
-            ALIGN_K=16 if descriptors else math.gcd(16, in_features, stride_xo, stride_xi, weight.stride(0)),
+            ALIGN_K=16 if descriptors else math.gcd(16, in_features, stride_xo, stride_xi, stride_wn),
             ALIGN_N=math.gcd(16, out_features, stride_ro, stride_ri),
             PARTIAL_WIDTH=partial_width,
             PARTIALS_PER_STEP=partials_merged,

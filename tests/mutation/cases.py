@@ -642,8 +642,8 @@ def _linear_launches(kernels, module):
         (0, 64, weight.as_strided((32, 32), (1, 68)), 32, (False, True)),
         (0, 64, weight.as_strided((32, 64), (68, 1)), 32, (False, True)),
     ):  # fmt: skip
-        assert gemm_kernels._alignment(x, stride_xo, stride_xi, matrix, columns) == wanted
-    assert gemm_kernels._alignment(torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 0, 128, weight, 64) == (False, True)
+        assert gemm_kernels._alignment(x, stride_xo, stride_xi, x.stride(-1), matrix, columns) == wanted
+    assert gemm_kernels._alignment(torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 0, 128, 2, weight, 64) == (False, True)
 
 
 def _linear_reasons(kernels, module):
