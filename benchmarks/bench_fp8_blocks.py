@@ -9,7 +9,7 @@ and no rival. Rivals of float8 are models (``vit-fast bench --rivals scaled-mm``
 
 import pytest
 import torch
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding, reference
 
 from vit_fast import ops
 from vit_fast.cli import measure
@@ -27,6 +27,6 @@ def bench_fp8_blocks(compare, shape, provider):
     }
 
     def make():
-        return s.random(s.B, s.N, s.C).to(torch.bfloat16), *reference.fp8_block(*s.block(), "gelu")
+        return s.random(s.B, s.N, s.C).to(torch.bfloat16), *folding.fp8_block(*s.block(), "gelu")
 
     compare(f"fp8_blocks {s}", providers, provider, make, s.block_flops, measure.E4M3)

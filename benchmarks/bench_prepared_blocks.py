@@ -7,7 +7,7 @@ folded by ``vit_fast.prepare``, it measures the torch backend all the same.
 """
 
 import pytest
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding, reference
 
 from vit_fast import ops
 
@@ -21,6 +21,6 @@ def bench_prepared_blocks(compare, shape, provider):
     }
 
     def make():
-        return s.random(s.B, s.N, s.C), *reference.prepare_block(*s.block())
+        return s.random(s.B, s.N, s.C), *folding.prepare_block(*s.block())
 
     compare(f"prepared_blocks {s}", providers, provider, make, s.block_flops)

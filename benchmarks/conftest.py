@@ -43,7 +43,7 @@ class Shape:
         return (torch.randn(size, device=DEVICE) * scale).to(DTYPE)
 
     def block(self):
-        """The parts of a transformer block, as ``reference.prepare_block`` takes them, without LayerScale."""
+        """The parts of a transformer block, as ``folding.prepare_block`` takes them, without LayerScale."""
 
         def linear(rows, columns):
             return self.random(rows, columns, scale=columns**-0.5), self.random(rows)

@@ -22,7 +22,8 @@ from rich.table import Table
 from triton.compiler import CompiledKernel
 
 import vit_fast
-from vit_fast import backends
+from vit_fast.backends import select
+from vit_fast.backends.triton import TRITON
 from vit_fast.cli import machine, options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "aot"))
@@ -35,13 +36,9 @@ LAUNCHES = []
 def pretend():
     """Sends CPU tensors to the Triton backend, whose launches only count."""
     harness._set_arch(90)
-    backends.unavailable = lambda *device: ()
-    backends.kernel("linear")
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vit_fast.kernels."):
-            for word in dir(module):
-                if word.endswith(("not_supported_reasons", "device_reasons")):
-                    setattr(module, word, lambda *tensors, **words: [])
+    select.unavailable = lambda name, device: ()
+    TRITON.load()
+    TRITON.not_supported = dict.fromkeys(TRITON.not_supported, lambda *arguments, **options: [])
     CompiledKernel._init_handles = lambda kernel: setattr(kernel, "function", 0)
     CompiledKernel.launch_metadata = lambda kernel, *launch: None
     CompiledKernel.run = property(lambda kernel: lambda *launch: LAUNCHES.append(kernel))

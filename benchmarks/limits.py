@@ -5,7 +5,7 @@
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
 C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
 kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch, also of a stack
-of our prepared blocks whose kernels are launched early (``configs.dependent_launch``) or in turn. On a GPU a time is
+of our prepared blocks whose kernels are launched early (``configs.use_pdl``) or in turn. On a GPU a time is
 the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of calls
 back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph for it,
 so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or e4m3 with
@@ -33,7 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vit_fast.kernels import configs, reference
+from vit_fast.kernels import configs, folding
 
 import vit_fast
 from vit_fast.cli import machine, measure
@@ -286,24 +286,24 @@ def stack(clock, tower, early):
 
     def block():
         first = ((None, None), linear(3 * width, width), linear(width, width), None)
-        return reference.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
+        return folding.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
 
     x, weights = clock.random(1, tokens, width), [tensor for _ in range(DEPTH) for tensor in block()]
 
     def call():
         return vit_fast.ops.prepared_blocks(x, weights, width // 64, 0.125, "gelu", 1e-6, 1e-6)
 
-    shipped = configs.dependent_launch
+    shipped = configs.use_pdl
     with vit_fast.backend("triton"):
         try:
-            configs.dependent_launch = lambda rows, arch: False
+            configs.use_pdl = lambda rows, arch: False
             expected = call()
-            configs.dependent_launch = lambda rows, arch: early
+            configs.use_pdl = lambda rows, arch: early
             if not torch.equal(call(), expected):
                 raise AssertionError("kernels that are launched early compute something else")
             run = captured(call, 1)
         finally:
-            configs.dependent_launch = shipped
+            configs.use_pdl = shipped
     return clock.figures(run)
 
 

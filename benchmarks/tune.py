@@ -134,7 +134,7 @@ PLANNED = Maker(torch.device("cpu"), torch.bfloat16, filled=False)
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 PREPARED = {f"prepared {name}": name for name in LINEARS}  # as vit_fast.prepare runs them
-PART = 64
+PARTIAL_WIDTH = 64
 
 
 def _linear_sizes(name, vit):
@@ -147,13 +147,13 @@ def _linear_sizes(name, vit):
     }[PREPARED.get(name, name)]
 
 
-def _moments(x, filled):
-    """The moments of the rows of x as a GEMM with tiles 2·PART wide leaves them: [2, parts, rows]."""
-    values = torch.empty(2, x.shape[-1] // PART, x.numel() // x.shape[-1], device=x.device)
+def _partials(x, filled):
+    """The partials of the rows of x as a GEMM with tiles 2·PARTIAL_WIDTH wide emits them: [2, partials, rows]."""
+    values = torch.empty(2, x.shape[-1] // PARTIAL_WIDTH, x.numel() // x.shape[-1], device=x.device)
     if filled:
-        parts = x.float().flatten(0, -2).unflatten(1, (-1, PART))
+        parts = x.float().flatten(0, -2).unflatten(1, (-1, PARTIAL_WIDTH))
         values[0] = parts.mean(2).t()
-        values[1] = (parts.var(2, correction=0) * PART).t()
+        values[1] = (parts.var(2, correction=0) * PARTIAL_WIDTH).t()
     return values
 
 
@@ -176,7 +176,8 @@ def linear_work(problem, vit, new):
     residual = new(problem.batch, vit.tokens, features) if ends else None
     libraries = {"F.linear, bias alone": lambda: F.linear(x, weight, bias)}
     if problem.name in PREPARED and not ends:
-        moments, sums = layer_norm.Moments(_moments(x, new.filled), PART), torch.empty(features, device=new.device)
+        partials = layer_norm.RowPartials(_partials(x, new.filled), PARTIAL_WIDTH)
+        sums = torch.empty(features, device=new.device)
         if new.filled:
             weight -= weight.float().mean(1, keepdim=True).to(weight.dtype)
             sums = weight.float().sum(1)
@@ -187,10 +188,10 @@ def linear_work(problem, vit, new):
             return F.gelu(out) if activation else out
 
         def kernel():
-            return linear.folded_linear(x, moments, 1e-6, weight, sums, wide_bias, activation)
+            return linear.folded_linear(x, partials, 1e-6, weight, sums, wide_bias, activation)
 
         libraries["eager"] = lambda: eager(x, weight, bias)
-        hopper = _by_hopper(x, weight, wide_bias, activation, norm=(moments, 1e-6, sums))
+        hopper = _by_hopper(x, weight, wide_bias, activation, norm=(partials, 1e-6, sums))
         return Work(kernel, eager, (x, weight, bias), 1, libraries, hopper)
     if ends:
         gamma, wide_bias = None if problem.name in PREPARED else new(features), bias.float()
@@ -201,11 +202,11 @@ def linear_work(problem, vit, new):
 
         def kernel():
             if gamma is None:
-                return linear.linear_moments(x, weight, wide_bias, residual)[0]
+                return linear.linear_with_partials(x, weight, wide_bias, residual)[0]
             return linear.linear(x, weight, bias, gamma=gamma, residual=residual)
 
         tensors = (x, residual, weight, bias)
-        hopper = _by_hopper(x, weight, wide_bias, residual=residual, with_moments=True) if gamma is None else None
+        hopper = _by_hopper(x, weight, wide_bias, residual=residual, with_partials=True) if gamma is None else None
         return Work(kernel, eager, tensors, 2, libraries | {"eager": lambda: eager(*tensors)}, hopper)
 
     def eager(x, weight, bias):
@@ -348,8 +349,8 @@ def _linear_candidates(pick):
     for num_stages in (2, 5):
         yield replace(pick, num_stages=num_stages)
     for splits in (1, 2, 4, 8):
-        yield replace(pick, splits=splits)
-        yield replace(pick, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, splits=splits)
+        yield replace(pick, split_k=splits)
+        yield replace(pick, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, split_k=splits)
 
 
 def _attention_candidates(pick):
@@ -395,10 +396,10 @@ def fits(problem, config, chip, itemsize=2):
         keys = config.block_n or -(-vit.tokens // 16) * 16
         shared = (config.block_m + 2 * keys * config.num_stages) * width * itemsize
         return shared <= chip.shared and config.block_m * (keys + width) <= 192 * threads
-    if problem.operation == "linear" and config.splits > 1:
+    if problem.operation == "linear" and config.split_k > 1:
         size, features, *_ = _linear_sizes(problem.name, vit)
         tiles = -(-problem.batch * vit.tokens // config.block_m) * -(-features // config.block_n)
-        if tiles * config.splits > 4 * chip.multiprocessors or size < config.splits * 2 * config.block_k:
+        if tiles * config.split_k > 4 * chip.multiprocessors or size < config.split_k * 2 * config.block_k:
             return False
     shared = (config.block_m + config.block_n) * config.block_k * config.num_stages * itemsize
     return shared <= chip.shared and config.block_m * config.block_n <= 128 * threads
@@ -413,11 +414,11 @@ def hopper_candidates(work, chip):
     """Configs of ``linear_hopper``, on the one architecture that it has."""
     if chip.arch != 90 or work.hopper is None:
         return []
-    from vit_fast.kernels import linear_hopper
+    from vit_fast.kernels import launch, linear_hopper
 
     shipped = linear_hopper.LinearHopperConfig()
     changes = ({}, dict(group_m=4), dict(group_m=16), dict(num_stages=6), dict(block_n=64, num_stages=6))
-    return [] if linear_hopper.INTERPRETED else [replace(shipped, **change) for change in changes]
+    return [] if launch.INTERPRETED else [replace(shipped, **change) for change in changes]
 
 
 def may_hang(config):

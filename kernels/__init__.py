@@ -6,9 +6,13 @@ One file is one operation: head comment, device code, launch, public function.
 ``arguments``        what every backend demands of its arguments, and the errors
 ``reference``        the same operations in plain PyTorch: truth and last fallback
 ``tracing``          which tracers and transforms of PyTorch watch a call
+``folding``          weights folded and quantised for inference
 ``configs``          launch configurations as data
-``layer_norm``       LayerNorm over the last axis
-``linear``           GEMM with fused epilogues: activation, LayerScale, residual
+``launch``           what all launches share: PDL, row layouts, dtypes, device guard
+``layer_norm``       LayerNorm over the last axis; row-statistics partials
+``activations``      activations on a tile
+``gemm``             the GEMM kernel with its epilogue and tile order
+``linear``           linear layers on it: activation, LayerScale, residual, folded LayerNorm
 ``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune.py
 ``layernorm_mlp``    LayerNorm + MLP + residual
 ``attention``        attention on packed or separate q, k, v

@@ -55,12 +55,12 @@ class LinearConfig:
     num_warps: int
     num_stages: int
     tma: bool  # where addresses and strides allow it
-    splits: int = 1  # programs that share the sum over K of one tile
+    split_k: int = 1  # programs that share the K loop of one tile
 
 
-def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scattered, arch):
-    """``dtype`` is that of x and weight. swiglu has two accumulators, hence tiles half as wide; ``scattered``: loads
-    under 16 bytes.
+def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, unaligned, arch):
+    """``dtype`` is that of x and weight. swiglu has two accumulators, hence tiles half as wide; ``unaligned``: pointers
+    load in pieces under 16 bytes.
 
     128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. ``block_k`` does not change the
     bits: the sums over K run in one order.
@@ -70,7 +70,7 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
     small = few and not blackwell  # tcgen05 works on 128 rows
     tma = hopper or blackwell
-    if dtype == torch.float8_e4m3fn and scattered:
+    if dtype == torch.float8_e4m3fn and unaligned:
         tile = (64, 64, 32, 4, 3) if small else (128, 64, 32, 8, 3)
     elif dtype == torch.float8_e4m3fn:
         depth = 128 if tma else 64
@@ -78,7 +78,7 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     elif dtype not in (torch.float16, torch.bfloat16) and not tf32:
         tile = (64, 64, 16, 4, 3) if few else (128, 64, 16, 8, 3)
         tma = False
-    elif scattered:
+    elif unaligned:
         tile = (64, 64, 32, 4, 3) if small else (128, 128, 32, 8, 3)
     elif tf32:
         tile = (64, 64, 32, 4, 3) if small else (128, 64, 32, 4, 3)
@@ -92,17 +92,21 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scatt
     return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
 
 
-def split_linear_config(config, rows, out_features, in_features, processors):
-    """``config`` with the sum over K of a tile shared by several programs, where the tiles are too few for two on each
-    multiprocessor; each program keeps 6 steps at least. The bits then depend on the number of rows."""
+def split_k_config(config, rows, out_features, in_features, processors):
+    """``config`` with split-K, where there are too few tiles for two on each multiprocessor.
+
+    Each program keeps at least 6 steps of the K loop. The bits then depend on the number of rows.
+    """
     tiles = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
     most = min(2 * processors // tiles, cdiv(in_features, config.block_k) // 6, 8)
-    return config if most < 2 else replace(config, splits=1 << (most.bit_length() - 1))
+    return config if most < 2 else replace(config, split_k=1 << (most.bit_length() - 1))
 
 
-def dependent_launch(rows, arch):
-    """Whether the kernels of a stack of blocks are launched before the one in front has ended (programmatic dependent
-    launch, capability 9.0): worth a try where kernels are short. Not measured."""
+def use_pdl(rows, arch):
+    """Whether the kernels of a stack of blocks are launched with PDL (``launch``), which needs capability 9.0.
+
+    Worth a try where kernels are short; not measured.
+    """
     return arch >= 90 and rows <= 8192
 
 
@@ -130,7 +134,7 @@ def pick_patch_embed_config(rows, width, dtype, precision):
 @dataclass(frozen=True)
 class AttentionConfig:
     block_m: int  # queries per step
-    block_n: int  # keys per step; 0: one program keeps all keys of a head on chip
+    block_n: int  # keys per step of the streaming kernel; 0: the resident kernel
     num_warps: int
     num_stages: int
     tma: bool = False  # tensor descriptors, where the layout allows them

@@ -4,7 +4,7 @@
     x = x + fc2(act(fc1(LN2(x))))
 
 x [B, N, C] with any strides, out [B, N, C] contiguous, float16 or bfloat16. The weights are those of
-``reference.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
+``folding.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
 product reads is rounded to e4m3 by the kernel that makes it, with scales that come from the weights alone (bounds that
 no input exceeds), so that nothing saturates, nothing is calibrated, and no image's scale depends on its batch mates.
 
@@ -28,9 +28,9 @@ import torch
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
+from .folding import E4M3, TENSORS_PER_FP8_BLOCK
 from .linear import fp8_linear
-from .prepared_blocks import ARRIVALS
-from .reference import E4M3, TENSORS_PER_FP8_BLOCK
+from .prepared_blocks import SEMAPHORE_TILES
 
 
 def not_supported_reasons(x, weights, num_heads):
@@ -44,16 +44,16 @@ def not_supported_reasons(x, weights, num_heads):
 def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
     """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
     depth = len(weights) // TENSORS_PER_FP8_BLOCK
-    arrivals = iter(torch.zeros(2 * depth, ARRIVALS, dtype=torch.int32, device=x.device).unbind())
-    dependent = configs.dependent_launch(x.shape[0] * x.shape[1], configs.arch_of(x.device))
+    semaphores = iter(torch.zeros(2 * depth, SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
+    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for i in range(depth):
         norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]
         qkv, proj, fc1, hidden_scale, fc2 = linears[:3], linears[3:6], linears[6:9], linears[9], linears[10:]
-        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, dependent=dependent)
-        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, dependent=dependent)
-        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(out, *proj, residual=x, arrivals=next(arrivals), dependent=dependent)
-        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, dependent=dependent)
-        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, dependent=dependent)
-        x = fp8_linear(hidden, *fc2, residual=x, arrivals=next(arrivals), dependent=dependent)
+        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, pdl=pdl)
+        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, pdl=pdl)
+        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl)
+        x = fp8_linear(out, *proj, residual=x, semaphore=next(semaphores), pdl=pdl)
+        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, pdl=pdl)
+        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, pdl=pdl)
+        x = fp8_linear(hidden, *fc2, residual=x, semaphore=next(semaphores), pdl=pdl)
     return x

@@ -14,13 +14,13 @@ Limits: those of the two parts.
 Source: pre-norm MLP branch of Dosovitskiy et al. (2021), LayerScale of Touvron et al. (2021).
 """
 
-from . import layer_norm as ln
+from . import launch
 from .linear import layer_norm_linear, layer_norm_linear_fwd, layer_norm_linear_not_supported_reasons, linear_residual
 
 
 def not_supported_reasons(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None):
     reasons = layer_norm_linear_not_supported_reasons(x, ln_weight, ln_bias, eps, w1, b1, activation)
-    return reasons + [r for r in ln.device_reasons(x, w2, b2, gamma, row_scale) if r not in reasons]
+    return reasons + [r for r in launch.device_reasons(x, w2, b2, gamma, row_scale) if r not in reasons]
 
 
 def layernorm_mlp_fwd(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None, config=None):

@@ -1,4 +1,4 @@
-"""The linear layer of ``linear`` for Hopper: a warp-specialised ping-pong GEMM in Gluon, for fp16 and bf16.
+"""The linear layers of ``linear`` for Hopper: a warp-specialised ping-pong GEMM in Gluon, for fp16 and bf16.
 
     out = residual + act(x Wᵀ + bias)                      every part but x Wᵀ optional
 
@@ -7,27 +7,27 @@
 x [..., K] and weight [N, K] in rows of adjacent elements at one stride, which begin at multiples of 16 bytes, for TMA;
 bias [N] of any float dtype; residual [..., N] contiguous, N then a multiple of 8; out [..., N] contiguous.
 x, weight, residual and out have one dtype; the product is accumulated in float32, and the epilogue is float32.
-act: those of ``linear`` without swiglu. ``Moments`` of x and out are those of ``linear``, out's a part per half tile; a
-folded LayerNorm leaves none of out.
+act: those of ``gemm`` without swiglu. Row-statistics partials of x and out as in ``gemm``, those of out one per half
+tile; a folded LayerNorm emits none.
 M, N and K are any: TMA reads zeros beyond the edges, stores are masked.
 
-A program is three partitions. One warp, the producer, has TMA fill a ring of STAGES slots, each a tile of x and one of
-W, BLOCK_K deep. Two warpgroups, the workers, take turns at the tiles of out, BLOCK_M × BLOCK_N: while one multiplies,
-the other runs its epilogue. Programs are persistent: of the tiles in the order of ``linear`` (panels of GROUP_M tile
-rows) each takes every tile whose number is its own modulo the number of programs.
+A program has three partitions. The producer, one warp, fills by TMA a ring of STAGES slots, each a tile of x and one of
+W, BLOCK_K deep. Two consumer warp groups take turns at the tiles of out, BLOCK_M × BLOCK_N: while one multiplies, the
+other runs its epilogue. Programs are persistent: each takes every tile whose number (``gemm.tile_position``) is its own
+modulo the number of programs.
 
-Steps, BLOCK_K of one tile each, are numbered through all tiles of a program, by producer and workers alike; a step uses
-the slot step mod STAGES. The partitions wait for each other at mbarriers, whose phases end with one arrival (those of
-``filled`` with the bytes of both tiles), and of which a waiting thread sees the parity of the phase alone:
-  filled[slot]   producer → worker: the tiles of the step are there.
-  emptied[slot]  worker → producer: the product that read the slot is done. One product stays in flight, so a slot is
-                 given back a step late; in the first round the producer waits for nobody.
-  turn[worker]   other worker → worker: the loop over K of its tile is done. A worker that went ahead without its turn
-                 would take the parity of an earlier phase for that of its own.
-The epilogue passes through shared memory between the layout of wgmma and loads and stores of 16 bytes.
+The steps of a program, BLOCK_K of one tile each, are numbered through all its tiles, by producer and consumers alike;
+a step uses the slot step mod STAGES. The partitions wait for each other at mbarriers. A phase of an mbarrier ends with
+one arrival (of ``full``, with the bytes of both tiles); a waiting thread sees only the parity of the phase:
+  full[slot]      producer → consumer: the tiles of the step have been loaded.
+  empty[slot]     consumer → producer: the product that read the slot is done. One product stays in flight, so a slot is
+                  given back a step late; in the first round the producer does not wait.
+  turn[consumer]  other consumer → consumer: the K loop of its tile is done. Without it, a consumer that went ahead
+                  could take an earlier phase, of the same parity, for its own.
+The epilogue converts through shared memory between the layout of wgmma and that of 16-byte loads and stores.
 
-2·rows·N·K FLOP; moves what ``linear`` moves. The activations, and how moments are merged: see ``linear``.
-Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, swiglu or split sums.
+2·rows·N·K FLOP; moves what ``gemm`` moves.
+Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, swiglu or split-K.
 Source: the ping-pong schedule after Shah et al., "FlashAttention-3" (2024), and CUTLASS.
 """
 
@@ -48,14 +48,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import configs
-from . import layer_norm as ln
+from . import configs, launch
+from .activations import activate
 from .arguments import check_rows
-from .linear import activate
+from .gemm import partials_per_step, tile_position
+from .layer_norm import RowPartials
 
 BLOCK_M, BLOCK_K = 128, 64
-# Of a thread: the launch's 12 warps have 168 each, which the partitions share out again.
-REGISTERS, WORKER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
+# Registers a thread: 168 in each of the launch's 12 warps, which the partitions then share out anew (setmaxnreg).
+REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
 
 @dataclass(frozen=True)
@@ -65,60 +66,50 @@ class LinearHopperConfig:
     num_stages: int = 4
 
 
-# The protocol's arithmetic, and what is done to a tile: they know of no layouts, and the interpreter runs them
+# Parities and the arithmetic of the epilogue: ordinary Triton without layouts, which the interpreter can run
 
 
 @triton.jit
-def _filled_parity(step, STAGES: tl.constexpr):
+def _full_parity(step, STAGES: tl.constexpr):
     return (step // STAGES) & 1
 
 
 @triton.jit
-def _emptied_parity(step, STAGES: tl.constexpr):
+def _empty_parity(step, STAGES: tl.constexpr):
     return ((step // STAGES) & 1) ^ 1
 
 
 @triton.jit
-def _turn_parity(turns, WORKER: tl.constexpr):
-    return (turns & 1) ^ (1 - WORKER)
+def _turn_parity(turns, CONSUMER: tl.constexpr):
+    return (turns & 1) ^ (1 - CONSUMER)
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(tile row, tile column)."""
-    panel = tile // (GROUP_M * tiles_n)
-    height = min(tiles_m - panel * GROUP_M, GROUP_M)
-    tile -= panel * GROUP_M * tiles_n
-    tile_n = tile // height
-    return panel * GROUP_M + tile - tile_n * height, tile_n
+def _row_statistics(means_ptr, m2_ptr, row, lane, rows, width, eps, PARTIAL_WIDTH: tl.constexpr):
+    """mean and rstd of rows of ``width`` elements, merged from their partials, as many at a time as ``lane`` has.
 
-
-@triton.jit
-def _row_statistics(means_ptr, squares_ptr, row, lane, rows, width, eps, PART: tl.constexpr):
-    """mean and rstd of rows of ``width`` elements from the moments of their parts of PART, one to a lane at a time.
-
-    As in ``linear``, but that rows of 16-bit elements lie near enough to zero for their mean to be taken once.
+    As in ``gemm``, but the mean is not corrected a second time: rows of 16-bit elements are not far enough from zero.
     """
-    PARTS: tl.constexpr = lane.shape[0]
-    parts = tl.cdiv(width, PART)
+    PARTIALS_PER_STEP: tl.constexpr = lane.shape[0]
+    partials = tl.cdiv(width, PARTIAL_WIDTH)
     before = (row * 0).to(tl.float32)
-    mean, squares = before, before
-    for first in tl.range(0, parts, PARTS, num_stages=1):
-        part = first + lane
-        size = tl.minimum(width - part * PART, PART).to(tl.float32)[:, None]
-        offset = part[:, None] * rows + row[None, :]
-        mask = (part < parts)[:, None] & (row < rows)[None, :]
-        part_mean = tl.load(means_ptr + offset, mask=mask, other=0.0)
-        part_squares = tl.load(squares_ptr + offset, mask=mask, other=0.0)
-        count = tl.minimum(width - first * PART, PARTS * PART).to(tl.float32)
-        centre = tl.sum(part_mean * size, axis=0) / count
-        centred = tl.where(mask, part_mean - centre[None, :], 0.0)
+    mean, m2 = before, before
+    for first in tl.range(0, partials, PARTIALS_PER_STEP, num_stages=1):
+        partial = first + lane
+        size = tl.minimum(width - partial * PARTIAL_WIDTH, PARTIAL_WIDTH).to(tl.float32)[:, None]
+        offset = partial[:, None] * rows + row[None, :]
+        mask = (partial < partials)[:, None] & (row < rows)[None, :]
+        partial_mean = tl.load(means_ptr + offset, mask=mask, other=0.0)
+        partial_m2 = tl.load(m2_ptr + offset, mask=mask, other=0.0)
+        count = tl.minimum(width - first * PARTIAL_WIDTH, PARTIALS_PER_STEP * PARTIAL_WIDTH).to(tl.float32)
+        centre = tl.sum(partial_mean * size, axis=0) / count
+        centred = tl.where(mask, partial_mean - centre[None, :], 0.0)
         step = centre - mean
         mean += step * (count / (before + count))
-        squares += tl.sum(part_squares + size * centred * centred, axis=0)
-        squares += step * step * (before * count / (before + count))
+        m2 += tl.sum(partial_m2 + size * centred * centred, axis=0)
+        m2 += step * step * (before * count / (before + count))
         before += count
-    return mean, tl.rsqrt(squares / width + eps)
+    return mean, tl.rsqrt(m2 / width + eps)
 
 
 @triton.jit
@@ -134,59 +125,57 @@ def _transform(acc, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, 
 
 
 @triton.jit
-def _store_moments(value, means_ptr, squares_ptr, row, column, rows, first, width, PART: tl.constexpr):
-    """Mean and centred sum of squares of the columns ``first`` … ``first`` + PART; value is 0 beyond ``width``."""
-    size = tl.maximum(tl.minimum(width - first, PART), 1).to(tl.float32)
+def _store_partials(value, means_ptr, m2_ptr, row, column, rows, first, width, PARTIAL_WIDTH: tl.constexpr):
+    """Stores mean and M2 of the columns ``first`` to ``first`` + PARTIAL_WIDTH; value is 0 from ``width`` on."""
+    size = tl.maximum(tl.minimum(width - first, PARTIAL_WIDTH), 1).to(tl.float32)
     mean = tl.sum(value, axis=1) / size
     centred = tl.where((column < width)[None, :], value - mean[:, None], 0.0)
-    offset = first // PART * rows + row
+    offset = first // PARTIAL_WIDTH * rows + row
     in_matrix = (row < rows) & (first < width)
     tl.store(means_ptr + offset, mean, mask=in_matrix)
-    tl.store(squares_ptr + offset, tl.sum(centred * centred, axis=1), mask=in_matrix)
+    tl.store(m2_ptr + offset, tl.sum(centred * centred, axis=1), mask=in_matrix)
 
 
 # The partitions
 
 
 @gluon.jit
-def _produce(
-    x_desc, weight_desc, x_slots, weight_slots, filled, emptied, tiles_m, tiles_n, depth, GROUP_M: gl.constexpr
-):
-    """The TMA warp: fills the slots in the order in which the workers take them."""
+def _produce(x_desc, weight_desc, x_slots, weight_slots, full, empty, tiles_m, tiles_n, depth, GROUP_M: gl.constexpr):
+    """The producer warp: fills the slots in the order in which the consumers take them."""
     STAGES: gl.constexpr = x_slots.shape[0]
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     BLOCK_K: gl.constexpr = x_slots.shape[2]
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         for k in range(0, depth, BLOCK_K):
             slot = step % STAGES
-            mbarrier.wait(emptied.index(slot), _emptied_parity(step, STAGES))
-            mbarrier.expect(filled.index(slot), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k], filled.index(slot), x_slots.index(slot))
+            mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))
+            mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k], full.index(slot), x_slots.index(slot))
             tma.async_copy_global_to_shared(
-                weight_desc, [tile_n * BLOCK_N, k], filled.index(slot), weight_slots.index(slot)
+                weight_desc, [tile_n * BLOCK_N, k], full.index(slot), weight_slots.index(slot)
             )
             step += 1
 
 
 @gluon.jit
-def _multiply(x_slots, weight_slots, filled, emptied, first, steps, LAYOUT: gl.constexpr):
-    """The loop over K of one tile, whose first step is ``first``."""
+def _multiply(x_slots, weight_slots, full, empty, first, steps, LAYOUT: gl.constexpr):
+    """The K loop of one tile, whose first step has the number ``first``."""
     STAGES: gl.constexpr = x_slots.shape[0]
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=LAYOUT)
     for step in range(first, first + steps):
         slot = step % STAGES
-        mbarrier.wait(filled.index(slot), _filled_parity(step, STAGES))
+        mbarrier.wait(full.index(slot), _full_parity(step, STAGES))
         acc = warpgroup_mma(x_slots.index(slot), weight_slots.index(slot).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         if step > first:
-            mbarrier.arrive(emptied.index((step - 1) % STAGES), count=1)
+            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(emptied.index((first + steps - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index((first + steps - 1) % STAGES), count=1)
     return acc
 
 
@@ -203,7 +192,7 @@ def _halves(t, DIM: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    acc, mean, rstd, out_ptr, moments_out_ptr, column_sum_ptr, bias_ptr, residual_ptr, top, left, rows, out_features,
+    acc, mean, rstd, out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr, top, left, rows, out_features,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of acc, whose first element is (top, left)."""
@@ -227,44 +216,45 @@ def _finish(
         value += gl.convert_layout(residual, MMA).to(gl.float32)
     out = value.to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + offset, gl.convert_layout(out, WIDE), mask=mask)
-    if moments_out_ptr is not None:
-        squares_ptr = moments_out_ptr + rows.to(gl.int64) * gl.cdiv(out_features, BLOCK_N)
-        _store_moments(
-            out.to(gl.float32), moments_out_ptr, squares_ptr, row, column, rows, left, out_features, BLOCK_N
+    if partials_out_ptr is not None:
+        m2_ptr = partials_out_ptr + rows.to(gl.int64) * gl.cdiv(out_features, BLOCK_N)
+        _store_partials(
+            out.to(gl.float32), partials_out_ptr, m2_ptr, row, column, rows, left, out_features, BLOCK_N
         )  # fmt: skip
 
 
 @gluon.jit
-def _work(
-    x_slots, weight_slots, filled, emptied, turn, out_ptr, moments_ptr, moments_out_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps, WORKER: gl.constexpr,
-    ACTIVATION: gl.constexpr, ALIGN_N: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
+def _consume(
+    x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr,
+    residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps, CONSUMER: gl.constexpr,
+    ACTIVATION: gl.constexpr, ALIGN_N: gl.constexpr, PARTIAL_WIDTH: gl.constexpr, PARTIALS_PER_STEP: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: every other tile of the program."""
+    """A consumer warp group: computes every other tile of the program."""
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     BLOCK_K: gl.constexpr = x_slots.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    ROWS: gl.constexpr = gl.BlockedLayout([PARTS, 1], [1, 32], [1, 4], [1, 0])
+    ROWS: gl.constexpr = gl.BlockedLayout([PARTIALS_PER_STEP, 1], [1, 32], [1, 4], [1, 0])
     if ALIGN_N > 1 and ALIGN_N < 16:
         out_features = out_features // ALIGN_N * ALIGN_N
     steps = gl.cdiv(in_features, BLOCK_K)
-    first = WORKER * steps
+    first = CONSUMER * steps
     turns = 0
-    for tile in range(gl.program_id(0) + WORKER * gl.num_programs(0), tiles_m * tiles_n, 2 * gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+    for tile in range(gl.program_id(0) + CONSUMER * gl.num_programs(0), tiles_m * tiles_n, 2 * gl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         top, left = tile_m.to(gl.int64) * BLOCK_M, tile_n.to(gl.int64) * BLOCK_N
         means, rstds = (None, None), (None, None)
-        if moments_ptr is not None:
+        if partials_ptr is not None:
             row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
-            lane = gl.arange(0, PARTS, layout=gl.SliceLayout(1, ROWS)).to(gl.int64)
-            squares_ptr = moments_ptr + rows.to(gl.int64) * gl.cdiv(in_features, PART)
-            mean, rstd = _row_statistics(moments_ptr, squares_ptr, row, lane, rows, in_features, eps, PART)
+            lane = gl.arange(0, PARTIALS_PER_STEP, layout=gl.SliceLayout(1, ROWS)).to(gl.int64)
+            m2_ptr = partials_ptr + rows.to(gl.int64) * gl.cdiv(in_features, PARTIAL_WIDTH)
+            mean, rstd = _row_statistics(partials_ptr, m2_ptr, row, lane, rows, in_features, eps, PARTIAL_WIDTH)
             means = _halves(gl.convert_layout(mean, gl.SliceLayout(1, LAYOUT)), 0)
             rstds = _halves(gl.convert_layout(rstd, gl.SliceLayout(1, LAYOUT)), 0)
-        mbarrier.wait(turn.index(WORKER), _turn_parity(turns, WORKER))
-        acc = _multiply(x_slots, weight_slots, filled, emptied, first, steps, LAYOUT)
-        mbarrier.arrive(turn.index(1 - WORKER), count=1)
+        mbarrier.wait(turn.index(CONSUMER), _turn_parity(turns, CONSUMER))
+        acc = _multiply(x_slots, weight_slots, full, empty, first, steps, LAYOUT)
+        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         first += 2 * steps
         turns += 1
         # In quarters: a residual beside the tile, and the addresses of both, do not fit in the registers of four warps.
@@ -273,7 +263,7 @@ def _work(
             quarters = _halves(halves[j], 0)
             for i in gl.static_range(2):
                 _finish(
-                    quarters[i], means[i], rstds[i], out_ptr, moments_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
+                    quarters[i], means[i], rstds[i], out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
                     top + i * (BLOCK_M // 2), left + j * (BLOCK_N // 2), rows, out_features, ACTIVATION,
                 )  # fmt: skip
 
@@ -283,8 +273,8 @@ def _linear_hopper_fwd_kernel(
     out_ptr,  # [rows, out_features] contiguous
     x_desc,  # descriptor of [rows, in_features]
     weight_desc,  # descriptor of [out_features, in_features]
-    moments_ptr,  # [2, parts of x, rows] contiguous, or None
-    moments_out_ptr,  # [2, parts of out, rows] contiguous, or None
+    partials_ptr,  # [2, partials of x, rows] contiguous, or None
+    partials_out_ptr,  # [2, partials of out, rows] contiguous, or None
     column_sum_ptr,  # vectors contiguous, or None
     bias_ptr,
     residual_ptr,  # [rows, out_features] contiguous, or None
@@ -294,23 +284,23 @@ def _linear_hopper_fwd_kernel(
     eps,
     ACTIVATION: gl.constexpr,
     ALIGN_N: gl.constexpr,
-    PART: gl.constexpr,
-    PARTS: gl.constexpr,
+    PARTIAL_WIDTH: gl.constexpr,
+    PARTIALS_PER_STEP: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    gl.static_assert(STAGES > 1, "a slot is given back a step late")
+    gl.static_assert(STAGES > 1, "a slot is given back one step late")
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     x_slots = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weight_slots = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
-    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(filled.index(i), count=1)
-        mbarrier.init(emptied.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()  # TMA sees the barriers as they are now
@@ -318,58 +308,44 @@ def _linear_hopper_fwd_kernel(
     # The constants, and a None, keep being constants only in the call itself.
     gl.warp_specialize(
         [
-            (_work, (
-                x_slots, weight_slots, filled, emptied, turn, out_ptr, moments_ptr, moments_out_ptr, column_sum_ptr,
+            (_consume, (
+                x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr,
                 bias_ptr, residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps,
-                0, ACTIVATION, ALIGN_N, PART, PARTS, GROUP_M,
+                0, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
             )),
-            (_work, (
-                x_slots, weight_slots, filled, emptied, turn, out_ptr, moments_ptr, moments_out_ptr, column_sum_ptr,
+            (_consume, (
+                x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr,
                 bias_ptr, residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps,
-                1, ACTIVATION, ALIGN_N, PART, PARTS, GROUP_M,
+                1, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
             )),
             (_produce, (
-                x_desc, weight_desc, x_slots, weight_slots, filled, emptied, tiles_m, tiles_n, in_features, GROUP_M,
+                x_desc, weight_desc, x_slots, weight_slots, full, empty, tiles_m, tiles_n, in_features, GROUP_M,
             )),
         ],
         [4, 1],
-        [WORKER_REGISTERS, PRODUCER_REGISTERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-INTERPRETED = not isinstance(activate, triton.JITFunction)
-
-
-def _row_stride(t):
-    """The stride between the rows of t [..., K]; None where they lie at several."""
-    stride, rows = None, 1
-    for size, step in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
-        if size > 1 and stride is not None and step != stride * rows:
-            return None
-        if size > 1:
-            stride, rows = step if stride is None else stride, rows * size
-    return t.shape[-1] if stride is None else stride
 
 
 def _row_reasons(name, t):
     """Why the rows of t [..., K] cannot be read, by TMA or 16 bytes at a time."""
-    stride = _row_stride(t)
+    stride = launch.row_stride(t)
     if stride is None or t.stride(-1) != 1:
         return [f"{name} has strides {tuple(t.stride())}, expected rows of adjacent elements at one stride"]
     if stride < t.shape[-1]:
         return [f"{name} has rows of {t.shape[-1]} elements at a stride of {stride}: they overlap"]
-    if t.data_ptr() % 16 or stride * t.element_size() % 16:
+    if launch.vector_bytes(t, stride) < 16:
         return [f"{name} has rows that do not begin at multiples of 16 bytes"]
     return []
 
 
 def linear_hopper_not_supported_reasons(
-    x, weight, bias, activation=None, *, residual=None, norm=None, with_moments=False
+    x, weight, bias, activation=None, *, residual=None, norm=None, with_partials=False
 ):
     """Why these arguments cannot go to ``linear_hopper``; ``linear`` takes them."""
-    if INTERPRETED:
+    if launch.INTERPRETED:
         return ["Triton's interpreter has no Gluon"]
-    reasons = ln.device_reasons(x, weight, bias, residual)
+    reasons = launch.device_reasons(x, weight, bias, residual)
     if reasons:
         return reasons
     arch = configs.arch_of(x.device)
@@ -385,14 +361,15 @@ def linear_hopper_not_supported_reasons(
     reasons += _row_reasons("x", x) + _row_reasons("weight", weight)
     if residual is not None:
         reasons += _row_reasons("residual", residual) if residual.is_contiguous() else ["residual is not contiguous"]
-    if norm is not None and (residual is not None or with_moments):
-        reasons.append("a folded LayerNorm takes no residual and leaves no moments")
+    if norm is not None and (residual is not None or with_partials):
+        reasons.append("a folded LayerNorm takes no residual and emits no partials")
     return reasons
 
 
-def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None, with_moments=False, config=None):
-    """(out, its ``Moments`` or None); ``norm``: (Moments of x, eps, column sums of weight) of a folded LayerNorm.
+def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None, with_partials=False, config=None):
+    """(out, its ``RowPartials`` or None).
 
+    ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm.
     For arguments that ``linear_hopper_not_supported_reasons`` does not refuse.
     """
     out_features, in_features = weight.shape
@@ -400,36 +377,36 @@ def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None,
     check_rows("linear", rows)
     config = config or LinearHopperConfig()
     out = torch.empty((*x.shape[:-1], out_features), dtype=weight.dtype, device=x.device)
-    moments_out = None
-    if with_moments:
-        part_out = config.block_n // 2
-        values = torch.empty(2, configs.cdiv(out_features, part_out), rows, dtype=torch.float32, device=x.device)
-        moments_out = ln.Moments(values, part_out)
+    partials_out = None
+    if with_partials:
+        half_tile = config.block_n // 2
+        values = torch.empty(2, configs.cdiv(out_features, half_tile), rows, dtype=torch.float32, device=x.device)
+        partials_out = RowPartials(values, half_tile)
     if rows == 0:
-        return out, moments_out
+        return out, partials_out
 
-    (moments, part), eps, column_sum = norm or ((None, 1), 0.0, None)
+    (partials, partial_width), eps, column_sum = norm or ((None, 1), 0.0, None)
     element = gl.float16 if weight.dtype == torch.float16 else gl.bfloat16
 
     def descriptor(t, size, block):
         layout = gl.NVMMASharedLayout.get_default_for(block, element)
-        return TensorDescriptor(t, [size, in_features], [_row_stride(t), 1], block, layout)
+        return TensorDescriptor(t, [size, in_features], [launch.row_stride(t), 1], block, layout)
 
     tiles = configs.cdiv(rows, BLOCK_M) * configs.cdiv(out_features, config.block_n)
-    with ln.launch_guard(x):
+    with launch.device_guard(x):
         _linear_hopper_fwd_kernel[(min(tiles, configs.multiprocessors_of(x.device)),)](
             out,
             descriptor(x, rows, [BLOCK_M, BLOCK_K]),
             descriptor(weight, out_features, [config.block_n, BLOCK_K]),
-            moments, moments_out and moments_out.values, ln.vector(column_sum), ln.vector(bias), residual,
+            partials, partials_out and partials_out.values, launch.vector(column_sum), launch.vector(bias), residual,
             rows, out_features, in_features, eps,
             ACTIVATION=activation,
             ALIGN_N=math.gcd(16, out_features),
-            PART=part,
-            PARTS=1 if norm is None else min(32, configs.power_of_two(configs.cdiv(in_features, part))),
+            PARTIAL_WIDTH=partial_width,
+            PARTIALS_PER_STEP=1 if norm is None else partials_per_step(in_features, partial_width),
             GROUP_M=config.group_m,
             STAGES=config.num_stages,
             num_warps=4,
             maxnreg=REGISTERS,
         )  # fmt: skip
-    return out, moments_out
+    return out, partials_out

@@ -22,14 +22,13 @@ was widened from fewer bits.
 Limits: float64 weights in the interpreter only.
 """
 
-import contextlib
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, launch
 from .arguments import check_rows
 
 
@@ -133,19 +132,9 @@ def _patch_embed_fwd_kernel(
         tl.store(out, tl.load(prefix, mask=mask, other=0.0).to(DTYPE), mask=mask)
 
 
-INTERPRETED = not isinstance(_patch_embed_fwd_kernel, triton.JITFunction)
-
-
 def not_supported_reasons(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
     """Why the kernel cannot take the arguments; an empty list where it can. The batch size plays no part."""
-    if INTERPRETED:
-        return []
-    reasons = []
-    if images.device.type != "cuda":
-        reasons.append(f"Triton runs on CUDA devices, not on {images.device.type} (unless it interprets)")
-    if weight.dtype == torch.float64:
-        reasons.append("float64 runs only in Triton's interpreter")
-    return reasons
+    return launch.device_reasons(weight)
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,15 +165,14 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     out = torch.empty(batch, prefix + tokens, dim, dtype=weight.dtype, device=images.device)
     if out.numel() == 0:
         return out
-    acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     mean, std = (None if values is None else tuple(map(float, values)) for values in (mean, std))
-    table = _pixel_table(channels, mean, std, unit, acc_dtype, images.device)
+    table = _pixel_table(channels, mean, std, unit, launch.stat_dtype(weight.dtype), images.device)
     if weight.dtype == torch.float32:
         images = images.to(torch.float32)
     channels_inner = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
     weight = _flat_weight(weight, channels_inner)
-    rows, precision = batch * tokens, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    rows, precision = batch * tokens, launch.dot_precision()
     if config is None:
         config = configs.pick_patch_embed_config(rows, dim, weight.dtype, precision)
     row_tiles = configs.cdiv(rows, config.block_m) + configs.cdiv(batch * prefix, config.block_m)
@@ -192,7 +180,7 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     prefix_strides = (0, 0, 0)
     if prefix:
         prefix_strides = prefix_tokens.stride() if prefix_tokens.shape[0] > 1 else (0, *prefix_tokens.stride()[1:])
-    with torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext():
+    with launch.device_guard(images):
         _patch_embed_fwd_kernel[(row_tiles * configs.cdiv(dim, config.block_n),)](
             out,
             images,
@@ -218,9 +206,9 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
             STEP_W=stride[1],
             STRIDE_WN=weight.stride(0),
             CHANNELS_INNER=channels_inner,
-            ACC=tl.float64 if acc_dtype == torch.float64 else tl.float32,
+            ACC=launch.accumulator(weight.dtype),
             PRECISION=precision,
-            UPCAST=INTERPRETED and weight.dtype == torch.bfloat16,
+            UPCAST=launch.INTERPRETED and weight.dtype == torch.bfloat16,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .folding import E4M3, TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK
 from .tracing import is_transformed, transform_reasons, untraced
 
 _ACTIVATION = {
@@ -304,54 +305,7 @@ def attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse):
     return tuple(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv))
 
 
-# prepared_blocks: transformer blocks whose LayerNorm and LayerScale are folded into their projections.
-
-TENSORS_PER_BLOCK = 10
-
-
-def _without_layer_norm(weight, bias, ln_weight, ln_bias):
-    """(weight, bias) in float64 such that LN(x) weightᵀ + bias becomes that of an LN without parameters.
-
-    Each row of weight · ln_weight is centred, which a normalised x does not see.
-    """
-    wide = weight.double()
-    folded = wide if ln_weight is None else wide * ln_weight.double()
-    shift = wide.new_zeros(wide.shape[0]) if ln_bias is None else wide @ ln_bias.double()
-    return folded - folded.mean(1, keepdim=True), shift if bias is None else shift + bias.double()
-
-
-def _without_layer_scale(weight, bias, gamma):
-    """(weight, bias) in float64 such that gamma · (x weightᵀ + bias) needs no gamma."""
-    wide = weight.double()
-    shift = wide.new_zeros(wide.shape[0]) if bias is None else bias.double()
-    return (wide, shift) if gamma is None else (wide * gamma.double()[:, None], shift * gamma.double())
-
-
-def fold_layer_norm(weight, bias, ln_weight, ln_bias):
-    """(weight, its row sums [out], bias [out]) that take an LN without parameters.
-
-    The weight is rounded to its dtype after its rows are centred, the sums are those of the rounded weight. Sums and
-    bias are float32 (float64 for float64), computed in float64.
-    """
-    folded, shift = _without_layer_norm(weight, bias, ln_weight, ln_bias)
-    rounded, stat = folded.to(weight.dtype), _stat_dtype(weight)
-    return rounded, rounded.double().sum(1).to(stat), shift.to(stat)
-
-
-def fold_layer_scale(weight, bias, gamma):
-    """(weight, bias) that need no gamma; the bias is float32 (float64 for float64)."""
-    folded, shift = _without_layer_scale(weight, bias, gamma)
-    return folded.to(weight.dtype), shift.to(_stat_dtype(weight))
-
-
-def prepare_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2):
-    """The ten tensors of a block. norm: (weight, bias) of a LayerNorm; the others (weight, bias); gamma or None."""
-    return (
-        *fold_layer_norm(*qkv, *norm1),
-        *fold_layer_scale(*proj, gamma1),
-        *fold_layer_norm(*fc1, *norm2),
-        *fold_layer_scale(*fc2, gamma2),
-    )
+# prepared_blocks: transformer blocks whose LayerNorm and LayerScale are folded into their projections (``folding``).
 
 
 def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
@@ -368,70 +322,6 @@ def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
 
 
 # fp8_blocks: transformer blocks whose matrix products are taken in float8 e4m3.
-
-TENSORS_PER_FP8_BLOCK = 14
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-# What rounding adds to a bound: x̂ and the weights of a softmax are rounded (2^-4, 2^-8), sums in float32 are not exact.
-_SLACK = 1.07
-
-
-def power_of_two_scale(bound):
-    """The largest power of two that keeps bound · scale ≤ 448; 1 where the bound is 0, NaN where it is not finite."""
-    exponent = torch.frexp(E4M3_MAX / bound.double()).exponent
-    scale = torch.exp2((exponent - 1).clamp(-100, 100).double())
-    return torch.where(bound.isfinite(), torch.where(bound > 0, scale, 1.0), math.nan)
-
-
-def quantise_rows(weight):
-    """(e4m3 [N, K], float64 [N]): weight ≈ e4m3 · scale, each row by a power of two, so that nothing else rounds."""
-    scale = power_of_two_scale(weight.abs().amax(1))
-    return (weight * scale[:, None]).to(torch.float32).to(E4M3), 1 / scale
-
-
-def fp8_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2, activation):
-    """The fourteen tensors of a block; arguments as in ``prepare_block``.
-
-        norm_scale [C]     what x̂, the normalised x, is multiplied with before it is rounded to e4m3
-        weight, weight_scale, bias of qkv, proj, fc1, fc2;  hidden_scale, likewise of act(fc1)
-
-    No scale needs data. A row of x̂ has the norm √C at most, hence |x̂| < √C and |x̂ · w + b| ≤ √C·‖w‖ + |b|; what
-    attention puts out is a mean of values v; no activation exceeds its argument. e4m3 keeps its relative precision
-    over 2^15, so that a scale that lets the bound just reach 448 still rounds everyday values, √C below it, as the
-    best scale would, and no value saturates. Channels of v and of the hidden layer have a power of two of their own;
-    the columns of the next weight take it back.
-    """
-    width = qkv[0].shape[1]
-    longest = _SLACK * math.sqrt(width)
-    norm_scale = power_of_two_scale(qkv[0].new_tensor(math.sqrt(max(width - 1, 1)), dtype=torch.float64))
-
-    def project(linear, norm):
-        """Quantised weight, its scale without that of x̂, the bias, and what bounds each output."""
-        folded, shift = _without_layer_norm(*linear, *norm)
-        weight, scale = quantise_rows(folded)
-        bound = longest * (weight.double() * scale[:, None]).norm(dim=1) + shift.abs()
-        return weight, scale / norm_scale, shift, bound
-
-    def end(linear, gamma, scale):
-        folded, shift = _without_layer_scale(*linear, gamma)
-        return *quantise_rows(folded / scale), shift
-
-    qkv_weight, qkv_scale, qkv_bias, bound = project(qkv, norm1)
-    value_scale = power_of_two_scale(bound[2 * width :])
-    channel_scale = torch.cat([torch.ones_like(bound[: 2 * width]), value_scale])
-    fc1_weight, fc1_scale, fc1_bias, bound = project(fc1, norm2)
-    if activation == "swiglu":
-        gate, value = bound.chunk(2)
-        bound = gate * value
-    hidden_scale = power_of_two_scale(bound)
-    tensors = (
-        norm_scale.expand(width),
-        qkv_weight, qkv_scale * channel_scale, qkv_bias * channel_scale,
-        *end(proj, gamma1, value_scale),
-        fc1_weight, fc1_scale, fc1_bias, hidden_scale,
-        *end(fc2, gamma2, hidden_scale),
-    )  # fmt: skip
-    return tuple((t if t.dtype == E4M3 else t.to(torch.float32)).contiguous() for t in tensors)
 
 
 def fp8_linear(x, weight, weight_scale, bias, activation=None, *, out_scale=None, residual=None, out_dtype=None):
@@ -462,21 +352,6 @@ def _fp8_norm(x, norm_scale, eps):
 
 
 # patch_embed: [B, in, H, W] → [B, K + N, C].
-
-
-def fold_pixel_normalisation(weight, bias, mean, std, from_uint8):
-    """weight and bias that take raw pixels: conv((pixel/255 − mean)/std) for uint8, conv((pixel − mean)/std) else."""
-    if mean is None and std is None and not from_uint8:
-        return weight, bias
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    channels = weight.shape[1]
-    scale = wide.new_tensor(std or [1.0] * channels).view(1, -1, 1, 1) * (255.0 if from_uint8 else 1.0)
-    folded = (wide / scale).to(weight.dtype)
-    if mean is not None:
-        offset = wide.new_tensor(mean).view(1, -1, 1, 1) * (255.0 if from_uint8 else 1.0)
-        shift = (folded.to(wide.dtype) * offset).sum((1, 2, 3))
-        bias = -shift if bias is None else bias.to(wide.dtype) - shift
-    return folded, bias
 
 
 def normalise_pixels(images, mean, std, dtype):

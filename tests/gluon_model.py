@@ -270,7 +270,7 @@ def _halves(t, dim):
     return np.split(t, 2, axis=dim)
 
 
-def _finish(acc, mean, rstd, out, moments, column_sum, bias, residual, top, left, rows, columns, activation):
+def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, left, rows, columns, activation):
     """An epilogue that stores the sums and takes its time."""
     _machine().pause()
     height, width = (max(0, min(size, most)) for size, most in zip(acc.shape, (rows - top, columns - left)))
@@ -283,17 +283,17 @@ def _finish(acc, mean, rstd, out, moments, column_sum, bias, residual, top, left
 def functions(module, changed=("", "", "")):
     """Name → Python function of a kernel file's device functions; ``changed``: (function, its text, another text)."""
     space = dict(
-        vars(module), gl=gl, mbarrier=mbarrier, tma=tma, fence_async_shared=lambda: None,
-        warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
+        vars(module), gl=gl, tl=types.SimpleNamespace(constexpr=None, minimum=min), mbarrier=mbarrier, tma=tma,
+        fence_async_shared=lambda: None, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
     )  # fmt: skip
     name, old, new = changed
     for key, value in vars(module).items():
-        if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__:
+        if isinstance(value, triton.JITFunction) and value.fn.__module__.startswith("vit_fast.kernels."):
             source = value.src
             if key == name:
                 assert source.count(old) == 1, f"{source.count(old)} times in {key}: {old}"
                 source = source.replace(old, new)
             exec(compile(source, module.__file__, "exec"), space)
-    place = space["_place"]
-    space.update(_halves=_halves, _finish=_finish, _place=lambda *a: tuple(Int(number) for number in place(*a)))
+    place = space["tile_position"]
+    space.update(_halves=_halves, _finish=_finish, tile_position=lambda *a: tuple(Int(number) for number in place(*a)))
     return space

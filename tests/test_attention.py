@@ -89,15 +89,15 @@ def test_key_chunks_cover_the_keys(kernels):
     assert [width for _, width in kernels._key_chunks(257)] == [128, 128, 16]
 
 
-def test_head_parts_pad_to_the_next_16_only(kernels):
+def test_head_slices_pad_to_the_next_16_only(kernels):
     for head_size in range(1, 257):
-        parts = kernels._head_parts(head_size)
+        parts = kernels._head_slices(head_size)
         widths = [width for _, width in parts]
         assert [first for first, _ in parts] == [sum(widths[:i]) for i in range(len(widths))]
         assert all(width in (16, 32, 64, 128, 256) for width in widths) and len(widths) <= 3
         assert sum(widths) == (256 if 224 < head_size <= 240 else -(-head_size // 16) * 16)
-    assert [width for _, width in kernels._head_parts(80)] == [64, 16]
-    assert [width for _, width in kernels._head_parts(104)] == [64, 32, 16]
+    assert [width for _, width in kernels._head_slices(80)] == [64, 16]
+    assert [width for _, width in kernels._head_slices(104)] == [64, 32, 16]
 
 
 @pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
@@ -105,7 +105,7 @@ def test_every_shape_has_a_config_whose_keys_fit(kernels, arch):
     """Resident keys stay within the chunks that exist, and two dots never see a K below 16."""
     limit = 227 * 1024 if arch in (90, 100) else 99 * 1024
     for head_size in range(1, 257):
-        width = sum(part for _, part in kernels._head_parts(head_size))
+        width = sum(part for _, part in kernels._head_slices(head_size))
         for queries, keys in ((1, 300), (1, 1), (17, 17), (50, 50), (197, 197), (257, 257), (577, 577), (4000, 4000)):
             for dtype in DTYPES:
                 tiles = configs.pick_attention_config(queries, keys, head_size, dtype, False, arch)
@@ -397,10 +397,10 @@ def test_reasons(kernels):
     assert any("head size 300" in reason for reason in kernels.not_supported_reasons(qkv, 2))
     q = torch.zeros(2, 5, 512)
     fits = kernels.not_supported_reasons(q, 2, k=q, v=q)
-    assert kernels._INTERPRETED or any("cpu" in reason for reason in fits)
-    assert not kernels._INTERPRETED or not fits
+    assert kernels.launch.INTERPRETED or any("cpu" in reason for reason in fits)
+    assert not kernels.launch.INTERPRETED or not fits
     double = kernels.not_supported_reasons(q.double(), 2, k=q.double(), v=q.double())
-    assert any("float64" in reason for reason in double) != kernels._INTERPRETED
+    assert any("float64" in reason for reason in double) != kernels.launch.INTERPRETED
     meta = torch.zeros(2, 5, 96, device="meta", dtype=torch.int32)
     assert any("int32" in reason for reason in kernels.not_supported_reasons(meta, 2))
 

@@ -78,10 +78,12 @@ def test_a_wrong_layer_is_found_where_it_is(factor, passed):
 
 def test_float64_is_held_to_the_digits_that_sums_keep():
     """Eager is golden itself there, and the fused branches add in another order."""
-    model = small(torch.float64)
-    assert vit_fast.check(model).passed
+    model = vit_fast.systems.clip.build("openai", patch_size=8, width=16, layers=2, heads=2, input_resolution=16)
+    parity.perturb(model)
+    found = vit_fast.check(model.eval().double())
+    assert found.passed and found.outputs[0].parity.error > 0
     calls = []
-    model.blocks[1].mlp.register_forward_hook(
+    model.transformer.resblocks[1].mlp.register_forward_hook(
         lambda module, inputs, y: calls.append(y) or y * (1 + (len(calls) == 1) * 1e-9)
     )
     assert not vit_fast.check(model).passed and len(calls) > 1

@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vit_fast.kernels import reference
 
 import vit_fast
 from vit_fast import cli, parity
+from vit_fast.backends.torch import TORCH
 from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
 from vit_fast.cli import compare, measure, photographs, report, rivals, scaled_mm
@@ -433,7 +433,7 @@ def test_float8_that_is_not_supported_is_told(words, told, json_file):
 @pytest.mark.parametrize("fault", ["quantised weights", "kernel", "not in float8"])
 def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, monkeypatch):
     """A fault of the quantised weights is one of their plain form too; a fault of a kernel is not."""
-    shipped, run_plainly = vit_fast.prepare, reference.fp8_blocks
+    shipped, run_plainly = vit_fast.prepare, TORCH.forward["fp8_blocks"]
 
     def prepare(model, precision=None):
         if precision == "fp8" and fault == "not in float8":
@@ -449,7 +449,7 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
 
     monkeypatch.setattr(vit_fast, "prepare", prepare)
     if fault == "kernel":
-        monkeypatch.setattr(reference, "fp8_blocks", fp8_blocks)
+        monkeypatch.setitem(TORCH.forward, "fp8_blocks", fp8_blocks)
     assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 1
     plain, prepared, float8, eager, _ = json.loads(json_file.read_text())
     told = {"not in float8": "failed: no block ran in float8"}.get(fault, "parity failed")
@@ -532,7 +532,7 @@ def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch)
 
     def seconds(call, device):
         found = shipped(call, device)
-        return (3000.0, found[1]) if vit_fast.backends._recorder.get() is not None else found
+        return (3000.0, found[1]) if vit_fast.backends.select._recorder.get() is not None else found
 
     monkeypatch.setattr(measure, "seconds", seconds)
     monkeypatch.setattr(compare.torch, "compile", lambda model, **words: model)
@@ -801,7 +801,7 @@ def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
 
 
 def test_a_backend_of_the_environment_that_cannot_run_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(vit_fast.backends, "_ENVIRONMENT", "cuda")
+    monkeypatch.setattr(vit_fast.backends.select, "_ENVIRONMENT", "cuda")
     assert run(*QUICK) == 2
     assert "Invalid value for VIT_FAST_BACKEND" in " ".join(capsys.readouterr().err.split())
 

@@ -58,7 +58,7 @@ def run(scenario, *arguments, backend="torch"):
 def operations():
     """All seven operations on fixed inputs."""
     import torch
-    from vit_fast.kernels import reference
+    from vit_fast.kernels import folding
 
     from vit_fast import ops
 
@@ -71,7 +71,7 @@ def operations():
     w1, b1, w2, b2, norm = randn(64, 32), randn(64), randn(32, 64), randn(32), randn(32)
     branches = ((randn(96, 32), randn(96)), (randn(32, 32), b2), norm), ((w1, b1), (w2, b2), norm)
     parts = ((norm, b2), *branches[0], (norm, b2), *branches[1])
-    weights, quantised = reference.prepare_block(*parts), reference.fp8_block(*parts, "gelu")
+    weights, quantised = folding.prepare_block(*parts), folding.fp8_block(*parts, "gelu")
     return [
         ops.patch_embed(images, randn(32, 3, 8, 8), norm, randn(1, 4, 32), randn(1, 1, 32), 8),
         ops.attention(qkv, 2, 0.25),

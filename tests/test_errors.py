@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import bfloat16, complex64, float16, float64, inf, int32, int64, nan, nn, ones, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
-from vit_fast import backends, ops, weights
+from vit_fast import ops, weights
+from vit_fast.backends import select
 
 GOOD = {
     "attention": dict(qkv=ones(2, 5, 24), num_heads=2, scale=0.5),
@@ -39,14 +40,14 @@ GOOD = {
     ),
     "prepared_blocks": dict(
         x=ones(2, 3, 4), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
-        weights=reference.prepare_block(
+        weights=folding.prepare_block(
             *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
             *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)),
         ),
     ),
     "fp8_blocks": dict(
         x=ones(2, 3, 4).half(), num_heads=2, scale=0.5, activation="gelu", eps1=1e-6, eps2=1e-6,
-        weights=reference.fp8_block(
+        weights=folding.fp8_block(
             *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
             *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)), "gelu",
         ),
@@ -413,7 +414,7 @@ def test_forced_triton_and_strict_mode(op, changes, reason, no_launch, monkeypat
     message = f"vit_fast.{op}: backend 'triton' was forced and cannot run: {reason}"
     with vit_fast.backend("triton"), raises_first(UnsupportedError, message):
         getattr(ops, op)(**GOOD[op] | changes)
-    monkeypatch.setattr(backends, "_STRICT", "1")
+    monkeypatch.setattr(select, "_STRICT", "1")
     message = f"vit_fast.{op}: triton cannot run this (VIT_FAST_STRICT=1): {reason}"
     with raises_first(UnsupportedError, message):
         getattr(ops, op)(**GOOD[op] | changes)
@@ -426,7 +427,7 @@ BACKENDS = "expected one of auto, triton, cuda, cpu, torch"
 def test_backend_word(word):
     with raises(ValueError, f"vit_fast.backend: backend is {word!r}, {BACKENDS}"), vit_fast.backend(word):
         pytest.fail("the block was entered")
-    assert backends.requested() == "auto"
+    assert select.requested() == "auto"
 
 
 @pytest.mark.parametrize(
@@ -439,7 +440,7 @@ def test_backend_word(word):
 )
 @pytest.mark.parametrize("op", GOOD)
 def test_environment_word(op, variable, word, message, monkeypatch):
-    monkeypatch.setattr(backends, variable, word)
+    monkeypatch.setattr(select, variable, word)
     with raises_first(ValueError, message):
         getattr(ops, op)(**GOOD[op])
 

@@ -1,4 +1,4 @@
-"""kernels/fp8_blocks.py, its parts, and the quantisation of kernels/reference.py.
+"""kernels/fp8_blocks.py, its parts, and the quantisation of kernels/folding.py.
 
 Scales are bounds: that no input exceeds them is tried with inputs made to reach them. A kernel that rounds to e4m3 is
 held to float64 rounded once, everything else to the error budget, where the same formula in PyTorch stands for eager.
@@ -18,18 +18,18 @@ from test_on_gpu import NO_FLOAT8
 from test_prepared_blocks import EPS, HEADS, SCALE, block, formula, normalised
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
-from vit_fast.kernels import configs, reference
+from vit_fast.kernels import configs, folding, reference
 
 import vit_fast
 from vit_fast import ops
 
-E4M3, SIZE = torch.float8_e4m3fn, reference.TENSORS_PER_FP8_BLOCK
+E4M3, SIZE = torch.float8_e4m3fn, folding.TENSORS_PER_FP8_BLOCK
 WORDS = [word for word in ACTIVATIONS if word]
 DTYPES = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 
 
 def quantised(blocks, activation):
-    return [tensor for parts in blocks for tensor in reference.fp8_block(*parts, activation)]
+    return [tensor for parts in blocks for tensor in folding.fp8_block(*parts, activation)]
 
 
 def assert_rounded_once(actual, golden, slack=2.0**-7):
@@ -67,21 +67,21 @@ def assert_errs_as(actual, eager, golden):
     ),
 )
 def test_scale_is_the_largest_power_of_two_under_the_bound(bound, scale):
-    actual = reference.power_of_two_scale(torch.tensor(bound, dtype=torch.float64)).item()
+    actual = folding.power_of_two_scale(torch.tensor(bound, dtype=torch.float64)).item()
     assert actual == scale or (math.isnan(scale) and math.isnan(actual))
 
 
 def test_rows_of_a_weight_are_rounded_once():
     weight = torch.randn(40, 96, dtype=torch.float64) * torch.logspace(-3, 3, 40, dtype=torch.float64)[:, None]
     weight[3] = 0
-    rows, scale = reference.quantise_rows(weight)
+    rows, scale = folding.quantise_rows(weight)
     assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
     assert_rounded_once(rows, weight / scale[:, None])
     assert (rows.double().abs().amax(1) >= 224).sum() == 39
-    again, its_scale = reference.quantise_rows(rows.double() * scale[:, None])
+    again, its_scale = folding.quantise_rows(rows.double() * scale[:, None])
     assert torch.equal(again.double() * its_scale[:, None], rows.double() * scale[:, None])
     weight[5, 7] = math.inf
-    assert reference.quantise_rows(weight)[0].isnan().any(1).nonzero().flatten().tolist() == [5]
+    assert folding.quantise_rows(weight)[0].isnan().any(1).nonzero().flatten().tolist() == [5]
 
 
 def unrounded(x, weights, num_heads, scale, activation, eps1, eps2):
@@ -139,7 +139,7 @@ def one_block(width, activation, seed=0):
 @pytest.mark.parametrize("width", (1, 2, 48, 768))
 def test_no_input_exceeds_a_bound(width, activation):
     """Inputs as large as LayerNorm lets them be, along each row of a weight: none saturates, some come near."""
-    norm_scale, *rest = reference.fp8_block(*one_block(width, activation), activation)
+    norm_scale, *rest = folding.fp8_block(*one_block(width, activation), activation)
     qkv, fc1, hidden_scale = rest[:3], rest[6:9], rest[9]
     spikes = torch.eye(width, dtype=torch.float64)[:64] * 1e4
     largest = (normalised(spikes, None, None, 1e-30) * norm_scale.double()).abs().max().item()
@@ -162,11 +162,11 @@ def test_channels_of_no_weight_and_bad_weights():
     parts = list(one_block(16, "gelu"))
     parts[1] = (parts[1][0].clone(), parts[1][1].clone())
     parts[1][0][40], parts[1][1][40] = 0, 0  # a value channel that is always 0
-    weights = reference.fp8_block(*parts, "gelu")
+    weights = folding.fp8_block(*parts, "gelu")
     assert all(t.float().isfinite().all() for t in weights)
     for broken in (math.nan, math.inf):
         parts[6][0][3, 2] = broken
-        weights = reference.fp8_block(*parts, "gelu")
+        weights = folding.fp8_block(*parts, "gelu")
         out = reference.fp8_blocks(torch.randn(1, 5, 16).half(), weights, 2, 0.3, "gelu", *EPS)
         assert out.isnan().all((0, 1)).nonzero().tolist() == [[3]] and out.isnan().sum() == 5
 
@@ -181,7 +181,7 @@ def test_tiles_of_an_architecture(arch):
 
 
 def test_tiles_of_float8():
-    """Few tiles are small, but for tcgen05; swiglu has two accumulators; scattered loads take less at a time."""
+    """Few tiles are small, but for tcgen05; swiglu has two accumulators; unaligned loads take less at a time."""
     config = configs.LinearConfig
     for arch, many, few in (
         (89, config(128, 128, 64, 8, 8, 3, False), config(64, 64, 64, 8, 4, 4, False)),
@@ -191,10 +191,10 @@ def test_tiles_of_float8():
     ):
         for rows, wanted in ((50432, many), (197, few)):
             assert configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, False, arch) == wanted
-            scattered = configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, True, arch)
+            unaligned = configs.pick_linear_config(rows, 768, False, E4M3, E4M3, False, True, arch)
             small = rows == 197 and arch != 100
             tile = (64, 64, 32, 8, 4, 3) if small else (128, 64, 32, 8, 8, 3)
-            assert scattered == config(*tile, arch in (90, 100))
+            assert unaligned == config(*tile, arch in (90, 100))
             half = dataclasses.replace(wanted, block_n=wanted.block_n // 2)
             assert configs.pick_linear_config(rows, 768, True, E4M3, E4M3, False, False, arch) == half
 
@@ -202,7 +202,7 @@ def test_tiles_of_float8():
 def parts_of_linear(rows, out_features, in_features, activation):
     """x and weight in e4m3, weight_scale, bias, and the scale of an out in e4m3."""
     x = (torch.randn(rows, in_features) * 16).to(E4M3)
-    weight, scale = reference.quantise_rows(torch.randn(out_features, in_features, dtype=torch.float64))
+    weight, scale = folding.quantise_rows(torch.randn(out_features, in_features, dtype=torch.float64))
     width = out_features // 2 if activation == "swiglu" else out_features
     bias, out_scale = torch.randn(out_features), 2.0 ** torch.randint(-3, 4, (width,))
     return x, weight, scale.float() / 16 / in_features**0.5, bias, out_scale
@@ -249,15 +249,15 @@ def test_linear_adds_the_residual_and_splits_its_sums(splits, dtype):
     x, weight, scale, *_ = parts_of_linear(20, 48, 200, None)
     residual = torch.randn(20, 96).to(dtype)[:, ::2]
     config = configs.LinearConfig(16, 32, 16, 8, 4, 2, False, splits)
-    arrivals = torch.zeros(8, dtype=torch.int32)
-    out = fp8_linear(x, weight, scale, None, residual=residual, arrivals=arrivals, config=config)
+    semaphore = torch.zeros(8, dtype=torch.int32)
+    out = fp8_linear(x, weight, scale, None, residual=residual, semaphore=semaphore, config=config)
     eager = reference.fp8_linear(x, weight, scale, None, residual=residual)
     assert_within_budget(out, eager, exact_linear(x, weight, scale, torch.zeros(48), None, residual=residual))
     tiles = 2 * 2
-    assert arrivals.tolist() == [splits if splits > 1 else 0] * tiles + [0] * 4
+    assert semaphore.tolist() == [splits if splits > 1 else 0] * tiles + [0] * 4
     spread = fp8_linear(
         x.repeat(1, 2)[:, :200], weight.t().contiguous().t(), torch.stack([scale, scale], 1)[:, 0], None,
-        residual=residual, arrivals=torch.zeros(8, dtype=torch.int32), config=config,
+        residual=residual, semaphore=torch.zeros(8, dtype=torch.int32), config=config,
     )  # fmt: skip
     assert torch.equal(spread, out)
 
@@ -367,7 +367,7 @@ def test_what_triton_cannot_runs_on_torch():
 
 
 def test_capability_is_a_reason(monkeypatch):
-    from vit_fast.kernels import fp8_blocks
+    from vit_fast.kernels import fp8_blocks, launch
     from vit_fast.kernels import layer_norm as ln
 
     class OnCuda:
@@ -379,7 +379,7 @@ def test_capability_is_a_reason(monkeypatch):
             return self
 
     weights = quantised([block(16, 24, "gelu", torch.float16)], "gelu")
-    monkeypatch.setattr(ln, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     for arch, told in ((80, ["float8 needs capability 8.9, the device has 8.0"]), (89, []), (90, [])):
         monkeypatch.setattr(configs, "arch_of", lambda device, arch=arch: arch)
         monkeypatch.setattr(ln, "not_supported_reasons", lambda *_: [])
@@ -399,6 +399,6 @@ def test_gpu_blocks(batch, tokens, width, hidden, dtype):
     with vit_fast.backend("triton"):
         out = ops.fp8_blocks(x, weights, *words)
         assert torch.equal(out, ops.fp8_blocks(x, weights, *words))
-    weights_of_blocks = [t.double() for parts in blocks for t in reference.prepare_block(*parts)]
+    weights_of_blocks = [t.double() for parts in blocks for t in folding.prepare_block(*parts)]
     golden = reference.prepared_blocks(x.double(), weights_of_blocks, *words)
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), golden)

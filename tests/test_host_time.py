@@ -21,7 +21,7 @@ def test_launches_are_counted_and_timed(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(path.read_text())
     assert told["model"] == "vit_tiny_patch16_224" and told["triton"] and told["cpu"] and told["batch_size"] == 1
-    # Patch embedding and last norm; seven a block, or five and the moments of the first rows; seven in float8.
+    # Patch embedding and last norm; seven a block, or five and the partials of the first rows; seven in float8.
     assert {row["form"]: row["launches"] for row in told["rows"]} == {"plain": 86, "prepared": 63, "fp8": 86}
     assert all(0.1 < row["fastest_ms"] <= row["median_ms"] for row in told["rows"])
     assert "prepared" in done.stdout and "63" in done.stdout

@@ -1,7 +1,7 @@
 """Offsets beyond 2³¹ elements in every tensor of every kernel, on memory that is reserved and never used.
 
 Inputs: each stride in turn steps over 2³¹ elements (the kernels' own test files do so for attention, LayerNorm and
-linear; here patch embedding and the moments of rows). Outputs, residuals and statistics: a problem whose result has
+linear; here patch embedding and the partials of rows). Outputs, residuals and statistics: a problem whose result has
 more than 2³¹ elements, of which only the last programs run; what they leave is compared with the reference on the last
 rows.
 """
@@ -77,7 +77,7 @@ def test_linear_output_and_residual(large_outputs, tma):
     torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
 
 
-def test_row_moments(large_outputs):
+def test_row_partials(large_outputs):
     """More rows than an int32 counts, of one column; and rows that begin beyond it."""
     from vit_fast.kernels import layer_norm
 
@@ -85,23 +85,23 @@ def test_row_moments(large_outputs):
         x = reserved(rows, width, dtype=torch.float16)
         x[-1].copy_(torch.randn(width))
         tiles = configs.LayerNormConfig(rows=4, block=64, num_warps=4)
-        values, _ = layer_norm.row_moments(x, tiles)
+        values, _ = layer_norm.row_partials(x, tiles)
         rest = x[-1].float() - x[-1].float().mean()
         assert values.shape == (2, 1, rows) and not values[0, 0, 0].any()
         torch.testing.assert_close(values[:, 0, -1], torch.stack([x[-1].float().mean(), rest.square().sum()]))
         del x, values
 
 
-def test_linear_moments(large_outputs):
-    """Two parts of 2³⁰ rows: moments of both sorts beyond 2³¹ elements, written and read."""
+def test_linear_partials(large_outputs):
+    """Two parts of 2³⁰ rows: partials of both sorts beyond 2³¹ elements, written and read."""
     from vit_fast.kernels import layer_norm, linear
 
     rows, width = 2**30 + 64, 17
     row, weight, bias = torch.randn(1, width).half(), torch.zeros(width, 16).half(), torch.randn(1)
     tiles = configs.LinearConfig(16, 32, 16, 2, 4, 2, False)
     x = torch.zeros(1, 16).half().expand(rows, 16)
-    out, moments = linear.linear_moments(x, weight, None, row.expand(rows, width), config=tiles)
-    values, part = moments
+    out, partials = linear.linear_with_partials(x, weight, None, row.expand(rows, width), config=tiles)
+    values, part = partials
     assert values.shape == (2, 2, rows) and rows * 2 > 2**31 and not values[:, :, 0].any()
     assert torch.equal(out[-1:], row)
     (means, squares), wide = values[:, :, -1], row.float()
@@ -109,8 +109,8 @@ def test_linear_moments(large_outputs):
     torch.testing.assert_close(squares, torch.stack([(wide[0, :part] - means[0]).square().sum(), torch.tensor(0.0)]))
     del out
     weight = torch.randn(1, width).half()
-    x, moments = row.expand(rows, width), layer_norm.Moments(values, part)
-    out = linear.folded_linear(x, moments, 1e-6, weight, weight.float().sum(1), bias, config=tiles)
+    x, partials = row.expand(rows, width), layer_norm.RowPartials(values, part)
+    out = linear.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), bias, config=tiles)
     expected = reference.layer_norm_linear(row, None, None, 1e-6, weight, bias.half())
     assert not out[0].any()
     torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
@@ -123,7 +123,7 @@ def test_partial_sums(large_outputs):
     rows, width = 16 * (2**19 + 2), 128
     x, weight = torch.randn(1, width).half().expand(rows, width), torch.randn(32, width).half() / 16
     residual = torch.zeros(1, 32).half().expand(rows, 32)
-    tiles = configs.LinearConfig(16, 32, 16, 1, 4, 2, False, splits=8)
+    tiles = configs.LinearConfig(16, 32, 16, 1, 4, 2, False, split_k=8)
     with sanitizer.only_programs(lambda count: range(count - 8, count)):
         out = linear.linear_residual(x, weight, None, None, residual, config=tiles)
     expected = reference.linear_residual(x[-16:], weight, None, None, residual[-16:])

@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
-from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
+from vit_fast.kernels import attention, configs, gemm, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.attention import TensorDescriptor
@@ -36,8 +36,8 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_moments_kernel"),
-    linear: ("_linear_fwd_kernel",),
+    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel"),
+    gemm: ("_linear_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -251,7 +251,7 @@ def _plain(function, language, done):
         for name, value in function.fn.__globals__.items():
             if isinstance(value, triton.JITFunction):
                 space[name] = _plain(value, language, done)
-            elif isinstance(value, types.ModuleType) and value in KERNELS:
+            elif isinstance(value, types.ModuleType) and value.__name__.startswith("vit_fast.kernels."):
                 helpers = {n: v for n, v in vars(value).items() if isinstance(v, triton.JITFunction)}
                 space[name] = types.SimpleNamespace(**{n: _plain(v, language, done) for n, v in helpers.items()})
     return done[function]
@@ -269,16 +269,21 @@ class Launch:
 
     def run(self, program):
         """The arguments after one program has run, as stand-ins: their ``stores`` tell what it wrote."""
-        seen = {}
-        for name in self.kernel.arg_names:
-            value = self.arguments[name]
+
+        def stand_in(value):
             if isinstance(value, torch.Tensor):
-                value = Pointer()
-            elif isinstance(value, TensorDescriptor):
-                value = Descriptor(value)
-            elif type(value) is int and not name.isupper():
-                value = Int.of(value)
-            seen[name] = value
+                return Pointer()
+            if isinstance(value, TensorDescriptor):
+                return Descriptor(value)
+            if hasattr(value, "_fields"):
+                return type(value)(*map(stand_in, value))
+            return Int.of(value) if type(value) is int else value
+
+        seen = {
+            name: value if name.isupper() else stand_in(value)
+            for name in self.kernel.arg_names
+            for value in (self.arguments[name],)
+        }
         _plain(self.kernel, _language(program), {})(**seen)
         return types.SimpleNamespace(**seen)
 
@@ -375,7 +380,7 @@ class LayerNorm(Problem):
             yield width <= launch.BLOCK, "ROWS" in launch.arguments
             yield launch.arguments.get("rows", rows), rows
             yield launch.stride_xc, 1
-            if launch.SPLIT:
+            if launch.TWO_STRIDES:
                 yield (launch.stride_xo, launch.stride_xi, launch.inner), (*x.stride()[:2], tokens)
             elif rows > 1:
                 yield launch.stride_xi, x.stride(1 if tokens > 1 else 0)
@@ -396,17 +401,17 @@ class LayerNorm(Problem):
         return [y.first]
 
 
-class RowMoments(LayerNorm):
+class RowPartials(LayerNorm):
     widest = 16384
 
     @staticmethod
     def call(x, width):
-        moments = layer_norm.row_moments(x)
-        assert moments.width >= width and moments.values.shape == (2, 1, x.numel() // width)
-        return moments.values, 1
+        partials = layer_norm.row_partials(x)
+        assert partials.width >= width and partials.values.shape == (2, 1, x.numel() // width)
+        return partials.values, 1
 
     def written(self, launch, program):
-        mean, squares = launch.run(program).moments_ptr.stores
+        mean, squares = launch.run(program).partials_ptr.stores
         assert squares.first == mean.first + self.out.shape[2]
         return [mean.first]
 
@@ -432,8 +437,9 @@ class Linear(Problem):
             yield (launch.stride_wn, launch.stride_wk), weight.stride()
             if residual is not None:
                 yield launch.rows_per_sample, tokens
-                if launch.SPLIT_RESIDUAL:
-                    yield (launch.stride_ro, launch.stride_ri, launch.residual_inner), (*residual.stride()[:2], tokens)
+                if launch.RESIDUAL_TWO_STRIDES:
+                    strides = launch.residual.stride_outer, launch.residual.stride_inner
+                    yield (*strides, launch.residual_inner), (*residual.stride()[:2], tokens)
 
         def count(launch):
             return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
@@ -445,23 +451,24 @@ class Linear(Problem):
         return cls(bytes_of(x, weight, residual, out), out, count, count, is_corner, passed)
 
 
-class LinearMoments(Problem):
+class LinearWithPartials(Problem):
     @classmethod
     def random(cls, batch, tokens):
         dtype, in_features, out_features = random.choice(DTYPES), random_width(), random_width()
         x, weight = meta(batch, tokens, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype)
         residual = meta(batch, tokens, out_features, dtype=dtype)
-        out, moments = linear.linear_moments(x, weight, meta(out_features), residual)
+        out, partials = linear.linear_with_partials(x, weight, meta(out_features), residual)
         rows = batch * tokens
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield moments.width, launch.BLOCK_N // 2
-            yield moments.values.shape, (2, ceiling(out_features, moments.width), rows)
-            yield launch.moments_out_ptr is moments.values, True
-            if launch.SPLITS > 1:
-                yield launch.partial_ptr.shape, (count(launch), launch.SPLITS, launch.BLOCK_M, launch.BLOCK_N)
-                yield launch.arrivals_ptr.numel() >= count(launch), True
+            yield partials.width, launch.BLOCK_N // 2
+            yield partials.values.shape, (2, ceiling(out_features, partials.width), rows)
+            yield launch.partials_out_ptr is partials.values, True
+            if launch.SPLIT_K > 1:
+                workspace, semaphore = launch.split_k
+                yield workspace.shape, (count(launch), launch.SPLIT_K, launch.BLOCK_M, launch.BLOCK_N)
+                yield semaphore.numel() >= count(launch), True
 
         def count(launch):
             return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
@@ -470,25 +477,25 @@ class LinearMoments(Problem):
             row, column = divmod(element, out_features)
             return row % launch.BLOCK_M == column % launch.BLOCK_N == 0
 
-        memory = bytes_of(x, weight, residual, out, moments.values)
-        return cls(memory, out, lambda launch: count(launch) * launch.SPLITS, count, is_corner, passed)
+        memory = bytes_of(x, weight, residual, out, partials.values)
+        return cls(memory, out, lambda launch: count(launch) * launch.SPLIT_K, count, is_corner, passed)
 
     def written(self, launch, program):
         """Where each of the programs of a tile would finish it.
 
-        Moments are those of the left half of the tile, then those of the right one, which may lie beyond the last part.
+        Partials are those of the left half of the tile, then those of the right one, which may lie beyond the last one.
         """
         seen = launch.run(program)
-        if launch.SPLITS > 1:
-            tile, size = program // launch.SPLITS, launch.BLOCK_M * launch.BLOCK_N
-            assert [store.first for store in seen.partial_ptr.stores] == [program * size]
-            parts = range(tile * launch.SPLITS, (tile + 1) * launch.SPLITS)
-            assert [load.first for load in seen.partial_ptr.loads] == [part * size for part in parts]
-            assert [count.first for count in seen.arrivals_ptr.stores] == [tile]
+        if launch.SPLIT_K > 1:
+            tile, size = program // launch.SPLIT_K, launch.BLOCK_M * launch.BLOCK_N
+            assert [store.first for store in seen.split_k.workspace_ptr.stores] == [program * size]
+            parts = range(tile * launch.SPLIT_K, (tile + 1) * launch.SPLIT_K)
+            assert [load.first for load in seen.split_k.workspace_ptr.loads] == [part * size for part in parts]
+            assert [count.first for count in seen.split_k.semaphore_ptr.stores] == [tile]
         corner = min(store.first for store in seen.out_ptr.stores)
         row, column = divmod(corner, self.out.shape[-1])
-        _, parts, rows = launch.moments_out_ptr.shape
-        stores = [store.first for store in seen.moments_out_ptr.stores]
+        _, parts, rows = launch.partials_out_ptr.shape
+        stores = [store.first for store in seen.partials_out_ptr.stores]
         left, right = (column // (launch.BLOCK_N // 2) + half for half in range(2))
         assert stores == [(part + which * parts) * rows + row for part in (left, right) for which in range(2)]
         return [corner]
@@ -503,13 +510,13 @@ class FoldedLinear(Problem):
         weight = meta(out_features * (1 + (activation == "swiglu")), in_features, dtype=dtype)
         rows, parts = batch * tokens, ceiling(in_features, part)
         values, vector = meta(2, parts, rows, dtype=torch.float32), meta(weight.shape[0], dtype=torch.float32)
-        out = linear.folded_linear(x, layer_norm.Moments(values, part), 1e-6, weight, vector, vector, activation)
+        out = linear.folded_linear(x, layer_norm.RowPartials(values, part), 1e-6, weight, vector, vector, activation)
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield (launch.moments_ptr is values, launch.column_sum_ptr is vector), (True, True)
-            yield (launch.PART, launch.eps), (part, 1e-6)
-            yield launch.PARTS, next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+            yield (launch.norm.partials_ptr is values, launch.norm.column_sum_ptr is vector), (True, True)
+            yield (launch.PARTIAL_WIDTH, launch.norm.eps), (part, 1e-6)
+            yield launch.PARTIALS_PER_STEP, next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
 
         def count(launch):
             return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
@@ -521,17 +528,17 @@ class FoldedLinear(Problem):
         return cls(bytes_of(x, weight, values, out), out, count, count, is_corner, passed)
 
     def written(self, launch, program):
-        """Parts are read PARTS at a time, the means and the squares, up to the last one."""
+        """Partials are read PARTIALS_PER_STEP at a time, means and M2, up to the last one."""
         seen = launch.run(program)
         corner = min(store.first for store in seen.out_ptr.stores)
-        _, parts, rows = launch.moments_ptr.shape
-        steps = [0, *range(launch.PARTS, parts, launch.PARTS)]
+        _, parts, rows = launch.norm.partials_ptr.shape
+        steps = [0, *range(launch.PARTIALS_PER_STEP, parts, launch.PARTIALS_PER_STEP)]
         steps = steps if len(steps) <= 64 else (*steps[:2], steps[-1])
         row = corner // self.out.shape[-1]
-        loads = [load.first for load in seen.moments_ptr.loads]
+        loads = [load.first for load in seen.norm.partials_ptr.loads]
         assert loads == [(step + which * parts) * rows + row for step in steps for which in range(2)]
-        reach = launch.BLOCK_M + (launch.PARTS - 1) * rows
-        assert all(load.high - load.first < reach for load in seen.moments_ptr.loads)
+        reach = launch.BLOCK_M + (launch.PARTIALS_PER_STEP - 1) * rows
+        assert all(load.high - load.first < reach for load in seen.norm.partials_ptr.loads)
         return [corner]
 
 
@@ -626,7 +633,7 @@ class Attention(Problem):
         return elements
 
 
-PROBLEM_KINDS = (LayerNorm, RowMoments, Linear, LinearMoments, FoldedLinear, PatchEmbed, Attention)
+PROBLEM_KINDS = (LayerNorm, RowPartials, Linear, LinearWithPartials, FoldedLinear, PatchEmbed, Attention)
 
 
 @pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
@@ -639,7 +646,7 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind not in (LayerNorm, RowMoments, Attention) and refused > MAX_ROWS and not launches
+                assert kind not in (LayerNorm, RowPartials, Attention) and refused > MAX_ROWS and not launches
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -674,7 +681,7 @@ def test_every_tile_is_written_once(kind):
             corners = [problem.written(launch, program) for program in range(launch.grid[0])]
             assert all(corners), "a program without a tile"
             times = collections.Counter(itertools.chain(*corners))
-            assert len(times) == problem.tiles(launch) and set(times.values()) == {launch.arguments.get("SPLITS", 1)}
+            assert len(times) == problem.tiles(launch) and set(times.values()) == {launch.arguments.get("SPLIT_K", 1)}
             assert all(problem.is_corner(launch, corner) for corner in times)
             launched += 1
     assert launched > PROBLEMS / 80
@@ -724,24 +731,25 @@ def prepared_weights(depth, width, hidden):
     return [*qkv, *proj[:2], *fc1, *fc2[:2]] * depth
 
 
-def test_prepared_blocks_hand_the_moments_on():
-    """Each folded LayerNorm reads the moments of its own x, which the launch that wrote this x has left."""
+def test_prepared_blocks_hand_the_partials_on():
+    """Each folded LayerNorm reads the partials of its own x, which the launch that wrote this x has left."""
     with recording() as launches:
         prepared_blocks.prepared_blocks(
             meta(2**10, 197, 768), prepared_weights(3, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
         )
     names = [launch.kernel.fn.__name__ for launch in launches]
     five = ["_linear_fwd_kernel", "_attention_fwd_streaming_kernel", *["_linear_fwd_kernel"] * 3]
-    assert names == ["_row_moments_kernel", *five * 3]
-    left = [(launches[0].x_ptr, launches[0].moments_ptr, launches[0].BLOCK)]
+    assert names == ["_row_partials_kernel", *five * 3]
+    left = [(launches[0].x_ptr, launches[0].partials_ptr, launches[0].BLOCK)]
     for i in range(1, len(launches), 5):
         qkv, _, proj, fc1, fc2 = launches[i : i + 5]
-        for norm, eps, writer in ((qkv, 1e-6, proj), (fc1, 1e-5, fc2)):
-            x, moments, part = left.pop()
-            assert norm.x_src is x and norm.moments_ptr is moments and (norm.PART, norm.eps) == (part, eps)
-            assert norm.moments_out_ptr is None and writer.moments_ptr is None and writer.residual_ptr is x
-            left.append((writer.out_ptr, writer.moments_out_ptr, writer.BLOCK_N // 2))
-        assert fc2.x_src is fc1.out_ptr and proj.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
+        for reader, eps, writer in ((qkv, 1e-6, proj), (fc1, 1e-5, fc2)):
+            x, partials, width = left.pop()
+            assert reader.x_src is x and reader.norm.partials_ptr is partials
+            assert (reader.PARTIAL_WIDTH, reader.norm.eps) == (width, eps)
+            assert reader.partials_out_ptr is None and writer.norm is None and writer.residual.residual_ptr is x
+            left.append((writer.out_ptr, writer.partials_out_ptr, writer.BLOCK_N // 2))
+        assert fc2.x_src is fc1.out_ptr and proj.residual.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
 
 
 def fp8_weights(depth, width, hidden):
@@ -755,26 +763,28 @@ def fp8_weights(depth, width, hidden):
     return [scale, *qkv, *proj, *fc1, meta(hidden, dtype=torch.float32), *fc2] * depth
 
 
-@pytest.mark.parametrize("arch,rows,dependent", ((80, 197, False), (90, 197, True), (90, 2**20, False)))
+@pytest.mark.parametrize("arch,rows,pdl", ((80, 197, False), (90, 197, True), (90, 2**20, False)))
 @pytest.mark.parametrize("stack", ("prepared_blocks", "fp8_blocks"))
-def test_stacks_of_short_kernels_are_launched_early(stack, arch, rows, dependent):
+def test_stacks_of_short_kernels_are_launched_early(stack, arch, rows, pdl):
     """All kernels of a stack or none: one that does not wait would let the next one overtake it."""
     module = {"prepared_blocks": prepared_blocks, "fp8_blocks": fp8_blocks_kernels}[stack]
     weights = {"prepared_blocks": prepared_weights, "fp8_blocks": fp8_weights}[stack](2, 768, 3072)
     with recording(arch) as launches:
         getattr(module, stack)(meta(rows // 197, 197, 768), weights, 12, 0.125, "gelu", 1e-6, 1e-5)
     assert len(launches) == {"prepared_blocks": 11, "fp8_blocks": 14}[stack]
-    assert [launch.DEPENDENT for launch in launches] == [dependent] * len(launches)
-    assert [launch.arguments.get("launch_pdl", False) for launch in launches] == [dependent] * len(launches)
+    assert [launch.PDL for launch in launches] == [pdl] * len(launches)
+    assert [launch.arguments.get("launch_pdl", False) for launch in launches] == [pdl] * len(launches)
 
 
 EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
-    "row_moments": lambda: layer_norm.row_moments(meta(0, 197, 768)).values,
+    "row_partials": lambda: layer_norm.row_partials(meta(0, 197, 768)).values,
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
-    "linear_moments": lambda: linear.linear_moments(meta(8, 0, 768), meta(768, 768), None, meta(8, 0, 768))[1].values,
+    "linear_with_partials": lambda: (
+        linear.linear_with_partials(meta(8, 0, 768), meta(768, 768), None, meta(8, 0, 768))[1].values
+    ),
     "prepared_blocks": lambda: prepared_blocks.prepared_blocks(
         meta(0, 197, 768), prepared_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-6
     ),
@@ -812,13 +822,13 @@ def test_rows_beyond_int32(rows):
     """Sixteen columns: as many rows as a large GPU holds, more than an int32 counts. Sizes then come as int64."""
     with recording() as launches:
         out = ROWS_BEYOND["layer_norm"](rows)
-        layer_norm.row_moments(meta(rows, 16))
-    normal, moments = launches
+        layer_norm.row_partials(meta(rows, 16))
+    normal, partials = launches
     for program in (0, normal.grid[0] // 2, normal.grid[0] - 1):
         stores = normal.run(program).y_ptr.stores
         assert min(store.first for store in stores) == program * normal.ROWS * 16 < out.numel()
-        stores = [store.first for store in moments.run(program).moments_ptr.stores]
-        assert stores == [program * moments.ROWS, rows + program * moments.ROWS]
+        stores = [store.first for store in partials.run(program).partials_ptr.stores]
+        assert stores == [program * partials.ROWS, rows + program * partials.ROWS]
 
 
 @pytest.mark.parametrize("operation", ("linear", "patch_embed"))

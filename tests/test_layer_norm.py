@@ -110,9 +110,9 @@ def test_rows_wider_than_a_block(kernels, width, dtype):
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
 @pytest.mark.parametrize("mean", (0.0, 1000.0))
 @pytest.mark.parametrize("shape", ((1, 1, 48), (2, 50, 588), (1, 197, 768), (3, 64), (5, 1), (2, 5000), (1, 16384)))
-def test_row_moments(kernels, shape, mean, dtype):
+def test_row_partials(kernels, shape, mean, dtype):
     x = problem(shape, dtype, mean=mean)[0]
-    values, width = kernels.row_moments(x)
+    values, width = kernels.row_partials(x)
     rows = x.double().reshape(-1, shape[-1])
     assert width >= shape[-1] and values.shape == (2, 1, len(rows))
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -126,7 +126,7 @@ def test_row_moments(kernels, shape, mean, dtype):
 
 @pytest.mark.interp
 @pytest.mark.parametrize("layout", ("class token", "axes swapped", "channels first", "three strides"))
-def test_row_moments_of_any_layout(kernels, layout):
+def test_row_partials_of_any_layout(kernels, layout):
     x = torch.randn(4, 6, 48).half()
     x = {
         "class token": lambda: x[:, 1:],
@@ -134,12 +134,12 @@ def test_row_moments_of_any_layout(kernels, layout):
         "channels first": lambda: x.transpose(1, 2),
         "three strides": lambda: x.unflatten(1, (2, 3)).permute(1, 0, 2, 3),
     }[layout]()
-    assert torch.equal(kernels.row_moments(x).values, kernels.row_moments(x.contiguous()).values)
+    assert torch.equal(kernels.row_partials(x).values, kernels.row_partials(x.contiguous()).values)
 
 
-def test_row_moments_tell_what_they_cannot(kernels):
+def test_row_partials_tell_what_they_cannot(kernels):
     wide = torch.empty(1, 16385, device="meta")
-    assert kernels.row_moments_not_supported_reasons(wide)[-1] == "width 16385 is above 16384"
+    assert kernels.row_partials_not_supported_reasons(wide)[-1] == "width 16385 is above 16384"
 
 
 @pytest.mark.interp
@@ -233,7 +233,7 @@ def test_rows_need_no_more_strides_than_they_have(kernels):
     }  # fmt: skip
     for name, layout in LAYOUTS.items():
         view = layout(x)
-        rows = kernels.row_layout(view)
+        rows = kernels.launch.row_layout(view)
         assert (rows[0] is view) == (name != "three strides"), name
         assert rows[1] == (name in split), name
 
@@ -316,11 +316,11 @@ def test_offsets_beyond_two_to_the_31(kernels, block):
 
 def test_reasons(kernels):
     x = torch.zeros(2, 5, 48)
-    assert bool(kernels.not_supported_reasons(x, None, None, 1e-6)) != kernels.INTERPRETED
+    assert bool(kernels.not_supported_reasons(x, None, None, 1e-6)) != kernels.launch.INTERPRETED
     reasons = kernels.not_supported_reasons(torch.zeros(2, 65537, device="meta"), None, None, 1e-6)
     assert any("width 65537" in reason for reason in reasons)
     double = kernels.not_supported_reasons(x.double(), None, None, 1e-6)
-    assert any("float64" in reason for reason in double) != kernels.INTERPRETED
+    assert any("float64" in reason for reason in double) != kernels.launch.INTERPRETED
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from vit_fast.kernels import configs, reference
+from vit_fast.kernels import configs, folding
 
 from vit_fast.cli import measure
 
@@ -272,23 +272,23 @@ def test_kernels_compile_for_hopper(limits, monkeypatch):
 
 @pytest.mark.parametrize("early", (False, True))
 def test_a_stack_is_launched_as_asked_and_must_compute_the_same(limits, clock, early, monkeypatch):
-    shipped, asked, wrong = configs.dependent_launch, [], 0.0
+    shipped, asked, wrong = configs.use_pdl, [], 0.0
     monkeypatch.setattr(limits, "DEPTH", 2)
 
     def blocks(x, weights, heads, *words):
-        assert len(weights) == limits.DEPTH * reference.TENSORS_PER_BLOCK and x.shape == (1, 197, 768) and heads == 12
-        asked.append(configs.dependent_launch(197, 90))
+        assert len(weights) == limits.DEPTH * folding.TENSORS_PER_BLOCK and x.shape == (1, 197, 768) and heads == 12
+        asked.append(configs.use_pdl(197, 90))
         return x + wrong * asked[-1]
 
     monkeypatch.setattr(limits.vit_fast.ops, "prepared_blocks", blocks)
     monkeypatch.setattr(limits, "captured", lambda call, repeat: lambda: call())
     assert limits.stack(clock, "ViT-B", early)["us"] > 0
-    assert asked[:2] == [False, early] and configs.dependent_launch is shipped
+    assert asked[:2] == [False, early] and configs.use_pdl is shipped
     wrong = 1.0
     if early:
         with pytest.raises(AssertionError, match="kernels that are launched early compute something else"):
             limits.stack(clock, "ViT-B", early)
-        assert configs.dependent_launch is shipped
+        assert configs.use_pdl is shipped
 
 
 def test_the_command_on_a_cpu(tmp_path):

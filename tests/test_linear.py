@@ -155,10 +155,10 @@ def test_every_shape_has_a_config_that_fits(arch):
     limit = 227 * 1024 if arch in (90, 100) else 99 * 1024
     types = ((torch.float16, False), (torch.float32, False), (torch.float32, True), (torch.float8_e4m3fn, False))
     flags = (False, True)
-    for rows, out_features, swiglu, (dtype, tf32), out_dtype, scattered in itertools.product(
+    for rows, out_features, swiglu, (dtype, tf32), out_dtype, unaligned in itertools.product(
         (1, 197, 50432, 10**7), (1, 768, 4304), flags, types, DTYPES, flags
     ):
-        tiles = configs.pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, scattered, arch)
+        tiles = configs.pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, unaligned, arch)
         stage = (tiles.block_m + tiles.block_n * (2 if swiglu else 1)) * tiles.block_k * dtype.itemsize
         assert stage * tiles.num_stages <= limit
         assert min(tiles.block_m, tiles.block_k) >= 16 and tiles.block_n >= 32
@@ -229,10 +229,10 @@ def centred(out_features, width, dtype, device="cpu"):
     return (weight - weight.mean(1, keepdim=True)).to(dtype)
 
 
-def check_folded(kernels, x, moments, weight, bias, activation=None, eps=1e-6, config=None):
+def check_folded(kernels, x, partials, weight, bias, activation=None, eps=1e-6, config=None):
     """A folded LayerNorm is held to eager with a LayerNorm of its own."""
-    column_sum = weight.double().sum(1).to(moments.values.dtype)
-    out = kernels.folded_linear(x, moments, eps, weight, column_sum, bias, activation, config=config)
+    column_sum = weight.double().sum(1).to(partials.values.dtype)
+    out = kernels.folded_linear(x, partials, eps, weight, column_sum, bias, activation, config=config)
     golden_x = wide(x) - wide(x).mean(-1, keepdim=True)
     golden_x = golden_x * (golden_x.square().mean(-1, keepdim=True) + eps) ** -0.5
     golden = formula(golden_x, weight, bias, activation)
@@ -248,18 +248,18 @@ def check_folded(kernels, x, moments, weight, bias, activation=None, eps=1e-6, c
 @pytest.mark.parametrize(
     "shape,block_n", (((2, 17, 48), 32), ((3, 5, 147), 64), ((1, 33, 768), 32), ((1, 3, 1), 32), ((2, 9, 64), 128))
 )
-def test_moments_are_those_of_what_is_stored(kernels, shape, block_n, dtype, tiles):
+def test_partials_are_those_of_what_is_stored(kernels, shape, block_n, dtype, tiles):
     tiles = LinearConfig(tiles.block_m, block_n, 16, tiles.group_m, 4, 2, tiles.tma)
     width = shape[-1]
     hidden, weight, bias, residual = stream(shape, dtype, mean=30.0)
-    out, moments = kernels.linear_moments(hidden, weight, bias, residual, config=tiles)
+    out, partials = kernels.linear_with_partials(hidden, weight, bias, residual, config=tiles)
     assert torch.equal(out, kernels.linear_residual(hidden, weight, bias, None, residual, config=tiles))
     stored = wide(out).reshape(-1, width)
-    assert moments.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert moments.width == block_n // 2 and moments.values.shape == (2, -(-width // moments.width), len(stored))
-    epsilon = torch.finfo(moments.values.dtype).eps
-    for part, columns in enumerate(stored.split(moments.width, dim=1)):
-        mean, squares = (moments.values[i, part].double() for i in range(2))
+    assert partials.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert partials.width == block_n // 2 and partials.values.shape == (2, -(-width // partials.width), len(stored))
+    epsilon = torch.finfo(partials.values.dtype).eps
+    for part, columns in enumerate(stored.split(partials.width, dim=1)):
+        mean, squares = (partials.values[i, part].double() for i in range(2))
         rest = columns - columns.mean(1, keepdim=True)
         assert ((mean - columns.mean(1)).abs() <= 4 * epsilon * columns.abs().amax(1)).all()
         slack = 16 * epsilon * rest.square().sum(1) + columns.shape[1] * (4 * epsilon * columns.abs().amax(1)) ** 2
@@ -273,12 +273,12 @@ def test_moments_are_those_of_what_is_stored(kernels, shape, block_n, dtype, til
 )
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_folded_layer_norm(kernels, activation, dtype, tiles):
-    x, moments = kernels.linear_moments(*stream((2, 25, 80), dtype), config=tiles)
+    x, partials = kernels.linear_with_partials(*stream((2, 25, 80), dtype), config=tiles)
     weight, bias = centred(96, 80, dtype), torch.randn(96).to(dtype).float()
-    out = check_folded(kernels, x, moments, weight, bias, activation, config=tiles)
-    strided = torch.stack([weight.double().sum(1), torch.full((96,), 100.0)], 1).to(moments.values.dtype)[:, 0]
-    assert torch.equal(kernels.folded_linear(x, moments, 1e-6, weight, strided, bias, activation, config=tiles), out)
-    whole = kernels.ln.row_moments(x)
+    out = check_folded(kernels, x, partials, weight, bias, activation, config=tiles)
+    strided = torch.stack([weight.double().sum(1), torch.full((96,), 100.0)], 1).to(partials.values.dtype)[:, 0]
+    assert torch.equal(kernels.folded_linear(x, partials, 1e-6, weight, strided, bias, activation, config=tiles), out)
+    whole = kernels.ln.row_partials(x)
     assert whole.values.shape == (2, 1, 50) and whole.width == 128
     torch.testing.assert_close(
         check_folded(kernels, x, whole, weight, bias, activation, config=tiles), out, rtol=2e-2, atol=2e-2
@@ -292,41 +292,41 @@ def test_a_folded_layer_norm(kernels, activation, dtype, tiles):
 def test_folded_rows_far_from_zero(kernels, width, block_n, mean, dtype):
     """1040 columns in parts of 16 are 65: more than are merged at a time."""
     tiles = LinearConfig(32, block_n, 64, 2, 4, 2, True)
-    x, moments = kernels.linear_moments(*stream((2, 20, width), dtype, mean), config=tiles)
-    check_folded(kernels, x, moments, centred(64, width, dtype), torch.randn(64).to(dtype).float(), config=tiles)
+    x, partials = kernels.linear_with_partials(*stream((2, 20, width), dtype, mean), config=tiles)
+    check_folded(kernels, x, partials, centred(64, width, dtype), torch.randn(64).to(dtype).float(), config=tiles)
 
 
 @pytest.mark.interp
 def test_a_folded_layer_norm_of_constant_rows_is_the_bias(kernels):
     x = torch.full((2, 20, 96), 7.0, dtype=torch.bfloat16)
     weight, bias = centred(64, 96, torch.bfloat16), torch.randn(64)
-    for moments in (
-        kernels.ln.row_moments(x),
-        kernels.linear_moments(0 * x, 0 * weight[:1, :1].expand(96, 96), None, x)[1],
+    for partials in (
+        kernels.ln.row_partials(x),
+        kernels.linear_with_partials(0 * x, 0 * weight[:1, :1].expand(96, 96), None, x)[1],
     ):
-        out = kernels.folded_linear(x, moments, 1e-6, weight, weight.double().sum(1).float(), bias)
+        out = kernels.folded_linear(x, partials, 1e-6, weight, weight.double().sum(1).float(), bias)
         torch.testing.assert_close(out.float(), bias.bfloat16().float().expand_as(out), rtol=0, atol=0.02)
 
 
 @pytest.mark.interp
 @pytest.mark.parametrize("arch", (80, 90, 100, 120))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
-def test_shipped_configs_with_moments(kernels, monkeypatch, dtype, arch):
+def test_shipped_configs_with_partials(kernels, monkeypatch, dtype, arch):
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
-    x, moments = kernels.linear_moments(*stream((3, 65, 200), dtype))
-    check_folded(kernels, x, moments, centred(72, 200, dtype), torch.randn(72).to(dtype).float(), "gelu")
-    check_folded(kernels, x, moments, centred(64, 200, dtype), torch.randn(64).to(dtype).float(), "swiglu")
+    x, partials = kernels.linear_with_partials(*stream((3, 65, 200), dtype))
+    check_folded(kernels, x, partials, centred(72, 200, dtype), torch.randn(72).to(dtype).float(), "gelu")
+    check_folded(kernels, x, partials, centred(64, 200, dtype), torch.randn(64).to(dtype).float(), "swiglu")
 
 
-SPLIT = LinearConfig(32, 32, 16, 2, 4, 2, False, 3)
-SPLIT_TMA = LinearConfig(16, 32, 32, 1, 4, 2, True, 4)
+POINTERS_SPLIT_K = LinearConfig(32, 32, 16, 2, 4, 2, False, 3)
+TMA_SPLIT_K = LinearConfig(16, 32, 32, 1, 4, 2, True, 4)
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("tiles", (SPLIT, SPLIT_TMA), ids=("pointers", "tma"))
+@pytest.mark.parametrize("tiles", (POINTERS_SPLIT_K, TMA_SPLIT_K), ids=("pointers", "tma"))
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
 @pytest.mark.parametrize("tokens,in_features,out_features", ((17, 147, 72), (9, 208, 40), (1, 16, 33), (40, 512, 96)))
-def test_split_sums(kernels, tokens, in_features, out_features, dtype, tiles):
+def test_split_k(kernels, tokens, in_features, out_features, dtype, tiles):
     """Also where a program has no share of K, and whatever the order of arrival."""
     x, weight, bias = problem((2, tokens, in_features), out_features, dtype)
     gamma, residual, row_scale = branch(x.shape, out_features, dtype)
@@ -339,31 +339,32 @@ def test_split_sums(kernels, tokens, in_features, out_features, dtype, tiles):
 
 
 @pytest.mark.interp
-def test_swiglu_has_no_split_sums(kernels):
-    with pytest.raises(Exception, match="swiglu has no split sums"):
-        kernels.linear(*problem((2, 5, 48), 64, torch.float16), "swiglu", config=SPLIT)
+def test_swiglu_has_no_split_k(kernels):
+    with pytest.raises(Exception, match="swiglu has no split-K"):
+        kernels.linear(*problem((2, 5, 48), 64, torch.float16), "swiglu", config=POINTERS_SPLIT_K)
 
 
 @pytest.mark.interp
 def test_split_integers_come_out_exactly(kernels):
     x, weight = (torch.randint(-4, 5, shape).half() for shape in ((2, 40, 208), (72, 208)))
     residual = torch.randint(-4, 5, (2, 40, 72)).float()
-    for tiles in (SPLIT, SPLIT_TMA):
-        out, moments = kernels.linear_moments(x, weight, None, residual, config=tiles)
+    for tiles in (POINTERS_SPLIT_K, TMA_SPLIT_K):
+        out, partials = kernels.linear_with_partials(x, weight, None, residual, config=tiles)
         assert torch.equal(out.double(), formula(x, weight, None, residual=residual))
-        same = kernels.linear_moments(x, weight, None, residual, config=LinearConfig(32, 32, 16, 2, 4, 2, False))[1]
-        assert torch.equal(moments.values, same.values) and moments.width == same.width
+        whole = LinearConfig(32, 32, 16, 2, 4, 2, False)
+        same = kernels.linear_with_partials(x, weight, None, residual, config=whole)[1]
+        assert torch.equal(partials.values, same.values) and partials.width == same.width
 
 
 @pytest.mark.interp
-def test_arrivals_are_counted_where_the_caller_says(kernels):
+def test_the_semaphore_is_the_callers(kernels):
     x, weight, bias, residual = stream((2, 40, 96), torch.float16)
-    expected = kernels.linear_moments(x, weight, bias, residual, config=SPLIT)[0]
+    expected = kernels.linear_with_partials(x, weight, bias, residual, config=POINTERS_SPLIT_K)[0]
     room = torch.zeros(20, dtype=torch.int32)
-    out = kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=SPLIT)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual, semaphore=room, config=POINTERS_SPLIT_K)[0]
     assert torch.equal(out, expected) and room.tolist() == [3] * 9 + [0] * 11
     room = torch.zeros(8, dtype=torch.int32)
-    out = kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=SPLIT)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual, semaphore=room, config=POINTERS_SPLIT_K)[0]
     assert torch.equal(out, expected) and not room.any()
 
 
@@ -379,32 +380,32 @@ FEW_TILES = (  # rows, out_features, in_features, multiprocessors, splits
 @pytest.mark.parametrize("rows,out_features,in_features,processors,splits", FEW_TILES)
 def test_few_tiles_split_their_sums(rows, out_features, in_features, processors, splits):
     shipped = configs.pick_linear_config(rows, out_features, False, torch.float16, torch.float16, False, False, 90)
-    tiles = configs.split_linear_config(shipped, rows, out_features, in_features, processors)
-    assert tiles == dataclasses.replace(shipped, splits=splits)
+    tiles = configs.split_k_config(shipped, rows, out_features, in_features, processors)
+    assert tiles == dataclasses.replace(shipped, split_k=splits)
     programs = -(-rows // tiles.block_m) * -(-out_features // tiles.block_n) * splits
     assert splits == 1 or (programs <= 2 * processors and -(-in_features // tiles.block_k) >= 6 * splits)
 
 
 @pytest.mark.interp
-def test_the_shipped_rule_splits_moments_alone(kernels, monkeypatch):
+def test_the_shipped_rule_splits_partials_alone(kernels, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 132)
     x, weight, bias = problem((2, 9, 1024), 64, torch.float16)
     residual, grids = torch.randn(2, 9, 64).half(), []
     monkeypatch.setattr(sanitizer._Launch, "finish", lambda launch: grids.append(launch.grid[0]))
     kernels.linear_residual(x, weight, bias, None, residual)
-    out = kernels.linear_moments(x, weight, bias, residual)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual)[0]
     assert grids == [1, 2]
     expected = reference.linear_residual(x, weight, bias, None, residual)
     assert_within_budget(out, expected, formula(x, weight, bias, residual=residual))
 
 
 @pytest.mark.interp
-def test_no_rows_have_no_moments(kernels):
+def test_no_rows_have_no_partials(kernels):
     x, weight = torch.zeros(0, 5, 48), torch.randn(48, 48)
-    out, moments = kernels.linear_moments(x, weight, None, x)
-    assert out.shape == x.shape and moments.values.shape[2] == 0
-    assert kernels.ln.row_moments(x).values.shape == (2, 1, 0)
-    assert kernels.folded_linear(x, moments, 1e-6, weight, weight.sum(1), None).shape == x.shape
+    out, partials = kernels.linear_with_partials(x, weight, None, x)
+    assert out.shape == x.shape and partials.values.shape[2] == 0
+    assert kernels.ln.row_partials(x).values.shape == (2, 1, 0)
+    assert kernels.folded_linear(x, partials, 1e-6, weight, weight.sum(1), None).shape == x.shape
 
 
 X_LAYOUTS = {
@@ -456,8 +457,10 @@ def test_layouts_of_the_weight(kernels, layout, activation, tiles):
 
 @pytest.mark.interp
 def test_tma_only_where_it_may(kernels, monkeypatch):
-    made, shipped = [], kernels.TensorDescriptor
-    monkeypatch.setattr(kernels, "TensorDescriptor", lambda *args: made.append(1) or shipped(*args))
+    from vit_fast.kernels import gemm
+
+    made, shipped = [], gemm.TensorDescriptor
+    monkeypatch.setattr(gemm, "TensorDescriptor", lambda *args: made.append(1) or shipped(*args))
     x, weight, bias = problem((2, 9, 64), 64, torch.float16)
     padded = torch.zeros(64, 65, dtype=torch.float16)[:, :64]
     for arguments, descriptors in (
@@ -561,7 +564,7 @@ def test_offsets_beyond_two_to_the_31(kernels):
         x, weight, bias = problem((2, 3, 40), 4, torch.float16)
         residual = torch.randn(2, 3, 4).half()
         glu = kernels.linear(x, weight, bias, "swiglu", config=SHORT)
-        for tiles in (SHORT, dataclasses.replace(SHORT, splits=2)):
+        for tiles in (SHORT, dataclasses.replace(SHORT, split_k=2)):
             expected = kernels.linear_residual(x, weight, bias, None, residual, config=tiles)
             for strides in ((step, 48, 1), (64, step // 2, 1), (64, 1, step // 16), (3 * (step // 3), step // 3, 1)):
                 far = torch.as_strided(storage, x.shape, strides).copy_(x)
@@ -607,13 +610,12 @@ def test_reasons(kernels):
     x, weight, bias = problem((2, 5, 48), 64, torch.float32)
     residual = torch.zeros(2, 5, 64)
     for reasons in (
-        kernels.linear_not_supported_reasons(x, weight, bias, "gelu"),
         kernels.linear_residual_not_supported_reasons(x, weight, bias, None, residual),
         kernels.layer_norm_linear_not_supported_reasons(x, None, None, 1e-6, weight, bias),
     ):
-        assert bool(reasons) != kernels.INTERPRETED and len(reasons) <= 1
+        assert bool(reasons) != kernels.launch.INTERPRETED and len(reasons) <= 1
     reasons = kernels.linear_residual_not_supported_reasons(x, weight, bias, None, residual.double())
-    assert any("float64" in reason for reason in reasons) != kernels.INTERPRETED
+    assert any("float64" in reason for reason in reasons) != kernels.launch.INTERPRETED
     meta = torch.zeros(2, 65537, device="meta"), None, None, 1e-6, torch.zeros(8, 65537, device="meta"), None
     assert any("65537" in reason for reason in kernels.layer_norm_linear_not_supported_reasons(*meta))
 
@@ -647,14 +649,14 @@ def test_gpu_residual(kernels, shape, dtype):
 @pytest.mark.parametrize("shape", ((64, 197, 768), (1, 197, 768), (3, 257, 1280), (1, 729, 1152), (2, 50, 147)))
 def test_gpu_folded_layer_norm(kernels, shape, mean, dtype):
     problem = stream(shape, dtype, mean, device="cuda")
-    x, moments = kernels.linear_moments(*problem)
-    again, same_moments = kernels.linear_moments(*problem)
-    assert torch.equal(x, again) and torch.equal(moments.values, same_moments.values)
+    x, partials = kernels.linear_with_partials(*problem)
+    again, same_partials = kernels.linear_with_partials(*problem)
+    assert torch.equal(x, again) and torch.equal(partials.values, same_partials.values)
     bias = torch.randn(1024, device="cuda").to(dtype).float()
     for activation in ACTIVATIONS:
         weight = centred(1024, shape[-1], dtype, device="cuda")
-        check_folded(kernels, x, moments, weight, bias, activation)
-        check_folded(kernels, x, kernels.ln.row_moments(x), weight, bias, activation)
+        check_folded(kernels, x, partials, weight, bias, activation)
+        check_folded(kernels, x, kernels.ln.row_partials(x), weight, bias, activation)
 
 
 @pytest.mark.gpu
@@ -669,7 +671,7 @@ def test_gpu_split_sums_are_complete_in_every_run(kernels):
             LinearConfig(64, 64, 64, 8, 4, 4, False, splits),
         ):
             for _ in range(300):
-                assert torch.equal(kernels.linear_moments(x, weight, None, residual, config=tiles)[0], golden)
+                assert torch.equal(kernels.linear_with_partials(x, weight, None, residual, config=tiles)[0], golden)
 
 
 @pytest.mark.gpu

@@ -30,8 +30,8 @@ from vit_fast.kernels import configs, reference
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from vit_fast.kernels import linear_hopper as kernels  # noqa: E402
-from vit_fast.kernels.layer_norm import Moments, row_moments  # noqa: E402
-from vit_fast.kernels.linear import folded_linear, linear_moments  # noqa: E402
+from vit_fast.kernels.layer_norm import RowPartials, row_partials  # noqa: E402
+from vit_fast.kernels.linear import folded_linear, linear_with_partials  # noqa: E402
 from vit_fast.kernels.linear_hopper import (  # noqa: E402
     LinearHopperConfig,
     linear_hopper,
@@ -61,7 +61,7 @@ def product(functions, seed):
         matrices = gluon_model.Matrix(x, (4, 2)), gluon_model.Matrix(weight, (4, 2))
         functions["_linear_hopper_fwd_kernel"](
             out, *matrices, None, None, None, None, None, m, n, k, 0.0,
-            ACTIVATION=None, ALIGN_N=16, PART=1, PARTS=1, GROUP_M=group, STAGES=stages,
+            ACTIVATION=None, ALIGN_N=16, PARTIAL_WIDTH=1, PARTIALS_PER_STEP=1, GROUP_M=group, STAGES=stages,
         )  # fmt: skip
     assert np.array_equal(out, x @ weight.T)
 
@@ -73,30 +73,35 @@ def test_the_protocol_keeps_every_schedule():
 
 
 FAULTS = (
-    ("_produce", "            mbarrier.wait(emptied.index(slot), _emptied_parity(step, STAGES))\n", "", "still read"),
-    ("_emptied_parity", " ^ 1", "", "every partition waits"),
-    ("_filled_parity", "& 1", "& 1 ^ 1", ""),
-    ("_filled_parity", "// STAGES", "// (STAGES - 1)", ""),
-    ("_work", "        mbarrier.wait(turn.index(WORKER), _turn_parity(turns, WORKER))\n", "", ""),
-    ("_turn_parity", " ^ (1 - WORKER)", "", "every partition waits"),
-    ("_turn_parity", "(1 - WORKER)", "WORKER", ""),
-    ("_work", "arrive(turn.index(1 - WORKER)", "arrive(turn.index(WORKER)", ""),
-    ("_work", "        mbarrier.arrive(turn.index(1 - WORKER), count=1)\n", "", "every partition waits"),
-    ("_work", "        turns += 1\n", "", ""),
-    ("_work", "first += 2 * steps", "first += steps", ""),
-    ("_work", "first = WORKER * steps", "first = 0", ""),
-    ("_multiply", "mbarrier.wait(filled.index(slot), _filled_parity(step, STAGES))", "pass", "before it is written"),
+    ("_produce", "            mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))\n", "", "still read"),
+    ("_empty_parity", " ^ 1", "", "every partition waits"),
+    ("_full_parity", "& 1", "& 1 ^ 1", ""),
+    ("_full_parity", "// STAGES", "// (STAGES - 1)", ""),
+    ("_consume", "        mbarrier.wait(turn.index(CONSUMER), _turn_parity(turns, CONSUMER))\n", "", ""),
+    ("_turn_parity", " ^ (1 - CONSUMER)", "", "every partition waits"),
+    ("_turn_parity", "(1 - CONSUMER)", "CONSUMER", ""),
+    ("_consume", "arrive(turn.index(1 - CONSUMER)", "arrive(turn.index(CONSUMER)", ""),
+    ("_consume", "        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)\n", "", "every partition waits"),
+    ("_consume", "        turns += 1\n", "", ""),
+    ("_consume", "first += 2 * steps", "first += steps", ""),
+    ("_consume", "first = CONSUMER * steps", "first = 0", ""),
+    ("_multiply", "mbarrier.wait(full.index(slot), _full_parity(step, STAGES))", "pass", "before it is written"),
     ("_multiply", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,", "still read"),
     ("_multiply", "    acc = warpgroup_mma_wait(0, deps=(acc,))\n", "", "before its products are done"),
-    ("_multiply", "    mbarrier.arrive(emptied.index((first + steps - 1) % STAGES), count=1)\n", "", ""),
+    ("_multiply", "    mbarrier.arrive(empty.index((first + steps - 1) % STAGES), count=1)\n", "", ""),
     ("_multiply", "if step > first:", "if step > 0:", ""),
     ("_multiply", "index((step - 1) % STAGES)", "index(step % STAGES)", ""),
     ("_produce", " + weight_desc.block_type.nbytes", "", "before it is written"),
     ("_produce", "            step += 1\n", "            step += k > 0\n", ""),
     ("_produce", "[tile_n * BLOCK_N, k]", "[tile_m * BLOCK_N, k]", ""),
-    ("_place", "GROUP_M)\n    tile -=", "GROUP_M + 1)\n    tile -=", ""),
-    ("_linear_hopper_fwd_kernel", "mbarrier.init(emptied.index(i), count=1)", "emptied.index(i).init(count=2)", ""),
-    ("_linear_hopper_fwd_kernel", 'gl.static_assert(STAGES > 1, "a slot is given back a step late")', "STAGES = 1", ""),
+    ("tile_position", "GROUP_M)\n    tile -=", "GROUP_M + 1)\n    tile -=", ""),
+    ("_linear_hopper_fwd_kernel", "mbarrier.init(empty.index(i), count=1)", "empty.index(i).init(count=2)", ""),
+    (
+        "_linear_hopper_fwd_kernel",
+        'gl.static_assert(STAGES > 1, "a slot is given back one step late")',
+        "STAGES = 1",
+        "",
+    ),
 )
 
 
@@ -134,14 +139,14 @@ class Nobody:
 
 @functools.cache
 def work_without_layouts():
-    """The kernel's ``_work`` over Triton's language; the product of a tile is read from where the operands lie."""
+    """The kernel's ``_consume`` over Triton's language; the product of a tile is read from where the operands lie."""
     here = {}
 
     def place(*arguments):
-        here["tile"] = kernels._place(*arguments)
+        here["tile"] = kernels.tile_position(*arguments)
         return here["tile"]
 
-    def multiply(x, weight, filled, emptied, first, steps, layout):
+    def multiply(x, weight, full, empty, first, steps, layout):
         sums = tl.zeros([x.shape[1], weight.shape[1]], tl.float32)
         for step in range(steps):
             tiles = [operand.tile(number, step) for operand, number in zip((x, weight), here["tile"])]
@@ -161,10 +166,10 @@ def work_without_layouts():
         SliceLayout=nothing, BlockedLayout=nothing, NVMMADistributedLayout=nothing,
     )  # fmt: skip
     barriers = types.SimpleNamespace(wait=nothing, arrive=nothing)
-    space = dict(vars(kernels), gl=language, mbarrier=barriers, _multiply=multiply, _place=place)
-    for name in ("_halves", "_finish", "_work"):
+    space = dict(vars(kernels), gl=language, mbarrier=barriers, _multiply=multiply, tile_position=place)
+    for name in ("_halves", "_finish", "_consume"):
         space[name] = types.FunctionType(getattr(kernels, name).fn.__code__, space)
-    return space["_work"]
+    return space["_consume"]
 
 
 def work(x, weight, *arguments):
@@ -173,17 +178,17 @@ def work(x, weight, *arguments):
 
 @triton.jit
 def twin(
-    out_ptr, x_ptr, weight_ptr, stride_x, stride_w, moments_ptr, moments_out_ptr, column_sum_ptr, bias_ptr,
+    out_ptr, x_ptr, weight_ptr, stride_x, stride_w, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr,
     residual_ptr, rows, out_features, in_features, eps, ACTIVATION: tl.constexpr, ALIGN_N: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTIAL_WIDTH: tl.constexpr, PARTIALS_PER_STEP: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    for worker in tl.static_range(2):
+    for consumer in tl.static_range(2):
         work(
             Operand(x_ptr, stride_x, rows, in_features, (4, 128, 64)),
             Operand(weight_ptr, stride_w, out_features, in_features, (4, BLOCK_N, 64)),
-            out_ptr, moments_ptr, moments_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
+            out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
             tl.cdiv(rows, 128), tl.cdiv(out_features, BLOCK_N), rows, out_features, in_features, eps,
-            worker, ACTIVATION, ALIGN_N, PART, PARTS, GROUP_M,
+            consumer, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
         )  # fmt: skip
 
 
@@ -211,9 +216,9 @@ CONFIGS = (None, NARROW, *(LinearHopperConfig(group_m=1, num_stages=stages) for 
 each_tile = pytest.mark.parametrize("tiles", (None, NARROW), ids=("wide", "narrow"))
 
 
-def check(x, weight, bias, activation=None, residual=None, with_moments=False, config=None):
-    out, moments = launch(
-        x, weight, bias, activation, residual=residual, with_moments=with_moments, config=config
+def check(x, weight, bias, activation=None, residual=None, with_partials=False, config=None):
+    out, partials = launch(
+        x, weight, bias, activation, residual=residual, with_partials=with_partials, config=config
     )  # fmt: skip
     golden = formula(x, weight, bias, activation, residual=residual)
     assert out.is_contiguous() and out.shape == golden.shape and out.dtype == weight.dtype
@@ -221,25 +226,25 @@ def check(x, weight, bias, activation=None, residual=None, with_moments=False, c
     expected = reference.activate(torch.nn.functional.linear(x, weight, bias), activation)
     expected = expected if residual is None else residual + expected
     assert_within_budget(out, expected, golden, expected_zeros=0.7 if activation == "relu" else 0.1)
-    if with_moments:
-        check_moments(out, moments, (config or LinearHopperConfig()).block_n // 2)
-    return out, moments
+    if with_partials:
+        check_partials(out, partials, (config or LinearHopperConfig()).block_n // 2)
+    return out, partials
 
 
-def check_moments(out, moments, width):
+def check_partials(out, partials, width):
     stored = wide(out).reshape(-1, out.shape[-1])
-    assert moments.width == width and moments.values.shape == (2, -(-out.shape[-1] // width), len(stored))
+    assert partials.width == width and partials.values.shape == (2, -(-out.shape[-1] // width), len(stored))
     epsilon = torch.finfo(torch.float32).eps
     for part, columns in enumerate(stored.split(width, dim=1)):
-        mean, squares = (wide(moments.values[i, part]) for i in range(2))
+        mean, squares = (wide(partials.values[i, part]) for i in range(2))
         rest = columns - columns.mean(1, keepdim=True)
         assert ((mean - columns.mean(1)).abs() <= 4 * epsilon * columns.abs().amax(1)).all()
         slack = 16 * epsilon * rest.square().sum(1) + columns.shape[1] * (4 * epsilon * columns.abs().amax(1)) ** 2
         assert ((squares - rest.square().sum(1)).abs() <= slack).all()
 
 
-def check_folded(x, moments, weight, bias, activation=None, eps=1e-6, config=None):
-    norm = moments, eps, weight.double().sum(1).float()
+def check_folded(x, partials, weight, bias, activation=None, eps=1e-6, config=None):
+    norm = partials, eps, weight.double().sum(1).float()
     out, none = launch(x, weight, bias, activation, norm=norm, config=config)
     golden_x = wide(x) - wide(x).mean(-1, keepdim=True)
     golden_x = golden_x * (golden_x.square().mean(-1, keepdim=True) + eps) ** -0.5
@@ -250,12 +255,12 @@ def check_folded(x, moments, weight, bias, activation=None, eps=1e-6, config=Non
     return out
 
 
-def moments_of(x, width):
-    """The moments of the rows of x in parts of ``width``, from float64."""
+def partials_of(x, width):
+    """The partials of the rows of x in parts of ``width``, from float64."""
     parts = wide(x).reshape(-1, x.shape[-1]).split(width, dim=1)
     mean = torch.stack([part.mean(1) for part in parts])
     squares = torch.stack([(part - part.mean(1, keepdim=True)).square().sum(1) for part in parts])
-    return Moments(torch.stack([mean, squares]).float().to(x.device), width)
+    return RowPartials(torch.stack([mean, squares]).float().to(x.device), width)
 
 
 @pytest.mark.interp
@@ -283,21 +288,21 @@ def test_shapes(interpreted, shape, out_features, dtype):
 @DTYPES
 @each_tile
 @pytest.mark.parametrize("out_features", (8, 136, 200))
-def test_a_residual_and_moments(interpreted, out_features, dtype, tiles):
+def test_a_residual_and_partials(interpreted, out_features, dtype, tiles):
     x, weight, bias = problem((3, 67, 72), out_features, dtype)
     residual = (torch.randn(3, 67, out_features) + 30 * torch.randn(3, 67, 1).sign()).to(dtype)
     out, _ = check(x, weight, bias, residual=residual, config=tiles)
-    assert torch.equal(check(x, weight, bias, residual=residual, with_moments=True, config=tiles)[0], out)
-    check(x, weight, bias, "gelu", with_moments=True, config=tiles)
+    assert torch.equal(check(x, weight, bias, residual=residual, with_partials=True, config=tiles)[0], out)
+    check(x, weight, bias, "gelu", with_partials=True, config=tiles)
 
 
 @pytest.mark.interp
 @DTYPES
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_folded_layer_norm(interpreted, activation, dtype):
-    x, moments = linear_hopper(*(problem := stream((3, 67, 136), dtype))[:3], residual=problem[3], with_moments=True)
+    x, partials = linear_hopper(*(problem := stream((3, 67, 136), dtype))[:3], residual=problem[3], with_partials=True)
     weight, bias = centred(200, 136, dtype), torch.randn(200).to(dtype).float()
-    for given in (moments, row_moments(x)):
+    for given in (partials, row_partials(x)):
         for tiles in (None, NARROW):
             check_folded(x, given, weight, bias, activation, config=tiles)
 
@@ -309,7 +314,7 @@ def test_a_folded_layer_norm(interpreted, activation, dtype):
 def test_folded_rows_far_from_zero(interpreted, width, part, mean, dtype):
     """1040 columns in parts of 16 are 65: more than are merged at a time."""
     x = stream((2, 20, width), dtype, mean)[3]
-    check_folded(x, moments_of(x, part), centred(72, width, dtype), torch.randn(72).to(dtype).float())
+    check_folded(x, partials_of(x, part), centred(72, width, dtype), torch.randn(72).to(dtype).float())
 
 
 @pytest.mark.interp
@@ -322,21 +327,21 @@ def test_rows_at_a_stride(interpreted):
 @pytest.mark.interp
 def test_a_bad_row_stays_alone(interpreted):
     x, weight, bias = problem((150, 72), 136, torch.float16)
-    norm = row_moments(x), 1e-6, weight.float().sum(1)
-    for options in ({"residual": torch.randn(150, 136).half(), "with_moments": True}, {"norm": norm}):
+    norm = row_partials(x), 1e-6, weight.float().sum(1)
+    for options in ({"residual": torch.randn(150, 136).half(), "with_partials": True}, {"norm": norm}):
         good = linear_hopper(x, weight, bias, **options)
         for bad in (0, 127, 149):
             broken = x.clone()
             broken[bad] = float("nan")
-            out, moments = linear_hopper(broken, weight, bias, **options)
+            out, partials = linear_hopper(broken, weight, bias, **options)
             others = torch.arange(150) != bad
             assert out[bad].isnan().all() and torch.equal(out[others], good[0][others])
-            assert moments is None or torch.equal(moments.values[..., others], good[1].values[..., others])
+            assert partials is None or torch.equal(partials.values[..., others], good[1].values[..., others])
 
 
 @pytest.mark.interp
 def test_offsets_beyond_two_to_the_31(interpreted, monkeypatch):
-    """Of out and residual, and of moments written and read; the last program computes the last tile."""
+    """Of out and residual, and of partials written and read; the last program computes the last tile."""
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 2**30)
     with last_programs_alone():
         rows = 2**31 // 32 + 65
@@ -350,14 +355,14 @@ def test_offsets_beyond_two_to_the_31(interpreted, monkeypatch):
         zeros = torch.zeros(65, 8).half()
         x = zeros[:1].expand(rows, 8)
         with sanitizer.only_programs(lambda count: range(count - 2, count)):  # a tile of 64 columns and one of 1
-            out, (values, part) = linear_hopper(x, zeros, bias, with_moments=True, config=NARROW)
+            out, (values, part) = linear_hopper(x, zeros, bias, with_partials=True, config=NARROW)
         assert torch.equal(out[-1], bias.half()) and values.shape == (2, 3, rows) and part == 32
-        expected = moments_of(out[-1:], 32).values[..., 0]
+        expected = partials_of(out[-1:], 32).values[..., 0]
         torch.testing.assert_close(values[..., -1], expected, rtol=1e-5, atol=1e-6)
         del out
         row, weight = torch.randn(1, 72).half(), centred(8, 72, torch.float16)
-        values[..., -1:] = moments_of(row, 32).values
-        norm = Moments(values, 32), 1e-6, weight.float().sum(1)
+        values[..., -1:] = partials_of(row, 32).values
+        norm = RowPartials(values, 32), 1e-6, weight.float().sum(1)
         out, _ = linear_hopper(row.expand(rows, 72), weight, None, norm=norm, config=NARROW)
         expected = reference.layer_norm_linear(row, None, None, 1e-6, weight, None)
         torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=4e-3)
@@ -368,8 +373,8 @@ def test_offsets_beyond_two_to_the_31(interpreted, monkeypatch):
 
 def test_no_rows():
     weight = torch.zeros(64, 48, dtype=torch.float16)
-    out, moments = linear_hopper(torch.zeros(2, 0, 48, dtype=torch.float16), weight, None, with_moments=True)
-    assert out.shape == (2, 0, 64) and moments.values.shape == (2, 1, 0)
+    out, partials = linear_hopper(torch.zeros(2, 0, 48, dtype=torch.float16), weight, None, with_partials=True)
+    assert out.shape == (2, 0, 64) and partials.values.shape == (2, 1, 0)
 
 
 class Elsewhere(torch.Tensor):
@@ -387,11 +392,11 @@ def test_reasons(monkeypatch):
         return linear_hopper_not_supported_reasons(x, weight, None, activation, **options)
 
     here = linear_hopper_not_supported_reasons(torch.zeros(2, 8), torch.zeros(8, 8), None)
-    assert len(here) == 1 and ("no Gluon" in here[0] if kernels.INTERPRETED else "need a CUDA device" in here[0])
-    if kernels.INTERPRETED:
+    assert len(here) == 1 and ("no Gluon" in here[0] if kernels.launch.INTERPRETED else "need a CUDA device" in here[0])
+    if kernels.launch.INTERPRETED:
         return
     monkeypatch.setattr(configs, "arch_of", lambda device: 90)
-    assert reasons() == reasons(residual=make(2, 5, 64), with_moments=True) == reasons(activation="gelu") == []
+    assert reasons() == reasons(residual=make(2, 5, 64), with_partials=True) == reasons(activation="gelu") == []
     assert reasons(make(3, 2, 5, 48)[:, 1]) != [] and reasons(make(5, 2, 48)[:, 1]) == []
     half = torch.float16
     for words, arguments in {
@@ -401,7 +406,7 @@ def test_reasons(monkeypatch):
         "residual has dtype torch.float16": dict(residual=make(2, 5, 64, dtype=half)),
         "residual is not contiguous": dict(residual=make(2, 64, 5).transpose(1, 2)),
         "residual has rows that do not begin": dict(weight=make(60, 48), residual=make(2, 5, 60)),
-        "folded LayerNorm": dict(norm=(None, 1e-6, None), with_moments=True),
+        "folded LayerNorm": dict(norm=(None, 1e-6, None), with_partials=True),
         "x has strides (1, 2)": dict(x=make(48, 2).t()),
         "x has rows of 48 elements at a stride of 0: they overlap": dict(x=make(1, 48).expand(5, 48)),
         "weight has rows that do not begin": dict(weight=make(64 * 48 + 1)[1:].view(64, 48)),
@@ -479,20 +484,20 @@ def residuals_on(device, shapes, wide, runs):
     for (shape, out_features), dtype in itertools.product(wide, BOTH):
         x, weight, bias = problem(shape, out_features, dtype, device=device)
         residual = (torch.randn(*shape[:2], out_features, device=device) + 30).to(dtype)
-        out, moments = check(x, weight, bias, residual=residual, with_moments=True)
-        other, others = linear_moments(x, weight, bias, residual)
+        out, partials = check(x, weight, bias, residual=residual, with_partials=True)
+        other, others = linear_with_partials(x, weight, bias, residual)
         agree(out, other)
-        if moments.width == others.width:
-            torch.testing.assert_close(moments.values[0], others.values[0], rtol=1e-2, atol=1e-2)
+        if partials.width == others.width:
+            torch.testing.assert_close(partials.values[0], others.values[0], rtol=1e-2, atol=1e-2)
         check(x, weight, bias, residual=residual)
 
 
 def folds_on(device, shapes, wide, runs):
     for (shape, out_features), dtype in itertools.product(wide, BOTH):
         *arguments, residual = stream(shape, dtype, 30.0, device=device)
-        x, moments = launch(*arguments, residual=residual, with_moments=True)
+        x, partials = launch(*arguments, residual=residual, with_partials=True)
         bias = torch.randn(out_features, device=device).to(dtype).float()
-        for activation, given in ((None, moments), ("gelu", moments), ("gelu", row_moments(x))):
+        for activation, given in ((None, partials), ("gelu", partials), ("gelu", row_partials(x))):
             weight = centred(out_features, shape[-1], dtype, device=device)
             out = check_folded(x, given, weight, bias, activation)
             agree(out, folded_linear(x, given, 1e-6, weight, weight.double().sum(1).float(), bias, activation))
@@ -512,14 +517,14 @@ def repeats_on(device, shapes, wide, runs):
     shape, out_features = wide[0]
     for dtype in BOTH:
         *arguments, residual = stream(shape, dtype, device=device)
-        x, moments = launch(*arguments, residual=residual, with_moments=True)
+        x, partials = launch(*arguments, residual=residual, with_partials=True)
         weight = centred(out_features, shape[-1], dtype, device=device)
-        norm = moments, 1e-6, weight.float().sum(1)
+        norm = partials, 1e-6, weight.float().sum(1)
         first = launch(x, weight, None, "gelu", norm=norm)[0]
-        assert first.isfinite().all() and x.isfinite().all() and moments.values.isfinite().all()
+        assert first.isfinite().all() and x.isfinite().all() and partials.values.isfinite().all()
         for _ in range(runs):
-            again, same = launch(*arguments, residual=residual, with_moments=True)
-            assert torch.equal(again, x) and torch.equal(same.values, moments.values)
+            again, same = launch(*arguments, residual=residual, with_partials=True)
+            assert torch.equal(again, x) and torch.equal(same.values, partials.values)
             assert torch.equal(launch(x, weight, None, "gelu", norm=norm)[0], first)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding
 
 import vit_fast
 from vit_fast import ops
@@ -65,12 +65,12 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
     if dtype != torch.float32:
         first = (norm(), linear(3 * width, width), linear(width, width), None)
         second = (norm(), linear(hidden, width), linear(width, hidden), None)
-        weights = reference.prepare_block(*first, *second)
+        weights = folding.prepare_block(*first, *second)
         found["prepared_blocks"] = (
             lambda x, *weights: ops.prepared_blocks(x, [*weights, *weights], heads, scale, "gelu", 1e-6, 1e-6),
             (x, *weights),
         )
-        quantised = reference.fp8_block(*first, *second, "gelu")
+        quantised = folding.fp8_block(*first, *second, "gelu")
         found["fp8_blocks"] = (
             lambda x, *weights: ops.fp8_blocks(x, [*weights, *weights], heads, scale, "gelu", 1e-6, 1e-6),
             (x, *quantised),

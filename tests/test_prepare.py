@@ -166,7 +166,7 @@ def test_bad_precision_and_capability(monkeypatch):
     for block in model.blocks:
         for module in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             module.weight = nn.Parameter(module.weight.detach().as_subclass(OnCuda), requires_grad=False)
-    monkeypatch.setattr(plain, "TENSORS", plain.TENSORS | {OnCuda})
+    monkeypatch.setattr(plain, "_PARAMETERS", plain._PARAMETERS | {OnCuda})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(vit_fast.UnsupportedError) as raised:
         vit_fast.prepare(model, precision="fp8")

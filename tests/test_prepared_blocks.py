@@ -11,7 +11,7 @@ from budget import assert_within_budget
 from test_linear import ACTIVATIONS, exact_activation
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding, reference
 
 import vit_fast
 from vit_fast import ops
@@ -20,7 +20,7 @@ HEADS, SCALE, EPS = 2, 0.3, (1e-6, 1e-5)
 
 
 def block(width, hidden, activation, dtype=torch.float64, optional=True, device="cpu"):
-    """norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2, as ``reference.prepare_block`` takes them."""
+    """norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2, as ``folding.prepare_block`` takes them."""
 
     def linear(rows, columns):
         weight = torch.randn(rows, columns, device=device) * columns**-0.5
@@ -64,7 +64,7 @@ def formula(x, blocks, activation):
 
 
 def prepared(blocks):
-    return [tensor for parts in blocks for tensor in reference.prepare_block(*parts)]
+    return [tensor for parts in blocks for tensor in folding.prepare_block(*parts)]
 
 
 @pytest.mark.parametrize("optional", (True, False), ids=("everything", "bare"))
@@ -72,7 +72,7 @@ def prepared(blocks):
 def test_the_folds_are_algebra(activation, optional):
     blocks = [block(24, 40, activation, optional=optional) for _ in range(2)]
     x, weights = torch.randn(2, 5, 24, dtype=torch.float64) + 3, prepared(blocks)
-    assert len(weights) == 2 * reference.TENSORS_PER_BLOCK
+    assert len(weights) == 2 * folding.TENSORS_PER_BLOCK
     golden = formula(x, blocks, activation)
     actual = ops.prepared_blocks(x, weights, HEADS, SCALE, activation, *EPS)
     torch.testing.assert_close(actual, golden, rtol=1e-11, atol=1e-11)
@@ -82,7 +82,7 @@ def test_the_folds_are_algebra(activation, optional):
 def test_rows_are_centred_before_they_are_rounded_and_summed_after(dtype):
     weight, bias = (torch.randn(64, 96) + 5).to(dtype), torch.randn(64).to(dtype)
     ln_weight, ln_bias = (1 + 0.3 * torch.randn(96)).to(dtype), torch.randn(96).to(dtype)
-    folded, sums, shift = reference.fold_layer_norm(weight, bias, ln_weight, ln_bias)
+    folded, sums, shift = folding.fold_layer_norm(weight, bias, ln_weight, ln_bias)
     wide = weight.double() * ln_weight.double()
     assert folded.dtype == dtype and sums.dtype == shift.dtype == torch.float32
     assert torch.equal(folded, (wide - wide.mean(1, keepdim=True)).to(dtype))
@@ -135,7 +135,7 @@ def test_five_launches_a_block_and_one_in_front(monkeypatch):
     with vit_fast.backend("triton"):
         ops.prepared_blocks(torch.randn(1, 17, 32).bfloat16(), weights, HEADS, SCALE, "gelu", *EPS)
     five = ["_linear_fwd_kernel", "_attention_fwd_resident_kernel", *["_linear_fwd_kernel"] * 3]
-    assert names == ["_row_moments_kernel", *five * 3]
+    assert names == ["_row_partials_kernel", *five * 3]
 
 
 @pytest.mark.interp

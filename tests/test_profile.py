@@ -14,7 +14,8 @@ import torch
 from test_on_gpu import NO_FLOAT8
 
 import vit_fast
-from vit_fast import backends, cli
+from vit_fast import cli
+from vit_fast.backends import select
 from vit_fast.cli import attribution, machine, measure
 from vit_fast.cli import profile as command
 from vit_fast.cli.attribution import STEP, attribute, family
@@ -57,7 +58,7 @@ def run(*arguments):
 
 def b16(monkeypatch, batch=256, backend="triton"):
     """The calls of ViT-B/16 in bfloat16 by vit_fast's operators, which run on fake tensors here."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: backend)
+    monkeypatch.setattr(select, "choose", lambda *call, **options: backend)
     with torch.device("meta"):
         model = vit_fast.create_model("vit_base_patch16_224")
     model = model.to_empty(device="cpu").to(torch.bfloat16).eval().requires_grad_(False)
@@ -83,7 +84,7 @@ def test_operations_of_vit_b16_by_hand(monkeypatch):
 
 def fp8(monkeypatch, depth, batch=256):
     """The calls of ViT-B/16 in float8, of so many blocks; its kernels run on fake tensors here."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: "triton")
+    monkeypatch.setattr(select, "choose", lambda *call, **options: "triton")
     model = vit_fast.create_model("vit_base_patch16_224", depth=depth).to(torch.bfloat16).eval().requires_grad_(False)
     vit_fast.prepare(model, precision="fp8")
     return forward_operations(model, torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16))
@@ -203,7 +204,7 @@ def test_operations_of_plain_pytorch_by_hand():
 )
 def test_operations_with_every_argument(monkeypatch, activation, first_rows, hidden):
     """What ViT-B/16 has none of: LayerScale, drop path, mixed dtypes, gated activations, keys of another length."""
-    monkeypatch.setattr(backends, "select", lambda operation, device, reasons: "triton")
+    monkeypatch.setattr(select, "choose", lambda *call, **options: "triton")
     half = {"dtype": torch.bfloat16}
 
     class Branches(torch.nn.Module):
@@ -379,7 +380,7 @@ def test_kernels_inside_operators_and_graphs_that_nobody_knows(monkeypatch):
                 if call.operator.startswith("vit_fast") and call.operator not in ("vit_fast::layer_norm_fwd",):
                     continue
                 if call.operator == "vit_fast::layer_norm_fwd":
-                    stack = [("_row_moments_kernel", 7), *block * 12]
+                    stack = [("_row_partials_kernel", 7), *block * 12]
                     trace.operator("vit_fast::prepared_blocks", [[256, 197, 768]], *stack)
                 trace.operator(call.operator, call.sizes, *KERNELS[call.operator])
     rows = found_rows(attribute(trace.events, calls, 2, True, 500e12, 4e12))
@@ -391,8 +392,8 @@ def test_kernels_inside_operators_and_graphs_that_nobody_knows(monkeypatch):
         )
     assert rows["attention", "blocks.*"].calls == pytest.approx(12)
     assert rows["layer_norm", "norm"].calls == pytest.approx(1)
-    moments = rows["_row_moments_kernel [8×1×1]", "vit_fast::prepared_blocks"]
-    assert moments.seconds == pytest.approx(7e-6) and moments.floor is None
+    partials = rows["_row_partials_kernel [8×1×1]", "vit_fast::prepared_blocks"]
+    assert partials.seconds == pytest.approx(7e-6) and partials.floor is None
     assert ("layer_norm", "blocks.*.norm1") not in rows
 
     # One linear kernel more than there are operations: nothing is guessed, kernels of one grid share a row.
@@ -460,7 +461,7 @@ def test_host_work_counts_itself_once():
         ("_layer_norm_wide_fwd_kernel", "layer_norm"),
         ("_attention_fwd_streaming_kernel", "attention"),
         ("_patch_embed_fwd_kernel", "patch_embed"),
-        ("_row_moments_kernel", None),
+        ("_row_partials_kernel", None),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNT", "linear"),
         ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x32_stage4", "linear"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "patch_embed"),

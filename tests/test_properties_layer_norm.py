@@ -1,4 +1,4 @@
-"""Random LayerNorm problems and moments of rows: the error budget against float64, and laws that hold bit for bit."""
+"""Random LayerNorm problems and partials of rows: the error budget against float64, and laws that hold bit for bit."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ class LayerNormCase(properties.Case):
         tiles = LayerNormConfig(rows or self.rows, self.block, 4)
         whole = LayerNormConfig(rows or self.rows, max(16, 1 << (self.width - 1).bit_length()), 4)
         out_dtype, eps = properties.DTYPES[self.out_dtype], self.eps if eps is None else eps
-        ((row_mean,), (squares,)), _ = layer_norm.row_moments(x, whole)
+        ((row_mean,), (squares,)), _ = layer_norm.row_partials(x, whole)
         return *layer_norm.layer_norm_fwd(x, weight, bias, eps, out_dtype, tiles), row_mean, squares
 
     def eager(self, x, weight, bias):

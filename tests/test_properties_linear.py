@@ -32,7 +32,7 @@ class LinearCase(properties.Case):
     block_n: int
     block_k: int
     tma: bool
-    splits: int
+    split_k: int
     values: str
     layout: str
     law: str
@@ -63,7 +63,7 @@ class LinearCase(properties.Case):
 
     @property
     def tiles(self):
-        return LinearConfig(self.block_m, self.block_n, self.block_k, 2, 4, 2, self.tma, self.splits)
+        return LinearConfig(self.block_m, self.block_n, self.block_k, 2, 4, 2, self.tma, self.split_k)
 
     def kernel(self, x, weight, bias, *rest):
         from vit_fast.kernels import linear
@@ -100,8 +100,8 @@ class LinearCase(properties.Case):
     def law_descriptors(self, inputs, results):
         self.same_bits(replace(self, tma=not self.tma).kernel(*inputs), results)
 
-    def law_splits(self, inputs, results):
-        other = replace(self, splits=1 if self.splits > 1 or self.activation == "swiglu" else 4)
+    def law_split_k(self, inputs, results):
+        other = replace(self, split_k=1 if self.split_k > 1 or self.activation == "swiglu" else 4)
         self.same_but_for_order(inputs, other.kernel(*inputs), results)
 
     def law_one_image_alone(self, inputs, results):
@@ -122,17 +122,17 @@ class LinearCase(properties.Case):
         if self.values != "subnormal" and properties.can_shrink(weight) and (x * 4).isfinite().all():
             self.same_bits(self.kernel(x * 4, weight / 4, *rest), results)
 
-    def law_moments(self, inputs, results):
+    def law_partials(self, inputs, results):
         """They leave the result as it is, and are those of the result as it is stored."""
         from vit_fast.kernels import linear
 
         x, weight, bias, _, residual, _ = inputs
         plain = replace(self, activation=None)
-        out, (values, part) = linear.linear_moments(x, weight, bias, residual, config=self.tiles)
+        out, (values, part) = linear.linear_with_partials(x, weight, bias, residual, config=self.tiles)
         self.same_bits([out], plain.kernel(x, weight, bias, None, residual, None))
         assert part == self.block_n // 2
         rows = out.flatten(0, 1).double()
-        for actual, wanted, slack in zip(values, moments_of(rows, part), moments_order(rows, part), strict=True):
+        for actual, wanted, slack in zip(values, partials_of(rows, part), partials_order(rows, part), strict=True):
             precision = torch.finfo(actual.dtype).eps * 2.0**23
             assert ((actual - wanted).abs() <= precision * slack).all()
 
@@ -151,23 +151,23 @@ def parts_of(rows, part):
     return [t.transpose(0, 1) for t in cut]
 
 
-def moments_of(rows, part):
+def partials_of(rows, part):
     """Mean and centred sum of squares, each [parts, rows], in the dtype of the rows."""
     values, inside = parts_of(rows, part)
     mean = values.sum(-1) / inside.sum(-1)
     return mean, ((values - mean[..., None]) * inside).square().sum(-1)
 
 
-def moments_order(rows, part):
+def partials_order(rows, part):
     """What the order of sums may change in each in float32: the mean by some ulps of the largest element."""
     largest = parts_of(rows.double().abs(), part)[0].amax(-1)
-    change, squares = 2.0**-22 * largest, moments_of(rows.double(), part)[1]
+    change, squares = 2.0**-22 * largest, partials_of(rows.double(), part)[1]
     return change, 2.0**-20 * squares + part * change.square() + 2 * change * (part * squares).sqrt()
 
 
 @dataclass(frozen=True)
 class FoldedCase(properties.Case):
-    """The moments of x, from ``row_moments`` or from the GEMM that wrote x, and the linear layer after a LayerNorm."""
+    """The partials of x, from ``row_partials`` or the GEMM that wrote x, and the linear layer after a LayerNorm."""
 
     dtype: str
     batch: int
@@ -179,7 +179,7 @@ class FoldedCase(properties.Case):
     centred: bool  # the rows of the weight
     eps: float
     mean: float
-    part: int  # half the tile of the GEMM that wrote x; 0: row_moments
+    part: int  # half the tile of the GEMM that wrote x; 0: row_partials
     block_m: int
     block_n: int
     block_k: int
@@ -204,54 +204,54 @@ class FoldedCase(properties.Case):
         column_sum = weight.double().sum(1).to(stat)
         return x.to(dtype), weight, column_sum, bias.to(stat) if self.bias else None
 
-    def moments(self, x):
+    def partials(self, x):
         from vit_fast.kernels import layer_norm, linear
 
         if not self.part:
-            return layer_norm.row_moments(x, LayerNormConfig(4, self.whole, 4))
+            return layer_norm.row_partials(x, LayerNormConfig(4, self.whole, 4))
         tiles = LinearConfig(self.block_m, 2 * self.part, 16, 2, 4, 2, self.tma)
         nothing = torch.zeros(self.width, 1, dtype=x.dtype)
-        out, moments = linear.linear_moments(0 * x[..., :1], nothing, None, x, config=tiles)
-        assert torch.equal(out, x) and moments.width == self.part
-        return moments
+        out, partials = linear.linear_with_partials(0 * x[..., :1], nothing, None, x, config=tiles)
+        assert torch.equal(out, x) and partials.width == self.part
+        return partials
 
     @property
     def whole(self):
         return max(16, 1 << (self.width - 1).bit_length())
 
-    def kernel(self, x, weight, column_sum, bias, eps=None, moments=None):
+    def kernel(self, x, weight, column_sum, bias, eps=None, partials=None):
         from vit_fast.kernels import linear
 
         tiles = LinearConfig(self.block_m, self.block_n, self.block_k, 2, 4, 2, self.tma)
-        moments = moments or self.moments(x)
+        partials = partials or self.partials(x)
         eps = self.eps if eps is None else eps
-        out = linear.folded_linear(x, moments, eps, weight, column_sum, bias, self.activation, config=tiles)
-        return [out, *moments.values]
+        out = linear.folded_linear(x, partials, eps, weight, column_sum, bias, self.activation, config=tiles)
+        return [out, *partials.values]
 
     def eager(self, x, weight, column_sum, bias):
         bias = None if bias is None else bias.to(weight.dtype)
         rows = x.flatten(0, 1).to(column_sum.dtype)
         return [
             reference.layer_norm_linear(x, None, None, self.eps, weight, bias, self.activation),
-            *moments_of(rows, self.part or self.whole),
+            *partials_of(rows, self.part or self.whole),
         ]
 
     def golden(self, x, weight, column_sum, bias):
         x = x.double()
         rest = x - x.mean(-1, keepdim=True)
         normal = rest * (rest.square().mean(-1, keepdim=True) + self.eps) ** -0.5
-        moments = moments_of(x.flatten(0, 1), self.part or self.whole)
-        return [formula(normal, weight, bias, self.activation), *(m.contiguous() for m in moments)]
+        partials = partials_of(x.flatten(0, 1), self.part or self.whole)
+        return [formula(normal, weight, bias, self.activation), *(m.contiguous() for m in partials)]
 
     def order(self, x, weight, column_sum, bias):
-        """Some ulps of the sum of the products' sizes before they cancel, and of the moments."""
+        """Some ulps of the sum of the products' sizes before they cancel, and of the partials."""
         rows, weight = x.flatten(0, 1).double(), weight.double()
         rstd = (rows.var(1, correction=0) + self.eps) ** -0.5
         size = (rows.abs() @ weight.abs().T + rows.mean(1, keepdim=True).abs() * column_sum.double().abs()).amax(1)
         size = (size * rstd).max().item() + (1.0 if bias is None else 5.0)
         slope = size if self.activation == "swiglu" else 1.13
-        moments = moments_order(rows, self.part or self.whole)
-        return [2.0**-22 * size * slope, *(change.max().item() for change in moments)]
+        partials = partials_order(rows, self.part or self.whole)
+        return [2.0**-22 * size * slope, *(change.max().item() for change in partials)]
 
     def law_layout_of_rows(self, inputs, results):
         x, *rest = inputs
@@ -279,9 +279,9 @@ class FoldedCase(properties.Case):
         self.same_but_for_order(inputs, self.kernel(x.flatten(0, 1)[order], *rest), wanted)
 
     def law_parts(self, inputs, results):
-        """In how many parts the moments come does not matter."""
+        """In how many parts the partials come does not matter."""
         other = replace(self, part=0 if self.part else 16)
-        out = self.kernel(*inputs, moments=other.moments(inputs[0]))[0]
+        out = self.kernel(*inputs, partials=other.partials(inputs[0]))[0]
         self.same_but_for_order(inputs, [out, *results[1:]], results)
 
     def law_powers_of_two(self, inputs, results):
@@ -322,7 +322,7 @@ def cases(draw):
         block_n=draw(st.sampled_from((32, 64, 128))),
         block_k=draw(st.sampled_from((16, 32, 64))),
         tma=draw(st.booleans()),
-        splits=1 if activation == "swiglu" else draw(st.sampled_from((1, 1, 1, 2, 3, 4))),
+        split_k=1 if activation == "swiglu" else draw(st.sampled_from((1, 1, 1, 2, 3, 4))),
         values=values,
         layout=draw(properties.layouts),
         law=draw(properties.laws(LinearCase)),

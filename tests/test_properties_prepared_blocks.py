@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from test_linear import ACTIVATIONS
 from test_prepared_blocks import block, prepared
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding, reference
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class PreparedBlocksCase(properties.Case):
         self.same_but_for_order(inputs, self.kernel(x[image], *weights), [results[0][image]])
 
     def law_halves_of_the_stack(self, inputs, results):
-        """The second half takes the moments of its x from a kernel of its own, in one part."""
+        """The second half takes the partials of its x from a kernel of its own, in one part."""
         x, *weights = inputs
-        half = self.depth // 2 * reference.TENSORS_PER_BLOCK
+        half = self.depth // 2 * folding.TENSORS_PER_BLOCK
         if half:
             out = self.kernel(*self.kernel(x, *weights[:half]), *weights[half:])
             self.within_budget(inputs, out)

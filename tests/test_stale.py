@@ -256,6 +256,26 @@ def test_added_biases_and_layer_scales(caplog):
         assert_dropped(vit(qkv_bias=False).eval().bfloat16(), change, images(), caplog)
 
 
+@pytest.mark.parametrize("words", ({}, dict(fused=True)), ids=("foreach", "fused"))
+def test_a_step_of_an_optimizer_drops_them(words, caplog):
+    """Fused optimizers of torch write without a version; a step of another model's changes nothing."""
+    model, other = made("vit"), made("vit")
+    optimizers = [torch.optim.AdamW(trained.parameters(), 0.1, **words) for trained in (other, model)]
+
+    def step(model, optimizer):
+        with torch.enable_grad():
+            model(images()).sum().backward()
+        optimizer.step()
+
+    def train(stack):
+        step(other, optimizers[0])
+        assert serves(model, images())
+        step(model, optimizers[1])
+        caplog.clear()
+
+    assert_dropped(model, train, images(), caplog)
+
+
 def test_the_change_is_named(caplog):
     for change, path in (
         (lambda blocks: setattr(blocks[1].norm2, "eps", 0.1), "blocks.1.norm2.eps"),

@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 PACKAGE = sorted((ROOT / "vit_fast").rglob("*.py"))
-WITHOUT_TRITON = ("arguments", "configs", "reference", "tracing")  # may be imported at once by vit_fast
+# Modules of kernels/ that vit_fast may import at once.
+WITHOUT_TRITON = ("arguments", "configs", "folding", "reference", "tracing")
 WITH_TWIN = ()  # kernel files that may use what the interpreter lacks: each has a twin that it can run
 
 
@@ -69,6 +70,13 @@ class Value(NamedTuple):
     below: str = ""  # a name that it is smaller than
 
 
+def kind_of_argument(name, otherwise):
+    """The kind of an argument of a launch by its name, alone or in a named tuple."""
+    if name.lower().startswith("stride_"):
+        return STRIDE
+    return POINTER if name.endswith(("ptr", "src")) else otherwise
+
+
 def join(values):
     return max(values, key=lambda value: ORDER.index(value.kind), default=Value(OTHER))
 
@@ -88,14 +96,8 @@ class Flow:
         """Runs a kernel; a parameter is what its name and annotation say."""
         arguments = {}
         for parameter in function.args.args:
-            name = parameter.arg
-            if name.lower().startswith("stride_"):
-                kind = STRIDE
-            elif parameter.annotation is not None:
-                kind = CONST
-            else:
-                kind = POINTER if name.endswith(("ptr", "src")) else SIZE
-            arguments[name] = Value(kind)
+            otherwise = SIZE if parameter.annotation is None else CONST
+            arguments[parameter.arg] = Value(kind_of_argument(parameter.arg, otherwise))
         self.run(function, arguments)
 
     def run(self, function, arguments):
@@ -163,7 +165,9 @@ class Flow:
         if isinstance(node, ast.Subscript):
             return self.value(node.value, scope)
         if isinstance(node, ast.Attribute):
-            return self.value(node.value, scope) if node.attr == "T" else Value(OTHER)
+            if node.attr == "T":
+                return self.value(node.value, scope)
+            return Value(kind_of_argument(node.attr, OTHER))  # an argument in a named tuple, or no integer
         if isinstance(node, ast.UnaryOp):
             return self.value(node.operand, scope)
         if isinstance(node, ast.IfExp):
@@ -306,7 +310,7 @@ def loose_dots(source):
 def _is_guard(node):
     if isinstance(node, ast.IfExp):
         return _is_guard(node.body) and dotted(getattr(node.orelse, "func", None)).endswith("nullcontext")
-    return isinstance(node, ast.Call) and dotted(node.func).endswith(("torch.cuda.device", "launch_guard"))
+    return isinstance(node, ast.Call) and dotted(node.func).endswith(("torch.cuda.device", "device_guard"))
 
 
 def unguarded_launches(source):
@@ -341,7 +345,7 @@ def unsafe_calls(source):
         if isinstance(node, ast.Import):  # under its own name pickle is seen where it is used
             names = [alias.name for alias in node.names if alias.name != "pickle" or alias.asname]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute) and dotted(node.value) == "pickle":
             names = [dotted(node)]
         for name in names:
@@ -362,12 +366,12 @@ def unsafe_calls(source):
     return found
 
 
-DEPENDENT_LAUNCH = {f"triton.language.extra.cuda.gdc_{word}" for word in ("launch_dependents", "wait")}
+PDL_INSTRUCTIONS = {f"triton.language.extra.cuda.gdc_{word}" for word in ("launch_dependents", "wait")}
 
 
 def beyond_the_interpreter(source):
     """Features that Triton's interpreter lacks, so that no CPU test could see the kernel; the two instructions of
-    dependent launch apart, which change no result and which the ledger looks after."""
+    PDL apart, which change no result and which the ledger looks after."""
     banned = {"inline_asm_elementwise", "extern_elementwise", "libdevice", "extra", "make_block_ptr", "advance"}
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -375,7 +379,7 @@ def beyond_the_interpreter(source):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None) or ""
             words = [f"{module}.{alias.name}" for alias in node.names]
-            names = [part for word in words if word not in DEPENDENT_LAUNCH for part in word.split(".")]
+            names = [part for word in words if word not in PDL_INSTRUCTIONS for part in word.split(".")]
         elif isinstance(node, ast.Attribute):
             names = [node.attr]
         elif isinstance(node, ast.Name):
@@ -432,7 +436,7 @@ def early_triton(source):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
         for name in names:
             parts = name.split(".")
             kernel = parts[parts.index("kernels") + 1 :][:1] if "kernels" in parts else []
@@ -477,7 +481,7 @@ def test_source_keeps_the_rule(rule):
 def test_rules_see_the_kernels():
     """What the rules look for is there to be found."""
     sources = {path.stem: path.read_text() for path in KERNELS}
-    for name in ("attention", "layer_norm", "linear", "patch_embed"):
+    for name in ("attention", "layer_norm", "gemm", "patch_embed"):
         assert [function for function in jit_functions(sources[name]) if function.endswith("_kernel")]
         launches = [call for call in calls(sources[name]) if isinstance(call.func, ast.Subscript)]
         assert launches and all(dotted(call.func.value) in jit_functions(sources[name]) for call in launches)
@@ -532,12 +536,15 @@ SNIPPETS = {
             "    if F:\n        r = tl.program_id(0)\n    x_ptr += r * n",
             JIT + "def helper(r, stride):\n    return r * stride\n"
             "@triton.jit\ndef kernel(x_ptr, stride_n):\n    x_ptr += helper(tl.program_id(0), stride_n)",
+            JIT + "def kernel(t):\n    tl.load(t.x_ptr + tl.program_id(0) * t.stride_n)",
+            JIT + "def kernel(t, n):\n    row = tl.program_id(0)\n    tl.load(t.x_ptr + row * n)",
             JIT + "def kernel(x_ptr, n, S: tl.constexpr, B: tl.constexpr):\n    r = tl.program_id(0) % B\n"
             "    x_ptr += r * (tl.cdiv(tl.cdiv(n, B), S) * B)",
         ],
         [
             JIT + "def kernel(x_ptr, stride_n):\n    tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride_n)",
             JIT + "def kernel(x_ptr, stride_n, B: tl.constexpr):\n    x_ptr += tl.full([], B, tl.int64) * stride_n",
+            JIT + "def kernel(t):\n    tl.load(t.x_ptr + tl.program_id(0).to(tl.int64) * t.stride_n)",
             JIT + "def kernel(x_ptr, B: tl.constexpr):\n    i = tl.program_id(0).to(tl.int64) * B\n    x_ptr += i",
             JIT + "def kernel(x_ptr, n, B: tl.constexpr):\n    p = tl.program_id(0)\n    q = p // n\n"
             "    x_ptr += (p - q * n) * B + tl.arange(0, B)",
@@ -564,7 +571,7 @@ SNIPPETS = {
         ],
         [
             "with torch.cuda.device(d):\n    _f_kernel[(n,)](x)",
-            "with ln.launch_guard(x):\n    if x:\n        _f_kernel[(n,)](x)",
+            "with launch.device_guard(x):\n    if x:\n        _f_kernel[(n,)](x)",
             "with torch.cuda.device(d) if cuda else contextlib.nullcontext():\n    _f_kernel[(n,)](x)",
             "VERBS[name](x)",
         ],
@@ -636,6 +643,7 @@ SNIPPETS = {
             "def f():\n    import triton",
             "from .kernels import arguments, reference",
             "from .kernels.arguments import UnsupportedError",
+            "from .triton import TRITON",
             "import torch",
         ],
     ),

@@ -72,13 +72,13 @@ def test_the_first_candidate_is_what_the_rule_picks(tune):
 def test_what_cannot_fit_is_left_out(tune):
     problem, chip = tune.Problem("linear", "fc1", "base", 256), tune.Chip.named(90)
     pick = tune.plan(problem, chip)[0]
-    good = replace(pick, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, splits=1)
+    good = replace(pick, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, split_k=1)
     assert tune.fits(problem, good, chip) and not tune.fits(problem, good, tune.Chip.named(80))
-    for change in (dict(num_stages=5), dict(num_warps=4), dict(splits=2)):
+    for change in (dict(num_stages=5), dict(num_warps=4), dict(split_k=2)):
         assert not tune.fits(problem, replace(good, **change), chip)
-    small = replace(pick, block_m=64, block_n=64, block_k=64, splits=4)
+    small = replace(pick, block_m=64, block_n=64, block_k=64, split_k=4)
     assert tune.fits(replace(problem, name="proj", batch=1), small, chip)
-    assert not tune.fits(replace(problem, name="proj", batch=1), replace(small, splits=8), chip)
+    assert not tune.fits(replace(problem, name="proj", batch=1), replace(small, split_k=8), chip)
     attention = tune.Problem("attention", "attention", "base", 1)
     resident = configs.AttentionConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
     assert tune.fits(attention, resident, chip)

@@ -1,6 +1,6 @@
 """explain(model): which backend runs each operation of each module, or the reason why not.
 
-The model is run once on fake tensors (no memory, no kernels) and every choice that ``backends.select`` makes is noted
+The model is run once on fake tensors (no memory, no kernels) and every choice of a backend (``select.choose``) is noted
 with the innermost module in whose forward it was made. So is every block that runs its library's own forward: a fast
 class tells why (``backends.note``), a block without one is found by ``optimize.survey``.
 """
@@ -39,6 +39,7 @@ class Row:
     operation: str
     backend: str
     reasons: tuple[str, ...]
+    backward: str | None = None  # the backend of the backward pass; None in inference and where there is none
 
 
 class Explanation(list):
@@ -64,7 +65,18 @@ class Explanation(list):
         lines = [*head, f"{'module':<{width}}{'operation':<20}{'calls':>5}  {'backend':<8}why"]
         for (name, operation, chosen, why), calls in folded.items():
             lines.append(f"{name:<{width}}{operation:<20}{calls:>5}  {chosen:<8}{why}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._backward_lines()])
+
+    def _backward_lines(self) -> list[str]:
+        """A line for each backend that leaves the backward of its operations to another."""
+        elsewhere: dict[tuple[str, str], dict[str, None]] = {}
+        for row in self:
+            if row.backward not in (None, row.backend):
+                elsewhere.setdefault((row.backend, row.backward), {})[row.operation] = None
+        return [
+            f"backward of {', '.join(operations)}: {backward} ({chosen} has none)"
+            for (chosen, backward), operations in elsewhere.items()
+        ]
 
 
 def own_input(model, caller, batch=1):
@@ -106,8 +118,9 @@ def explain(model: nn.Module, example=None) -> Explanation:
     A transformer block or patch embedding that runs its library's own forward has a row too, of the backend "library".
     A model whose steps depend on values, as timm's NaFlexVit on the coordinates of its patches, is run for real.
     The run is one of inference: in eval mode and without gradients. Where the caller's model trains or gradients are
-    enabled, rows of prepared weights (``vit_fast.prepare``) say that they serve in inference alone; where such weights
-    are not used, a row of the operation "prepared weights" says why.
+    enabled, rows also have the backend of the backward pass, which the text names where it is not that of the forward,
+    and rows of prepared weights (``vit_fast.prepare``) say that they serve in inference alone; where such weights are
+    not used, a row of the operation "prepared weights" says why.
 
     Args:
         model: any module: one of vit_fast, one that ``optimize`` has changed or may change, one that calls
@@ -115,7 +128,7 @@ def explain(model: nn.Module, example=None) -> Explanation:
         example: an input [B, in_chans, H, W], or a tuple or a dict of what the model is called with; default one image
             of the model's own size and dtype.
     Returns:
-        ``Explanation``: rows (module, operation, backend, reasons); print it for a table.
+        ``Explanation``: rows (module, operation, backend, reasons, backward); print it for a table.
     Raises:
         TypeError: model is no module, or example nothing that it can be called with.
         ValueError: no example for a model that does not tell its input size.
@@ -157,7 +170,8 @@ def _explain(model, example, inference):
             for operation, chosen, reasons in choices:
                 if not inference and operation in ("prepared_blocks", "fp8_blocks"):
                     reasons = (*reasons, _NOT_HERE)
-                rows.append(Row(stack[-1], operation, chosen, reasons))
+                backward = None if inference else backends.backward_name(chosen, operation)
+                rows.append(Row(stack[-1], operation, chosen, reasons, backward))
             choices.clear()
 
         def enter(module, inputs):

@@ -1,10 +1,11 @@
 """The operations as PyTorch sees them, and the only place that chooses a backend.
 
-Each public function checks its arguments, asks ``backends.select``, and calls either the reference directly
-(so that inductor can fuse through it) or a registered operator ``vit_fast::<op>_fwd``. Those operators return
-what a backward needs beside the output (natural-log LSE; mean and rstd of rows), carry a fake, an autograd formula
-and a FLOP formula, and record the backend, so that forward and backward may run on different ones. Their backward
-``vit_fast::<op>_bwd`` is the closed formula of ``kernels.reference``; differentiating it once more raises.
+Each public function checks its arguments, asks ``backends.select.choose``, and calls either the reference directly
+(so that inductor can fuse through it) or a registered operator ``vit_fast::<op>_fwd``, which looks its function up in
+the tables of the chosen backend. Those operators return what a backward needs beside the output (natural-log LSE; mean
+and rstd of rows), carry a fake, an autograd formula and a FLOP formula, and record the backend. Their backward
+``vit_fast::<op>_bwd`` runs on that backend where it has a backward of the operation, else it is the closed formula of
+``kernels.reference``; differentiating it once more raises.
 Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and ONNX export the reference runs
 (``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
@@ -12,14 +13,16 @@ Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix toke
 ``prepared_blocks`` and ``fp8_blocks`` have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
-import contextlib
 import logging
-import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from . import backends
-from .kernels import arguments, reference
+from .backends import select
+from .backends.base import Backend
+from .backends.torch import TORCH
+from .kernels import arguments, folding, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
 
@@ -33,25 +36,34 @@ from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 _flop_log.disabled = False
 
 _library = torch.library.Library("vit_fast", "DEF")
-_interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
 
 
-def _refuse_transforms(name):
+def _refuse_transforms(name: str, backend: str) -> None:
     """Raises in a transform, where only a graph recorded outside of it calls an operator: these have no tangent."""
     if is_transformed():
         raise UnsupportedError(
-            f"vit_fast.{name}: a recorded graph of the triton backend cannot run under torch.func's transforms or "
+            f"vit_fast.{name}: a recorded graph of the {backend} backend cannot run under torch.func's transforms or "
             "forward-mode differentiation; call the model itself, or record it inside `with vit_fast.backend('torch')`"
         )
 
 
-def _register(name, signature, results, differentiable, forward, fake, backward, flops, save_output=False):
+def _register(
+    name: str,
+    signature: str,
+    results: str,
+    differentiable: Sequence[int],
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Sequence[torch.Tensor | None]],
+    flops: Callable[..., int],
+    save_output: bool = False,
+) -> None:
     """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
 
     ``signature`` lists the arguments without the backend; ``differentiable`` are the positions of the tensor
-    arguments that get gradients, in the order in which ``backward(grad, inputs, saved, needs)`` yields them;
-    ``forward`` maps a backend to the function that runs it. Saved are the inputs and the statistics, and the
-    output where ``save_output`` says so.
+    arguments that get gradients, in the order in which ``backward(run, grad, inputs, saved, needs)`` yields them, where
+    ``run`` is a function of a backend's table; ``forward`` maps a backend to the function that runs it. Saved are the
+    inputs and the statistics, and the output where ``save_output`` says so.
     """
     statistics = results.count("Tensor") - 1
     kept = statistics + save_output
@@ -61,16 +73,18 @@ def _register(name, signature, results, differentiable, forward, fake, backward,
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
-        _refuse_transforms(name)
-        interpreted = inputs[-1] == "triton" and inputs[0].device.type == "cpu"
-        with _interpreter if interpreted else contextlib.nullcontext():
-            outputs = forward(inputs[-1])(*inputs[:-1])
+        _refuse_transforms(name, inputs[-1])
+        backend = select.loaded(inputs[-1], name)
+        with backend.launching(inputs[0].device):
+            outputs = forward(backend)(*inputs[:-1])
         return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
 
     def bwd(grad, *inputs):
-        *inputs, needs, _ = inputs
+        *inputs, needs, word = inputs
         inputs, saved = inputs[: len(inputs) - kept], inputs[len(inputs) - kept :]
-        grads = backward(grad, inputs, saved, needs)
+        backend = select.of_backward(word, name)
+        with backend.launching(grad.device):
+            grads = backward(backend.backward[name], grad, inputs, saved, needs)
         return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
     def bwd_fake(grad, *inputs):
@@ -150,9 +164,9 @@ _register(
     "Tensor x, Tensor? weight, Tensor? bias, float eps",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2),
-    lambda backend: reference.layer_norm_fwd if backend == "torch" else backends.kernel("layer_norm").layer_norm_fwd,
+    lambda backend: backend.forward["layer_norm"],
     lambda x, weight, bias, eps, backend: (x.new_empty(x.shape), *_row_stats(x)),
-    lambda grad, inputs, saved, needs: reference.layer_norm_bwd(grad, *inputs[:3], *saved),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved),
     lambda *shapes, **_: 0,
 )
 
@@ -172,9 +186,7 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     arguments.check_layer_norm(x, weight, bias, eps)
-    name = backends.select(
-        "layer_norm", x.device, lambda: backends.kernel("layer_norm").not_supported_reasons(x, weight, bias, eps)
-    )
+    name = select.choose("layer_norm", x.device, (), x, weight, bias, eps)
     if name == "torch":
         return reference.layer_norm(x, weight, bias, eps)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -199,9 +211,9 @@ _register(
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5),
-    lambda backend: (reference if backend == "torch" else backends.kernel("linear")).layer_norm_linear_fwd,
+    lambda backend: backend.forward["layer_norm_linear"],
     _layer_norm_linear_fake,
-    lambda grad, inputs, saved, needs: reference.layer_norm_linear_bwd(grad, *inputs, *saved),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
 )
 
@@ -223,13 +235,7 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
         UnsupportedError: a forced backend cannot.
     """
     arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
-    name = backends.select(
-        "layer_norm_linear",
-        x.device,
-        lambda: backends.kernel("linear").layer_norm_linear_not_supported_reasons(
-            x, ln_weight, ln_bias, eps, weight, bias, activation
-        ),
-    )
+    name = select.choose("layer_norm_linear", x.device, (), x, ln_weight, ln_bias, eps, weight, bias, activation)
     if name == "torch":
         return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
     weight, bias = _autocast(x.device.type, weight, bias)
@@ -239,16 +245,14 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
 # linear_residual
 
 
-def _linear_residual_forward(backend):
-    run = (reference if backend == "torch" else backends.kernel("linear")).linear_residual
-    return lambda x, weight, bias, gamma, residual, row_scale: run(
-        x, weight, bias, gamma, residual, row_scale=row_scale
-    )
+def _with_row_scale(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose last argument is row_scale, which operators have by position and ``run`` by name."""
+    return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
 
 
-def _linear_residual_backward(grad, inputs, saved, needs):
+def _linear_residual_backward(run, grad, inputs, saved, needs):
     x, weight, bias, gamma, residual, row_scale = inputs
-    dx, dweight, dbias, dgamma, drow_scale = reference.linear_residual_bwd(grad, x, weight, bias, gamma, row_scale)
+    dx, dweight, dbias, dgamma, drow_scale = run(grad, x, weight, bias, gamma, row_scale)
     return dx, dweight, dbias, dgamma, grad.to(residual.dtype, copy=True), drow_scale
 
 
@@ -257,7 +261,7 @@ _register(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale",
     "Tensor",
     (0, 1, 2, 3, 4, 5),
-    _linear_residual_forward,
+    lambda backend: _with_row_scale(backend.forward["linear_residual"]),
     lambda x, weight, bias, gamma, residual, row_scale, backend: residual.new_empty(residual.shape),
     _linear_residual_backward,
     lambda x, weight, *_, **__: _linear_flops(x, weight),
@@ -282,15 +286,8 @@ def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout
         UnsupportedError: a forced backend cannot.
     """
     arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed)
-    name = backends.select(
-        "linear_residual",
-        x.device,
-        lambda: (
-            _dropout_reasons(dropout_p)
-            + backends.kernel("linear").linear_residual_not_supported_reasons(
-                x, weight, bias, gamma, residual, row_scale=row_scale
-            )
-        ),
+    name = select.choose(
+        "linear_residual", x.device, _not_fused(dropout_p), x, weight, bias, gamma, residual, row_scale=row_scale
     )
     if name == "torch":
         return reference.linear_residual(
@@ -300,16 +297,13 @@ def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout
     return torch.ops.vit_fast.linear_residual_fwd(x, weight, bias, gamma, residual, row_scale, name)
 
 
-def _dropout_reasons(dropout_p):
-    return ["dropout_p is not fused"] if dropout_p else []
+def _not_fused(dropout_p: float, **options: torch.Tensor | None) -> list[str]:
+    """Which options of a call no operator has an argument for."""
+    reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
+    return [*reasons, "dropout_p is not fused"] if dropout_p else reasons
 
 
 # layernorm_mlp
-
-
-def _layernorm_mlp_forward(backend):
-    run = (reference if backend == "torch" else backends.kernel("layernorm_mlp")).layernorm_mlp_fwd
-    return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
 
 
 _register(
@@ -318,9 +312,9 @@ _register(
     "str activation, Tensor? gamma, Tensor? row_scale",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5, 6, 7, 9, 10),
-    _layernorm_mlp_forward,
+    lambda backend: _with_row_scale(backend.forward["layernorm_mlp"]),
     lambda x, *_: (x.new_empty(x.shape), *_row_stats(x)),
-    lambda grad, inputs, saved, needs: reference.layernorm_mlp_bwd(grad, *inputs, *saved),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
 )
 
@@ -358,16 +352,10 @@ def layernorm_mlp(
     arguments.check_layernorm_mlp(
         x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed
     )
-    name = backends.select(
-        "layernorm_mlp",
-        x.device,
-        lambda: (
-            _dropout_reasons(dropout_p)
-            + backends.kernel("layernorm_mlp").not_supported_reasons(
-                x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale
-            )
-        ),
-    )
+    name = select.choose(
+        "layernorm_mlp", x.device, _not_fused(dropout_p), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
+        row_scale=row_scale,
+    )  # fmt: skip
     if name == "torch":
         return reference.layernorm_mlp(
             x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
@@ -382,13 +370,11 @@ def layernorm_mlp(
 # attention
 
 
-def _attention_forward(backend):
-    module = reference if backend == "torch" else backends.kernel("attention")
-
+def _attention_forward(backend: Backend) -> Callable[..., Any]:
     def run(qkv, k, v, num_heads, scale, with_lse):
         if with_lse:
-            return module.attention_fwd(qkv, num_heads, scale, k=k, v=v)
-        return module.attention(qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
+            return backend.forward["attention"](qkv, num_heads, scale, k=k, v=v)
+        return backend.output("attention", qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
 
     return run
 
@@ -399,11 +385,11 @@ def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
     return out, qkv.new_empty((batch, num_heads, tokens) if with_lse else 0, dtype=_stat(qkv))
 
 
-def _attention_backward(grad, inputs, saved, needs):
+def _attention_backward(run, grad, inputs, saved, needs):
     qkv, k, v, num_heads, scale, with_lse = inputs
     if not with_lse:
         raise RuntimeError("vit_fast.attention: with_lse is False, expected True where gradients are wanted")
-    return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, *saved)
+    return run(grad, qkv, num_heads, scale, k, v, *saved)
 
 
 def _attention_flops(qkv, k, v, num_heads, scale, *_, **__):
@@ -473,13 +459,8 @@ def attention(
         if value is not None:
             raise UnsupportedError(f"vit_fast.attention: {option} is not supported in this version")
 
-    def not_supported():
-        options = {"bias": bias, "key_lengths": key_lengths}
-        reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
-        reasons += _dropout_reasons(dropout_p)
-        return reasons + backends.kernel("attention").not_supported_reasons(qkv, num_heads, k=k, v=v)
-
-    name = backends.select("attention", qkv.device, not_supported)
+    not_fused = _not_fused(dropout_p, bias=bias, key_lengths=key_lengths)
+    name = select.choose("attention", qkv.device, not_fused, qkv, num_heads, k=k, v=v)
     if name == "torch":
         return reference.attention(
             qkv, num_heads, scale, k=k, v=v, bias=bias, key_lengths=key_lengths,
@@ -506,10 +487,11 @@ def _register_blocks(name, tensors_per_block):
     )
 
     def run(x, weights, *arguments):
-        *arguments, _ = arguments
-        _refuse_transforms(name)
-        with _interpreter if x.device.type == "cpu" else contextlib.nullcontext():
-            return getattr(backends.kernel(name), name)(x, weights, *arguments).contiguous()
+        *arguments, word = arguments
+        _refuse_transforms(name, word)
+        backend = select.loaded(word, name)
+        with backend.launching(x.device):
+            return backend.forward[name](x, weights, *arguments).contiguous()
 
     def flops(x, weights, *_, **__):
         batch, tokens, width = x
@@ -522,16 +504,14 @@ def _register_blocks(name, tensors_per_block):
 
 
 def _call_blocks(name, x, weights, num_heads, *words):
-    backend = backends.select(
-        name, x.device, lambda: backends.kernel(name).not_supported_reasons(x, weights, num_heads)
-    )
+    backend = select.choose(name, x.device, (), x, weights, num_heads)
     if backend == "torch":
-        return getattr(reference, name)(x, weights, num_heads, *words)
+        return TORCH.forward[name](x, weights, num_heads, *words)
     return getattr(torch.ops.vit_fast, name)(x, list(weights), num_heads, *words, backend)
 
 
-_register_blocks("prepared_blocks", reference.TENSORS_PER_BLOCK)
-_register_blocks("fp8_blocks", reference.TENSORS_PER_FP8_BLOCK)
+_register_blocks("prepared_blocks", folding.TENSORS_PER_BLOCK)
+_register_blocks("fp8_blocks", folding.TENSORS_PER_FP8_BLOCK)
 
 
 def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
@@ -539,7 +519,7 @@ def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, e
 
     Args:
         x: [B, N, C] in the dtype of the weights.
-        weights: the tensors of ``reference.prepare_block`` of each block, one block after the other.
+        weights: the tensors of ``folding.prepare_block`` of each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:
@@ -557,7 +537,7 @@ def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: 
 
     Args:
         x: [B, N, C], float16 or bfloat16.
-        weights: the tensors of ``reference.fp8_block`` of each block, one block after the other.
+        weights: the tensors of ``folding.fp8_block`` of each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``, that of the weights.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:
@@ -584,13 +564,11 @@ def _patch_embed_fake(images, weight, bias, pos_embed, prefix_tokens, stride, me
     return weight.new_empty((images.shape[0], prefix + rows * columns, weight.shape[0]))
 
 
-def _patch_embed_backward(grad, inputs, saved, needs):
+def _patch_embed_backward(run, grad, inputs, saved, needs):
     images, weight, bias, pos_embed, prefix_tokens, stride, mean, std = inputs
     normalised = images.dtype == torch.uint8 or mean is not None or std is not None
     pixels = reference.normalise_pixels(images, mean, std, weight.dtype) if normalised else images
-    dpixels, *grads = reference.patch_embed_bwd(
-        grad, pixels, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad=needs[0]
-    )
+    dpixels, *grads = run(grad, pixels, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad=needs[0])
     if needs[0] and std is not None:
         dpixels = dpixels / dpixels.new_tensor(std).view(1, -1, 1, 1)
     return None if dpixels is None else dpixels.to(images.dtype), *grads
@@ -607,7 +585,7 @@ _register(
     "float[]? mean, float[]? std",
     "Tensor",
     (0, 1, 2, 3, 4),
-    lambda backend: (reference if backend == "torch" else backends.kernel("patch_embed")).patch_embed,
+    lambda backend: backend.forward["patch_embed"],
     _patch_embed_fake,
     _patch_embed_backward,
     _patch_embed_flops,
@@ -634,12 +612,8 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     """
     stride = arguments.check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std)
     mean, std = (None if values is None else tuple(values) for values in (mean, std))
-    name = backends.select(
-        "patch_embed",
-        images.device,
-        lambda: backends.kernel("patch_embed").not_supported_reasons(
-            images, weight, bias, pos_embed, prefix_tokens, stride, mean, std
-        ),
+    name = select.choose(
+        "patch_embed", images.device, (), images, weight, bias, pos_embed, prefix_tokens, stride, mean, std
     )
     if name == "torch":
         return reference.patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std)

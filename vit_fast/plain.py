@@ -28,6 +28,8 @@ CONVOLUTION = (nn.Conv2d,)
 NOTHING = (nn.Identity, NoneType)
 NORM = (nn.LayerNorm, nn.Identity)
 TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_PARAMETERS = TENSORS | {NoneType}
+_TRACED = "is a node of the graph that torch.fx traces"
 # Instance attributes that stand in front of a class's forward or of registered parameters.
 _SHADOWS = frozenset(("forward", "weight", "bias", "in_proj_weight", "in_proj_bias", "gamma", "lambda1"))
 
@@ -74,12 +76,17 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
         classes: the exact classes that it may have.
         ignores: function of a forward hook: whether it may be passed over.
     """
+    if is_fx_symbolic_tracing() and module is not None:
+        return _TRACED
+    return _why_not_plain(module, classes, ignores)
+
+
+def _why_not_plain(module, classes, ignores):
+    """``why_not_plain`` where torch.fx does not trace; a forward asks it of every module."""
     if type(module) not in classes:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if module is None:
         return None
-    if is_fx_symbolic_tracing():
-        return "is a node of the graph that torch.fx traces"
     hooks, fields = module._forward_hooks, module.__dict__
     if hooks and not all(ignores(hook) for hook in hooks.values()):
         return "carries a hook"
@@ -88,7 +95,7 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
     if not _SHADOWS.isdisjoint(fields):
         return "has a forward of its own" if "forward" in fields else "has a weight that is no parameter"
     for tensor in module._parameters.values():
-        if tensor is not None and type(tensor) not in TENSORS:
+        if type(tensor) not in _PARAMETERS:
             return f"holds a {type(tensor).__name__}"
     if "normalized_shape" in fields and len(module.normalized_shape) != 1:
         return "normalises more than the last axis"
@@ -101,11 +108,13 @@ def why_not_plain(module, classes, ignores=_never) -> str | None:
 
 def not_plain_reason(module, parts, ignores=_never) -> str | None:
     """Why the parts of a module (of ``parts``) may not be read past their ``__call__``, or None."""
+    if is_fx_symbolic_tracing():
+        return f"it {_TRACED}"
     for name, path, classes, children in parts:
         part = module
         for key in path:
             part = part._modules.get(key)
-        reason = why_not_plain(part, classes, ignores)
+        reason = _why_not_plain(part, classes, ignores)
         if reason is not None:
             return f"{name} {reason}"
         if children is not None and tuple(part._modules) != children:

@@ -7,16 +7,19 @@ stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no par
 warning says why, once. They are dropped as soon as anything has changed that the blocks compute with (``snapshot``).
 """
 
+import functools
 import inspect
 import logging
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
-from .kernels.reference import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .kernels.folding import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
 from .plain import why_not_plain
 from .snapshot import HOOKS, Snapshot
 
@@ -24,6 +27,7 @@ _logger = logging.getLogger("vit_fast")
 _DTYPES = (torch.float16, torch.bfloat16)
 _PRECISIONS = (None, "fp8")
 _GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
+_folded = WeakTensorKeyDictionary()  # the parameters that weights were folded from
 _COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(model) folds anew"
 
 
@@ -72,6 +76,8 @@ class Prepared(Stale):
         self._parts = dict(blocks.named_modules(prefix=name))
         del self._parts[name]  # the stack only holds the blocks, its own forward does not run
         self._snapshot = Snapshot(self._parts)
+        _folded.update(dict.fromkeys(self._snapshot.tensors, True))
+        _count_steps()
 
     def _why_unused(self, x):
         """Why the blocks have to run one by one, or None. Where what was folded has changed, drops the weights."""
@@ -112,6 +118,20 @@ class Prepared(Stale):
         if not chosen:
             return x
         return operation(x, self.weights[chosen.start * size : chosen.stop * size], *self.words)
+
+
+@functools.cache
+def _count_steps():
+    """From now on each step of an optimizer counts as a write to the parameters that weights were folded from: torch's
+    fused optimizers, and those of other libraries, leave no version."""
+
+    def count(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in _folded:
+                    torch.autograd.graph.increment_version(parameter)
+
+    register_optimizer_step_post_hook(count)
 
 
 def _fold(p: BlockParams, precision):
@@ -182,7 +202,7 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     Used in ``eval`` without gradients (``torch.no_grad``, ``torch.inference_mode``), outside ``torch.compile`` and
     autocast; in other calls, and with hooks in the blocks, the blocks run as they were, and the logger "vit_fast" warns
     once of each reason. ``explain(model)`` shows ``prepared_blocks`` where they serve. Any change of what the blocks
-    compute (parameters changed, moved, loaded or replaced, modules, ``.to()``, attributes such as ``num_heads``,
+    compute (parameters trained, moved, loaded or replaced, modules, ``.to()``, attributes such as ``num_heads``,
     ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes ``prepare``. Writes
     through ``parameter.data`` cannot be seen: call ``refresh`` after them; ``check`` sees them. Copies and pickles of
     the model do not hold the folded weights. These take as much memory as the blocks (in float8 half of it). Results

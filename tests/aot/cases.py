@@ -86,27 +86,27 @@ def attention_cases():
 
 
 def layer_norm_cases():
-    from vit_fast.kernels.layer_norm import layer_norm, row_moments
+    from vit_fast.kernels.layer_norm import layer_norm, row_partials
 
     def call(batch, tokens, width, dtype, weight_dtype):
         x = torch.empty(batch, tokens, width, dtype=dtype)
         layer_norm(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
 
-    def moments(*size_and_dtype):
+    def partials(*size_and_dtype):
         *size, dtype = size_and_dtype
-        row_moments(torch.empty(size, dtype=dtype))
+        row_partials(torch.empty(size, dtype=dtype))
 
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, _, _, _) in VITS.items():
                 yield case("layer_norm", name, dtype, call, batch, tokens, width, dtype, dtype)
         for name, (tokens, width, _, _, _) in VITS.items():
-            yield case("row_moments", name, dtype, moments, 64, tokens, width, dtype)
+            yield case("row_partials", name, dtype, partials, 64, tokens, width, dtype)
         yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 
 def linear_cases():
-    from vit_fast.kernels.linear import folded_linear, layer_norm_linear, linear, linear_moments, linear_residual
+    from vit_fast.kernels.linear import folded_linear, layer_norm_linear, linear, linear_residual, linear_with_partials
 
     def projection(batch, tokens, width, out, dtype, activation=None, tf32=False):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
@@ -129,17 +129,17 @@ def linear_cases():
     def folded(batch, tokens, width, out, dtype, activation=None):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         proj, vector = torch.empty(width, width, dtype=dtype), torch.empty(width)
-        x, moments = linear_moments(x, proj, vector, torch.empty_like(x))
-        folded_linear(x, moments, 1e-6, weight, torch.empty(out), torch.empty(out), activation)
+        x, partials = linear_with_partials(x, proj, vector, torch.empty_like(x))
+        folded_linear(x, partials, 1e-6, weight, torch.empty(out), torch.empty(out), activation)
 
-    def with_moments(batch, tokens, width, out, dtype):
+    def with_partials(batch, tokens, width, out, dtype):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
-        linear_moments(x, weight, torch.empty(out), torch.empty(batch, tokens, out, dtype=dtype))
+        linear_with_partials(x, weight, torch.empty(out), torch.empty(batch, tokens, out, dtype=dtype))
 
     for dtype in DTYPES[:2]:
         for batch in (1, 64):
             for name, (tokens, width, _, hidden, _) in VITS.items():
-                yield case("fc2 with moments", name, dtype, with_moments, batch, tokens, hidden, width, dtype)
+                yield case("fc2 with partials", name, dtype, with_partials, batch, tokens, hidden, width, dtype)
                 yield case("folded qkv", name, dtype, folded, batch, tokens, width, 3 * width, dtype)
                 yield case("folded fc1", name, dtype, folded, batch, tokens, width, hidden, dtype, activation="gelu")
             for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
@@ -218,7 +218,7 @@ def patch_embed_cases():
 
 
 def prepared_blocks_cases():
-    """Launches the kernels of layer_norm, linear and attention, the first block with the moments of whole rows."""
+    """Launches the kernels of layer_norm, linear and attention, the first block with the partials of whole rows."""
     from vit_fast.kernels.prepared_blocks import prepared_blocks
 
     def call(batch, tokens, width, heads, hidden, dtype):
@@ -273,18 +273,18 @@ def fp8_blocks_cases():
 
 def linear_hopper_cases():
     """Gluon's kernel for sm_90, with the tile of its own config; other architectures have no case."""
-    from vit_fast.kernels.layer_norm import Moments
+    from vit_fast.kernels.layer_norm import RowPartials
     from vit_fast.kernels.linear_hopper import linear_hopper
 
-    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, moments=False):
+    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         norm = None
         if part is not None:
-            norm = Moments(torch.empty(2, -(-width // part), batch * tokens), part), 1e-6, torch.empty(out)
+            norm = RowPartials(torch.empty(2, -(-width // part), batch * tokens), part), 1e-6, torch.empty(out)
         residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
         linear_hopper(
             x, weight, torch.empty(out) if bias else None, activation,
-            residual=residual, norm=norm, with_moments=moments,
+            residual=residual, norm=norm, with_partials=partials,
         )  # fmt: skip
 
     for dtype in DTYPES[:2]:
@@ -294,19 +294,19 @@ def linear_hopper_cases():
             made += [
                 case("hopper folded qkv", name, dtype, call, 64, tokens, width, 3 * width, dtype, part=64),
                 case("hopper folded fc1", name, dtype, call, *to_hidden, activation="gelu", part=64),
-                case("hopper fc2", name, dtype, call, *to_width, ends=True, moments=True),
+                case("hopper fc2", name, dtype, call, *to_width, ends=True, partials=True),
             ]
         base = ("base", dtype, call, 64, 197, 768, 3072, dtype)
         for activation in ("gelu_tanh", "quick_gelu", "relu"):
             made.append(case("hopper folded fc1", *base, activation=activation, part=64))
         made += [
-            case("hopper folded fc1, moments of whole rows", *base, activation="gelu", part=1024),
+            case("hopper folded fc1, partials of whole rows", *base, activation="gelu", part=1024),
             case("hopper fc1", *base, activation="gelu"),
             case("hopper fc1", *base, bias=False),
-            case("hopper fc1 with moments", *base, moments=True),
+            case("hopper fc1 with partials", *base, partials=True),
             case("hopper fc2", *base, ends=True),
             case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
-            case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, moments=True),
+            case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, partials=True),
         ]
         for found in made:
             yield replace(found, archs=(90,))

@@ -10,6 +10,7 @@ Run by ``ledger.py`` in a child process for each Triton version, with the interp
     python harness.py REQUEST.json ANSWER.json
 """
 
+import ast
 import contextlib
 import hashlib
 import io
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from dataclasses import dataclass, field
 
 ARCHS = (80, 90, 100)
@@ -79,8 +81,17 @@ def _set_arch(arch):
             module.arch_of = arch_of
 
 
+def _code(source):
+    """A source without comments, docstrings and layout: what a compile does not see."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def _device_source(function):
-    """The text of a kernel and of everything of ours that it calls or reads; line numbers do not count."""
+    """The code of a kernel and of everything of ours that it calls or reads, be it through a module (``launch.f``)."""
     import triton
 
     seen, parts, stack = set(), [], [function]
@@ -89,10 +100,11 @@ def _device_source(function):
         if id(current) in seen:
             continue
         seen.add(id(current))
-        parts.append(current.src)
-        space = current.fn.__globals__
-        for name in current.fn.__code__.co_names:
-            value = space.get(name)
+        parts.append(_code(current.src))
+        names, own = current.fn.__code__.co_names, current.fn.__globals__
+        modules = (value for name in names if isinstance(value := own.get(name), types.ModuleType))
+        spaces = [own, *(vars(module) for module in modules if module.__name__.startswith("vit_fast."))]
+        for name, value in ((name, space.get(name)) for space in spaces for name in names):
             if isinstance(value, triton.JITFunction) and not value.fn.__module__.startswith("triton."):
                 stack.append(value)
             elif isinstance(value, (int, float, str, bool, triton.language.constexpr)):
@@ -209,10 +221,10 @@ def _compile(request):
     if request.function.is_gluon():  # warp-specialised: loads by TMA, registers shared out anew
         found["tma_loads"] = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx))
         found["setmaxnreg"] = sorted({int(number) for number in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)})
-    if "atom." in ptx:  # programs count arrivals: every thread's stores, a barrier, then the one atomic
+    if "atom." in ptx:  # split-K semaphore: every thread's stores, a barrier, then the one atomic
         before = [line for line in ptx[: ptx.index("atom.")].splitlines() if "st.global" in line or "bar.sync" in line]
         found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
-    if "griddepcontrol.wait" in ptx:  # launched early: nothing may be read or written before the wait
+    if "griddepcontrol.wait" in ptx:  # PDL: nothing may be read or written before the wait
         found["waits"] = not re.search(r"\b(ld|st|atom|red)\.global|\bcp\.async", ptx.split("griddepcontrol.wait")[0])
     if re.search(r"tt\.dot.*xf8E4M3FN", kernel.asm.get("ttir", "")):
         found["fp8"] = "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx
@@ -296,9 +308,9 @@ def violations(entry, allowed_spills):
     if entry["dots"] == "ieee" and entry["mma"]:
         found.append(f"multiplies fp32 as TF32 ({entry['mma']}) though IEEE is asked for")
     if not entry.get("handover", True):
-        found.append("counts an arrival before all threads have stored")
+        found.append("counts in the split-K semaphore before all threads have stored")
     if not entry.get("waits", True):
-        found.append("touches memory before the kernel in front of it has ended")
+        found.append("touches memory before the PDL wait")
     if not entry.get("fp8", True):
         found.append("multiplies float8 as something wider")
     if entry.get("tma_loads") == 0:

@@ -71,13 +71,13 @@ def test_ledger_keeps_the_rules():
     "change,words",
     (
         ({"spill": 8}, "spills 8"),
-        ({"handover": False}, "counts an arrival before all threads have stored"),
+        ({"handover": False}, "counts in the split-K semaphore before all threads have stored"),
         ({"shared": 232_449}, "shared memory"),
         ({"arch": 80, "shared": 166_913}, "shared memory"),
         ({"mma": ""}, "no tensor-core"),
         ({"dots": "ieee", "mma": "tcgen05"}, "TF32"),
         ({"serialised": True, "ptxas": "C7515"}, "serialises wgmma"),
-        ({"waits": False}, "touches memory before the kernel in front of it has ended"),
+        ({"waits": False}, "touches memory before the PDL wait"),
         ({"fp8": False}, "multiplies float8 as something wider"),
         ({"tma_loads": 0}, "loads nothing by TMA"),
         ({"setmaxnreg": []}, "leaves the registers of its partitions as they are"),
@@ -141,6 +141,20 @@ def test_changed_source_is_compiled_again():
     assert len(harness.select(requests, known, False, 1)) == 3
     assert len(harness.select(requests, known, True, 0)) == 3
     assert len(harness.select(requests, {}, False, 0)) == 0 and len(harness.select(requests, {}, False, 1)) == 3
+
+
+def test_only_code_counts_as_source():
+    told = harness._code('def f(x):\n    """Says."""\n    return x  # why\n')
+    assert told == harness._code("def f( x ):\n  return x")
+    assert harness._code("def f(x):\n    return x") != harness._code("def f(x):\n    return x + 1")
+
+
+def test_source_holds_what_is_called_through_a_module():
+    pytest.importorskip("triton")
+    from vit_fast.kernels import gemm
+
+    source = harness._device_source(gemm._linear_fwd_kernel)
+    assert "def _linear_fwd_kernel(" in source and "def row_offset(" in source and "def activate(" in source
 
 
 @pytest.mark.parametrize("fault,words", (("abort", "died"), ("raise", "ValueError: outer cause"), ("hang", "stopped")))

@@ -30,6 +30,8 @@ from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
 from vit_fast.kernels import configs as configs_module
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
+from vit_fast.kernels import gemm as gemm_kernels
+from vit_fast.kernels import launch as launch_kernels
 from vit_fast.kernels import layer_norm as layer_norm_kernels
 from vit_fast.kernels import layernorm_mlp as layernorm_mlp_kernels
 from vit_fast.kernels import linear as linear_kernels
@@ -143,106 +145,32 @@ def _right_arguments():
         yield "patch_embed", changes
 
 
-def layer_norm():
-    kernels, module = layer_norm_kernels, test_layer_norm
-    block, loop = LayerNormConfig(4, 64, 4), LayerNormConfig(1, 16, 4)
-    for config, shape in ((block, (2, 3, 40)), (loop, (1, 3, 20))):
-        module.check(kernels, *module.problem(shape, FLOAT32, mean=2.0), eps=0.1, config=config)
-        for dtype in DTYPES[1:]:
-            module.check(kernels, *module.problem(shape, dtype, mean=2.0), config=config)
-        for weight, bias in ((True, False), (False, True)):
-            module.check(kernels, *module.problem(shape, FLOAT16, weight, bias), config=config)
-        module.check(kernels, *module.problem(shape, FLOAT16, side_dtype=FLOAT32), out_dtype=BFLOAT16, config=config)
-        module.check(kernels, *module.problem(shape, FLOAT32, side_dtype=FLOAT64), out_dtype=FLOAT64, config=config)
-    with np.errstate(divide="raise"):
-        module.check(kernels, *module.problem((2, 3, 40), FLOAT32), config=block)
+def launch():
+    """The helpers of all launches by themselves, and through the smallest kernels."""
+    kernels = launch_kernels
     _row_layouts(kernels)
-    _layer_norm_launches(kernels)
-    for view in module.LAYOUTS.values():
-        x = view(module.problem((3, 8, 48), FLOAT32, mean=2.0)[0])
-        weight, bias = torch.randn(2, x.shape[-1]).t().contiguous().unbind(1)
-        expected = kernels.layer_norm_fwd(x.contiguous(), weight.contiguous(), bias.contiguous(), 1e-6)
-        equal(kernels.layer_norm_fwd(x, weight, bias, 1e-6), expected)
-    for view in (lambda x: x[:, 1:], lambda x: x.transpose(1, 2)):
-        module.check(kernels, view(torch.randn(2, 3, 20)), None, None, config=loop)
-    for width, config in ((64, block), (16, loop)):
-        module.test_offsets_beyond_two_to_the_31(kernels, width)
-        x, weight, bias = module.problem((2, 40), FLOAT32, mean=1e4)
-        module.check(kernels, x, weight, bias, config=config)
-        module.test_far_means(kernels, 1e6, 1.0, 16 * width if config is block else 128)
-        module.test_constant_rows_give_the_bias(kernels, 1e6 + 1 / 3, 16 * width if config is block else 128)
-    module.test_a_bad_row_stays_alone(kernels, math.nan)
-    module.test_nothing_to_do(kernels, (2, 0, 48))
-    _device_reasons(kernels)
-    _row_moments(kernels, module)
-    for shape in ((3, 7, 48), (1, 2, 16385)):
-        test_fp8_blocks.test_layer_norm_rounds_once(shape, BFLOAT16)
-    _dependent_launches(kernels)
+    _dtypes_and_devices(kernels)
+    _pdl(kernels)
+    for view in test_layer_norm.LAYOUTS.values():
+        x = view(test_layer_norm.problem((3, 8, 48), FLOAT32, mean=2.0)[0])
+        expected = layer_norm_kernels.layer_norm(x.contiguous(), None, None, 1e-6)
+        assert torch.equal(layer_norm_kernels.layer_norm(x, None, None, 1e-6), expected)
+    for width in (64, 16):
+        test_layer_norm.test_offsets_beyond_two_to_the_31(layer_norm_kernels, width)
 
 
-def _dependent_launches(kernels):
-    """Who is launched early, and what it then does first; the interpreter knows none of it."""
+def _pdl(kernels):
+    """What a launch with PDL asks for, and what its kernel does first; the interpreter knows none of it."""
     done = []
     with mock.patch.multiple(
         kernels, gdc_launch_dependents=lambda: done.append("let go"), gdc_wait=lambda: done.append("wait")
     ):
-        kernels.wait_for_previous.fn(False)
+        kernels.pdl_wait.fn(False)
         assert not done
-        kernels.wait_for_previous.fn(True)
+        kernels.pdl_wait.fn(True)
     assert done == ["let go", "wait"]
-    assert kernels.launch_options(False, 8, num_stages=3) == dict(DEPENDENT=False, num_warps=8, num_stages=3)
-    assert kernels.launch_options(True, 4) == dict(DEPENDENT=True, num_warps=4, launch_pdl=True)
-    recorder, x, loop = Recorder(), torch.randn(5, 64), LayerNormConfig(1, 32, 8)
-    with mock.patch.multiple(
-        kernels, _layer_norm_fwd_kernel=recorder, _layer_norm_wide_fwd_kernel=recorder, _row_moments_kernel=recorder
-    ):
-        for config in (None, loop):
-            kernels.layer_norm(x, None, None, 1e-6, None, config)
-            kernels.layer_norm(x, None, None, 1e-6, None, config, dependent=True)
-            kernels.layer_norm_fwd(x, None, None, 1e-6, None, config)
-        kernels.row_moments(x)
-        kernels.row_moments(x, dependent=True)
-    found = [launch.DEPENDENT for launch in recorder.launches]
-    assert found == [False, True, False] * 2 + [False, True]
-    assert {launch.num_warps for launch in recorder.launches[3:6]} == {8}
-
-
-def _row_moments(kernels, module):
-    for dtype in DTYPES:
-        for shape in ((2, 3, 100), (5, 1)):  # the sum of the first rows is beyond float16
-            module.test_row_moments(kernels, shape, 1000.0, dtype)
-    for layout in ("class token", "axes swapped", "channels first", "three strides"):
-        module.test_row_moments_of_any_layout(kernels, layout)
-    x = torch.randn(3, 5, 16).half()
-    expected = kernels.row_moments(x).values
-    memory = reserved(16 * (2**27 + 2**24), dtype=FLOAT16)
-    for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
-        far = torch.as_strided(memory, x.shape, strides).copy_(x)
-        assert torch.equal(kernels.row_moments(far).values, expected)
-    assert torch.equal(kernels.row_moments(x[1, 2]).values, expected[..., 7:8])
-    with last_programs_alone():
-        test_large_offsets.test_row_moments(None)
-    with np.errstate(divide="raise"):
-        kernels.row_moments(x, LayerNormConfig(4, 64, 4))
-    recorder = Recorder()
-    with mock.patch.object(kernels, "_row_moments_kernel", recorder):
-        for moments, part in (
-            (kernels.row_moments(x), 16), (kernels.row_moments(x.double(), LayerNormConfig(2, 64, 8)), 64),
-            (kernels.row_moments(x[:0]), 16),
-        ):  # fmt: skip
-            assert moments.width == part and moments.values.shape[:2] == (2, 1)
-    found = [(n.grid, n.BLOCK, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches]
-    assert found == [((1,), 16, 256, 4, "fp32"), ((8,), 64, 2, 8, "fp64")]
-    launch = device_is_made_current(
-        kernels, "_row_moments_kernel", lambda: kernels.row_moments(torch.empty(2, 5, 48, device="cuda"))
-    )
-    assert launch.args[0].device.type == "cuda"
-    wide = torch.zeros(2, 16385, device="meta")
-    assert kernels.row_moments_not_supported_reasons(wide) == ["width 16385 is above 16384"]
-    assert kernels.row_moments_not_supported_reasons(wide[:, 1:]) == []
-    with mock.patch.object(kernels, "INTERPRETED", False):
-        assert len(kernels.row_moments_not_supported_reasons(wide)) == 2
-        assert len(kernels.row_moments_not_supported_reasons(wide[:, 1:])) == 1
+    assert kernels.options(False, 8, num_stages=3) == dict(PDL=False, num_warps=8, num_stages=3)
+    assert kernels.options(True, 4) == dict(PDL=True, num_warps=4, launch_pdl=True)
 
 
 def _row_layouts(kernels):
@@ -261,6 +189,136 @@ def _row_layouts(kernels):
     assert kernels.row_layout(torch.zeros(2, 4, 5, 6, 8)[:, :, :, 2:])[1:] == (True, 4, 48, 8)
     copy, *layout = kernels.row_layout(x.permute(1, 0, 2, 3))
     assert copy.is_contiguous() and tuple(layout) == (False, 0, 0, 8)
+    for view, wanted in (
+        (x, 8),
+        (x[:, 1:], None),
+        (x[0, :, 2:], None),
+        (x[:, 0, 0], 240),
+        (x[:, 0], None),
+        (x[:1, :1, :1], 8),
+        (x[0, 0], 8),
+    ):
+        assert kernels.row_stride(view) == wanted
+    assert kernels.row_stride(x[:1, :1, 1, :4]) == 4
+    memory = torch.zeros(4096, dtype=FLOAT16)
+    memory = memory[-memory.data_ptr() % 64 // 2 :]
+    for offset, steps, wanted in (
+        (0, (64, 64), 16), (0, (64, 72), 16), (0, (64, 68), 8), (0, (66, 64), 4), (1, (64, 64), 2), (0, (63, 64), 2),
+        (8, (64, 64, 64), 16), (0, (64, 64, 66), 4), (0, (), 16),
+    ):  # fmt: skip
+        assert kernels.vector_bytes(memory[offset:], *steps) == wanted
+    assert kernels.vector(None) is None and kernels.vector(memory) is memory
+    assert kernels.vector(memory[::2]).is_contiguous()
+
+
+def _dtypes_and_devices(kernels):
+    assert [kernels.stat_dtype(dtype) for dtype in DTYPES] == [FLOAT32] * 3 + [FLOAT64]
+    found = [str(kernels.accumulator(*dtypes)) for dtypes in ((FLOAT16, FLOAT32), (FLOAT32, FLOAT64))]
+    assert found == ["fp32", "fp64"]
+    for word, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        with matmul_precision(word):
+            assert kernels.dot_precision() == wanted
+    cpu, meta, double = torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=FLOAT64)
+    assert kernels.device_reasons(double) == []
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        assert kernels.device_reasons(cpu, None) == ["tensors on cpu, Triton kernels need a CUDA device"]
+        assert kernels.device_reasons(cpu, meta)[0].startswith("tensors on cpu, meta,")
+        assert len(kernels.device_reasons(None, double, None)) == 2
+        fake = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=FLOAT32)
+        assert kernels.device_reasons(fake, None) == []
+        with mock.patch.object(torch.cuda, "device", lambda device: device):
+            assert kernels.device_guard(fake) is fake.device
+
+
+def layer_norm():
+    kernels, module = layer_norm_kernels, test_layer_norm
+    block, loop = LayerNormConfig(4, 64, 4), LayerNormConfig(1, 16, 4)
+    for config, shape in ((block, (2, 3, 40)), (loop, (1, 3, 20))):
+        module.check(kernels, *module.problem(shape, FLOAT32, mean=2.0), eps=0.1, config=config)
+        for dtype in DTYPES[1:]:
+            module.check(kernels, *module.problem(shape, dtype, mean=2.0), config=config)
+        for weight, bias in ((True, False), (False, True)):
+            module.check(kernels, *module.problem(shape, FLOAT16, weight, bias), config=config)
+        module.check(kernels, *module.problem(shape, FLOAT16, side_dtype=FLOAT32), out_dtype=BFLOAT16, config=config)
+        module.check(kernels, *module.problem(shape, FLOAT32, side_dtype=FLOAT64), out_dtype=FLOAT64, config=config)
+    with np.errstate(divide="raise"):
+        module.check(kernels, *module.problem((2, 3, 40), FLOAT32), config=block)
+    _layer_norm_launches(kernels)
+    for view in module.LAYOUTS.values():
+        x = view(module.problem((3, 8, 48), FLOAT32, mean=2.0)[0])
+        weight, bias = torch.randn(2, x.shape[-1]).t().contiguous().unbind(1)
+        expected = kernels.layer_norm_fwd(x.contiguous(), weight.contiguous(), bias.contiguous(), 1e-6)
+        equal(kernels.layer_norm_fwd(x, weight, bias, 1e-6), expected)
+    for view in (lambda x: x[:, 1:], lambda x: x.transpose(1, 2)):
+        module.check(kernels, view(torch.randn(2, 3, 20)), None, None, config=loop)
+    for width, config in ((64, block), (16, loop)):
+        module.test_offsets_beyond_two_to_the_31(kernels, width)
+        x, weight, bias = module.problem((2, 40), FLOAT32, mean=1e4)
+        module.check(kernels, x, weight, bias, config=config)
+        module.test_far_means(kernels, 1e6, 1.0, 16 * width if config is block else 128)
+        module.test_constant_rows_give_the_bias(kernels, 1e6 + 1 / 3, 16 * width if config is block else 128)
+    module.test_a_bad_row_stays_alone(kernels, math.nan)
+    module.test_nothing_to_do(kernels, (2, 0, 48))
+    _layer_norm_reasons(kernels)
+    _row_partials(kernels, module)
+    for shape in ((3, 7, 48), (1, 2, 16385)):
+        test_fp8_blocks.test_layer_norm_rounds_once(shape, BFLOAT16)
+    _layer_norm_pdl(kernels)
+
+
+def _layer_norm_pdl(kernels):
+    """Who is launched with PDL, which the interpreter does not know."""
+    recorder, x, loop = Recorder(), torch.randn(5, 64), LayerNormConfig(1, 32, 8)
+    with mock.patch.multiple(
+        kernels, _layer_norm_fwd_kernel=recorder, _layer_norm_wide_fwd_kernel=recorder, _row_partials_kernel=recorder
+    ):
+        for config in (None, loop):
+            kernels.layer_norm(x, None, None, 1e-6, None, config)
+            kernels.layer_norm(x, None, None, 1e-6, None, config, pdl=True)
+            kernels.layer_norm_fwd(x, None, None, 1e-6, None, config)
+        kernels.row_partials(x)
+        kernels.row_partials(x, pdl=True)
+    found = [launch.PDL for launch in recorder.launches]
+    assert found == [False, True, False] * 2 + [False, True]
+    assert {launch.num_warps for launch in recorder.launches[3:6]} == {8}
+
+
+def _row_partials(kernels, module):
+    for dtype in DTYPES:
+        for shape in ((2, 3, 100), (5, 1)):  # the sum of the first rows is beyond float16
+            module.test_row_partials(kernels, shape, 1000.0, dtype)
+    for layout in ("class token", "axes swapped", "channels first", "three strides"):
+        module.test_row_partials_of_any_layout(kernels, layout)
+    x = torch.randn(3, 5, 16).half()
+    expected = kernels.row_partials(x).values
+    memory = reserved(16 * (2**27 + 2**24), dtype=FLOAT16)
+    for strides in ((2**30 + 64, 16, 1), (80, 2**29 + 64, 1), (5, 1, 2**27 + 2**24)):
+        far = torch.as_strided(memory, x.shape, strides).copy_(x)
+        assert torch.equal(kernels.row_partials(far).values, expected)
+    assert torch.equal(kernels.row_partials(x[1, 2]).values, expected[..., 7:8])
+    with last_programs_alone():
+        test_large_offsets.test_row_partials(None)
+    with np.errstate(divide="raise"):
+        kernels.row_partials(x, LayerNormConfig(4, 64, 4))
+    recorder = Recorder()
+    with mock.patch.object(kernels, "_row_partials_kernel", recorder):
+        for partials, part in (
+            (kernels.row_partials(x), 16), (kernels.row_partials(x.double(), LayerNormConfig(2, 64, 8)), 64),
+            (kernels.row_partials(x[:0]), 16),
+        ):  # fmt: skip
+            assert partials.width == part and partials.values.shape[:2] == (2, 1)
+    found = [(n.grid, n.BLOCK, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches]
+    assert found == [((1,), 16, 256, 4, "fp32"), ((8,), 64, 2, 8, "fp64")]
+    launch = device_is_made_current(
+        kernels, "_row_partials_kernel", lambda: kernels.row_partials(torch.empty(2, 5, 48, device="cuda"))
+    )
+    assert launch.args[0].device.type == "cuda"
+    wide = torch.zeros(2, 16385, device="meta")
+    assert kernels.row_partials_not_supported_reasons(wide) == ["width 16385 is above 16384"]
+    assert kernels.row_partials_not_supported_reasons(wide[:, 1:]) == []
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        assert len(kernels.row_partials_not_supported_reasons(wide)) == 2
+        assert len(kernels.row_partials_not_supported_reasons(wide[:, 1:])) == 1
 
 
 def _layer_norm_launches(kernels):
@@ -276,28 +334,32 @@ def _layer_norm_launches(kernels):
     assert found == [((3,), 64, "fp32", True), ((1,), 64, "fp64", False), ((5,), 32, "fp64", True)]
 
 
-def _device_reasons(kernels):
-    cpu, meta, double = torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=FLOAT64)
+def _layer_norm_reasons(kernels):
     wide = torch.zeros(2, kernels.MAX_WIDTH + 1, device="meta")
-    assert kernels.MAX_WIDTH == 65536 and kernels.device_reasons(double) == []
+    assert kernels.MAX_WIDTH == 65536
     assert kernels.not_supported_reasons(wide[:, 1:], None, None, 1e-6) == []
     assert kernels.not_supported_reasons(wide, None, None, 1e-6) == ["width 65537 is above 65536"]
-    with mock.patch.object(kernels, "INTERPRETED", False):
-        assert kernels.device_reasons(cpu, None) == ["tensors on cpu, Triton kernels need a CUDA device"]
-        assert kernels.device_reasons(cpu, meta)[0].startswith("tensors on cpu, meta,")
-        assert len(kernels.device_reasons(None, double, None)) == 2
-        fake = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=FLOAT32)
-        assert kernels.device_reasons(fake, None) == []
-        with mock.patch.object(torch.cuda, "device", lambda device: device):
-            assert kernels.launch_guard(fake) is fake.device
 
 
-def linear():
+def activations():
+    kernels, module = linear_kernels, test_linear
+    tiny = LinearConfig(16, 32, 16, 2, 4, 2, False)
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu"):
+        module.test_activation_curves(kernels, activation, FLOAT16)
+        for dtype in (FLOAT32, FLOAT64):
+            module.check(kernels, *module.problem((1, 7, 40), 48, dtype), activation, config=tiny)
+    assert kernels.linear(torch.full((1, 1), -30.0), torch.ones(1, 1), None, "quick_gelu") < 0
+    for dtype in DTYPES:
+        module.check(kernels, *module.problem((2, 11, 40), 72, dtype), "swiglu", config=tiny)
+
+
+def gemm():
+    """Through the public forms of ``linear``."""
     kernels, module = linear_kernels, test_linear
     tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
     _fp8_linear(kernels, module)
     _folded_linear(kernels, module, tiny, tma)
-    _linear_moments(kernels, module, tiny, tma)
+    _linear_partials(kernels, module, tiny, tma)
     for dtype in DTYPES:
         for tiles in (tiny, tma):
             module.check(kernels, *module.problem((2, 11, 40), 72, dtype), "swiglu", config=tiles)
@@ -305,14 +367,12 @@ def linear():
             gamma, residual, row_scale = module.branch(x.shape, 48, dtype)
             module.check(kernels, x, weight, bias, config=tiles, gamma=gamma, residual=residual, row_scale=row_scale)
     _linear_launches(kernels, module)
-    _split_linear(kernels, module)
+    _split_k(kernels, module)
     weight = torch.empty(16, 1, device="meta")
     refuses_too_many_rows(lambda rows: kernels.linear(torch.empty(rows, 1, device="meta"), weight, None))
-    for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu"):
-        module.test_activation_curves(kernels, activation, FLOAT16)
-        for dtype in (FLOAT32, FLOAT64):
+    for activation in ("gelu", "relu"):
+        for dtype in (FLOAT16, FLOAT32):
             module.check(kernels, *module.problem((1, 7, 40), 48, dtype), activation, config=tiny)
-    assert kernels.linear(torch.full((1, 1), -30.0), torch.ones(1, 1), None, "quick_gelu") < 0
     module.check(kernels, *module.problem((1, 40, 16), 48, FLOAT32), config=tiny)
     module.check(kernels, *module.problem((1, 1, 40), 48, FLOAT32), config=tiny)
     x, weight, bias = module.problem((3, 2, 5, 40), 96, FLOAT32)
@@ -335,6 +395,25 @@ def linear():
     for mixed in ((FLOAT32, BFLOAT16, FLOAT32, FLOAT32), (BFLOAT16, FLOAT32, BFLOAT16, FLOAT32)):
         module.test_mixed_dtypes(kernels, *mixed)
     module.test_a_float64_residual(kernels, BFLOAT16)
+
+
+def linear():
+    """The public forms: what each hands on to ``gemm``, and why it may refuse."""
+    kernels, module = linear_kernels, test_linear
+    tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
+    x, weight, bias = module.problem((3, 7, 40), 48, FLOAT16)
+    gamma, residual, row_scale = module.branch(x.shape, 48, FLOAT16)
+    module.check(kernels, x, weight, bias, config=tiny, gamma=gamma, residual=residual, row_scale=row_scale)
+    module.check(kernels, x, weight, bias, "gelu", config=tiny)
+    out = kernels.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale, config=tiny)
+    whole = kernels.linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=tiny)
+    assert torch.equal(out, whole)
+    _fp8_linear(kernels, module)
+    _folded_linear(kernels, module, tiny, tma)
+    _linear_partials(kernels, module, tiny, tma)
+    _linear_launches(kernels, module)
+    _linear_reasons(kernels, module)
+    _split_k(kernels, module)
     module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
 
 
@@ -352,72 +431,73 @@ def _fp8_linear(kernels, module):
 
     def split(config, *args):
         cut_by.append(args)
-        return replace(config, splits=2)
+        return replace(config, split_k=2)
 
     x, weight, scale, bias, out_scale = test_fp8_blocks.parts_of_linear(33, 48, 64, None)
     room = torch.zeros(9, dtype=torch.int32)
     with (
-        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder),
         mock.patch.multiple(
-            configs_module, pick_linear_config=pick, split_linear_config=split, multiprocessors_of=lambda device: 7
+            configs_module, pick_linear_config=pick, split_k_config=split, multiprocessors_of=lambda device: 7
         ),
     ):
         kernels.fp8_linear(x, weight, scale, bias, out_scale=out_scale, out_dtype=BFLOAT16)
-        kernels.fp8_linear(x, weight, scale, None, residual=torch.zeros(33, 48), arrivals=room, dependent=True)
+        kernels.fp8_linear(x, weight, scale, None, residual=torch.zeros(33, 48), semaphore=room, pdl=True)
         kernels.linear(x.half(), weight.half(), None)
         x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
-        for dependent in (False, True):
-            out, moments = kernels.linear_moments(x, weight, bias, residual, dependent=dependent)
-            kernels.folded_linear(out, moments, 1e-6, weight, bias, bias, dependent=dependent)
+        for pdl in (False, True):
+            out, partials = kernels.linear_with_partials(x, weight, bias, residual, pdl=pdl)
+            kernels.folded_linear(out, partials, 1e-6, weight, bias, bias, pdl=pdl)
     E4M3 = torch.float8_e4m3fn
     assert [args[3:5] for args in picked[:3]] == [(E4M3, BFLOAT16), (E4M3, FLOAT32), (FLOAT16, FLOAT16)]
     assert cut_by[0] == (33, 48, 64, 7) and len(cut_by) == 3
-    assert [launch.SPLITS for launch in recorder.launches[:3]] == [1, 2, 1]
-    assert [launch.DEPENDENT for launch in recorder.launches] == [False, True, *[False] * 3, True, True]
+    assert [launch.SPLIT_K for launch in recorder.launches[:3]] == [1, 2, 1]
+    assert [launch.PDL for launch in recorder.launches] == [False, True, *[False] * 3, True, True]
     first, second, plain, *_ = recorder.launches
     assert not first.EXACT and [str(n.ACC) for n in (first, second)] == ["fp32"] * 2
-    assert first.args[6] is not None and plain.args[6] is None and second.args[12] is room
+    assert first.args[4].weight_scale_ptr is not None and plain.args[4].weight_scale_ptr is None
+    assert second.args[7].semaphore_ptr is room
 
 
 def cut(x, part):
-    """``Moments`` of the rows of x, in float64 and then rounded."""
+    """``RowPartials`` of the rows of x, in float64 and then rounded."""
     rows = x.double().reshape(-1, x.shape[-1])
     means = torch.stack([piece.mean(1) for piece in rows.split(part, dim=1)])
     squares = torch.stack([piece.var(1, correction=0) * piece.shape[1] for piece in rows.split(part, dim=1)])
-    return layer_norm_kernels.Moments(torch.stack([means, squares]).float(), part)
+    return layer_norm_kernels.RowPartials(torch.stack([means, squares]).float(), part)
 
 
-def _linear_moments(kernels, module, tiny, tma):
+def _linear_partials(kernels, module, tiny, tma):
     for dtype in DTYPES:
         for shape, tiles in (((2, 17, 40), tiny), ((1, 3, 65), tma), ((1, 3, 1), tiny)):
-            module.test_moments_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
-    module.test_no_rows_have_no_moments(kernels)
+            module.test_partials_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
+    module.test_no_rows_have_no_partials(kernels)
     x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
     recorder = Recorder()
-    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
-        out, moments = kernels.linear_moments(x, weight, bias, residual.double(), config=tma)
-        assert (out.dtype, moments.values.dtype, moments.width) == (FLOAT64, FLOAT64, 16)
-        empty = kernels.linear_moments(x[:0], weight, bias, residual[:0], config=tma)[1]
+    with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
+        out, partials = kernels.linear_with_partials(x, weight, bias, residual.double(), config=tma)
+        assert (out.dtype, partials.values.dtype, partials.width) == (FLOAT64, FLOAT64, 16)
+        empty = kernels.linear_with_partials(x[:0], weight, bias, residual[:0], config=tma)[1]
         assert empty.values.shape == (2, 1, 0) and (empty.values.dtype, empty.width) == (FLOAT32, 48)
         plain = kernels.linear_residual(x, weight, bias, None, residual, config=tma)
         assert len(recorder.launches) == 2 and plain.shape == out.shape
     first, second = recorder.launches
-    assert first.args[4] is moments.values and second.args[4] is None
+    assert first.args[6] is partials.values and second.args[6] is None
     with last_programs_alone():
-        test_large_offsets.test_linear_moments(None)
+        test_large_offsets.test_linear_partials(None)
     launch = device_is_made_current(
-        kernels,
+        gemm_kernels,
         "_linear_fwd_kernel",
-        lambda: kernels.linear_moments(
+        lambda: kernels.linear_with_partials(
             *(torch.empty(t.shape, dtype=FLOAT16, device="cuda") for t in (x, weight, bias, residual)),
-            config=module.SPLIT,
+            config=module.POINTERS_SPLIT_K,
         ),
     )
-    assert {launch.args[place].device.type for place in (0, 4, 11, 12)} == {"cuda"}
+    assert {t.device.type for t in (launch.args[0], launch.args[6], *launch.args[7])} == {"cuda"}
 
 
 def _folded_linear(kernels, module, tiny, tma):
-    """Moments in one part, in parts that fill the row and that do not, in more of them than are merged at a time."""
+    """One partial a row, several that fill the row or do not, and more of them than are merged at a time."""
     x = (torch.randn(1, 17, 100) + 30 * torch.randn(1, 17, 1)).half()
     for activation, width, tiles in ((None, 33, tiny), ("gelu", 33, tma), ("swiglu", 66, tma)):
         weight, bias = module.problem(x.shape, width, FLOAT16)[1:]
@@ -429,17 +509,16 @@ def _folded_linear(kernels, module, tiny, tma):
     for eps in (0.5, 1e-6):
         _check_folded(kernels, module, x / 30, cut(x / 30, 16), weight, bias.float(), "swiglu", tiny, eps)
     _far_statistics(kernels, tiny)
-    recorder, moments = Recorder(), cut(x, 3)
-    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
+    recorder, partials = Recorder(), cut(x, 3)
+    with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
         for width in (3, 7, 16, 50, 100):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
-    found = [(launch.PART, launch.PARTS, launch.args[19]) for launch in recorder.launches]
-    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, 0.0)]
-    assert recorder.launches[-1].args[3] is None and recorder.launches[-1].args[5] is None
+    found = [(n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.args[3] and n.args[3].eps) for n in recorder.launches]
+    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, None)]
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
     with np.errstate(divide="raise", invalid="raise", over="raise"):
-        kernels.folded_linear(x, moments, 1e-6, weight, weight.float().sum(1), None, config=tiny)
+        kernels.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), None, config=tiny)
 
 
 def _far_statistics(kernels, tiles):
@@ -451,46 +530,46 @@ def _far_statistics(kernels, tiles):
         torch.testing.assert_close(out, torch.full_like(out, wanted), rtol=1e-4, atol=0)
 
 
-def _check_folded(kernels, module, x, moments, weight, bias, activation, tiles, eps=1e-6):
+def _check_folded(kernels, module, x, partials, weight, bias, activation, tiles, eps=1e-6):
     """In float32 digits, whose loss is that of the products before they cancel."""
     sums = weight.double().sum(1).float()
     weight = weight.float()
-    out = kernels.folded_linear(x.float(), moments, eps, weight, sums, bias, activation, config=tiles)
+    out = kernels.folded_linear(x.float(), partials, eps, weight, sums, bias, activation, config=tiles)
     rest = x.double() - x.double().mean(-1, keepdim=True)
     normal = rest * (rest.square().mean(-1, keepdim=True) + eps) ** -0.5
     wanted = module.formula(normal, weight, bias, activation)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=3e-4)
 
 
-def _split_linear(kernels, module):
-    """Sums that programs share: complete, in one order, arrivals counted where the caller says."""
-    module.test_split_sums(kernels, 9, 147, 40, FLOAT16, module.SPLIT)
-    module.test_split_sums(kernels, 1, 16, 33, FLOAT64, module.SPLIT_TMA)
+def _split_k(kernels, module):
+    """Sums that programs share: complete, in one order, semaphore counted where the caller says."""
+    module.test_split_k(kernels, 9, 147, 40, FLOAT16, module.POINTERS_SPLIT_K)
+    module.test_split_k(kernels, 1, 16, 33, FLOAT64, module.TMA_SPLIT_K)
     recorder, cut_by = Recorder(), []
 
     def split(config, *args):
         cut_by.append(args)
-        return replace(config, splits=2)
+        return replace(config, split_k=2)
 
     x, weight, bias, residual = module.stream((2, 40, 96), FLOAT16)
     room = torch.zeros(9, dtype=torch.int32)
     with (
-        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
-        mock.patch.multiple(configs_module, split_linear_config=split, multiprocessors_of=lambda device: 7),
+        mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.multiple(configs_module, split_k_config=split, multiprocessors_of=lambda device: 7),
     ):
-        kernels.linear_moments(x[..., :64], weight[:, :64], bias, residual)
-        for tiles in (module.SPLIT, module.POINTERS):
-            kernels.linear_moments(x, weight, bias, residual, arrivals=room, config=tiles)
-    assert cut_by == [(80, 96, 64, 7)] and [launch.SPLITS for launch in recorder.launches] == [2, 3, 1]
-    assert recorder.launches[0].args[11].dtype == FLOAT32
-    assert recorder.launches[1].args[12] is room and recorder.launches[2].args[12] is None
+        kernels.linear_with_partials(x[..., :64], weight[:, :64], bias, residual)
+        for tiles in (module.POINTERS_SPLIT_K, module.POINTERS):
+            kernels.linear_with_partials(x, weight, bias, residual, semaphore=room, config=tiles)
+    assert cut_by == [(80, 96, 64, 7)] and [launch.SPLIT_K for launch in recorder.launches] == [2, 3, 1]
+    assert recorder.launches[0].args[7].workspace_ptr.dtype == FLOAT32
+    assert recorder.launches[1].args[7].semaphore_ptr is room and recorder.launches[2].args[7] is None
     module.test_split_integers_come_out_exactly(kernels)
-    module.test_swiglu_has_no_split_sums(kernels)
+    module.test_swiglu_has_no_split_k(kernels)
     with last_programs_alone():
         test_large_offsets.test_partial_sums(None)
-    module.test_arrivals_are_counted_where_the_caller_says(kernels)
+    module.test_the_semaphore_is_the_callers(kernels)
     with pytest.MonkeyPatch.context() as patch:
-        module.test_the_shipped_rule_splits_moments_alone(kernels, patch)
+        module.test_the_shipped_rule_splits_partials_alone(kernels, patch)
 
 
 def _far_linear(kernels, tiles):
@@ -509,7 +588,7 @@ def _far_linear(kernels, tiles):
 
 
 def _linear_launches(kernels, module):
-    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    """What the launch asks for, where the interpreter's result cannot depend on it."""
     recorder, picked = Recorder(), []
 
     def pick(*args):
@@ -518,7 +597,7 @@ def _linear_launches(kernels, module):
 
     x, weight, bias = module.problem((2, 33, 40), 72, FLOAT32)
     with (
-        mock.patch.object(kernels, "_linear_fwd_kernel", recorder),
+        mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder),
         mock.patch.multiple(configs_module, pick_linear_config=pick, arch_of=lambda device: 90),
     ):
         for precision in ("highest", "high"):
@@ -539,7 +618,7 @@ def _linear_launches(kernels, module):
         ("ieee", False, True, 8, 8, True, (9,)),
     ]  # fmt: skip
     assert recorder.launches[0].args[1].block_shape == [32, 16]
-    with mock.patch.object(kernels, "_linear_fwd_kernel", recorder):
+    with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
         kernels.linear(x[:0], weight, bias)
         assert len(recorder.launches) == 5
         tma = LinearConfig(16, 32, 16, 2, 4, 2, True)
@@ -550,16 +629,9 @@ def _linear_launches(kernels, module):
     for dtype, out_dtype, wanted in (
         (FLOAT64, FLOAT64, None), (FLOAT32, FLOAT64, "fp64"), (BFLOAT16, BFLOAT16, "fp32"), (FLOAT16, FLOAT32, None),
     ):  # fmt: skip
-        assert str(kernels._upcast(dtype, out_dtype)) == str(wanted)
-    with mock.patch.object(kernels, "INTERPRETED", False):
-        assert kernels._upcast(BFLOAT16, FLOAT64) is None
-    memory = torch.zeros(4096, dtype=FLOAT16)
-    memory = memory[-memory.data_ptr() % 64 // 2 :]
-    for offset, size, strides, wanted in (
-        (0, 64, (64,), 16), (0, 64, (72,), 16), (0, 64, (68,), 8), (0, 66, (64,), 4), (1, 64, (64,), 2),
-        (0, 63, (64,), 2), (8, 64, (64, 64), 16), (0, 64, (64, 66), 4),
-    ):  # fmt: skip
-        assert kernels._vector_bytes(memory[offset:], size, strides) == wanted
+        assert str(gemm_kernels._upcast(dtype, out_dtype)) == str(wanted)
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        assert gemm_kernels._upcast(BFLOAT16, FLOAT64) is None
     x, weight = (torch.zeros(64, 64, dtype=FLOAT16) for _ in range(2))
     for stride_xo, stride_xi, matrix, columns, wanted in (
         (0, 64, weight, 64, (True, False)), (0, 56, weight, 64, (False, False)), (4, 64, weight, 64, (False, True)),
@@ -570,17 +642,15 @@ def _linear_launches(kernels, module):
         (0, 64, weight.as_strided((32, 32), (1, 68)), 32, (False, True)),
         (0, 64, weight.as_strided((32, 64), (68, 1)), 32, (False, True)),
     ):  # fmt: skip
-        assert kernels._layout(x, stride_xo, stride_xi, matrix, columns) == wanted
-    assert kernels._layout(torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 0, 128, weight, 64) == (False, True)
+        assert gemm_kernels._alignment(x, stride_xo, stride_xi, x.stride(-1), matrix, columns) == wanted
+    assert gemm_kernels._alignment(torch.zeros(64, 128, dtype=FLOAT16)[:, ::2], 0, 128, 2, weight, 64) == (False, True)
+
+
+def _linear_reasons(kernels, module):
     module.test_reasons(kernels)
     x, weight, bias = module.problem((2, 5, 48), 64, FLOAT32)
-    with mock.patch.object(layer_norm_kernels, "INTERPRETED", False):
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
         for function, arguments, options in (
-            (
-                kernels.linear_not_supported_reasons,
-                [x, weight, bias, "gelu"],
-                {"gamma": bias, "residual": x, "row_scale": bias},
-            ),
             (kernels.linear_residual_not_supported_reasons, [x, weight, bias, bias, x], {"row_scale": bias}),
             (kernels.layer_norm_linear_not_supported_reasons, [x, bias, bias, 1e-6, weight, bias], {}),
         ):
@@ -614,7 +684,7 @@ def layernorm_mlp():
     assert used == [*pair, None, None] * 2
     module.test_reasons(kernels)
     x, *rest = module.problem((2, 5, 48), 40, FLOAT32)
-    with mock.patch.object(layer_norm_kernels, "INTERPRETED", False):
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
         assert len(kernels.not_supported_reasons(x, *rest)) == 1
         for place in range(1, 10):
             arguments = [x, *rest]
@@ -632,7 +702,7 @@ def attention():
     for tiles in (resident, streaming):
         module.check(kernels, module.random_qkv(2, 35, 2, 40, FLOAT32), 2, -0.2, config=tiles)
     module.test_key_chunks_cover_the_keys(kernels)
-    module.test_head_parts_pad_to_the_next_16_only(kernels)
+    module.test_head_slices_pad_to_the_next_16_only(kernels)
     _attention_launches(kernels, module)
     _attention_in_float8(kernels, module)
     for tiles in (resident, streaming):
@@ -711,9 +781,9 @@ def _attention_launches(kernels, module):
         assert launch.grid == (4,) and launch.args[9:11] == (2, 1) and launch.PRECISION == precision
         assert (launch.NEGATIVE, launch.UPCAST, launch.TMA, launch.LSE) == (False, False, False, True)
     _attention_shares(kernels, module)
-    assert all(isinstance(cut(17), tuple) for cut in (kernels._key_chunks, kernels._head_parts))
+    assert all(isinstance(cut(17), tuple) for cut in (kernels._key_chunks, kernels._head_slices))
     qkv = module.random_qkv(2, 5, 3, 64, FLOAT16)
-    fits = lambda x, size=64: kernels._fits_tma(x, kernels._head_parts(size), size)  # noqa: E731
+    fits = lambda x, size=64: kernels._tma_compatible(x, kernels._head_slices(size), size)  # noqa: E731
     assert fits(qkv) and fits(qkv[..., 8:]) and fits(qkv[:, 1:]) and fits(torch.zeros(2, 5, 200, dtype=FLOAT16))
     assert (
         not fits(qkv, 80)
@@ -736,9 +806,9 @@ def _attention_launches(kernels, module):
     assert kernels.not_supported_reasons(half, 1) == ["head size 257 is above 256"]
     assert kernels.not_supported_reasons(half[..., :768], 1) == []
     assert kernels.not_supported_reasons(half[..., :300], 1, k=half, v=half) == ["head size 300 is above 256"]
-    with mock.patch.object(kernels, "_INTERPRETED", False):
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
         reasons = kernels.not_supported_reasons(cpu, 1, k=cpu, v=cpu)
-        assert len(reasons) == 1 and "not on cpu" in reasons[0]
+        assert len(reasons) == 1 and "tensors on cpu" in reasons[0]
         assert len(kernels.not_supported_reasons(cpu.double(), 1, k=cpu, v=cpu)) == 2
         cuda = SimpleNamespace(shape=(2, 5, 256), dtype=FLOAT16, device=SimpleNamespace(type="cuda"))
         assert kernels.not_supported_reasons(cuda, 1, k=cuda, v=cuda) == []
@@ -765,13 +835,13 @@ def _attention_in_float8(kernels, module):
         mock.patch.object(kernels, "_MAX_PROGRAMS", 9),
     ):
         for out_dtype in (None, torch.float8_e4m3fn):
-            for dependent in (False, True):
-                kernels.attention(qkv, 3, 0.5, out_dtype=out_dtype, dependent=dependent)
+            for pdl in (False, True):
+                kernels.attention(qkv, 3, 0.5, out_dtype=out_dtype, pdl=pdl)
         kernels.attention_fwd(qkv, 3, 0.5)
     assert [args[-1] for args in picked] == [False, False, True, True, False]
-    found = [(str(launch.OUT), launch.DEPENDENT) for launch in recorder.launches[::2]]
+    found = [(str(launch.OUT), launch.PDL) for launch in recorder.launches[::2]]
     assert found == [("bf16", False), ("bf16", True), ("fp8e4nv", False), ("fp8e4nv", True), ("bf16", False)]
-    assert recorder.launches[1].DEPENDENT is False and recorder.launches[3].DEPENDENT is True
+    assert recorder.launches[1].PDL is False and recorder.launches[3].PDL is True
 
 
 def _attention_shares(kernels, module):
@@ -783,8 +853,8 @@ def _attention_shares(kernels, module):
             kernels,
             _attention_fwd_resident_kernel=resident,
             _attention_fwd_streaming_kernel=streaming,
-            _INTERPRETED=False,
         ),
+        mock.patch.object(launch_kernels, "INTERPRETED", False),
         mock.patch.object(configs_module, "multiprocessors_of", lambda device: 3),
     ):
         qkv = module.random_qkv(5, 33, 3, 16, BFLOAT16)
@@ -894,7 +964,10 @@ def _patch_embed_launches(kernels, module):
     ]  # fmt: skip
     assert recorder.launches[-1].args[6] is None
     images, *rest = half
-    with mock.patch.multiple(kernels, _patch_embed_fwd_kernel=recorder, INTERPRETED=False):
+    with (
+        mock.patch.object(kernels, "_patch_embed_fwd_kernel", recorder),
+        mock.patch.object(launch_kernels, "INTERPRETED", False),
+    ):
         for _ in range(2):
             kernels.patch_embed(
                 images.to(torch.uint8), *rest, mean=[0.5] * 3, config=PatchEmbedConfig(16, 32, 16, 4, 2)
@@ -911,12 +984,12 @@ def _patch_embed_launches(kernels, module):
     assert strided.shape == (8, 60) and strided.stride() == (60, 1)
     images, weight, *rest = arguments
     assert kernels.not_supported_reasons(images.double(), weight.double(), *rest) == []
-    with mock.patch.object(kernels, "INTERPRETED", False):
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
         reasons = kernels.not_supported_reasons(images, weight, *rest)
-        assert len(reasons) == 1 and "not on cpu" in reasons[0]
+        assert len(reasons) == 1 and "tensors on cpu" in reasons[0]
         assert len(kernels.not_supported_reasons(images, weight.double(), *rest)) == 2
-        cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-        assert kernels.not_supported_reasons(cuda, weight, *rest) == []
+        cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=FLOAT32)
+        assert kernels.not_supported_reasons(cuda, cuda, *rest) == []
     launch = device_is_made_current(
         kernels,
         "_patch_embed_fwd_kernel",
@@ -942,9 +1015,9 @@ def configs():
                 for_fp8 = module.pick_attention_config(many, many, head_size, dtype, tf32, arch, True)
                 large = tiles == module.AttentionConfig(128, 64, 8, 2, True)
                 assert for_fp8 == (module.AttentionConfig(64, 64, 4, 2, True) if large else tiles)
-            for swiglu, scattered in itertools.product((False, True), (False, True)):
+            for swiglu, unaligned in itertools.product((False, True), (False, True)):
                 for out_dtype in (FLOAT16, FLOAT32):
-                    tiles = module.pick_linear_config(many, 768, swiglu, dtype, out_dtype, tf32, scattered, arch)
+                    tiles = module.pick_linear_config(many, 768, swiglu, dtype, out_dtype, tf32, unaligned, arch)
                     picked += [tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps]
             tiles = module.pick_patch_embed_config(many, 768, dtype, "tf32" if tf32 else "ieee")
             picked += [tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps]
@@ -953,7 +1026,7 @@ def configs():
             assert dtype == FLOAT64 or stage <= 99 * 1024
     test_fp8_blocks.test_tiles_of_float8()
     for arch, rows, early in ((89, 1, False), (90, 8192, True), (90, 8193, False), (100, 1, True)):
-        assert module.dependent_launch(rows, arch) is early
+        assert module.use_pdl(rows, arch) is early
     test_layer_norm.test_every_width_has_a_config()
     for sizes in test_linear.FEW_TILES:
         test_linear.test_few_tiles_split_their_sums(*sizes)
@@ -966,23 +1039,23 @@ def configs():
         assert (module.arch_of(cuda), module.arch_of(cpu)) == (91, 80)
         assert (module.multiprocessors_of(cuda), module.multiprocessors_of(cpu)) == (132, 1)
     assert module.AttentionConfig(16, 16, 4, 2).tma is False
-    assert module.LinearConfig(16, 16, 16, 1, 4, 2, False).splits == 1
+    assert module.LinearConfig(16, 16, 16, 1, 4, 2, False).split_k == 1
 
 
 def _stack_launches(kernels, name, functions, arguments, launches):
-    """Every kernel of a stack of two blocks is launched early, or none; every split sum counts in zeros of its own."""
+    """Every kernel of a stack of two blocks is launched with PDL, or none; each split-K has a semaphore of its own."""
     asked, early, rooms = [], [], []
 
     def spy_on(shipped):
-        def spy(*args, dependent, **options):
-            early.append(dependent)
-            rooms.extend(room.clone() for key, room in options.items() if key == "arrivals")
-            places.extend(room.data_ptr() for key, room in options.items() if key == "arrivals")
+        def spy(*args, pdl, **options):
+            early.append(pdl)
+            rooms.extend(room.clone() for key, room in options.items() if key == "semaphore")
+            places.extend(room.data_ptr() for key, room in options.items() if key == "semaphore")
             return shipped(*args, **options)
 
         return spy
 
-    def dependent_launch(rows, arch):
+    def use_pdl(rows, arch):
         asked.append((rows, arch))
         return len(asked) == 2
 
@@ -992,8 +1065,8 @@ def _stack_launches(kernels, name, functions, arguments, launches):
             mock.patch.multiple(kernels, **{word: spy_on(getattr(kernels, word)) for word in functions}),
             mock.patch.object(attention_kernels, "attention", spy_on(attention_kernels.attention)),
             mock.patch.object(layer_norm_kernels, "layer_norm", spy_on(layer_norm_kernels.layer_norm)),
-            mock.patch.object(layer_norm_kernels, "row_moments", spy_on(layer_norm_kernels.row_moments)),
-            mock.patch.multiple(configs_module, dependent_launch=dependent_launch, arch_of=lambda device: 80),
+            mock.patch.object(layer_norm_kernels, "row_partials", spy_on(layer_norm_kernels.row_partials)),
+            mock.patch.multiple(configs_module, use_pdl=use_pdl, arch_of=lambda device: 80),
         ):
             getattr(kernels, name)(*arguments)
         assert len(set(places)) == 4
@@ -1032,15 +1105,12 @@ def fp8_blocks():
     assert kernels.not_supported_reasons(wide.half(), [None, torch.zeros(48, 16)], 1) == ["width 65537 is above 65536"]
     assert kernels.not_supported_reasons(x, [None, weight], 1) == ["head size 514 is above 256"]
     assert kernels.not_supported_reasons(x, weights, 2) == []
-    with mock.patch.multiple(layer_norm_kernels, INTERPRETED=False):
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
         assert len(kernels.not_supported_reasons(x, weights, 2)) == 1
-        with mock.patch.multiple(attention_kernels, _INTERPRETED=False):
-            both = kernels.not_supported_reasons(x, weights, 2)
-            assert len(both) == len(set(both)) == 2
 
 
 def prepared_blocks():
-    """Each of ten tensors and each word has a part in the result; moments go from launch to launch."""
+    """Each of ten tensors and each word has a part in the result; partials go from launch to launch."""
     kernels, module = prepared_blocks_kernels, test_prepared_blocks
     for shape, hidden, activation, layout in (
         ((2, 5, 32), 40, "gelu", "tail"), ((1, 3, 48), 40, "swiglu", "swapped"),
@@ -1054,14 +1124,12 @@ def prepared_blocks():
     assert torch.equal(kernels.prepared_blocks(x, [], *words), x)
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
-    _stack_launches(kernels, "prepared_blocks", ("linear_moments", "folded_linear"), (x, weights, *words), 11)
+    _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
     wide = torch.zeros(2, 3, 16385, device="meta")
     weight = torch.zeros(48, 514, dtype=FLOAT16)
     assert kernels.not_supported_reasons(wide, [weight], 1) == ["width 16385 is above 16384"]
     assert kernels.not_supported_reasons(x, [torch.zeros(3 * 514, 514)], 1) == ["head size 514 is above 256"]
     assert kernels.not_supported_reasons(x, weights, 2) == []
-    with mock.patch.multiple(layer_norm_kernels, INTERPRETED=False):
-        assert len(kernels.not_supported_reasons(x, weights, 2)) == 2
-        with mock.patch.multiple(attention_kernels, _INTERPRETED=False):
-            both = kernels.not_supported_reasons(x.half(), weights, 2)
-            assert len(both) == len(set(both)) == 3
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        both = kernels.not_supported_reasons(x.half(), weights, 2)
+        assert len(both) == len(set(both)) == 2 and kernels.not_supported_reasons(x, weights, 2) == both

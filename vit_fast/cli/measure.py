@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vit_fast.kernels.reference import E4M3
+from vit_fast.kernels.folding import E4M3
 
 _MOVES = tuple(f"aten::{name}" for name in ("add", "cat", "clone", "copy", "_to_copy", "empty_like", "_unsafe_view"))
 _flush = {}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vit_fast.block import PREPARED
-from vit_fast.kernels.reference import E4M3, TENSORS_PER_FP8_BLOCK
+from vit_fast.kernels.folding import E4M3, TENSORS_PER_FP8_BLOCK
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}

@@ -12,7 +12,6 @@ from . import CommandError, reason
 DEFAULT_MODEL = "vit_base_patch16_224"
 PRECISIONS = ("float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")]
 ImgSize = Annotated[int | None, typer.Option(help="Pixels along a side. [default: the model's]")]
@@ -91,17 +90,23 @@ def target_device(text):
     return device
 
 
+def backend_word(word):
+    from vit_fast import backends
+
+    return one_of("--backend", word, backends.words())
+
+
 def backend(word, device):
     """Refuses a backend, of ``--backend`` or else of the environment, that can run nothing on the device."""
     from vit_fast import backends
 
     if word is not None:
-        one_of("--backend", word, BACKENDS)
+        backend_word(word)
     try:
         chosen = word or backends.requested()
     except ValueError as error:
         raise CommandError(str(error)) from error
-    reasons = () if chosen == "auto" else backends.unavailable(chosen, device.type, device.index)
+    reasons = () if chosen == "auto" else backends.unavailable(chosen, device)
     if reasons:
         told = f"a backend that runs on {device}, as torch does: {'; '.join(reasons)}"
         raise wrong("--backend" if word else "VIT_FAST_BACKEND", chosen, told)

@@ -77,7 +77,7 @@ def profile(
         options.at_least(flag, value, least)
     precision = options.precision("--precision", precision)
     if backend is not None:
-        options.one_of("--backend", backend, options.BACKENDS)
+        options.backend_word(backend)
         if provider not in OURS:
             raise options.wrong(
                 "--backend", backend, "it with --provider vit_fast, prepared or fp8: timm's models have one backend"

@@ -1,0 +1,45 @@
+"""Elementwise activations on a tile, for the epilogues of ``gemm`` and ``linear_hopper``.
+
+EXACT: with the precision of float32 (float64 for float64); otherwise with that of fp16, in fewer instructions. There,
+gelu takes Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c·|z|), with p fitted to a relative error of 3e-5: the error stays
+relative in the negative tail, and it costs one exp2 and one rsqrt where erf costs 33 instructions.
+Source: form of t after Abramowitz and Stegun 7.1.26; the coefficients are our own fit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(z, EXACT: tl.constexpr):
+    e = tl.exp2(z * -1.4426950408889634)
+    return 1.0 / (1.0 + e) if EXACT else reciprocal(1.0 + e)
+
+
+@triton.jit
+def reciprocal(d):
+    """1/d of d ≥ 1 in two instructions, where a division takes six; 0 from 2^64 up."""
+    return tl.rsqrt(d * d)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """gelu (by erf), gelu_tanh, quick_gelu or relu of z; z itself for None. NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        if EXACT:
+            z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        else:
+            size = tl.minimum(tl.abs(z), 32.0)
+            t = reciprocal(1.0 + 0.375705 * size)
+            p = -0.0911806684 * t + 0.2000518714
+            p = p * t + 0.0837157211
+            p = p * t + 0.1580672795
+            p = (p * t + 0.1493327026) * (t * size)
+            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - p * tl.exp2(size * (-0.7213475204444817 * size))
+    elif ACTIVATION == "gelu_tanh":
+        z = z * sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z), EXACT)
+    elif ACTIVATION == "quick_gelu":
+        z = z * sigmoid(1.702 * z, EXACT)
+    elif ACTIVATION == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return z

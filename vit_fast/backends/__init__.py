@@ -1,0 +1,25 @@
+"""The implementations of the operations: one file a backend, and ``select``, which chooses one for a call.
+
+============  =======================================================================================
+``base``      what a backend is: why it cannot run here, why not this call, its functions by operation
+``select``    the order, the word in force, the choice, who is told of it
+``triton``    the Triton kernels of ``vit_fast.kernels``
+``cuda``      the CUDA extension, which is not built yet
+``cpu``       the CPU extension, which is not built yet
+``torch``     the reference in plain PyTorch, which runs everything
+============  =======================================================================================
+"""
+
+from .select import Status, backend, backward_name, note, recording, requested, status, unavailable, words
+
+__all__ = [
+    "Status",
+    "backend",
+    "backward_name",
+    "note",
+    "recording",
+    "requested",
+    "status",
+    "unavailable",
+    "words",
+]

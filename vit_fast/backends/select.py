@@ -1,0 +1,255 @@
+"""Which backend runs an operation: the order, the word in force, the choice for a call, and who is told of it.
+
+Order: ``triton`` → ``cuda`` → ``cpu`` (extensions) → ``torch`` (the reference). The choice is made ahead of a
+launch from capability, never by catching an exception around one. ``VIT_FAST_BACKEND`` or
+``with vit_fast.backend(...)`` force a backend: a forced backend never falls back. ``VIT_FAST_STRICT=1``
+raises wherever the reference would run an operation on a device that has a faster backend.
+"""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vit_fast.kernels.arguments import UnsupportedError
+from vit_fast.kernels.tracing import transform_reasons
+
+from .base import Backend
+from .cpu import CPU
+from .cuda import CUDA
+from .torch import TORCH
+from .triton import TRITON
+
+# In the order in which they are asked. A further backend is a file of its own and a place here.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CUDA, CPU, TORCH)}
+
+Choice = tuple[str, str, tuple[str, ...]]  # operation, backend, reasons
+
+_ENVIRONMENT = os.environ.get("VIT_FAST_BACKEND", "auto")
+_STRICT = os.environ.get("VIT_FAST_STRICT", "0")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vit_fast_backend", default=None)
+# Dynamo guards module globals, and neither context variables nor thread locals.
+_forced_when_compiling: str | None = None
+_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("vit_fast_recorder", default=None)
+
+
+def words() -> tuple[str, ...]:
+    """What ``backend`` and ``VIT_FAST_BACKEND`` may say."""
+    return ("auto", *BACKENDS)
+
+
+def _check_word(source: str, word: str) -> None:
+    if word not in words():
+        raise ValueError(f"{source}: backend is {word!r}, expected one of {', '.join(words())}")
+
+
+def _strict() -> bool:
+    if _STRICT not in ("0", "1"):
+        raise ValueError(f"VIT_FAST_STRICT: value is {_STRICT!r}, expected 0 or 1")
+    return _STRICT == "1"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for the operations called inside the ``with`` block.
+
+    Eager code sees the innermost block of its own thread or task, ``torch.compile`` the innermost of the process.
+
+    Args:
+        name: "auto", "triton", "cuda", "cpu" or "torch".
+
+    Raises:
+        ValueError: another word.
+        UnsupportedError: from the operation, where the forced backend cannot run it.
+    """
+    global _forced_when_compiling
+    _check_word("vit_fast.backend", name)
+    token, outer = _forced.set(name), _forced_when_compiling
+    _forced_when_compiling = name
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _forced_when_compiling = outer
+
+
+def requested() -> str:
+    """The backend word in force: the innermost ``with``, else ``VIT_FAST_BACKEND``, else "auto"."""
+    word = _forced_when_compiling if torch.compiler.is_compiling() else _forced.get()
+    if word is None:
+        word = _ENVIRONMENT
+        _check_word("VIT_FAST_BACKEND", word)
+    return word
+
+
+def unavailable(name: str, device: torch.device) -> tuple[str, ...]:
+    """Why a backend cannot run anything on a device; empty where it can."""
+    return BACKENDS[name].unavailable(device)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s). Dynamo could not trace
+# the import of Triton in there.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def note(operation: str, chosen: str, reasons: Sequence[str]) -> None:
+    """Tells ``recording`` what runs an operation, and why nothing faster does.
+
+    Args:
+        operation: an operation of ``ops``, or "block" for a transformer block as a whole.
+        chosen: the backend, or "library" where a library's own forward runs.
+        reasons: why the fused path does not run; empty where it does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append((operation, chosen, tuple(reasons)))
+
+
+def choose(operation: str, device: torch.device, not_fused: Sequence[str], *arguments: Any, **options: Any) -> str:
+    """The name of the backend that runs a call: the first of the order that can, or the one that is forced.
+
+    Where a tracer or transform wants plain PyTorch operations, only ``torch`` can.
+
+    Args:
+        not_fused: what the call asks for and no registered operator does: only ``torch`` can.
+        arguments, options: of the call, as the backends' ``not_supported`` take them.
+
+    Raises:
+        UnsupportedError: a forced backend cannot; in strict mode, only the reference can.
+    """
+    word = requested()
+    if word == "torch":
+        note(operation, word, ("forced",))
+        return word
+    absent: tuple[str, ...] = ()  # why the first backend asked does not run on the device
+    refused: dict[str, tuple[str, ...]] = {}  # those that do, and why they cannot run this call
+    for name in BACKENDS if word == "auto" else (word,):
+        if name == "torch":
+            break
+        if why := unavailable(name, device):
+            absent = absent or why
+            continue
+        why = transform_reasons() or (*not_fused, *BACKENDS[name].reasons(operation, *arguments, **options))
+        if not why:
+            note(operation, name, _joined(refused) if refused else ())
+            return name
+        refused[name] = why
+    reasons = _joined(refused) if refused else absent
+    if word != "auto":
+        if reasons == transform_reasons():
+            reasons = (*reasons, 'run it inside `with vit_fast.backend("torch")`')
+        told = "; ".join(reasons)
+        raise UnsupportedError(f"vit_fast.{operation}: backend {word!r} was forced and cannot run: {told}")
+    if _strict() and (refused or device.type == "cuda"):
+        names, told = ", ".join(refused or [next(iter(BACKENDS))]), "; ".join(reasons)
+        raise UnsupportedError(f"vit_fast.{operation}: {names} cannot run this (VIT_FAST_STRICT=1): {told}")
+    note(operation, "torch", reasons)
+    return "torch"
+
+
+def _joined(refused: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The reasons of all backends, each with the backend's name where there are several."""
+    several = len(refused) > 1
+    return tuple(f"{name}: {reason}" if several else reason for name, why in refused.items() for reason in why)
+
+
+def loaded(name: str, operation: str) -> Backend:
+    """The backend that an operator of ``torch.ops.vit_fast`` names. A recorded graph may name one that is not here.
+
+    Raises:
+        ValueError: no backend has that name.
+        UnsupportedError: it cannot be loaded.
+    """
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise ValueError(f"vit_fast.{operation}: backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if not backend.forward and (reasons := backend.load()):
+        raise UnsupportedError(f"vit_fast.{operation}: backend {name!r} cannot run: {'; '.join(reasons)}")
+    return backend
+
+
+def of_backward(name: str, operation: str) -> Backend:
+    """The backend that runs the backward of an operation whose forward ran on the named one."""
+    backend = BACKENDS[name]
+    backend.load()
+    return backend if operation in backend.backward else TORCH
+
+
+def backward_name(chosen: str, operation: str) -> str | None:
+    """The name of the backend of a backward, for what ``note`` tells of; None for an operation without one."""
+    known = chosen in BACKENDS and operation in TORCH.backward
+    return of_backward(chosen, operation).name if known else None
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``status()`` found; its text is the table."""
+
+    device: str
+    requested: str
+    versions: dict[str, str]
+    reasons: dict[str, tuple[str, ...]]
+    operations: dict[str, frozenset[str]]
+
+    def __str__(self) -> str:
+        lines = [f"device {self.device}, backend {self.requested}"]
+        lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
+        width = max(len(operation) for operation in TORCH.forward)
+        lines.append(" ".join([" " * width, *(f"{name:>7}" for name in self.reasons)]))
+        for operation in TORCH.forward:
+            cells = (
+                "yes" if operation in self.operations[name] and not why else "no" for name, why in self.reasons.items()
+            )
+            lines.append(" ".join([f"{operation:<{width}}", *(f"{cell:>7}" for cell in cells)]))
+        lines += [f"{name}: {'; '.join(why)}" for name, why in self.reasons.items() if why]
+        return "\n".join(lines)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """A device of this machine, as ``torch.device``."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"vit_fast.status: device is {type(device).__name__}, expected a torch.device or its name")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"vit_fast.status: device is {device!r}, expected 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"vit_fast.status: device is '{device}', expected one of this machine, where torch {torch.__version__} "
+                f"finds {count} CUDA devices"
+            )
+    return device
+
+
+def status(device: torch.device | str | None = None) -> Status:
+    """The backends × operations of a device (default: the current CUDA device, else the CPU), with reasons.
+
+    Raises:
+        TypeError, ValueError: no device, or one that this machine does not have.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _present(device)
+    reasons = {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
+    versions = {name: version for name, backend in BACKENDS.items() if (version := backend.version())}
+    operations = {name: frozenset(backend.forward) for name, backend in BACKENDS.items()}
+    return Status(str(device), requested(), {"torch": torch.__version__} | versions, reasons, operations)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects ``(operation, backend, reasons)`` of every choice and ``note`` made inside."""
+    rows: list[Choice] = []
+    token = _recorder.set(rows)
+    try:
+        yield rows
+    finally:
+        _recorder.reset(token)

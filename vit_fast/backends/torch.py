@@ -1,0 +1,44 @@
+"""The backend ``torch``: the reference, in plain PyTorch, on every device and for every call.
+
+``ops`` calls the differentiable functions of ``kernels.reference`` directly where this backend is chosen. The forward
+functions here run in an operator that names it; the backward functions also follow the forward of a backend that has
+none of its own.
+"""
+
+import torch
+
+from vit_fast.kernels import reference
+
+from .base import Backend
+
+
+class Torch(Backend):
+    name = "torch"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = {
+            "patch_embed": reference.patch_embed,
+            "attention": reference.attention_fwd,
+            "layer_norm": reference.layer_norm_fwd,
+            "layer_norm_linear": reference.layer_norm_linear_fwd,
+            "linear_residual": reference.linear_residual,
+            "layernorm_mlp": reference.layernorm_mlp_fwd,
+            "prepared_blocks": reference.prepared_blocks,
+            "fp8_blocks": reference.fp8_blocks,
+        }
+        self.inference = {"attention": reference.attention}
+        self.backward = {
+            "patch_embed": reference.patch_embed_bwd,
+            "attention": reference.attention_bwd,
+            "layer_norm": reference.layer_norm_bwd,
+            "layer_norm_linear": reference.layer_norm_linear_bwd,
+            "linear_residual": reference.linear_residual_bwd,
+            "layernorm_mlp": reference.layernorm_mlp_bwd,
+        }
+
+    def version(self) -> str | None:
+        return torch.__version__
+
+
+TORCH = Torch()

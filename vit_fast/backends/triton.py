@@ -1,0 +1,105 @@
+"""The backend ``triton``: the kernels of ``vit_fast.kernels``, compiled for CUDA, interpreted for CPU tensors."""
+
+import contextlib
+import importlib.util
+import os
+import threading
+import warnings
+from typing import Any
+
+import torch
+
+from .base import Backend
+
+_no_lock = contextlib.nullcontext()
+
+
+class Triton(Backend):
+    name = "triton"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failure: tuple[str, ...] | None = None  # None: not tried yet
+        self._interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
+
+    def load(self) -> tuple[str, ...]:
+        if self._failure is None:
+            self._failure = self._load()
+        return self._failure
+
+    def _load(self) -> tuple[str, ...]:
+        """Why the kernels cannot be imported; a broken install is told once, plain absence of Triton is not."""
+        if importlib.util.find_spec("triton") is None:
+            return ("triton is not installed",)
+        try:
+            self._fill_tables()
+        except Exception as error:
+            warnings.warn(
+                f"vit_fast: triton is installed and fails to import ({error}); the torch backend is used. "
+                "Reinstall triton in the version that this torch asks for.",
+                stacklevel=2,
+            )
+            return (f"triton fails to import: {error}",)
+        return ()
+
+    def _fill_tables(self) -> None:
+        # Not at the head of the file: importing vit_fast needs no Triton.
+        from vit_fast.kernels import (
+            attention,
+            fp8_blocks,
+            layer_norm,
+            layernorm_mlp,
+            linear,
+            patch_embed,
+            prepared_blocks,
+        )
+
+        self.not_supported = {
+            "patch_embed": patch_embed.not_supported_reasons,
+            "attention": attention.not_supported_reasons,
+            "layer_norm": layer_norm.not_supported_reasons,
+            "layer_norm_linear": linear.layer_norm_linear_not_supported_reasons,
+            "linear_residual": linear.linear_residual_not_supported_reasons,
+            "layernorm_mlp": layernorm_mlp.not_supported_reasons,
+            "prepared_blocks": prepared_blocks.not_supported_reasons,
+            "fp8_blocks": fp8_blocks.not_supported_reasons,
+        }
+        self.inference = {"attention": attention.attention}
+        self.forward = {
+            "patch_embed": patch_embed.patch_embed,
+            "attention": attention.attention_fwd,
+            "layer_norm": layer_norm.layer_norm_fwd,
+            "layer_norm_linear": linear.layer_norm_linear_fwd,
+            "linear_residual": linear.linear_residual,
+            "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
+            "prepared_blocks": prepared_blocks.prepared_blocks,
+            "fp8_blocks": fp8_blocks.fp8_blocks,
+        }
+
+    def unavailable(self, device: torch.device) -> tuple[str, ...]:
+        if reasons := self.load():
+            return reasons
+        device_type = device.type
+        if device_type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device.index)
+            if major < 8:
+                return (f"Triton kernels need compute capability 8.0, the device has {major}.{minor}",)
+            return ()
+        if device_type == "cpu":
+            if os.environ.get("TRITON_INTERPRET", "0") != "1":
+                return ("Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)",)
+            return ()
+        return (f"Triton kernels do not run on device type {device_type}",)
+
+    def version(self) -> str | None:
+        if self.load():
+            return None
+        import triton
+
+        return str(triton.__version__)
+
+    def launching(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return self._interpreter if device.type == "cpu" else _no_lock
+
+
+TRITON = Triton()
