@@ -201,10 +201,10 @@ def test_a_torchvision_of_another_torch_is_told_in_a_line(monkeypatch, capsys):
 def test_an_absent_library_is_a_row(error, told, json_file, monkeypatch, capsys):
     shipped = rivals.importlib.import_module
 
-    def import_module(name):
+    def import_module(name, *package, **words):
         if name == "transformers":
             raise error
-        return shipped(name)
+        return shipped(name, *package, **words)
 
     monkeypatch.setattr(rivals.importlib, "import_module", import_module)
     assert run(*QUICK, "-b", "1", "--rivals", "transformers,eager", "--results-file", json_file) == 0

@@ -47,7 +47,7 @@ def test_every_tag_is_built_as_timm_builds_it(name, no_download):
         words = dict(depth=1, weight_init="skip")
         with torch.device("meta"):
             theirs = timm.create_model(full, **words)
-            pretrained = full != name and get_pretrained_cfg(full).has_weights
+            pretrained = full != name and bool(get_pretrained_cfg(full).has_weights)
             ours = vit_fast.create_model(full, pretrained=pretrained, **words)
         assert no_download == ([theirs.pretrained_cfg] if pretrained else [])
         no_download.clear()
