@@ -14,11 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 # First, because it says how many threads numpy may have.
-import interpreter_cures
+from support import interpreter_cures
+
+# isort: split
 import numpy as np
 import pytest
-import sanitizer
 import torch
+from support import sanitizer
 
 INTERPRETED = interpreter_cures.INTERPRETED
 BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())

@@ -1,5 +1,5 @@
 """What timm knows of published weights: sizes, normalisation, crop, classes, where they are. Kept here as data, so that
-a model has it where timm is not installed. ``tests/pretrained_cfgs.py`` writes the file from timm.
+a model has it where timm is not installed. ``tests/support/pretrained_cfgs.py`` writes the file from timm.
 
 ``pretrained_cfgs.json``: "timm", the version it was made from; "fields", the names an entry may have; "defaults", the
 values of fields that an entry leaves out; "common", what all entries of "models" share; "models", name → tag → the

@@ -1,6 +1,6 @@
 """Kill suites: small cases, a function per file of kernels/, that every fault in that file shall fail.
 
-Most of them are the checks and the tests of tests/test_<operation>.py on shapes that a mutant costs little on: tails in
+Most of them are the tests of tests/kernels/test_<operation>.py on shapes that a mutant costs little on: tails in
 every direction, several images, heads, programs and steps, every dtype, option and layout. ``run.py`` calls them in
 Triton's interpreter under the memory sanitizer. The cheapest cases, and those that fail first, come first.
 """
@@ -24,7 +24,7 @@ import test_linear
 import test_patch_embed
 import test_prepared_blocks
 import torch
-from test_large_offsets import last_programs_alone, reserved
+from support.large_tensors import last_programs_alone, reserved
 from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -91,7 +91,7 @@ def equal(actual, wanted):
 
 
 def arguments():
-    """Every bad input of tests/test_errors.py by its words; and what is right passes."""
+    """Every bad input of tests/kernels/test_errors.py by its words; and what is right passes."""
     with vit_fast.backend("torch"):
         for op, changes in _right_arguments():
             getattr(vit_fast.ops, op)(**test_errors.GOOD[op] | changes)

@@ -30,12 +30,15 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "kernels")]
 
-import interpreter_cures  # noqa: E402
+# First, because it says how many threads numpy may have.
+from support import interpreter_cures  # noqa: E402
+
+# isort: split
 import mutate  # noqa: E402
-import sanitizer  # noqa: E402
 import torch  # noqa: E402
+from support import sanitizer  # noqa: E402
 
 # Files of kernels/; the function of that name in cases.py is the kill suite. Files further down may import those above.
 SUITES = (

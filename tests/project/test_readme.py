@@ -1,0 +1,33 @@
+"""The README's lines of Python run as they are printed, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import timm
+
+import vit_fast
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_runs_as_printed(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    results = []
+    for block in blocks:
+        scope = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        results.append(scope["logits"].shape if "logits" in scope else scope["certificate"].passed)
+    assert results == [(2, 1000), (2, 1000), (2, 1000), True]
+    out = capsys.readouterr().out
+    assert out.count("layernorm_mlp") == 2 and "parity holds" in out
+
+
+def test_commands_and_counts_are_true():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    names = vit_fast.list_models()
+    shared = set(names) & set(timm.list_models())
+    assert f"{len(names)} names" in README and f"{len(shared)} of them timm's" in README
+    assert f"other {len(names) - len(shared)} names" in README

@@ -1,0 +1,28 @@
+"""Tensors of more than 2^31 elements of which only a few pages exist."""
+
+import contextlib
+import mmap
+import sys
+from unittest import mock
+
+import torch
+from support import sanitizer
+
+
+def reserved(*shape, dtype):
+    """Zeros of which only the pages that are touched exist."""
+    count = torch.Size(shape).numel()
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # unnamed before Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def last_programs_alone():
+    """``torch.empty`` reserves memory, and of every launch the last program runs."""
+
+    def empty(*shape, dtype, device):
+        return reserved(*(shape if isinstance(shape[0], int) else shape[0]), dtype=dtype)
+
+    with mock.patch.object(torch, "empty", empty), sanitizer.only_programs(lambda count: [count - 1]):
+        yield

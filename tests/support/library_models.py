@@ -1,0 +1,104 @@
+"""Small models of timm, torchvision, transformers and open_clip, as ``vit_fast.optimize`` meets them."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+
+import vit_fast
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+
+
+CONFIG = dict(
+    image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96
+)  # fmt: skip
+
+
+PACKED = ["layer_norm_linear", "attention", "linear_residual", "layernorm_mlp"]
+
+
+SEPARATE = ["layer_norm", "attention", "linear_residual", "layernorm_mlp"]
+
+
+def moved(model, dtype=torch.float32):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05 if parameter.dim() > 1 else 0.2)
+    return model.eval().to(dtype)
+
+
+def timm_vit(**words):
+    return moved(TimmViT(**SMALL | words))
+
+
+def torchvision_vit(**words):
+    return moved(TorchvisionViT(32, 8, 2, 3, 48, 96, num_classes=10, **words))
+
+
+TRANSFORMERS = Version(transformers.__version__)
+
+
+def hugging_face(name):
+    def build(**words):
+        if name.startswith("Dinov2") and TRANSFORMERS < Version("5.23"):
+            pytest.skip("transformers before 5.23 makes DINOv2 of other parts")
+        return moved(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONFIG | words)))
+
+    return build
+
+
+def open_clip_tower(**words):
+    import open_clip
+
+    words = dict(layers=2, ls_init_value=0.5) | words
+    return moved(open_clip.transformer.VisionTransformer(32, 8, 48, heads=3, mlp_ratio=2.0, output_dim=16, **words))
+
+
+class Case(NamedTuple):
+    """A model, the path of its blocks, and the path of a Linear in a block whose ``__call__`` the library uses."""
+
+    build: object
+    blocks: str
+    linear: str
+    operations: list
+
+    def row(self, model):
+        return model.get_submodule(self.blocks)
+
+
+CASES = {
+    "timm": Case(timm_vit, "blocks", "mlp.fc2", PACKED),
+    "torchvision": Case(torchvision_vit, "encoder.layers", "mlp.3", PACKED),
+    "open_clip": Case(open_clip_tower, "transformer.resblocks", "mlp.c_proj", PACKED),
+    "ViT": Case(hugging_face("ViT"), "layers", "attention.o_proj", SEPARATE),
+    "DeiT": Case(hugging_face("DeiT"), "layers", "mlp.fc1", SEPARATE),
+    "Dinov2": Case(hugging_face("Dinov2"), "encoder.layer", "attention.q_proj", SEPARATE),
+    "Dinov2WithRegisters": Case(hugging_face("Dinov2WithRegisters"), "encoder.layer", "mlp.fc2", SEPARATE),
+    "CLIPVision": Case(hugging_face("CLIPVision"), "encoder.layers", "self_attn.v_proj", SEPARATE),
+    "SiglipVision": Case(hugging_face("SiglipVision"), "encoder.layers", "self_attn.out_proj", SEPARATE),
+}
+
+
+PREPARABLE = ("timm", "torchvision", "open_clip", "CLIPVision", "SiglipVision")
+
+
+def output(model, x, **words):
+    result = model(x, **words)
+    return result if isinstance(result, torch.Tensor) else result.last_hidden_state
+
+
+def operations(model, x, **words):
+    """(output, names of the operations that ran)."""
+    with vit_fast.backends.recording() as choices:
+        result = output(model, x, **words)
+    return result, fused(choices)
+
+
+def fused(choices):
+    """The operations among what ``recording`` notes, without blocks that ran their library's own forward."""
+    return [operation for operation, backend, _ in choices if backend != "library"]
