@@ -1,6 +1,6 @@
 """kernels/linear.py against a float64 formula of its own on the same rounded inputs.
 
-Eager is ``reference`` at the kernel's dtype; tolerances: ``support.budget``. Shapes: tokens and widths of ViTs that fill
+Eager is ``reference`` at the kernel dtype; tolerances: ``support.budget``. Shapes: tokens and widths of ViTs that fill
 no tile (1, 17, 50, 197, 257; 48, 147, 588), K that is no multiple of 8 (no TMA, no wide loads), one tile and
 several in both directions. Tiles are forced to 32 … 64 rows so that a few interpreted programs have inner edges; the
 shipped tiles of each architecture run on small shapes. Exactly representable integers must come out exactly.
