@@ -250,7 +250,7 @@ def test_added_biases_and_layer_scales(caplog):
         stack[0].attn.qkv.bias = nn.Parameter(torch.randn(144).bfloat16())
 
     def scale(stack):
-        stack[1].ls1 = vit_fast.vit.LayerScale(48, 0.5).bfloat16().eval()
+        stack[1].ls1 = vit_fast.layers.LayerScale(48, 0.5).bfloat16().eval()
 
     for change in (bias, scale):
         assert_dropped(vit(qkv_bias=False).eval().bfloat16(), change, images(), caplog)
@@ -303,7 +303,7 @@ def test_weights_whose_changes_are_not_counted_are_refused():
             vit_fast.prepare(model)
 
 
-class _Twice(vit_fast.vit.Block):
+class _Twice(vit_fast.layers.Block):
     def forward(self, x, **masks):
         return 2 * super().forward(x, **masks)
 

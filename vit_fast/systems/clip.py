@@ -32,8 +32,8 @@ from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp
 from vit_fast.convert import CLIP_SCALARS
 from vit_fast.kernels.reference import activate
 from vit_fast.kernels.tracing import untraced
+from vit_fast.layers import LayerScale
 from vit_fast.pos_embed import check_policy, resize_pos_embed
-from vit_fast.vit import LayerScale
 from vit_fast.weights import WeightsError, load_state_dict, log_left_out, resized_table
 
 from . import words

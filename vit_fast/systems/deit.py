@@ -26,8 +26,9 @@ from torch import nn
 
 from vit_fast import plain
 from vit_fast.kernels.tracing import untraced
+from vit_fast.layers import PatchEmbed
 from vit_fast.pos_embed import check_policy
-from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
+from vit_fast.vit import VisionTransformer, lecun_normal_
 from vit_fast.weights import WeightsError, load_state_dict, resized_table
 
 from . import words

@@ -23,8 +23,8 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
+from vit_fast.layers import Block, Mlp
 from vit_fast.pos_embed import check_policy
-from vit_fast.vit import Block, Mlp
 from vit_fast.weights import load_state_dict, resized_table
 
 from . import words
