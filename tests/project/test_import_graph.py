@@ -1,0 +1,102 @@
+"""Which module may import which: the graph of all imports between our modules, those inside functions included.
+
+There is no circle, and no module imports one of a later layer.
+"""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"vit_fast": ROOT / "vit_fast", "vit_fast.kernels": ROOT / "kernels"}
+# A name stands for a module and for all modules of a package; "vit_fast" is the public interface alone.
+LAYERS = (
+    ("vit_fast.kernels",),
+    ("vit_fast.backends",),
+    ("vit_fast.ops",),
+    ("vit_fast.pos_embed", "vit_fast.patch_resize", "vit_fast.input_size", "vit_fast.pretrained_cfg"),
+    ("vit_fast.plain", "vit_fast.layer_args", "vit_fast.block", "vit_fast.snapshot", "vit_fast.structure"),
+    ("vit_fast.checkpoints",),
+    ("vit_fast.layers", "vit_fast.vit", "vit_fast.features", "vit_fast.registry"),
+    ("vit_fast.systems",),
+    ("vit_fast.integrations",),
+    ("vit_fast.precisions", "vit_fast.prepare", "vit_fast.optimize", "vit_fast.explain", "vit_fast.graphed"),
+    ("vit_fast.parity", "vit_fast.check"),
+    ("vit_fast",),
+    ("vit_fast.bench",),
+    ("vit_fast.cli", "vit_fast.__main__"),
+)
+
+
+def our_modules():
+    """{name: path}; a package has the name of its folder."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def imports(name, path, known):
+    """The modules of ours that a file imports, at any place in it."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join((*above, *([node.module] if node.module else [])))
+            for alias in node.names:
+                target = f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+                if target in known:
+                    yield target
+
+
+def graph():
+    known = our_modules()
+    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+
+
+def layer(name):
+    """The index of the layer of a module, by its own name or that of the nearest package around it; None without."""
+    places = {name: index for index, names in enumerate(LAYERS) for name in names}
+    own = name
+    while own not in places:
+        own = own.rpartition(".")[0]
+    return None if own == "vit_fast" != name else places[own]
+
+
+def upward(edges):
+    return sorted(
+        f"{name} → {other}" for name, others in edges.items() for other in others if layer(other) > layer(name)
+    )
+
+
+def test_no_circle():
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_import_goes_up():
+    assert not upward(graph())
+
+
+def test_every_module_has_a_layer():
+    assert [name for name in our_modules() if layer(name) is None] == []
+
+
+def test_the_graph_is_read():
+    """Relative, absolute and late imports are seen, and what goes up is named."""
+    edges = graph()
+    assert (
+        "vit_fast.ops" in edges["vit_fast.block"] and "vit_fast.kernels.attention" in edges["vit_fast.backends.triton"]
+    )
+    assert not any(other.startswith("vit_fast") for other in edges["vit_fast.kernels.configs"])
+    assert upward({"vit_fast.ops": {"vit_fast.vit"}}) == ["vit_fast.ops → vit_fast.vit"]
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
