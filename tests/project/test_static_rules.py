@@ -8,6 +8,7 @@ sizes and ``tl.arange``, and wraps silently: an offset is right only if a factor
 """
 
 import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -455,6 +456,36 @@ def masked_loads_without_other(source):
     ]
 
 
+def untyped_interfaces(source):
+    """Public functions and methods, those that a kernel is compiled from aside, without a type somewhere."""
+    found, compiled = [], jit_functions(source)
+
+    def look_in(body, method):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                look_in(node.body, True)
+            elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+                static = any(dotted(mark) == "staticmethod" for mark in node.decorator_list)
+                listed = [*node.args.posonlyargs, *node.args.args][method and not static :]
+                listed += [*node.args.kwonlyargs, *filter(None, (node.args.vararg, node.args.kwarg))]
+                names = [argument.arg for argument in listed if argument.annotation is None]
+                names += ["its result"] if node.returns is None else []
+                if names and node.name not in compiled:
+                    found.append((node.lineno, f"{node.name} has no type for {', '.join(names)}"))
+
+    look_in(ast.parse(source).body, False)
+    return found
+
+
+# Words that this project once used for what has a name in its field.
+_OWN_WORDS = re.compile(r"\b(rivals?|rows? of blocks|arrivals|describable|constructor words?)\b", re.IGNORECASE)
+
+
+def own_words(source):
+    lines = enumerate(source.splitlines(), 1)
+    return [(number, match[0]) for number, line in lines for match in _OWN_WORDS.finditer(line)]
+
+
 RULES = {
     narrow_offsets: KERNELS,
     loose_dots: KERNELS,
@@ -465,6 +496,8 @@ RULES = {
     kept_kernels: KERNELS + PACKAGE,
     early_triton: PACKAGE + [ROOT / "kernels" / f"{name}.py" for name in (*WITHOUT_TRITON, "__init__")],
     masked_loads_without_other: KERNELS,
+    untyped_interfaces: KERNELS + PACKAGE,
+    own_words: KERNELS + PACKAGE + sorted((ROOT / "benchmarks").rglob("*.py")) + [ROOT / "README.md"],
 }
 
 
@@ -560,6 +593,24 @@ SNIPPETS = {
         ["tl.dot(a, b)", "tl.dot(a, b, out_dtype=tl.float32)", "tl.dot(a, b, c, input_precision='tf32')"],
         ["tl.dot(a, b, c, input_precision=PRECISION, out_dtype=ACC)", "torch.dot(a, b)"],
     ),
+    untyped_interfaces: (
+        [
+            "def f(x):\n    pass",
+            "def f(x: int):\n    pass",
+            "def f(*args, **options: int) -> None:\n    pass",
+            "class A:\n    def f(self, x) -> None:\n        pass",
+            "class A:\n    def __init__(self):\n        pass",
+            "class A:\n    @staticmethod\n    def f(x) -> None:\n        pass",
+        ],
+        [
+            "def _f(x):\n    pass",
+            "def f(x: int, *, y: str = '') -> None:\n    pass",
+            "class _A:\n    def f(self, x):\n        pass",
+            "class A:\n    def f(self) -> None:\n        def g(x):\n            pass",
+            JIT + "def f(x):\n    pass",
+        ],
+    ),
+    own_words: (["# the best rival", "# Rows of blocks", "arrivals = 0"], ["# row by row", "arrival of the tile"]),
     unguarded_launches: (
         [
             "_f_kernel[(1,)](x)",
