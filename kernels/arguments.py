@@ -9,6 +9,7 @@ are recognised first.
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -133,12 +134,14 @@ def _check_branch(op, x, gamma, row_scale, width, why):
 
 
 @untraced
-def check_layer_norm(x, weight, bias, eps):
+def check_layer_norm(x: Any, weight: Any, bias: Any, eps: Any) -> None:
     _check_layer_norm("layer_norm", x, weight, bias, eps)
 
 
 @untraced
-def check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation):
+def check_layer_norm_linear(
+    x: Any, ln_weight: Any, ln_bias: Any, eps: Any, weight: Any, bias: Any, activation: Any
+) -> None:
     op = "layer_norm_linear"
     _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
     _check_weight(op, "weight", weight, x.shape[-1], "the width of x", x)
@@ -151,7 +154,9 @@ def check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation
 
 
 @untraced
-def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed):
+def check_linear_residual(
+    x: Any, weight: Any, bias: Any, gamma: Any, residual: Any, row_scale: Any, dropout_p: Any, seed: Any
+) -> None:
     op = "linear_residual"
     _check_tensor(op, "x", x)
     if x.dim() < 2:
@@ -169,7 +174,21 @@ def check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p
 
 
 @untraced
-def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed):
+def check_layernorm_mlp(
+    x: Any,
+    ln_weight: Any,
+    ln_bias: Any,
+    eps: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    activation: Any,
+    gamma: Any,
+    row_scale: Any,
+    dropout_p: Any,
+    seed: Any,
+) -> None:
     op = "layernorm_mlp"
     _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
     if x.dim() < 2:
@@ -193,7 +212,20 @@ def check_layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, 
 
 
 @untraced
-def check_attention(qkv, num_heads, scale, k, v, bias, key_lengths, num_prefix, q_norm, k_norm, dropout_p, seed):
+def check_attention(
+    qkv: Any,
+    num_heads: Any,
+    scale: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    key_lengths: Any,
+    num_prefix: Any,
+    q_norm: Any,
+    k_norm: Any,
+    dropout_p: Any,
+    seed: Any,
+) -> None:
     op = "attention"
     _check_tensor(op, "qkv", qkv, 3)
     _check_int(op, "num_heads", num_heads)
@@ -269,7 +301,9 @@ def _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths,
 
 
 @untraced
-def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std):
+def check_patch_embed(
+    images: Any, weight: Any, bias: Any, pos_embed: Any, prefix_tokens: Any, stride: Any, mean: Any, std: Any
+) -> tuple[int, int]:
     """Returns the stride as a pair."""
     op = "patch_embed"
     _check_tensor(op, "images", images, 4, dtypes=(*FLOAT_DTYPES, torch.uint8))
@@ -328,12 +362,12 @@ def check_patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, me
 
 
 @untraced
-def check_prepared_blocks(x, weights):
+def check_prepared_blocks(x: Any, weights: Any) -> None:
     _check_blocks("prepared_blocks", x, weights[0], (weights[0].dtype,))
 
 
 @untraced
-def check_fp8_blocks(x, weights):
+def check_fp8_blocks(x: Any, weights: Any) -> None:
     _check_blocks("fp8_blocks", x, weights[1], (torch.float16, torch.bfloat16))
 
 
@@ -344,7 +378,7 @@ def _check_blocks(op, x, weight, dtypes):
     _check_device(op, "x", x, "weights", weight)
 
 
-def check_rows(op, rows):
+def check_rows(op: str, rows: int) -> None:
     """What the kernels count in int32: a tile more than the rows. Called with a launch, where sizes are numbers."""
     if rows > MAX_ROWS:
         raise UnsupportedError(f"vit_fast.{op}: {rows} rows, expected at most {MAX_ROWS} in one call; split the batch")

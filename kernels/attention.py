@@ -29,6 +29,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
@@ -273,7 +274,9 @@ def _tma_compatible(x, slices, head_size):
     return slices == ((0, head_size),) and column == 1 and aligned and min(image, row) > 0
 
 
-def not_supported_reasons(qkv, num_heads, *, k=None, v=None):
+def not_supported_reasons(
+    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None
+) -> list[str]:
     """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
     reasons = []
     head_size = qkv.shape[2] // (num_heads * 3 if k is None else num_heads)
@@ -351,12 +354,29 @@ def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=
     return out, lse
 
 
-def attention_fwd(qkv, num_heads, scale, *, k=None, v=None, config=None):
+def attention_fwd(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    config: configs.AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
     """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``."""
     return _forward(qkv, num_heads, scale, k, v, config, with_lse=True)
 
 
-def attention(qkv, num_heads, scale, *, k=None, v=None, out_dtype=None, pdl=False):
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    pdl: bool = False,
+) -> Tensor:
     """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C].
 
     ``out_dtype``: the input's, or float8 e4m3, whose largest number is 448 (v is scaled to it, see ``fp8_blocks``).

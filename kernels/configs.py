@@ -12,18 +12,18 @@ import torch
 
 
 # Triton's own serve device code too and unwrap constants in every call, several times a launch.
-def cdiv(a, b):
+def cdiv(a: int, b: int) -> int:
     """⌈a/b⌉."""
     return -(-a // b)
 
 
-def power_of_two(n):
+def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
 
 
 @cache
-def arch_of(device):
+def arch_of(device: torch.device) -> int:
     """10·major + minor of a CUDA device; tensors elsewhere (interpreter) take the tiles of sm_80."""
     if device.type != "cuda":
         return 80
@@ -38,7 +38,7 @@ class LayerNormConfig:
     num_warps: int
 
 
-def pick_layer_norm_config(width):
+def pick_layer_norm_config(width: int) -> LayerNormConfig:
     """Depends on the width alone, so that the sums of a row are taken in one order at every batch size."""
     block = max(16, power_of_two(width))
     if block > 16384:
@@ -58,7 +58,16 @@ class LinearConfig:
     split_k: int = 1  # programs that share the K loop of one tile
 
 
-def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, unaligned, arch):
+def pick_linear_config(
+    rows: int,
+    out_features: int,
+    swiglu: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    tf32: bool,
+    unaligned: bool,
+    arch: int,
+) -> LinearConfig:
     """``dtype`` is that of x and weight. swiglu has two accumulators, hence tiles half as wide; ``unaligned``: pointers
     load in pieces under 16 bytes.
 
@@ -92,7 +101,9 @@ def pick_linear_config(rows, out_features, swiglu, dtype, out_dtype, tf32, unali
     return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
 
 
-def split_k_config(config, rows, out_features, in_features, processors):
+def split_k_config(
+    config: LinearConfig, rows: int, out_features: int, in_features: int, processors: int
+) -> LinearConfig:
     """``config`` with split-K, where there are too few tiles for two on each multiprocessor.
 
     Each program keeps at least 6 steps of the K loop. The bits then depend on the number of rows.
@@ -102,7 +113,7 @@ def split_k_config(config, rows, out_features, in_features, processors):
     return config if most < 2 else replace(config, split_k=1 << (most.bit_length() - 1))
 
 
-def use_pdl(rows, arch):
+def use_pdl(rows: int, arch: int) -> bool:
     """Whether the kernels of a stack of blocks are launched with PDL (``launch``), which needs capability 9.0.
 
     Worth a try where kernels are short; not measured.
@@ -119,7 +130,7 @@ class PatchEmbedConfig:
     num_stages: int
 
 
-def pick_patch_embed_config(rows, width, dtype, precision):
+def pick_patch_embed_config(rows: int, width: int, dtype: torch.dtype, precision: str) -> PatchEmbedConfig:
     """``rows`` is batch · patches. All tiles of a dtype share ``block_k``, which orders the sums."""
     large = cdiv(rows, 128) * cdiv(width, 128) >= 120  # a wave of 128 × 128 tiles on an A100 or H200
     if dtype in (torch.float32, torch.float64):
@@ -145,11 +156,13 @@ _RESIDENT_KEYS = {16: 272, 32: 272, 48: 208, 64: 272, 80: 208}
 
 
 @cache
-def multiprocessors_of(device):
+def multiprocessors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pick_attention_config(num_queries, num_keys, head_size, dtype, tf32, arch, fp8_out=False):
+def pick_attention_config(
+    num_queries: int, num_keys: int, head_size: int, dtype: torch.dtype, tf32: bool, arch: int, fp8_out: bool = False
+) -> AttentionConfig:
     """Does not see the batch, so that the bits of an image cannot depend on its batch mates.
 
     An e4m3 out takes no tiles of 128 queries: with a head of two parts (72 = 64 + 16) ptxas serialises their wgmma.

@@ -10,10 +10,12 @@ so that its launch latency is hidden; ``pdl_wait`` at its top keeps it from memo
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
@@ -51,7 +53,7 @@ def _row_axes(x):
     return axes
 
 
-def row_layout(x):
+def row_layout(x: Tensor) -> tuple[Any, ...]:
     """Where the rows of x [..., C] begin: (x, two_strides, inner, stride_outer, stride_inner).
 
     Row r begins at r·stride_inner or, with two strides, at (r // inner)·stride_outer + (r % inner)·stride_inner, as in
@@ -68,7 +70,7 @@ def row_layout(x):
     return x, False, 0, 0, axes[0][1] if axes else 0
 
 
-def row_stride(x):
+def row_stride(x: Tensor) -> int | None:
     """The one stride between the rows of x [..., C]; None where they need more than one."""
     axes = _row_axes(x)
     if len(axes) > 1:
@@ -76,45 +78,45 @@ def row_stride(x):
     return axes[0][1] if axes else x.shape[-1]
 
 
-def vector_bytes(t, *steps):
+def vector_bytes(t: Tensor, *steps: int) -> int:
     """The widest piece, at most 16 bytes, that one aligned load can take at any multiple of ``steps`` (elements)."""
     if t.data_ptr() % 16:
         return t.element_size()
     return min(16, t.element_size() * math.gcd(16, *steps))
 
 
-def vector(v):
+def vector(v: Tensor | None) -> Tensor | None:
     """A parameter vector [C] as the kernels read it: contiguous."""
     return v if v is None or v.is_contiguous() else v.contiguous()
 
 
-def stat_dtype(dtype):
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The torch dtype of statistics over elements of ``dtype``: float32, for float64 itself."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def accumulator(*dtypes):
+def accumulator(*dtypes: torch.dtype) -> Any:
     """The Triton dtype in which products and sums of these dtypes are accumulated."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
-def dot_precision():
+def dot_precision() -> str:
     """``input_precision`` of float32 products: IEEE, unless ``torch.set_float32_matmul_precision`` allows TF32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def device_guard(x):
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which the device of x is the current one."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def options(pdl, num_warps, **more):
+def options(pdl: bool, num_warps: int, **more: Any) -> dict[str, Any]:
     """The keyword arguments of a launch that say how it runs, with PDL where ``pdl``."""
     more.update(PDL=pdl, num_warps=num_warps)
     return more | {"launch_pdl": True} if pdl else more
 
 
-def device_reasons(*tensors):
+def device_reasons(*tensors: Tensor | None) -> list[str]:
     """Why these tensors cannot go to a Triton kernel at all; empty where they can."""
     if INTERPRETED:
         return []

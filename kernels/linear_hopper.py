@@ -33,10 +33,12 @@ Source: the ping-pong schedule after Shah et al., "FlashAttention-3" (2024), and
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -340,8 +342,15 @@ def _row_reasons(name, t):
 
 
 def linear_hopper_not_supported_reasons(
-    x, weight, bias, activation=None, *, residual=None, norm=None, with_partials=False
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm: Any = None,
+    with_partials: bool = False,
+) -> list[str]:
     """Why these arguments cannot go to ``linear_hopper``; ``linear`` takes them."""
     if launch.INTERPRETED:
         return ["Triton's interpreter has no Gluon"]
@@ -366,7 +375,17 @@ def linear_hopper_not_supported_reasons(
     return reasons
 
 
-def linear_hopper(x, weight, bias, activation=None, *, residual=None, norm=None, with_partials=False, config=None):
+def linear_hopper(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm: Any = None,
+    with_partials: bool = False,
+    config: LinearHopperConfig | None = None,
+) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None).
 
     ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm.

@@ -23,10 +23,12 @@ Limits: float64 weights in the interpreter only.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import configs, launch
 from .arguments import check_rows
@@ -132,7 +134,16 @@ def _patch_embed_fwd_kernel(
         tl.store(out, tl.load(prefix, mask=mask, other=0.0).to(DTYPE), mask=mask)
 
 
-def not_supported_reasons(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+def not_supported_reasons(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> list[str]:
     """Why the kernel cannot take the arguments; an empty list where it can. The batch size plays no part."""
     return launch.device_reasons(weight)
 
@@ -154,7 +165,17 @@ def _flat_weight(weight, channels_inner):
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None, config=None):
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    config: configs.PatchEmbedConfig | None = None,
+) -> Tensor:
     """[B, in, H, W] to [B, K + N, C] in the weight's dtype; ``stride`` is a pair, ``config`` forces the tiles."""
     batch, channels, height, width = images.shape
     dim, _, patch_h, patch_w = weight.shape

@@ -8,9 +8,11 @@ Arguments are taken as checked (``arguments``). Shapes: B batch, N tokens, C wid
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .folding import E4M3, TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK
 from .tracing import is_transformed, transform_reasons, untraced
@@ -33,7 +35,7 @@ def _stat_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def activate(z, activation):
+def activate(z: Tensor, activation: str | None) -> Tensor:
     """The activation of a pre-activation; "swiglu" halves the last axis: silu(first half) · second half."""
     if activation == "swiglu":
         gate, value = z.chunk(2, dim=-1)
@@ -41,7 +43,7 @@ def activate(z, activation):
     return _ACTIVATION[activation](z)
 
 
-def activate_bwd(grad, z, activation):
+def activate_bwd(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
     """Gradient with respect to the pre-activation."""
     if activation is None:
         return grad
@@ -58,7 +60,7 @@ def activate_bwd(grad, z, activation):
     return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
 
 
-def dropout_mask(seed, shape, p, device):
+def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Keep-mask / (1 − p) drawn by Philox-4x32-10 from (seed, linear index): the numbers of ``tl.rand``."""
     index = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
     low32 = 0xFFFFFFFF
@@ -79,7 +81,7 @@ def dropout_mask(seed, shape, p, device):
     return ((uniform > p).to(torch.float32) / (1 - p)).reshape(shape)
 
 
-def dropout(x, p, seed):
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout from an explicit seed, or from torch's generator where the seed is None."""
     if p == 0.0:
         return x
@@ -97,7 +99,7 @@ def _width(x):
     return x.shape[-1]
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
         dtype = torch.promote_types(x.dtype, (weight if weight is not None else bias).dtype)
         return layer_norm(
@@ -117,18 +119,20 @@ def _plain_layer_norm(x, weight, bias, eps):
     return y if bias is None else y + bias
 
 
-def layer_norm_stats(x, eps):
+def layer_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd of every row, each [rows]."""
     rows = x.reshape(-1, x.shape[-1]).to(_stat_dtype(x))
     mean = rows.mean(-1)
     return mean, torch.rsqrt((rows - mean[:, None]).square().mean(-1) + eps)
 
 
-def layer_norm_fwd(x, weight, bias, eps):
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return layer_norm(x, weight, bias, eps), *layer_norm_stats(x, eps)
 
 
-def layer_norm_bwd(grad, x, weight, bias, mean, rstd):
+def layer_norm_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); None for parameters that are None."""
     stat = mean.dtype
     rows, dy = x.reshape(-1, x.shape[-1]).to(stat), grad.reshape(-1, x.shape[-1]).to(stat)
@@ -144,25 +148,52 @@ def layer_norm_bwd(grad, x, weight, bias, mean, rstd):
 # layer_norm_linear: act(LN(x) Wᵀ + b), computed in the dtype of the weight.
 
 
-def layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+def layer_norm_linear(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
     z = F.linear(layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype), weight, bias)
     if activation in ("gelu", "gelu_tanh") and _may_overwrite():
         return torch.ops.aten.gelu_(z, approximate="tanh" if activation == "gelu_tanh" else "none")
     return activate(z, activation)
 
 
-def layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+def layer_norm_linear_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     return layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation), *layer_norm_stats(x, eps)
 
 
-def linear_bwd(dz, x, weight, bias):
+def linear_bwd(dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dx, dweight, dbias) of z = x Wᵀ + b."""
     rows, drows = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
     dbias = None if bias is None else drows.to(_stat_dtype(dz)).sum(0).to(bias.dtype)
     return dz @ weight, drows.t() @ rows, dbias
 
 
-def layer_norm_linear_bwd(grad, x, ln_weight, ln_bias, eps, weight, bias, activation, mean, rstd):
+def layer_norm_linear_bwd(
+    grad: Tensor,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor | None, ...]:
     """(dx, dln_weight, dln_bias, dweight, dbias)."""
     y = layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype)
     dz = activate_bwd(grad, F.linear(y, weight, bias), activation) if activation else grad
@@ -177,7 +208,17 @@ def _per_sample(row_scale, like):
     return row_scale.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
-def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p=0.0, seed=None):
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     branch = dropout(F.linear(x.to(weight.dtype), weight, bias), dropout_p, seed)
     if branch.dtype == residual.dtype and gamma is None and row_scale is None and _may_overwrite():
         return branch.add_(residual)
@@ -188,7 +229,9 @@ def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout
     return (residual + branch).to(residual.dtype)
 
 
-def linear_residual_bwd(grad, x, weight, bias, gamma, row_scale):
+def linear_residual_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """(dx, dweight, dbias, dgamma, drow_scale); the gradient of the residual is ``grad``."""
     stat = _stat_dtype(grad)
     x_cast = x.to(weight.dtype)
@@ -210,18 +253,59 @@ def linear_residual_bwd(grad, x, weight, bias, gamma, row_scale):
 
 
 def layernorm_mlp(
-    x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None, dropout_p=0.0, seed=None
-):
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     hidden = dropout(layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation), dropout_p, seed)
     return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale)
 
 
-def layernorm_mlp_fwd(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None):
+def layernorm_mlp_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     out = layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale)
     return out, *layer_norm_stats(x, eps)
 
 
-def layernorm_mlp_bwd(grad, x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, mean, rstd):
+def layernorm_mlp_bwd(
+    grad: Tensor,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor | None, ...]:
     """(dx, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale)."""
     y = layer_norm(x, ln_weight, ln_bias, eps).to(w1.dtype)
     z = F.linear(y, w1, b1)
@@ -234,7 +318,7 @@ def layernorm_mlp_bwd(grad, x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activati
 # attention: per head softmax(scale · q kᵀ) v; packed [B, N, 3C] or separate q, k, v [B, N, C] → [B, N, C].
 
 
-def split_heads(qkv, k, v, num_heads):
+def split_heads(qkv: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as [B, H, N, D] views."""
     if k is None:
         return qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -246,19 +330,19 @@ def _head_norm(x, norm):
 
 
 def attention(
-    qkv,
-    num_heads,
-    scale,
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
     *,
-    k=None,
-    v=None,
-    bias=None,
-    key_lengths=None,
-    q_norm=None,
-    k_norm=None,
-    dropout_p=0.0,
-    seed=None,
-):
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    q_norm: tuple[Tensor, Tensor | None, float] | None = None,
+    k_norm: tuple[Tensor, Tensor | None, float] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """q_norm and k_norm are (weight [D], bias [D] or None, eps); bias broadcasts to [B, H, N, keys]."""
     q, k, v = split_heads(qkv, k, v, num_heads)
     q, k = _head_norm(q, q_norm), _head_norm(k, k_norm)
@@ -274,7 +358,7 @@ def attention(
     return out.transpose(1, 2).flatten(2)
 
 
-def attention_weights(q, k, scale, mask=None):
+def attention_weights(q: Tensor, k: Tensor | None, scale: float, mask: Tensor | None = None) -> Tensor:
     """Softmax probabilities [B, H, N, keys] of q, k [B, H, N, D]; a row with every key masked is zero."""
     scores = (q @ k.transpose(-2, -1)) * scale
     if mask is not None:
@@ -282,14 +366,25 @@ def attention_weights(q, k, scale, mask=None):
     return torch.nan_to_num(scores.softmax(-1), nan=0.0) if mask is not None else scores.softmax(-1)
 
 
-def attention_fwd(qkv, num_heads, scale, *, k=None, v=None):
+def attention_fwd(
+    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     q_heads, k_heads, _ = split_heads(qkv, k, v, num_heads)
     stat = _stat_dtype(qkv)
     lse = torch.logsumexp((q_heads.to(stat) @ k_heads.to(stat).transpose(-2, -1)) * scale, -1)
     return attention(qkv, num_heads, scale, k=k, v=v), lse
 
 
-def attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse):
+def attention_bwd(
+    grad: Tensor,
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dqkv, None, None) for packed input, (dq, dk, dv) otherwise."""
     stat = lse.dtype
     packed = k is None
@@ -308,7 +403,9 @@ def attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse):
 # prepared_blocks: transformer blocks whose LayerNorm and LayerScale are folded into their projections (``folding``).
 
 
-def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+def prepared_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
     """x [B, N, C] through len(weights)/10 blocks, in the dtype of the weights."""
     for start in range(0, len(weights), TENSORS_PER_BLOCK):
         block = weights[start : start + TENSORS_PER_BLOCK]
@@ -324,7 +421,17 @@ def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
 # fp8_blocks: transformer blocks whose matrix products are taken in float8 e4m3.
 
 
-def fp8_linear(x, weight, weight_scale, bias, activation=None, *, out_scale=None, residual=None, out_dtype=None):
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: str | None = None,
+    *,
+    out_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """residual + out_scale · act(weight_scale · (x weightᵀ) + bias): x and weight e4m3, all else float32."""
     wide = torch.float64 if residual is not None and residual.dtype == torch.float64 else torch.float32
     z = F.linear(x.to(wide), weight.to(wide)) * weight_scale
@@ -333,7 +440,9 @@ def fp8_linear(x, weight, weight_scale, bias, activation=None, *, out_scale=None
     return out.to(out_dtype) if residual is None else (residual + out).to(residual.dtype)
 
 
-def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+def fp8_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
     """x [B, N, C] through len(weights)/14 blocks, in the dtype of x."""
     for start in range(0, len(weights), TENSORS_PER_FP8_BLOCK):
         norm_scale, *linears = weights[start : start + TENSORS_PER_FP8_BLOCK]
@@ -354,7 +463,9 @@ def _fp8_norm(x, norm_scale, eps):
 # patch_embed: [B, in, H, W] → [B, K + N, C].
 
 
-def normalise_pixels(images, mean, std, dtype):
+def normalise_pixels(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
     """(pixel − mean)/std in float32 or wider, uint8 pixels divided by 255 first, then in ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
     pixels = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
@@ -365,7 +476,16 @@ def normalise_pixels(images, mean, std, dtype):
     return pixels.to(dtype)
 
 
-def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
     stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if mean is not None or std is not None or images.dtype == torch.uint8:
         images = normalise_pixels(images, mean, std, weight.dtype)
@@ -378,7 +498,16 @@ def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=Non
     return tokens
 
 
-def patch_embed_bwd(grad, images, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad):
+def patch_embed_bwd(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: tuple[int, int],
+    needs_images_grad: bool,
+) -> tuple[Tensor | None, ...]:
     """(dimages, dweight, dbias, dpos_embed, dprefix_tokens) for float images without normalisation."""
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     stat = _stat_dtype(grad)

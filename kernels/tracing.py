@@ -5,6 +5,8 @@ tangent, nothing that ONNX knows.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -46,7 +48,7 @@ def _in_onnx_export():
 _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True
 
 
-def untraced(function):
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: torch.jit's tracer, if there is one, does not see the function.
 
     Sizes are ints in there, and not tensors of the graph; a tensor that it makes becomes a constant of the graph.
