@@ -73,7 +73,7 @@ def contestants(name: str, perturb: Callable[[nn.Module], Any]) -> tuple[nn.Modu
     torch.manual_seed(0)
     model = vit_fast.create_model(family.preset).eval()
     perturb(model)
-    baselines = {"torch": Logits(model, "torch")}
+    baselines: dict[str, nn.Module] = {"torch": Logits(model, "torch")}
     if family.timm_name:
         baselines["timm"] = _timm_peer(family.timm_name, model)
     if family.open_clip_name:

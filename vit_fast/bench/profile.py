@@ -56,7 +56,7 @@ class Settings:
 def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """(facts of the run, rows, the Chrome trace's text).
 
-    Rows are operations in the order of the forward pass, then kernels that belong to none, then the lines sum, gaps and step.
+    Rows are operations in the order of the forward pass, then kernels that belong to none, then sum, gaps and step.
     """
     device, on_gpu = settings.device, settings.device.type == "cuda"
     if on_gpu and torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
@@ -138,9 +138,8 @@ def _trace(call, settings):
     activities = [ProfilerActivity.CPU]
     if settings.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(
-        activities=activities, acc_events=True
-    ):  # the first one pays for the profiler's own start
+    # The first profile of a process pays for the profiler's own start.
+    with torch.profiler.profile(activities=activities, acc_events=True):
         call()
         measure.synchronize(settings.device)
     with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profiler:

@@ -82,7 +82,7 @@ def write_rows(rows: list[Row], path: Path, file_format: str) -> None:
 
 
 def write_profile(facts: Row, rows: list[Row], path: Path) -> None:
-    """The rows of a profile, by the ending of the name: JSON {facts, rows}; CSV a row a line, with the facts in each."""
+    """The rows of a profile, by the ending of the name: JSON {facts, rows}, or CSV with the facts in each row."""
     _write(path, path.suffix.removeprefix("."), {"facts": facts, "rows": rows}, [row | facts for row in rows])
 
 

@@ -1,7 +1,7 @@
 """A limited number of seconds: what of a benchmark fits into them, and how a compilation that takes longer is ended.
 
-The plan is made before parity, by the time of one call of the eager model: batch sizes and providers that do not fit are left
-out, and a warning names them. How long a compilation takes is not known ahead, so it is given a deadline.
+The plan is made before parity, by the time of one call of the eager model: batch sizes and providers that do not fit
+are left out, and a warning names them. How long a compilation takes is not known ahead, so it is given a deadline.
 """
 
 import contextlib

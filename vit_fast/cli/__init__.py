@@ -1,4 +1,4 @@
-"""The command line: flags and printing, one file per verb; ``options``, ``output`` and ``report`` are what verbs share."""
+"""The command line: flags and printing, one file per verb, and what they share: ``options``, ``output``, ``report``."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""``vit-fast bench``: its flags, checked before anything heavy is imported; ``vit_fast.bench.compare`` does the work."""
+"""``vit-fast bench``: its flags, checked before anything heavy is imported, and the order of its output."""
 
 import contextlib
 import time

@@ -147,9 +147,10 @@ def _sentences(facts, rows, settings):
         "many steps under the profiler, which slows the host: gaps are shorter without it."
     )
     yield (
-        f"Roofline bound: the greater of FLOP at {facts['matmul_peak_tflops']:.4g} TFLOP/s (a large matrix product) and bytes "
-        f"at {facts['copy_tb_per_s']:.3g} TB/s (a copy, read and write), both measured in this run; % of roofline "
-        "is that bound / time, above 100 where data stay in a cache."
+        "Roofline bound: the greater of FLOP at "
+        f"{facts['matmul_peak_tflops']:.4g} TFLOP/s (a large matrix product) and bytes at "
+        f"{facts['copy_tb_per_s']:.3g} TB/s (a copy, read and write), both measured in this run; % of roofline is that "
+        "bound / time, above 100 where data stay in a cache."
     )
     if facts["matmul_peak_float8_tflops"]:
         rate = facts["matmul_peak_float8_tflops"]
