@@ -3,8 +3,9 @@
 Run: pytest benchmarks/bench_fp8_blocks.py --benchmark-only
 FLOPs 2·B·N·C·(4·C + 2·F) + 4·B·N²·C, of which attention's are in 16 bits; bytes as the inputs and the output, so
 without what passes between the launches. x is bfloat16, on a CPU too.
-Baseline: eager, the same block in PyTorch on the same quantised weights, which multiplies in float32: it is the truth
-and no rival. Rivals of float8 are models (``vit-fast bench --rivals scaled-mm``), and ``bench_prepared_blocks``.
+Baseline: eager, the same block in PyTorch on the same quantised weights, which multiplies in float32: it is the
+reference of the numbers, not of the speed. Compare that with ``bench_prepared_blocks``, and with a whole model in
+float8 by PyTorch (``vit-fast bench --baselines scaled-mm``).
 """
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from vit_fast.kernels import folding, reference
 
 from vit_fast import ops
-from vit_fast.cli import measure
+from vit_fast.bench import measure
 
 
 @pytest.mark.parametrize("provider", ("vit_fast", "eager"))

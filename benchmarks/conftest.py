@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vit_fast import backends, parity
-from vit_fast.cli import machine, measure
+from vit_fast.bench import machine, measure
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")

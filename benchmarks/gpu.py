@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vit_fast.cli import machine
+from vit_fast.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("limits", "check", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
@@ -33,8 +33,8 @@ VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
 LARGE = "eager,torchvision,transformers,compile,compile-max-autotune"
 FEW = "eager,compile"
-FLOAT8 = "224-fp8"  # in the place of a size: 224 pixels, in float8, and its own rival
-MODELS = (  # timm's name, pixels, batch sizes, rivals, seconds at most; the most telling first
+FLOAT8 = "224-fp8"  # in the place of a size: 224 pixels, in float8, and its own baseline
+MODELS = (  # timm's name, pixels, batch sizes, baselines, seconds at most; the most telling first
     (VIT_B, 224, "256,1,64,8", ALL, 480),
     (VIT_B, 512, "64", FEW, 90),
     (VIT_B, 1024, "16", FEW, 120),
@@ -44,7 +44,7 @@ MODELS = (  # timm's name, pixels, batch sizes, rivals, seconds at most; the mos
     (SO400M, 224, "256", LARGE, 240),
     ("vit_base_patch16_384", 384, "64,1", LARGE, 180),
 )
-# At batch size 256, how many times the images per second of the best rival.
+# At batch size 256, how many times the images per second of the best baseline.
 SPEEDUPS = {VIT_B: 1.3, VIT_S: 1.4, VIT_L: 1.25, VIT_H: 1.3, SO400M: 1.5}
 PROBE = """
 import torch
@@ -72,11 +72,20 @@ def stages(out, only):
     memcheck = ("-c", _under("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
     bench = ("-P", "-m", "vit_fast", "bench", "--precision", "bfloat16")
     models = []
-    for model, size, batches, rivals, seconds in MODELS:
-        words = ("--model", model, "--img-size", str(size), "--batch-size", batches, "--rivals", rivals)
+    for model, size, batches, baselines, seconds in MODELS:
+        words = ("--model", model, "--img-size", str(size), "--batch-size", batches, "--baselines", baselines)
         file = ("--time-budget", str(seconds - 40), "--results-file", str(_rows_file(out, model, size)))
         models.append(Stage(f"models {model} {size}", (*bench, *words, *file), seconds, cold=True))
-    words = ("--model", VIT_B, "--batch-size", "256,64", "--variants", "prepared,fp8", "--rivals", "compile,scaled-mm")
+    words = (
+        "--model",
+        VIT_B,
+        "--batch-size",
+        "256,64",
+        "--variants",
+        "prepared,fp8",
+        "--baselines",
+        "compile,scaled-mm",
+    )
     file = ("--time-budget", "260", "--results-file", str(_rows_file(out, VIT_B, FLOAT8)))
     models.insert(1, Stage(f"models {VIT_B} {FLOAT8}", (*bench, *words, *file), 300, cold=True, float8=True))
     profiles = []
@@ -98,7 +107,7 @@ def stages(out, only):
         "sanitizer": [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 150)],
         "models": models,
         "profile": profiles,
-        "tune": [Stage("tune", ("-P", "benchmarks/tune.py", "--out", f"{out}/tune.json"), 300)],
+        "tune": [Stage("tune", ("-P", "benchmarks/tune", "--out", f"{out}/tune.json"), 300)],
         "operations": [Stage("operations", (*pytest, "benchmarks", f"--benchmark-json={out}/operations.json"), 300)],
         "families": [Stage("families", families, 300)],
     }
@@ -208,19 +217,19 @@ def _target(text, wanted, measured, note, at_most=False):
 
 
 def _speedup(rows, model, wanted, float8=False):
-    text, row = f"{model}, batch 256: speed against the best rival", _ours(rows, 256, float8)
+    text, row = f"{model}, batch 256: speed against the best baseline", _ours(rows, 256, float8)
     if float8:
         text += ", products in float8"
-    if row is None or row.get("best_rival") is None:
+    if row is None or row.get("best_baseline") is None:
         return _target(text, wanted, None, "")
-    note = f"{row['provider']} {row['infer_samples_per_sec']:.0f} images/s, best rival {row['best_rival']}"
+    note = f"{row['provider']} {row['infer_samples_per_sec']:.0f} images/s, best baseline {row['best_baseline']}"
     if float8:
         error, eager = row["parity_relative_error"], row["parity_eager_relative_error"]
         note += f", error {error:.2%} of the logits, eager's {eager:.2%}"
     here = [other for other in rows if other["infer_batch_size"] == 256 and other["status"] != "ok"]
     missing = [f"{other['provider']} ({other['status']})" for other in here]
     note += f"; without {', '.join(missing)}" if missing else ""
-    return _target(text, wanted, row["speedup_vs_best_rival"], note)
+    return _target(text, wanted, row["speedup_vs_best_baseline"], note)
 
 
 def _latency(rows, wanted):

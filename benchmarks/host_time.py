@@ -24,7 +24,9 @@ from triton.compiler import CompiledKernel
 import vit_fast
 from vit_fast.backends import select
 from vit_fast.backends.triton import TRITON
-from vit_fast.cli import machine, options
+from vit_fast.bench import machine
+from vit_fast.bench.errors import WrongValueError
+from vit_fast.bench.results import check_writable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "aot"))
 
@@ -58,15 +60,20 @@ def host_time(call, calls):
 
 
 def main(
-    model: options.Model = options.DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "-m", help="timm's name of the model.")] = "vit_base_patch16_224",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images.")] = 1,
     calls: Annotated[int, typer.Option(help="Timed calls.")] = 50,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ):
     """Measure the host time of a forward pass; see the head of benchmarks/host_time.py."""
-    options.at_least("--batch-size", batch_size, 1)
-    options.at_least("--calls", calls, 1)
-    path = options.output_file("--json", json_file)
+    for flag, count in (("--batch-size", batch_size), ("--calls", calls)):
+        if count < 1:
+            raise typer.BadParameter(f"got {count}, wanted a whole number of 1 or more", param_hint=flag)
+    if json_file is not None:
+        try:
+            check_writable(json_file)
+        except WrongValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--json") from error
     torch.set_num_threads(1)
     pretend()
     module = vit_fast.create_model(model).eval().bfloat16()
@@ -81,10 +88,10 @@ def main(
     for row in rows:
         table.add_row(row["form"], str(row["launches"]), f"{row['fastest_ms']:.2f}", f"{row['median_ms']:.2f}")
     Console().print(table)
-    if path is not None:
+    if json_file is not None:
         facts = {"model": model, "batch_size": batch_size, "cpu": machine.cpu_name(), "commit": machine.commit()}
         versions = {"torch": torch.__version__, "triton": triton.__version__, "vit_fast": vit_fast.__version__}
-        path.write_text(json.dumps(facts | versions | {"rows": rows}, indent=1) + "\n")
+        json_file.write_text(json.dumps(facts | versions | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

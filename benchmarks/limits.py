@@ -36,9 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_fast.kernels import configs, folding
 
 import vit_fast
-from vit_fast.cli import machine, measure
-from vit_fast.cli.options import target_device
-from vit_fast.cli.profile import copy_bandwidth
+from vit_fast.bench import machine, measure
+from vit_fast.bench.errors import WrongValueError
 
 try:
     import triton
@@ -189,7 +188,7 @@ def add_one(out, x, pdl):
 
 
 def copy(clock, size):
-    rate = copy_bandwidth(clock.device, size)
+    rate = measure.copy_bandwidth(clock.device, size)
     return {"us": 2e6 * size / rate, "tbs": rate / 1e12}
 
 
@@ -490,7 +489,10 @@ def main(
 ):
     """What this device's memory and libraries reach; see the head of benchmarks/limits.py."""
     begun = time.monotonic()
-    target = target_device(device)
+    try:
+        target = machine.target_device(device)
+    except WrongValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     on_gpu = target.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(target)

@@ -12,9 +12,10 @@ import torch
 import typer
 
 import vit_fast
-from vit_fast.cli.bench import RIVALS, VARIANTS, bench
+from vit_fast.bench.providers import BASELINES, PROFILED, VARIANTS
+from vit_fast.cli.bench import bench
 from vit_fast.cli.check import check
-from vit_fast.cli.profile import PROVIDERS, profile
+from vit_fast.cli.profile import profile
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 GROUPS = "limits,check,tests,sanitizer,models,profile,tune,operations,families"
@@ -96,15 +97,15 @@ def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
         for stage in own:
             context = command.make_context("verb", list(stage.command[stage.command.index(verb.__name__) + 1 :]))
             for flag, known in (
-                ("rivals", RIVALS),
-                ("variants", VARIANTS),
-                ("variant", VARIANTS),
-                ("provider", PROVIDERS),
+                ("baselines", BASELINES),
+                ("variants", tuple(VARIANTS)),
+                ("variant", tuple(VARIANTS)),
+                ("provider", PROFILED),
             ):
                 assert set((context.params.get(flag) or known[0]).split(",")) <= set(known), stage
-    assert [*gpu.ALL.split(","), "scaled-mm"] == list(RIVALS) and set(gpu.LARGE.split(",") + gpu.FEW.split(",")) < set(
-        RIVALS
-    )
+    assert [*gpu.ALL.split(","), "scaled-mm"] == list(BASELINES) and set(
+        gpu.LARGE.split(",") + gpu.FEW.split(",")
+    ) < set(BASELINES)
     assert {model for model, *_ in gpu.MODELS} <= set(vit_fast.list_models())
     assert set(gpu.SPEEDUPS) <= {model for model, size, *_ in gpu.MODELS if size == 224}
     for stage in plan:
@@ -169,7 +170,7 @@ def test_what_needs_float8_is_left_out_where_there_is_none(gpu, machine, tmp_pat
 
 
 def test_the_commit_of_a_copy_is_what_one_says(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.machine, "__file__", str(tmp_path / "vit_fast" / "cli" / "machine.py"))
+    monkeypatch.setattr(gpu.machine, "__file__", str(tmp_path / "vit_fast" / "bench" / "machine.py"))
     monkeypatch.delenv("VIT_FAST_COMMIT", raising=False)
     assert gpu.machine.commit() is None
     monkeypatch.setenv("VIT_FAST_COMMIT", "0123456789ab")
@@ -203,14 +204,14 @@ def _write(gpu, out, model, size, *rows):
 
 def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     untimed = {"infer_samples_per_sec": None, "latency_ms": None, "percent_of_peak": None}
-    fast = {"best_rival": "scaled-mm", "parity_relative_error": 0.0512, "parity_eager_relative_error": 0.0061}
-    in_float8 = _row("vit_fast-fp8", 256, 9000.0, speedup_vs_best_rival=1.1, **fast)
+    fast = {"best_baseline": "scaled-mm", "parity_relative_error": 0.0512, "parity_eager_relative_error": 0.0061}
+    in_float8 = _row("vit_fast-fp8", 256, 9000.0, speedup_vs_best_baseline=1.1, **fast)
     base = [
-        in_float8 | {"speedup_vs_best_rival": 2.25},
+        in_float8 | {"speedup_vs_best_baseline": 2.25},
         _row("vit_fast-fp8-graphed", 1, 4000.0, latency_ms=0.25, **fast),
-        _row("vit_fast", 256, 5000.0, best_rival="compile", speedup_vs_best_rival=1.25, cold_cache=True)
+        _row("vit_fast", 256, 5000.0, best_baseline="compile", speedup_vs_best_baseline=1.25, cold_cache=True)
         | {"first_call_s": 4.0},
-        _row("vit_fast-prepared", 256, 6000.0, best_rival="compile", speedup_vs_best_rival=1.5),
+        _row("vit_fast-prepared", 256, 6000.0, best_baseline="compile", speedup_vs_best_baseline=1.5),
         _row("compile", 256, 4000.0, first_call_s=40.0, cold_cache=True),
         _row("compile-max-autotune", 256, 1.0, status="not timed: no time left to compile it", **untimed),
         _row("vit_fast", 1, 500.0, first_call_s=9.0, cold_cache=False),
@@ -228,11 +229,11 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
         *(_row(f"vit_fast-{w}", 64, s, 512) for w, s in (("prepared", 1e3), ("fp8", 2e3))),
     )
     _write(gpu, tmp_path, gpu.VIT_B, 1024, _row("vit_fast-prepared", 16, 240.0, 1024), _row("eager", 16, 1.0, 1024))
-    ours = _row("vit_fast", 256, 900.0, best_rival="compile", speedup_vs_best_rival=1.3)
+    ours = _row("vit_fast", 256, 900.0, best_baseline="compile", speedup_vs_best_baseline=1.3)
     _write(gpu, tmp_path, gpu.VIT_S, 224, ours)
     _write(gpu, tmp_path, gpu.VIT_H, 224, ours | {"device": "cpu"})
     gpu._rows_file(tmp_path, gpu.VIT_L, 224).write_text('[{"provider": "vit_fa')  # killed while it wrote
-    _write(gpu, tmp_path, gpu.SO400M, 224, ours | {"best_rival": None, "speedup_vs_best_rival": None})
+    _write(gpu, tmp_path, gpu.SO400M, 224, ours | {"best_baseline": None, "speedup_vs_best_baseline": None})
     lines = gpu.targets(tmp_path)
     found = [(line["verdict"], line["wanted"], line["measured"], line["gap"]) for line in lines]
     nothing = ("not measured", None, None)
@@ -241,9 +242,9 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     assert small == ("missed", 1.4, 1.3, pytest.approx(0.1))
     assert [(line[0], *line[2:]) for line in (large, huge, so400m)] == [nothing] * 3
     assert float8 == [("no target", None, 1.1, None), *[("not measured", None, None, None)] * 4]
-    assert lines[10]["target"] == f"{gpu.VIT_B}, batch 256: speed against the best rival, products in float8"
+    assert lines[10]["target"] == f"{gpu.VIT_B}, batch 256: speed against the best baseline, products in float8"
     assert lines[10]["note"] == (
-        "vit_fast-fp8 9000 images/s, best rival scaled-mm, error 5.12% of the logits, eager's 0.61%"
+        "vit_fast-fp8 9000 images/s, best baseline scaled-mm, error 5.12% of the logits, eager's 0.61%"
     )
     assert latency == ("missed", 1.9, pytest.approx(1.8), pytest.approx(0.1)) and first == ("met", 5.0, 4.0, 0.0)
     departure = 100 * ((6000 / 1000) / (512 / 224) ** 2 - 1)
@@ -251,7 +252,7 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
     departure = 100 * ((6000 / 240) / (1024 / 224) ** 2 - 1)
     assert to_1024 == ("missed", 15.0, pytest.approx(departure), pytest.approx(departure - 15))
     assert lines[0]["note"] == (
-        "vit_fast-prepared 6000 images/s, best rival compile; "
+        "vit_fast-prepared 6000 images/s, best baseline compile; "
         "without compile-max-autotune (not timed: no time left to compile it)"
     )
     assert lines[7]["note"] == "torch.compile 40.0 s"

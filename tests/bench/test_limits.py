@@ -13,7 +13,7 @@ import torch
 import typer
 from vit_fast.kernels import configs, folding
 
-from vit_fast.cli import measure
+from vit_fast.bench import measure
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "limits.py"
 

@@ -7,6 +7,7 @@ the number of their launch. Models of the command have two blocks and 32 pixels 
 import contextlib
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,11 @@ from support.gpu import NO_FLOAT8
 import vit_fast
 from vit_fast import cli
 from vit_fast.backends import select
-from vit_fast.cli import attribution, machine, measure
-from vit_fast.cli import profile as command
-from vit_fast.cli.attribution import STEP, attribute, family
-from vit_fast.cli.operations import Call, Operation, forward_operations, moved_bytes, tensor_sizes
+from vit_fast.bench import attribution, machine, measure
+from vit_fast.bench import profile as profiling
+from vit_fast.bench.attribution import STEP, attribute, family
+from vit_fast.bench.operations import Call, Operation, forward_operations, moved_bytes, tensor_sizes
+from vit_fast.cli import options
 
 TINY = ["profile", "--model", "vit_tiny_patch16_224", "--img-size", "32", "--device", "cpu"]
 M = 256 * 197  # rows of ViT-B/16 at batch 256
@@ -113,9 +115,12 @@ def test_operations_in_float8_by_hand(monkeypatch):
     assert {o.name for o in others} == {"patch_embed", "add", "layer_norm", "linear"}
     assert not any(o.float8 for o in others)
     product, bound = call.operations[1], call.operations[2]
-    assert product.floor(1e12, 1e15, 2e12) == product.flop / 2e12 and bound.floor(1e12, 1e15, 2e12) == bound.flop / 1e12
-    assert product.floor(1e12, 1e9, 2e12) == product.bytes / 1e9
-    assert product.floor(1e12, 1e15) == product.flop / 1e12  # no rate of float8 is known: it is emulated
+    assert (
+        product.roofline_seconds(1e12, 1e15, 2e12) == product.flop / 2e12
+        and bound.roofline_seconds(1e12, 1e15, 2e12) == bound.flop / 1e12
+    )
+    assert product.roofline_seconds(1e12, 1e9, 2e12) == product.bytes / 1e9
+    assert product.roofline_seconds(1e12, 1e15) == product.flop / 1e12  # no rate of float8 is known: it is emulated
 
 
 def test_kernels_in_float8_find_their_operations(monkeypatch):
@@ -147,10 +152,10 @@ def test_kernels_in_float8_find_their_operations(monkeypatch):
         assert rows[key].calls == pytest.approx(count), key
         assert rows[key].seconds == pytest.approx(1e-6 * microseconds), key
     fc1 = rows["linear", "blocks.*.mlp.fc1"]
-    assert fc1.floor == pytest.approx(3 * 2 * 8 * 197 * 768 * 3072 / 900e12)
+    assert fc1.roofline == pytest.approx(3 * 2 * 8 * 197 * 768 * 3072 / 900e12)
     assert fc1.kernels == {linear: pytest.approx(3)}
     fill = next(row for row in found.rows if "FillFunctor" in row.operation)
-    assert fill.floor is None and fill.seconds == pytest.approx(1e-6) and fill.module == "vit_fast::fp8_blocks"
+    assert fill.roofline is None and fill.seconds == pytest.approx(1e-6) and fill.module == "vit_fast::fp8_blocks"
 
 
 def test_a_long_list_of_tensors_has_no_sizes(tmp_path):
@@ -230,7 +235,7 @@ def test_bytes_and_sizes():
     assert moved_bytes(x, torch.empty(3, 5, dtype=torch.int8)) == 20 + 15 and moved_bytes(torch.empty(0, 5)) == 0
     assert tensor_sizes([[[2, 1], [2, 4]], [], [7]]) == ((2, 1), (2, 4), (7,))
     bound = Operation("linear", "", 2_000, 300)
-    assert bound.floor(1_000, 100) == 3 and bound.floor(100, 1_000) == 20
+    assert bound.roofline_seconds(1_000, 100) == 3 and bound.roofline_seconds(100, 1_000) == 20
 
 
 class Trace:
@@ -330,9 +335,9 @@ def test_every_kernel_of_vit_b16_finds_its_operation(monkeypatch):
     flop, elements = VIT_FAST_B16["linear", "blocks.*.mlp.fc2"]
     fc2 = rows["linear", "blocks.*.mlp.fc2"]
     assert (fc2.flop, fc2.bytes) == (pytest.approx(12 * flop), pytest.approx(12 * 2 * elements))
-    assert fc2.floor == pytest.approx(12 * flop / 500e12)  # 0.48 ms a call of FLOP, 0.12 of bytes
+    assert fc2.roofline == pytest.approx(12 * flop / 500e12)  # 0.48 ms a call of FLOP, 0.12 of bytes
     norm = rows["layer_norm", "norm"]
-    assert norm.floor == pytest.approx(2 * VIT_FAST_B16["layer_norm", "norm"][1] / 4e12)
+    assert norm.roofline == pytest.approx(2 * VIT_FAST_B16["layer_norm", "norm"][1] / 4e12)
     assert fc2.kernels == {"_linear_fwd_kernel": pytest.approx(12)}
     assert [row.operation for row in found.rows][1:4] == ["patch_embed", "layer_norm", "linear"]  # the model's order
     assert found.gaps == pytest.approx(0, abs=1e-12) and found.overlap == pytest.approx(0, abs=1e-12)
@@ -393,7 +398,7 @@ def test_kernels_inside_operators_and_graphs_that_nobody_knows(monkeypatch):
     assert rows["attention", "blocks.*"].calls == pytest.approx(12)
     assert rows["layer_norm", "norm"].calls == pytest.approx(1)
     partials = rows["_row_partials_kernel [8×1×1]", "vit_fast::prepared_blocks"]
-    assert partials.seconds == pytest.approx(7e-6) and partials.floor is None
+    assert partials.seconds == pytest.approx(7e-6) and partials.roofline is None
     assert ("layer_norm", "blocks.*.norm1") not in rows
 
     # One linear kernel more than there are operations: nothing is guessed, kernels of one grid share a row.
@@ -484,7 +489,7 @@ def test_families_of_kernels(kernel, kind):
 def quick(monkeypatch):
     """The ceilings take a second of every run on a CPU, and have a test of their own."""
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: 0.25)
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 2e10)
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 2e10)
 
 
 def test_profile_of_vit_fast_on_a_cpu(quick, tmp_path, capsys):
@@ -512,19 +517,25 @@ def test_profile_of_vit_fast_on_a_cpu(quick, tmp_path, capsys):
         row = by_key[key]
         assert row["gflop"] == pytest.approx(count / 1e9) and row["calls"] == (2 if "*" in key[1] else 1), key
         assert row["us"] == pytest.approx(row["calls"] * row["us_per_call"]) and row["us"] > 0
-        assert row["floor_us"] == pytest.approx(max(row["gflop"] / 250, row["mb"] / 20e3) * 1e6)
-        assert row["percent_of_floor"] == pytest.approx(100 * row["floor_us"] / row["us"])
+        assert row["roofline_us"] == pytest.approx(max(row["gflop"] / 250, row["mb"] / 20e3) * 1e6)
+        assert row["percent_of_roofline"] == pytest.approx(100 * row["roofline_us"] / row["us"])
     total, gaps, step = rows[-3:]
     assert (total["operation"], gaps["operation"]) == ("sum", "outside of operators")
     assert total["gflop"] == pytest.approx(sum(flop.values()) / 1e9)
     assert total["us"] == pytest.approx(sum(row["us"] for row in rows[:-3]))
     assert total["us"] + gaps["us"] == pytest.approx(step["us"])
     assert step["percent_of_step"] == pytest.approx(100)
-    assert total["floor_us"] == pytest.approx(sum(row["floor_us"] or 0 for row in rows[:-3]))
+    assert total["roofline_us"] == pytest.approx(sum(row["roofline_us"] or 0 for row in rows[:-3]))
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {STEP, "aten::addmm"} <= names
     shown = capsys.readouterr().out
-    for text in ("blocks.*.attn.qkv", "say nothing about a GPU", "backend torch", "Floor: the greater", str(file)):
+    for text in (
+        "blocks.*.attn.qkv",
+        "say nothing about a GPU",
+        "backend torch",
+        "Roofline bound: the greater",
+        str(file),
+    ):
         assert text in shown, text
 
 
@@ -583,23 +594,22 @@ def test_profile_of_a_model_in_float8(quick, tmp_path, capsys):
 
 def test_ceiling_of_copies():
     """1 GB/s is less, and 10 TB/s more, than any memory of a machine that runs this."""
-    assert 1e9 < command.copy_bandwidth(torch.device("cpu"), 32 << 20) < 1e13
+    assert 1e9 < measure.copy_bandwidth(torch.device("cpu"), 32 << 20) < 1e13
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """The command as on a GPU, which is not there: its clock, its profiler and its names are written by hand."""
     trace = SimpleNamespace(events=[])
-    make = command._model_and_pixels
+    make = profiling._model_and_pixels
 
     def on_the_cpu(settings):
-        cpu = SimpleNamespace(**{**vars(settings), "device": torch.device("cpu")})
-        return make(cpu)
+        return make(replace(settings, device=torch.device("cpu")))
 
-    monkeypatch.setattr(command.options, "target_device", lambda text: torch.device("cuda", 0))
-    monkeypatch.setattr(command, "_model_and_pixels", on_the_cpu)
-    monkeypatch.setattr(command, "_trace", lambda call, settings: ("", trace.events))
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(options, "target_device", lambda text: torch.device("cuda", 0))
+    monkeypatch.setattr(profiling, "_model_and_pixels", on_the_cpu)
+    monkeypatch.setattr(profiling, "_trace", lambda call, settings: ("", trace.events))
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 4e12)
     peaks = {torch.float32: 50.0, torch.bfloat16: 700.0, torch.float8_e4m3fn: 1300.0}
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: peaks[dtype])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -639,7 +649,7 @@ def test_table_of_a_gpu(gpu, tmp_path, capsys):
     assert total["us"] == pytest.approx(3 * count + 11) and gaps["us"] == pytest.approx(5)
     assert gaps["operation"] == "gaps (GPU idle)" and step["us"] == pytest.approx(3 * count + 16)
     copies = next(row for row in rows if row["operation"] == "Memcpy HtoD")
-    assert copies["us"] == pytest.approx(10) and copies["floor_us"] is None and copies["module"] == ""
+    assert copies["us"] == pytest.approx(10) and copies["roofline_us"] is None and copies["module"] == ""
     qkv = next(row for row in rows if row["module"] == "blocks.*.attn.qkv")
     assert qkv["us_per_call"] == pytest.approx(3) and qkv["kernels"].endswith("×2")
     shown = capsys.readouterr().out
@@ -702,9 +712,9 @@ def test_profile_on_a_gpu(provider, tmp_path):
         row = rows["linear", f"blocks.*.{name}"]
         assert row["calls"] == 2 and row["us"] > 0 and row["kernels"]
     attention = next(row for (operation, _), row in rows.items() if operation == "attention")
-    assert attention["calls"] == 2 and attention["percent_of_floor"] > 0
+    assert attention["calls"] == 2 and attention["percent_of_roofline"] > 0
     total, gaps, _ = told["rows"][-3:]
-    assert gaps["us"] >= 0 and total["us"] > 0.9 * sum(row["us"] for row in rows.values() if row["floor_us"]) / 2
+    assert gaps["us"] >= 0 and total["us"] > 0.9 * sum(row["us"] for row in rows.values() if row["roofline_us"]) / 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""vit_fast/cli/scaled_mm.py: that the rival of our float8 computes what timm's model does, rounded to e4m3 and no more.
+"""vit_fast/bench/scaled_mm.py: that the float8 baseline computes what timm's model does, rounded to e4m3 and no more.
 
 torch._scaled_mm runs on a CPU as on a GPU (torch 2.11: with one scale for all alone); whether a GPU takes these
 layouts, torch's own checks tell on fake tensors.
@@ -11,7 +11,7 @@ import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vit_fast.cli import scaled_mm
+from vit_fast.bench import scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 

@@ -1,4 +1,4 @@
-"""vit_fast/cli/speedup.py: what its intervals cover, on step times drawn by a fixed seed, and when no verdict is given.
+"""vit_fast/bench/speedup.py: what its intervals cover, on step times drawn by a fixed seed, and when none is given.
 
 References: the binomial distribution counted by hand, and the true ratio, which the drawn times have.
 """
@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from vit_fast.cli.speedup import drift, rounds_needed, speedup
+from vit_fast.bench.speedup import drift, rounds_needed, speedup
 
 
 def drawn(seed, rounds, ratio=1.0, noise=0.05, slowing=0.0, outliers=0.0):

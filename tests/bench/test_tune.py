@@ -1,8 +1,7 @@
-"""benchmarks/tune.py: candidates, the time budget, ranking and files, as far as they go without a GPU."""
+"""benchmarks/tune: candidates, the time budget, ranking and files, as far as they go without a GPU."""
 
 import contextlib
 import functools
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -19,81 +18,89 @@ from rich.console import Console
 from vit_fast.kernels import configs
 from vit_fast.kernels.linear_hopper import LinearHopperConfig
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "tune.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "tune"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tune():
-    spec = importlib.util.spec_from_file_location("tune", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tune"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["tune"]
+    """The package benchmarks/tune with its modules."""
+    sys.path.insert(0, str(PATH.parent))
+    import tune
+    import tune.command
+
+    yield tune
+    sys.path.remove(str(PATH.parent))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tune"]:
+        del sys.modules[name]
 
 
 def test_the_most_telling_problems_come_first(tune):
-    found = tune.problems()
+    found = tune.problems.problems()
     assert len(found) == len(set(found)) == 5 * 4 * (8 + 3)
     first = [(problem.model, problem.batch) for problem in found]
     assert first[0] == ("base", 256) and first[11] == ("base", 1) and {model for model, _ in first[:44]} == {"base"}
     assert [problem.name for problem in found[:3]] == ["prepared qkv", "prepared proj", "prepared fc1"]
-    few = tune.problems(("attention",), ("huge", "small"), (8,))
+    few = tune.problems.problems(("attention",), ("huge", "small"), (8,))
     assert [str(problem) for problem in few] == ["attention huge-b8", "attention small-b8"]
 
 
 @pytest.mark.parametrize("arch", (80, 86, 90, 100))
 def test_candidates_are_neighbours_of_the_rule_that_fit(tune, arch):
-    chip = tune.Chip.named(arch)
-    for problem in tune.problems(batches=(256, 1)):
-        found = tune.plan(problem, chip)
+    chip = tune.candidates.Chip.named(arch)
+    for problem in tune.problems.problems(batches=(256, 1)):
+        found = tune.candidates.plan(problem, chip)
         assert len(found) == len(set(found)) and 4 <= len(found) <= 60, problem
-        hopper = [config for config in found if tune.may_hang(config)]
+        hopper = [config for config in found if tune.candidates.may_hang(config)]
         own = found[: len(found) - len(hopper)]
         assert {type(config) for config in own} == {type(found[0])}
-        assert all(tune.fits(problem, config, chip) for config in own[1:])
+        assert all(tune.candidates.fits(problem, config, chip) for config in own[1:])
         scaled = problem.name in ("proj", "fc2")  # by gamma, which linear_hopper does not know
         assert bool(hopper) == (arch == 90 and problem.operation == "linear" and not scaled)
 
 
 def test_the_first_candidate_is_what_the_rule_picks(tune):
-    chip = tune.Chip.named(90)
-    for model, vit in tune.VITS.items():
-        first = tune.plan(tune.Problem("attention", "attention", model, 1), chip)[0]
+    chip = tune.candidates.Chip.named(90)
+    for model, vit in tune.problems.VITS.items():
+        first = tune.candidates.plan(tune.problems.Problem("attention", "attention", model, 1), chip)[0]
         size = vit.width // vit.heads
         assert first == configs.pick_attention_config(vit.tokens, vit.tokens, size, torch.bfloat16, False, 90)
-        first = tune.plan(tune.Problem("layer_norm", "layer_norm", model, 1), chip)[0]
+        first = tune.candidates.plan(tune.problems.Problem("layer_norm", "layer_norm", model, 1), chip)[0]
         assert first == configs.pick_layer_norm_config(vit.width)
-    assert tune.plan(tune.Problem("linear", "fc1", "base", 256), tune.Chip.named(80))[0].tma is False
-    assert tune.plan(tune.Problem("linear", "fc1", "base", 256), chip)[0].tma is True
+    assert (
+        tune.candidates.plan(tune.problems.Problem("linear", "fc1", "base", 256), tune.candidates.Chip.named(80))[0].tma
+        is False
+    )
+    assert tune.candidates.plan(tune.problems.Problem("linear", "fc1", "base", 256), chip)[0].tma is True
 
 
 def test_what_cannot_fit_is_left_out(tune):
-    problem, chip = tune.Problem("linear", "fc1", "base", 256), tune.Chip.named(90)
-    pick = tune.plan(problem, chip)[0]
+    problem, chip = tune.problems.Problem("linear", "fc1", "base", 256), tune.candidates.Chip.named(90)
+    pick = tune.candidates.plan(problem, chip)[0]
     good = replace(pick, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, split_k=1)
-    assert tune.fits(problem, good, chip) and not tune.fits(problem, good, tune.Chip.named(80))
+    assert tune.candidates.fits(problem, good, chip) and not tune.candidates.fits(
+        problem, good, tune.candidates.Chip.named(80)
+    )
     for change in (dict(num_stages=5), dict(num_warps=4), dict(split_k=2)):
-        assert not tune.fits(problem, replace(good, **change), chip)
+        assert not tune.candidates.fits(problem, replace(good, **change), chip)
     small = replace(pick, block_m=64, block_n=64, block_k=64, split_k=4)
-    assert tune.fits(replace(problem, name="proj", batch=1), small, chip)
-    assert not tune.fits(replace(problem, name="proj", batch=1), replace(small, split_k=8), chip)
-    attention = tune.Problem("attention", "attention", "base", 1)
+    assert tune.candidates.fits(replace(problem, name="proj", batch=1), small, chip)
+    assert not tune.candidates.fits(replace(problem, name="proj", batch=1), replace(small, split_k=8), chip)
+    attention = tune.problems.Problem("attention", "attention", "base", 1)
     resident = configs.AttentionConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
-    assert tune.fits(attention, resident, chip)
-    assert not tune.fits(attention, replace(resident, block_m=128), chip)
-    assert not tune.fits(attention, replace(resident, block_n=256, num_stages=4, num_warps=16), chip)
+    assert tune.candidates.fits(attention, resident, chip)
+    assert not tune.candidates.fits(attention, replace(resident, block_m=128), chip)
+    assert not tune.candidates.fits(attention, replace(resident, block_n=256, num_stages=4, num_warps=16), chip)
 
 
 def test_a_rule_is_put_back(tune):
     shipped = configs.pick_layer_norm_config
-    with pytest.raises(KeyError), tune.rule("layer_norm", lambda rule: rule()):
+    with pytest.raises(KeyError), tune.candidates.rule("layer_norm", lambda rule: rule()):
         assert configs.pick_layer_norm_config(768) == shipped(768) and configs.pick_layer_norm_config is not shipped
         raise KeyError
     assert configs.pick_layer_norm_config is shipped
     before = configs.arch_of, configs.multiprocessors_of
-    with tune.pretending(tune.Chip.named(90)):
+    with tune.candidates.pretending(tune.candidates.Chip.named(90)):
         assert configs.arch_of(CPU) == 90 and configs.multiprocessors_of(CPU) == 132
     assert before == (configs.arch_of, configs.multiprocessors_of)
 
@@ -130,22 +137,22 @@ def made_up(tune, monkeypatch):
             raise RuntimeError("No available kernel.")
 
         libraries = {name: functools.partial(running.__setitem__, 0, as_) for name, as_ in LIBRARIES.items()}
-        return tune.Work(kernel, lambda x: x.clone(), (x,), 1, libraries | {"broken": broken})
+        return tune.problems.Work(kernel, lambda x: x.clone(), (x,), 1, libraries | {"broken": broken})
 
     def timer(call, count, device):
         call()
         return [MICROSECONDS[running[0]] / 1e6] * count
 
-    monkeypatch.setitem(tune.WORKS, "layer_norm", work)
-    monkeypatch.setitem(tune.NEIGHBOURS, "layer_norm", lambda pick: (FAST, SLOW, LARGE, WRONG))
+    monkeypatch.setitem(tune.problems.WORKS, "layer_norm", work)
+    monkeypatch.setitem(tune.candidates.NEIGHBOURS, "layer_norm", lambda pick: (FAST, SLOW, LARGE, WRONG))
     monkeypatch.setattr(configs, "pick_layer_norm_config", lambda width: SHIPPED)
     return timer
 
 
 def _tune(tune, timer, end=math.inf):
-    make = tune.Maker(CPU, torch.float32, filled=True)
-    chip = tune.Chip.named(90)
-    return tune.tune(tune.Problem(*PROBLEM), chip, make, tune.Compilers(0, chip), timer, end)
+    make = tune.problems.Maker(CPU, torch.float32, filled=True)
+    chip = tune.candidates.Chip.named(90)
+    return tune.ranking.tune(tune.problems.Problem(*PROBLEM), chip, make, tune.compilers.Compilers(0, chip), timer, end)
 
 
 def test_a_row_says_where_the_rule_stands(tune, made_up):
@@ -168,7 +175,7 @@ def test_a_rule_whose_config_does_not_run_stands_out(tune, made_up, monkeypatch)
     fine = dict(row, problem="fine", loss=0.5, picked_us=15.0, rank=2)
     none = dict(row, problem="none ran", best=None, best_us=None, ranking=[])
     console = Console(width=200, record=True, file=open(os.devnull, "w"))
-    console.print(tune.table([fine, none, row], "title"))
+    console.print(tune.report.table([fine, none, row], "title"))
     lines = [line for line in console.export_text().splitlines() if "│" in line]
     assert "does not run" in lines[0] and "does not run" in lines[1] and "fine" in lines[2] and "50.0%" in lines[2]
     assert "num_warps 16→1" in lines[2] and "10.0 (library)" in lines[2]
@@ -176,7 +183,7 @@ def test_a_rule_whose_config_does_not_run_stands_out(tune, made_up, monkeypatch)
 
 def test_the_budget_ends_where_it_is_spent(tune, made_up, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune.ranking.time, "monotonic", lambda: now[0])
 
     def timer(call, count, device):
         now[0] += 1.0
@@ -185,9 +192,9 @@ def test_the_budget_ends_where_it_is_spent(tune, made_up, monkeypatch):
     row = _tune(tune, timer, end=1.5)
     assert [entry["why"] for entry in row["failures"]].count("no time left") == 3 and len(row["ranking"]) == 2
     now[0], kept = 0.0, []
-    problems = [replace(tune.Problem(*PROBLEM), batch=batch) for batch in (1, 2, 3, 4)]
-    make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90)
-    tune.run(problems, chip, make, tune.Compilers(0, chip), timer, 10.0, _keep(kept))
+    problems = [replace(tune.problems.Problem(*PROBLEM), batch=batch) for batch in (1, 2, 3, 4)]
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
+    tune.ranking.run(problems, chip, make, tune.compilers.Compilers(0, chip), timer, 10.0, _keep(kept))
     assert kept == [(1, [], [2, 3, 4]), (2, [], [3, 4])]
 
 
@@ -199,17 +206,17 @@ def _keep(kept):
 
 
 def test_a_problem_that_fails_does_not_end_the_run(tune, made_up, monkeypatch):
-    made = tune.WORKS["layer_norm"]
+    made = tune.problems.WORKS["layer_norm"]
 
     def work(problem, vit, new):
         if problem.batch == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made(problem, vit, new)
 
-    monkeypatch.setitem(tune.WORKS, "layer_norm", work)
-    problems = [replace(tune.Problem(*PROBLEM), batch=batch) for batch in (1, 2, 3)]
-    make, chip, kept = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90), []
-    tune.run(problems, chip, make, tune.Compilers(0, chip), made_up, math.inf, _keep(kept))
+    monkeypatch.setitem(tune.problems.WORKS, "layer_norm", work)
+    problems = [replace(tune.problems.Problem(*PROBLEM), batch=batch) for batch in (1, 2, 3)]
+    make, chip, kept = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90), []
+    tune.ranking.run(problems, chip, make, tune.compilers.Compilers(0, chip), made_up, math.inf, _keep(kept))
     words = ["OutOfMemoryError: CUDA out of memory"]
     assert kept == [(1, [], [2, 3]), (1, words, [3]), (2, words, [])]
 
@@ -218,10 +225,18 @@ def test_a_lost_device_ends_the_run(tune, made_up, monkeypatch):
     def lost(device):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(tune.measure, "synchronize", lost)
-    make, chip, kept = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90), []
+    monkeypatch.setattr(tune.timing.measure, "synchronize", lost)
+    make, chip, kept = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90), []
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune.run([tune.Problem(*PROBLEM)] * 2, chip, make, tune.Compilers(0, chip), made_up, math.inf, _keep(kept))
+        tune.ranking.run(
+            [tune.problems.Problem(*PROBLEM)] * 2,
+            chip,
+            make,
+            tune.compilers.Compilers(0, chip),
+            made_up,
+            math.inf,
+            _keep(kept),
+        )
     assert kept == [(0, ["RuntimeError: an illegal memory access was encountered"], [2])]
 
 
@@ -242,25 +257,25 @@ def test_the_device_pauses_before_each_step(tune, monkeypatch):
         def zero_(self):
             log.append("flush")
 
-    monkeypatch.setattr(tune, "_flusher", lambda device: Flusher())
+    monkeypatch.setattr(tune.timing.measure, "_cache_flusher", lambda device: Flusher())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    times = tune.step_times(lambda: log.append("call"), 2, torch.device("cuda", 0))
+    times = tune.timing.step_times(lambda: log.append("call"), 2, torch.device("cuda", 0))
     assert times == [0.002, 0.002] and log == 2 * ["flush", "pause", "event", "call", "event"] + ["wait"]
 
 
 def test_candidates_that_the_compilers_do_not_finish_are_not_launched(tune, made_up):
-    class Never(tune.Compilers):
+    class Never(tune.compilers.Compilers):
         def __init__(self):
             pass
 
         def result(self, problem, config, seconds):
-            return tune.NOT_COMPILED if config == FAST else "CompilationError: of a compiler without a GPU"
+            return tune.compilers.NOT_COMPILED if config == FAST else "CompilationError: of a compiler without a GPU"
 
-    make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90)
-    row = tune.tune(tune.Problem(*PROBLEM), chip, make, Never(), made_up, math.inf)
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
+    row = tune.ranking.tune(tune.problems.Problem(*PROBLEM), chip, make, Never(), made_up, math.inf)
     assert {"config": asdict(FAST), "why": "not compiled in time"} in row["failures"]
     assert row["best"] == asdict(SHIPPED) and len(row["ranking"]) == 2
 
@@ -275,29 +290,29 @@ def test_one_shape_is_compiled_once(tune, monkeypatch):
 
         def get(self, seconds):
             assert seconds <= 7.0
-            raise tune.multiprocessing.TimeoutError
+            raise tune.compilers.multiprocessing.TimeoutError
 
-    compilers = tune.Compilers(0, tune.Chip.named(90))
+    compilers = tune.compilers.Compilers(0, tune.candidates.Chip.named(90))
     compilers.pool = Pool()
-    one, other = (tune.Problem("layer_norm", "layer_norm", "base", batch) for batch in (1, 256))
+    one, other = (tune.problems.Problem("layer_norm", "layer_norm", "base", batch) for batch in (1, 256))
     compilers.submit(one, [SHIPPED, FAST])
     compilers.submit(other, [SHIPPED, SLOW])
     compilers.submit(replace(other, model="large"), [SHIPPED])
     assert [config for _, config in submitted] == [SHIPPED, FAST, SLOW, SHIPPED]
-    assert compilers.result(other, FAST, 7.0) == tune.NOT_COMPILED
+    assert compilers.result(other, FAST, 7.0) == tune.compilers.NOT_COMPILED
     assert compilers.result(other, LARGE, 7.0) is None
 
 
 def test_a_few_images_stand_for_the_batch(tune):
     x, weight = torch.arange(20), torch.arange(3)
-    (few, same, none), images = tune._few((x, weight, None), 1)
+    (few, same, none), images = tune.timing.few_images((x, weight, None), 1)
     assert few.tolist() == images == [0, 1, 2, 3, 16, 17, 18, 19] and same is weight and none is None
-    assert tune._few((x[:3],), 1)[1] == [0, 1, 2]
+    assert tune.timing.few_images((x[:3],), 1)[1] == [0, 1, 2]
 
 
 def test_files_are_whole(tune, tmp_path, monkeypatch):
     path = tmp_path / "folder" / "tune.json"
-    tune.save(path, {"rows": [1]})
+    tune.report.save(path, {"rows": [1]})
     assert [file.name for file in path.parent.iterdir()] == ["tune.json"]
 
     def write_half(self, text):
@@ -307,7 +322,7 @@ def test_files_are_whole(tune, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match="no space left"):
-        tune.save(path, {"rows": [2]})
+        tune.report.save(path, {"rows": [2]})
     assert json.loads(path.read_text()) == {"rows": [1]}
 
 
@@ -331,15 +346,15 @@ def _answers(connection, device, dtype):
 @pytest.fixture
 def guarded(tune, monkeypatch):
     context = multiprocessing.get_context("fork")  # a spawned process would not find this module
-    monkeypatch.setattr(tune.multiprocessing, "get_context", lambda kind: context)
-    monkeypatch.setattr(tune, "RUN_SECONDS", 1.0)
-    with tune.Guarded(CPU, torch.float32, _answers) as guarded:
+    monkeypatch.setattr(tune.guarded.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(tune.guarded, "RUN_SECONDS", 1.0)
+    with tune.guarded.Guarded(CPU, torch.float32, _answers) as guarded:
         yield guarded
     assert guarded.process is None
 
 
 def test_a_hang_ends_its_process_alone(tune, guarded):
-    problem = tune.Problem("linear", "fc1", "base", 1)
+    problem = tune.problems.Problem("linear", "fc1", "base", 1)
     config, process = HOPPER[0], None
     for group_m, expected in ((8, (9, None)), (4, (5, None))):
         assert guarded.time(problem, replace(config, group_m=group_m), 1, 100) == expected
@@ -349,7 +364,7 @@ def test_a_hang_ends_its_process_alone(tune, guarded):
     assert not process.is_alive() and guarded.time(problem, config, 2, 100) == (10, None)  # by a new one
     said = guarded.time(problem, replace(config, group_m=2), 1, 100)
     assert said[0] is None and said[1].startswith("the process of its own ended: EOFError")
-    assert guarded.time(problem, replace(config, group_m=16), 1, 0.5) == (None, tune.NO_TIME)
+    assert guarded.time(problem, replace(config, group_m=16), 1, 0.5) == (None, tune.timing.NO_TIME)
     assert guarded.time(problem, config, 1, 100) == (9, None)
     process = guarded.process
     assert guarded.time(problem, replace(config, group_m=16), 1, 100) == (None, "did not end in 1.0 s")
@@ -359,39 +374,44 @@ def test_a_hang_ends_its_process_alone(tune, guarded):
 
 
 def test_a_process_that_does_not_start_is_told(tune, guarded, monkeypatch):
-    monkeypatch.setattr(tune, "START_SECONDS", 0.5)
+    monkeypatch.setattr(tune.guarded, "START_SECONDS", 0.5)
     guarded.serve = lambda connection, device, dtype: time.sleep(60)
-    said = guarded.time(tune.Problem("linear", "fc1", "base", 1), HOPPER[0], 1, 100)
+    said = guarded.time(tune.problems.Problem("linear", "fc1", "base", 1), HOPPER[0], 1, 100)
     assert said == (None, "the process of its own does not start") and guarded.process is None
 
 
 def test_a_hang_does_not_end_the_tuning(tune, made_up, guarded, monkeypatch):
-    monkeypatch.setattr(tune, "hopper_candidates", lambda work, chip: list(HOPPER))
-    make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90)
-    problem = tune.Problem(*PROBLEM)
-    row = tune.tune(problem, chip, make, tune.Compilers(0, chip), made_up, time.monotonic() + 100, guarded)
+    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: list(HOPPER))
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
+    problem = tune.problems.Problem(*PROBLEM)
+    row = tune.ranking.tune(
+        problem, chip, make, tune.compilers.Compilers(0, chip), made_up, time.monotonic() + 100, guarded
+    )
     ranking = [entry["config"] for entry in json.loads(json.dumps(row))["ranking"]]
     assert [config.get("kernel") for config in ranking[:2]] == [None, None] and row["best_us"] == pytest.approx(10)
     why = {json.dumps(entry["config"]): entry["why"] for entry in row["failures"]}
     assert why[json.dumps({"kernel": "linear_hopper"} | asdict(HOPPER[2]))] == "did not end in 1.0 s"
     assert row["rank"] == 2 and row["of"] == 8 and guarded.hung
-    monkeypatch.setattr(tune, "hopper_candidates", lambda work, chip: list(HOPPER[:2]))
-    with tune.Guarded(CPU, torch.float32, _answers) as another:
-        monkeypatch.setattr(tune, "STEPS", 1)
-        monkeypatch.setattr(tune, "FINAL_STEPS", 2)
-        row = tune.tune(problem, chip, make, tune.Compilers(0, chip), made_up, time.monotonic() + 100, another)
+    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: list(HOPPER[:2]))
+    with tune.guarded.Guarded(CPU, torch.float32, _answers) as another:
+        monkeypatch.setattr(tune.ranking, "STEPS", 1)
+        monkeypatch.setattr(tune.ranking, "FINAL_STEPS", 2)
+        row = tune.ranking.tune(
+            problem, chip, make, tune.compilers.Compilers(0, chip), made_up, time.monotonic() + 100, another
+        )
     assert row["best"] == {"kernel": "linear_hopper"} | asdict(HOPPER[1]) and row["best_us"] == 6
-    assert tune._difference(row) == "kernel=linear_hopper block_n=128 group_m=4 num_stages=4" and row["rank"] == 4
+    assert tune.report.difference(row) == "kernel=linear_hopper block_n=128 group_m=4 num_stages=4" and row["rank"] == 4
     assert row["of"] == 7
 
 
 def test_the_process_of_its_own_runs_the_kernel(tune):
     """Here as far as to where there is no GPU."""
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(PATH.parent)!r}); import tune\n"
+        f"import sys, torch; sys.path.insert(0, {str(PATH.parent)!r}); import tune.guarded\n"
         "from vit_fast.kernels.linear_hopper import LinearHopperConfig\n"
-        "with tune.Guarded(torch.device('cpu'), torch.bfloat16) as guarded:\n"
-        "    print(guarded.time(tune.Problem('linear', 'prepared fc1', 'small', 1), LinearHopperConfig(), 1, 100))"
+        "with tune.guarded.Guarded(torch.device('cpu'), torch.bfloat16) as guarded:\n"
+        "    problem = tune.problems.Problem('linear', 'prepared fc1', 'small', 1)\n"
+        "    print(guarded.time(problem, LinearHopperConfig(), 1, 100))"
     )
     hidden = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-c", code]
@@ -430,23 +450,23 @@ def test_a_dry_run_lists_what_would_run():
 
 def test_the_program_from_the_plan_to_the_table(tune, made_up, monkeypatch, tmp_path, capsys):
     """With a made-up device: all that main does but the device."""
-    make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(90)
-    monkeypatch.setattr(tune.machine, "gpu_facts", lambda: {"gpu": "Made up"})
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
+    monkeypatch.setattr(tune.command.machine, "gpu_facts", lambda: {"gpu": "Made up"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune.Chip, "of", lambda device: chip)
-    monkeypatch.setattr(tune, "Maker", lambda device, dtype, filled: make)
-    monkeypatch.setattr(tune, "step_times", made_up)
+    monkeypatch.setattr(tune.candidates.Chip, "of", lambda device: chip)
+    monkeypatch.setattr(tune.command, "Maker", lambda device, dtype, filled: make)
+    monkeypatch.setattr(tune.command, "step_times", made_up)
     words = dict(only="layer_norm", models="base", batches="2,1", jobs=0, arch=90, dry_run=False, compile_=False)
-    with pytest.raises(tune.typer.Exit) as ended:
-        tune.main(tmp_path / "tune.json", 100.0, **words)
+    with pytest.raises(tune.command.typer.Exit) as ended:
+        tune.command.main(tmp_path / "tune.json", 100.0, **words)
     found, printed = json.loads((tmp_path / "tune.json").read_text()), capsys.readouterr().out
     assert ended.value.exit_code == 0 and found["gpu"] == "Made up" and found["not_reached"] == found["errors"] == []
     assert [row["problem"] for row in found["rows"]] == ["layer_norm base-b2", "layer_norm base-b1"]
     assert "layer_norm base-b2: rule 12.0 µs, best of 3 10.0 µs: num_warps 4→1" in printed
     assert "Made up, bfloat16, 2 of 2 problems" in printed and "20.0%" in printed
-    monkeypatch.setattr(tune, "run", lambda *arguments: (_ for _ in ()).throw(RuntimeError("lost")))
-    with pytest.raises(tune.typer.Exit) as ended:
-        tune.main(tmp_path / "tune.json", 100.0, **words)
+    monkeypatch.setattr(tune.command, "run", lambda *arguments: (_ for _ in ()).throw(RuntimeError("lost")))
+    with pytest.raises(tune.command.typer.Exit) as ended:
+        tune.command.main(tmp_path / "tune.json", 100.0, **words)
     found = json.loads((tmp_path / "tune.json").read_text())
     assert ended.value.exit_code == 1 and found["lost"] == "RuntimeError: lost" and len(found["not_reached"]) == 2
 
@@ -463,8 +483,8 @@ def test_the_program_from_the_plan_to_the_table(tune, made_up, monkeypatch, tmp_
 def test_words_that_are_not_known_are_named(tune, words, text):
     from typer.testing import CliRunner
 
-    app = tune.typer.Typer()
-    app.command()(tune.main)
+    app = tune.command.typer.Typer()
+    app.command()(tune.command.main)
     done = CliRunner().invoke(app, [*words, "--dry-run"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert done.exit_code == 2 and text in " ".join(done.output.replace("│", " ").split())
 
@@ -493,17 +513,19 @@ def test_processes_without_a_gpu_compile_the_candidates(tmp_path, count):
     ),
 )  # fmt: skip
 def test_interpreted_kernels_are_tuned(tune, monkeypatch, operation, name):
-    monkeypatch.setitem(tune.VITS, "tiny", tune.Vit(5, 64, 2, 128, 8, 1))
-    monkeypatch.setattr(tune, "SIDE", 16)
-    neighbours = tune.NEIGHBOURS[operation]
-    monkeypatch.setitem(tune.NEIGHBOURS, operation, lambda pick: [c for c in neighbours(pick) if c != pick][:1])
-    make, chip = tune.Maker(CPU, torch.float32, filled=True), tune.Chip.named(80)
+    monkeypatch.setitem(tune.problems.VITS, "tiny", tune.problems.Vit(5, 64, 2, 128, 8, 1))
+    monkeypatch.setattr(tune.problems, "SIDE", 16)
+    neighbours = tune.candidates.NEIGHBOURS[operation]
+    monkeypatch.setitem(
+        tune.candidates.NEIGHBOURS, operation, lambda pick: [c for c in neighbours(pick) if c != pick][:1]
+    )
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(80)
 
     def timer(call, count, device):
-        return tune.measure.step_times(call, 1, device)
+        return tune.timing.measure.step_times(call, 1, device)
 
-    problem = tune.Problem(operation, name, "tiny", 2)
+    problem = tune.problems.Problem(operation, name, "tiny", 2)
     with torch.inference_mode():
-        row = tune.tune(problem, chip, make, tune.Compilers(0, chip), timer, time.monotonic() + 300)
+        row = tune.ranking.tune(problem, chip, make, tune.compilers.Compilers(0, chip), timer, time.monotonic() + 300)
     assert [entry for entry in row["failures"] if "SDPA" not in str(entry["config"])] == []
     assert row["rank"] in (1, 2) and len(row["ranking"]) == 2 and row["libraries_us"]

@@ -22,10 +22,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vit_fast
 from vit_fast import cli, parity
 from vit_fast.backends.torch import TORCH
+from vit_fast.bench import (
+    baselines,
+    compare,
+    errors,
+    measure,
+    photographs,
+    providers,
+    recorders,
+    results,
+    rounds,
+    scaled_mm,
+    time_budget,
+)
+from vit_fast.bench.settings import Settings
 from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
-from vit_fast.cli import compare, measure, photographs, report, rivals, scaled_mm
+from vit_fast.cli import report
 
+OUR_PREPARED, OUR_GRAPH = (providers.VARIANTS[name].provider for name in ("prepared", "graphed"))
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=2", "--device", "cpu"]
 QUICK = ["bench", *TINY, "--num-bench-iter", "3", "--num-warm-iter", "1"]
 
@@ -41,7 +56,7 @@ def run(*arguments):
 def no_peak_measurement(request, monkeypatch):
     """It takes a second of every run on a CPU, and has a test of its own."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(compare.measure, "matmul_peaks", lambda dtype, device: (0.25, 0.125))
+        monkeypatch.setattr(measure, "matmul_peaks", lambda dtype, device: (0.25, 0.125))
 
 
 @pytest.fixture
@@ -51,7 +66,7 @@ def json_file(tmp_path):
 
 def test_bench_measures_every_provider_and_batch_size(json_file, tmp_path, capsys):
     plot = tmp_path / "bench.png"
-    code = run(*QUICK, "-b", "1,3", "--rivals", "eager", "--results-file", json_file, "--plot", plot)
+    code = run(*QUICK, "-b", "1,3", "--baselines", "eager", "--results-file", json_file, "--plot", plot)
     assert code == 0
     rows = json.loads(json_file.read_text())
     assert [(row["provider"], row["infer_batch_size"]) for row in rows] == [
@@ -74,8 +89,8 @@ def test_bench_measures_every_provider_and_batch_size(json_file, tmp_path, capsy
     ours, eager = rows[2:]
     ratio = ours["infer_samples_per_sec"] / eager["infer_samples_per_sec"]
     assert ours["speedup_vs_eager"] == pytest.approx(ratio) and eager["speedup_vs_eager"] == 1
-    assert ours["best_rival"] == "eager" and ours["speedup_vs_best_rival"] == ours["speedup_vs_eager"]
-    assert eager["best_rival"] is None and eager["speedup_vs_best_rival"] is None
+    assert ours["best_baseline"] == "eager" and ours["speedup_vs_best_baseline"] == ours["speedup_vs_eager"]
+    assert eager["best_baseline"] is None and eager["speedup_vs_best_baseline"] is None
     assert ours["cold_cache"] is None and eager["attention"] == "torch's choice"
     assert eager["attention_operators"] == "scaled_dot_product_flash_attention_for_cpu"
     assert ours["vit_fast_backend"] == "torch" and "torch attention ×2" in ours["vit_fast_operations"]
@@ -87,23 +102,23 @@ def test_bench_measures_every_provider_and_batch_size(json_file, tmp_path, capsy
 
 def test_csv_has_timms_columns_first(tmp_path):
     path = tmp_path / "bench.txt"
-    assert run(*QUICK, "-b", "2", "--rivals", "none", "--results-file", path, "--results-format", "csv") == 0
+    assert run(*QUICK, "-b", "2", "--baselines", "none", "--results-file", path, "--results-format", "csv") == 0
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         (row,) = reader
-    assert reader.fieldnames[:8] == list(report.COLUMNS[:8])
+    assert reader.fieldnames[:8] == list(results.COLUMNS[:8])
     assert float(row["infer_samples_per_sec"]) > 0 and row["provider"] == "vit_fast" and row["status"] == "ok"
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bfloat16"], ["--amp", "--channels-last"]], ids=["bf16", "amp"])
 def test_low_precision_keeps_parity(flags, json_file):
-    assert run(*QUICK, "-b", "2", "--rivals", "eager", *flags, "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "2", "--baselines", "eager", *flags, "--results-file", json_file) == 0
     row = json.loads(json_file.read_text())[0]
     assert row["parity_passed"] and 1e-4 < row["parity_eager_error"] < 1
 
 
-def test_compiled_rival_is_timed_and_its_compilation_apart(json_file):
-    words = ["--model-kwargs", "depth=1", "-b", "1", "--rivals", "compile", "--time-budget", "0"]
+def test_compiled_baseline_is_timed_and_its_compilation_apart(json_file):
+    words = ["--model-kwargs", "depth=1", "-b", "1", "--baselines", "compile", "--time-budget", "0"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     row = json.loads(json_file.read_text())[1]
     assert row["provider"] == "compile" and row["status"] == "ok"
@@ -133,7 +148,7 @@ def test_other_libraries_build_the_same_network(name, words, libraries):
         words["num_classes"] = 0  # the library has no head behind the pooling
     model = timm.create_model(name, **words).double().eval()
     parity.perturb(model)
-    modules, absent = rivals.build(libraries, model, torch.device("cpu"))
+    modules, absent = baselines.build(libraries, model, torch.device("cpu"))
     assert absent == {} and tuple(modules) == libraries
     height, width = model.patch_embed.img_size
     pixels = torch.randn(2, words.get("in_chans", 3), height, width, dtype=torch.float64)
@@ -166,7 +181,7 @@ def test_a_network_that_a_library_has_not_is_told(name, words, library, reason):
     import timm
 
     model = timm.create_model(name, **NARROW | ({"img_size": 28} if "patch14" in name else {}) | words).eval()
-    modules, absent = rivals.build(("eager", library), model, torch.device("cpu"))
+    modules, absent = baselines.build(("eager", library), model, torch.device("cpu"))
     assert modules == {"eager": model}
     assert re.search(reason, absent[library])
 
@@ -175,9 +190,9 @@ def test_a_torchvision_of_another_torch_is_told_in_a_line(monkeypatch, capsys):
     def import_module(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(cli.importlib, "import_module", import_module)
-    with pytest.raises(cli.CommandError) as raised:
-        cli.require("timm", "bench")
+    monkeypatch.setattr(errors.importlib, "import_module", import_module)
+    with pytest.raises(errors.BenchError) as raised:
+        errors.require("timm", "bench")
     assert str(raised.value) == (
         "timm fails to import (operator torchvision::nms does not exist); install torch and torchvision in one step"
     )
@@ -199,23 +214,23 @@ def test_a_torchvision_of_another_torch_is_told_in_a_line(monkeypatch, capsys):
     ],
 )
 def test_an_absent_library_is_a_row(error, told, json_file, monkeypatch, capsys):
-    shipped = rivals.importlib.import_module
+    shipped = baselines.importlib.import_module
 
     def import_module(name, *package, **words):
         if name == "transformers":
             raise error
         return shipped(name, *package, **words)
 
-    monkeypatch.setattr(rivals.importlib, "import_module", import_module)
-    assert run(*QUICK, "-b", "1", "--rivals", "transformers,eager", "--results-file", json_file) == 0
+    monkeypatch.setattr(baselines.importlib, "import_module", import_module)
+    assert run(*QUICK, "-b", "1", "--baselines", "transformers,eager", "--results-file", json_file) == 0
     ours, theirs, eager = json.loads(json_file.read_text())
     assert theirs["status"] == f"not timed: {told}" and theirs["infer_samples_per_sec"] is None
-    assert ours["status"] == eager["status"] == "ok" and ours["best_rival"] == "eager"
+    assert ours["status"] == eager["status"] == "ok" and ours["best_baseline"] == "eager"
     assert f"not timed: {told}" in capsys.readouterr().out
 
 
 def test_libraries_are_timed_with_parity_and_told_with_their_attention(json_file, capsys):
-    words = ["-m", "vit_small_patch16_224", "-b", "2", "--rivals", "torchvision,transformers"]
+    words = ["-m", "vit_small_patch16_224", "-b", "2", "--baselines", "torchvision,transformers"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     ours, *libraries = json.loads(json_file.read_text())
     assert [row["provider"] for row in libraries] == ["torchvision", "transformers"]
@@ -226,31 +241,31 @@ def test_libraries_are_timed_with_parity_and_told_with_their_attention(json_file
     assert libraries[0]["attention_operators"] == "native_multi_head_attention"
     fastest = max(libraries, key=lambda row: row["infer_samples_per_sec"])
     ratio = ours["infer_samples_per_sec"] / fastest["infer_samples_per_sec"]
-    assert ours["best_rival"] == fastest["provider"] and ours["speedup_vs_best_rival"] == pytest.approx(ratio)
+    assert ours["best_baseline"] == fastest["provider"] and ours["speedup_vs_best_baseline"] == pytest.approx(ratio)
     shown = capsys.readouterr().out
-    assert re.search(rf"Batch 2: vit_fast .*the best rival \({fastest['provider']}\)", shown)
-    assert "Attention of the rivals" in shown and "transformers: torch's choice (scaled_dot" in shown
+    assert re.search(rf"Batch 2: vit_fast .*the best baseline \({fastest['provider']}\)", shown)
+    assert "Attention of the baselines" in shown and "transformers: torch's choice (scaled_dot" in shown
 
 
-def test_a_rival_out_of_parity_is_told_and_not_timed(json_file, monkeypatch):
+def test_a_baseline_out_of_parity_is_told_and_not_timed(json_file, monkeypatch):
     def altered(model):
-        module = rivals.torchvision_model(model)
+        module = baselines.torchvision_model(model)
         with torch.no_grad():
             module.encoder.layers[1].self_attention.in_proj_weight[0, 0] += 0.5
         return module
 
-    monkeypatch.setitem(rivals.LIBRARIES, "torchvision", altered)
-    assert run(*QUICK, "-b", "1", "--rivals", "torchvision", "--results-file", json_file) == 0
+    monkeypatch.setitem(baselines.LIBRARIES, "torchvision", altered)
+    assert run(*QUICK, "-b", "1", "--baselines", "torchvision", "--results-file", json_file) == 0
     ours, theirs = json.loads(json_file.read_text())
     assert theirs["status"] == "not timed: parity failed" and theirs["parity_error"] > theirs["parity_allowed"]
-    assert theirs["infer_samples_per_sec"] is None and ours["best_rival"] is None and ours["status"] == "ok"
+    assert theirs["infer_samples_per_sec"] is None and ours["best_baseline"] is None and ours["status"] == "ok"
 
 
 def _timed_attention(monkeypatch, times, fails=()):
     """``best_attention`` of a module on a pretended GPU, where each way takes the given time or fails."""
     backend = []
-    names = {None: "torch's choice", rivals.SDPBackend.FLASH_ATTENTION: "flash"}
-    names |= {rivals.SDPBackend.CUDNN_ATTENTION: "cudnn", rivals.SDPBackend.EFFICIENT_ATTENTION: "efficient"}
+    names = {None: "torch's choice", baselines.SDPBackend.FLASH_ATTENTION: "flash"}
+    names |= {baselines.SDPBackend.CUDNN_ATTENTION: "cudnn", baselines.SDPBackend.EFFICIENT_ATTENTION: "efficient"}
 
     @contextlib.contextmanager
     def attention(which, fast_path):
@@ -262,10 +277,10 @@ def _timed_attention(monkeypatch, times, fails=()):
         if backend and backend[-1] in fails:
             raise RuntimeError("No available kernel")
 
-    monkeypatch.setattr(rivals, "_attention", attention)
+    monkeypatch.setattr(baselines, "_attention", attention)
     monkeypatch.setattr(measure, "step_times", lambda call, count, device: [times[backend[-1]]] * count)
     module = torch.nn.MultiheadAttention(8, 2) if any("fast path" in name for name in times) else torch.nn.Linear(1, 1)
-    return rivals.best_attention(module, call, torch.device("cuda"))[0]
+    return baselines.best_attention(module, call, torch.device("cuda"))[0]
 
 
 def test_the_fastest_attention_is_chosen_and_torchs_own_where_little_is_gained(monkeypatch):
@@ -281,11 +296,11 @@ def test_the_fastest_attention_is_chosen_and_torchs_own_where_little_is_gained(m
 
 def test_an_attention_context_sets_the_switches_and_puts_them_back():
     q = torch.randn(1, 2, 4, 8)
-    with rivals._attention(rivals.SDPBackend.MATH, False), rivals.AttentionOps() as ops, torch.no_grad():
+    with baselines._attention(baselines.SDPBackend.MATH, False), recorders.AttentionOps() as ops, torch.no_grad():
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled() and {name.endswith("softmax") for name in ops.names} == {True}
-    with rivals._attention(None, True), rivals.AttentionOps() as ops, torch.no_grad():
+    with baselines._attention(None, True), recorders.AttentionOps() as ops, torch.no_grad():
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert ops.names == {"scaled_dot_product_flash_attention_for_cpu"}
 
@@ -297,7 +312,7 @@ def variants(monkeypatch):
 
     def prepare(model, precision):
         assert precision is None
-        name = compare.GRAPH if compare.PREPARED in made else compare.PREPARED
+        name = OUR_GRAPH if OUR_PREPARED in made else OUR_PREPARED
         made[name] = model
         return model
 
@@ -321,17 +336,17 @@ ALL_VARIANTS = ["--variants", "graphed,plain,prepared"]
 
 
 def test_variants_are_rows_of_their_own_copies(variants, json_file):
-    assert run(*QUICK, "-b", "1,2", *ALL_VARIANTS, "--rivals", "eager", "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "1,2", *ALL_VARIANTS, "--baselines", "eager", "--results-file", json_file) == 0
     rows = json.loads(json_file.read_text())
     names = ["vit_fast", "vit_fast-prepared", "vit_fast-graphed", "eager"]
     assert [(row["provider"], row["infer_batch_size"]) for row in rows] == [(n, b) for b in (1, 2) for n in names]
     for row in rows:
         assert row["status"] == "ok" and row["parity_passed"] and row["speedup_vs_eager"] > 0
-        assert (row["best_rival"] == "eager") == row["provider"].startswith("vit_fast")
+        assert (row["best_baseline"] == "eager") == row["provider"].startswith("vit_fast")
     assert not any(key.startswith("speedup_vs_vit_fast") for key in rows[0])
     assert [graph.batch_sizes for graph in variants["graphs"]] == [[1], [2]]
-    assert all(graph.model is variants[compare.GRAPH] for graph in variants["graphs"])
-    assert variants[compare.GRAPH] is not variants[compare.PREPARED]
+    assert all(graph.model is variants[OUR_GRAPH] for graph in variants["graphs"])
+    assert variants[OUR_GRAPH] is not variants[OUR_PREPARED]
 
 
 @pytest.mark.parametrize("stage", ["prepare", "graphed"])
@@ -344,7 +359,7 @@ def test_a_variant_out_of_parity_is_not_timed_and_the_run_fails(stage, variants,
         return shipped(model, **words)
 
     monkeypatch.setattr(vit_fast, stage, altered)
-    assert run(*QUICK, "-b", "1", *ALL_VARIANTS, "--rivals", "eager", "--results-file", json_file) == 1
+    assert run(*QUICK, "-b", "1", *ALL_VARIANTS, "--baselines", "eager", "--results-file", json_file) == 1
     plain, prepared, graphed, eager = json.loads(json_file.read_text())
     assert graphed["status"] == "parity failed" and graphed["infer_samples_per_sec"] is None
     assert prepared["status"] == ("parity failed" if stage == "prepare" else "ok")
@@ -357,25 +372,25 @@ def test_what_a_variant_does_not_support_is_told(stage, variants, json_file, mon
         raise vit_fast.UnsupportedError(f"vit_fast.{stage}: no such thing")
 
     monkeypatch.setattr(vit_fast, stage, refuse)
-    assert run(*QUICK, "-b", "1", *ALL_VARIANTS, "--rivals", "eager", "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "1", *ALL_VARIANTS, "--baselines", "eager", "--results-file", json_file) == 0
     plain, prepared, graphed, eager = (row["status"] for row in json.loads(json_file.read_text()))
     assert graphed == f"not timed: vit_fast.{stage}: no such thing"
     assert prepared == (graphed if stage == "prepare" else "ok") and plain == eager == "ok"
-    words = ["-b", "1", "--precision", "bfloat16", "--variants", "graphed", "--rivals", "eager"]
+    words = ["-b", "1", "--precision", "bfloat16", "--variants", "graphed", "--baselines", "eager"]
     assert run(*QUICK, *words, "--results-file", json_file) == 1
     graphed, eager = (row["status"] for row in json.loads(json_file.read_text()))
     assert graphed.startswith("not timed") and eager == "not timed: no variant of vit_fast to compare with"
 
 
 def test_prepared_16_bit_weights_run(json_file):
-    words = ["-b", "1", "--variants", "plain,prepared", "--rivals", "eager", "--precision", "bfloat16"]
+    words = ["-b", "1", "--variants", "plain,prepared", "--baselines", "eager", "--precision", "bfloat16"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     plain, prepared, _ = json.loads(json_file.read_text())
     assert plain["status"] == prepared["status"] == "ok" and prepared["parity_passed"]
     assert prepared["vit_fast_operations"] != plain["vit_fast_operations"]
 
 
-FLOAT8 = ["-b", "2", "--precision", "bfloat16", "--variants", "plain,prepared,fp8", "--rivals", "eager,scaled-mm"]
+FLOAT8 = ["-b", "2", "--precision", "bfloat16", "--variants", "plain,prepared,fp8", "--baselines", "eager,scaled-mm"]
 
 
 def test_float8_rows_tell_their_products_and_what_they_cost(json_file, capsys):
@@ -410,7 +425,7 @@ def test_float8_in_a_graph(json_file, monkeypatch):
     captured = []
     monkeypatch.setattr(flags_of_bench, "CUDA_GRAPHS", ())
     monkeypatch.setattr(vit_fast, "graphed", lambda model, batch_sizes: captured.append(batch_sizes) or model)
-    words = ["-b", "2", "--precision", "bfloat16", "--variants", "fp8-graphed,fp8", "--rivals", "none"]
+    words = ["-b", "2", "--precision", "bfloat16", "--variants", "fp8-graphed,fp8", "--baselines", "none"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     float8, graph = json.loads(json_file.read_text())
     assert graph["provider"] == "vit_fast-fp8-graphed" and graph["status"] == float8["status"] == "ok"
@@ -459,17 +474,17 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
     assert plain["status"] == prepared["status"] == eager["status"] == "ok"
 
 
-def test_float8_rival_is_timed_where_there_is_float8_and_held_to_its_plain_form(json_file, monkeypatch, row_scales):
-    """Pretended on a CPU, where torch._scaled_mm runs too; without torch.compile, which is tried with other rivals."""
-    assert compare.COMPILE_MODES["scaled-mm"] == "max-autotune"
-    monkeypatch.delitem(compare.COMPILE_MODES, "scaled-mm")
+def test_float8_baseline_is_timed_where_there_is_float8_and_held_to_its_plain_form(json_file, monkeypatch, row_scales):
+    """Pretended on a CPU, where torch._scaled_mm runs too; without torch.compile, which other baselines try."""
+    assert providers.COMPILE_MODES["scaled-mm"] == "max-autotune"
+    monkeypatch.delitem(providers.COMPILE_MODES, "scaled-mm")
     monkeypatch.setattr(measure, "float8_missing", lambda device: None)
     for form in (scaled_mm._scaled_product, lambda *parts: 1.25 * scaled_mm._plain_product(*parts)):
         monkeypatch.setattr(scaled_mm, "_scaled_product", form)
         assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 0
         plain, prepared, float8, _, scaled = json.loads(json_file.read_text())
         assert float8["status"] == "ok" and float8["matmul_peak_tflops"] == 0.25 and float8["percent_of_peak"] > 0
-        assert plain["best_rival"] == prepared["best_rival"] == "eager"
+        assert plain["best_baseline"] == prepared["best_baseline"] == "eager"
         if "lambda" in form.__name__:
             assert scaled["status"] == "not timed: parity failed" and scaled["infer_samples_per_sec"] is None
             assert scaled["parity_relative_error"] > 1.5 * scaled["parity_reference_relative_error"] < 0.15
@@ -479,18 +494,18 @@ def test_float8_rival_is_timed_where_there_is_float8_and_held_to_its_plain_form(
             assert 0.01 < scaled["parity_relative_error"] < 0.1
 
 
-def test_float8_rival_is_of_16_bit_weights(monkeypatch):
+def test_float8_baseline_is_of_16_bit_weights(monkeypatch):
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
-    modules, absent = rivals.build(["scaled-mm"], model, torch.device("cpu"))
+    modules, absent = baselines.build(["scaled-mm"], model, torch.device("cpu"))
     assert not modules and "capability 8.9" in absent["scaled-mm"]
     monkeypatch.setattr(measure, "float8_missing", lambda device: None)
-    modules, absent = rivals.build(["scaled-mm"], model, torch.device("cpu"))
+    modules, absent = baselines.build(["scaled-mm"], model, torch.device("cpu"))
     assert not modules and "float32" in absent["scaled-mm"]
-    modules, _ = rivals.build(["scaled-mm"], model.bfloat16(), torch.device("cpu"))
+    modules, _ = baselines.build(["scaled-mm"], model.bfloat16(), torch.device("cpu"))
     assert modules["scaled-mm"].blocks[0].mlp.fc1.weight.dtype == torch.float8_e4m3fn
-    modules, absent = rivals.build(["scaled-mm"], torch.nn.Linear(16, 16).bfloat16(), torch.device("cpu"))
+    modules, absent = baselines.build(["scaled-mm"], torch.nn.Linear(16, 16).bfloat16(), torch.device("cpu"))
     assert absent["scaled-mm"] == "scaled-mm cannot build it: ValueError: the model has no block linears to quantise"
 
 
@@ -504,17 +519,17 @@ def test_capabilities_with_float8(monkeypatch):
     assert "a GPU of capability 8.9" in measure.float8_missing(torch.device("cpu"))
 
 
-def test_the_best_rival_multiplies_in_no_lower_precision():
-    """scaled-mm is the fastest rival by far: of ours only what is in float8 is compared with it."""
+def test_the_best_baseline_multiplies_in_no_lower_precision():
+    """scaled-mm is the fastest baseline by far: of ours only what is in float8 is compared with it."""
     seconds = {"vit_fast": 4, "vit_fast-fp8": 2, "vit_fast-fp8-graphed": 8, "eager": 6, "compile": 5, "scaled-mm": 1}
     rows = {}
     for name, step in seconds.items():
-        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in compare.IN_FLOAT8 else 100.0}
+        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in providers.FLOAT8_PROVIDERS else 100.0}
         ours = name.startswith("vit_fast")
-        rows[name] = compare.Provider(name, None, row, ours=ours, rounds=[[step]] * 3, latencies=[step] * 3)
+        rows[name] = rounds.Provider(name, None, row, ours=ours, rounds=[[step]] * 3, latencies=[step] * 3)
     contest = SimpleNamespace(flops=1e12)
-    compare._fill_in(rows.values(), SimpleNamespace(device=torch.device("cpu")), contest, 5)
-    best = {name: (p.row.get("best_rival"), p.row.get("speedup_vs_best_rival")) for name, p in rows.items()}
+    rounds.fill_in(rows.values(), SimpleNamespace(device=torch.device("cpu")), contest, 5)
+    best = {name: (p.row.get("best_baseline"), p.row.get("speedup_vs_best_baseline")) for name, p in rows.items()}
     assert best["vit_fast"] == ("compile", 1.25)
     assert best["vit_fast-fp8"] == ("scaled-mm", 0.5) and best["vit_fast-fp8-graphed"] == ("scaled-mm", 0.125)
     assert {best[name] for name in ("eager", "compile", "scaled-mm")} == {(None, None)}
@@ -522,12 +537,12 @@ def test_the_best_rival_multiplies_in_no_lower_precision():
     only = [rows["vit_fast"], rows["scaled-mm"]]
     for provider in only:
         provider.row = {"status": "ok", "matmul_peak_tflops": None}
-    compare._fill_in(only, SimpleNamespace(device=torch.device("cpu")), contest, 5)
-    assert "best_rival" not in only[0].row and only[0].row["percent_of_peak"] is None
+    rounds.fill_in(only, SimpleNamespace(device=torch.device("cpu")), contest, 5)
+    assert "best_baseline" not in only[0].row and only[0].row["percent_of_peak"] is None
 
 
-def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch):
-    """The first call of ours compiles its kernels (pretended: 3000 s), later ones do not: compiled rivals are timed."""
+def test_a_slow_first_call_takes_no_time_from_the_baselines(json_file, monkeypatch):
+    """The first call of ours compiles its kernels (pretended: 3000 s), later ones do not: the compiled are timed."""
     shipped = measure.seconds
 
     def seconds(call, device):
@@ -536,7 +551,7 @@ def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch)
 
     monkeypatch.setattr(measure, "seconds", seconds)
     monkeypatch.setattr(compare.torch, "compile", lambda model, **words: model)
-    words = ["-b", "1", "--rivals", "compile", "--time-budget", "1000"]
+    words = ["-b", "1", "--baselines", "compile", "--time-budget", "1000"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     ours, compiled = json.loads(json_file.read_text())
     assert ours["first_call_s"] == 3000 and compiled["status"] == "ok"
@@ -547,14 +562,14 @@ def test_a_slow_first_call_takes_no_time_from_the_rivals(json_file, monkeypatch)
     [
         ("cpu", [], ("plain",), ("eager", "compile", "compile-max-autotune")),
         ("cpu", ["--precision", "bfloat16"], ("plain", "prepared"), ("eager", "compile", "compile-max-autotune")),
-        ("cuda", [], flags_of_bench.VARIANTS, flags_of_bench.RIVALS),
-        ("cuda", ["--precision", "float16"], flags_of_bench.VARIANTS, flags_of_bench.RIVALS),
-        ("cuda", ["--precision", "float32"], ("plain",), flags_of_bench.RIVALS[:-1]),
-        ("cuda", ["--amp"], ("plain",), flags_of_bench.RIVALS[:-1]),
-        ("cuda", ["--variants", "prepared"], ("prepared",), flags_of_bench.RIVALS[:-1]),
-        ("cuda", ["--variants", "fp8,plain"], ("plain", "fp8"), flags_of_bench.RIVALS),
-        ("cuda", ["--rivals", "eager"], flags_of_bench.VARIANTS, ("eager",)),
-        ("cuda of capability 8.0", [], ("plain", "prepared", "graphed"), flags_of_bench.RIVALS[:-1]),
+        ("cuda", [], tuple(providers.VARIANTS), providers.BASELINES),
+        ("cuda", ["--precision", "float16"], tuple(providers.VARIANTS), providers.BASELINES),
+        ("cuda", ["--precision", "float32"], ("plain",), providers.BASELINES[:-1]),
+        ("cuda", ["--amp"], ("plain",), providers.BASELINES[:-1]),
+        ("cuda", ["--variants", "prepared"], ("prepared",), providers.BASELINES[:-1]),
+        ("cuda", ["--variants", "fp8,plain"], ("plain", "fp8"), providers.BASELINES),
+        ("cuda", ["--baselines", "eager"], tuple(providers.VARIANTS), ("eager",)),
+        ("cuda of capability 8.0", [], ("plain", "prepared", "graphed"), providers.BASELINES[:-1]),
     ],
 )
 def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
@@ -565,15 +580,20 @@ def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda settings, *rest: asked.append(settings) or False)
     monkeypatch.setattr(report, "print_report", lambda *rest: None)
     assert run("bench", *flags) == 0
-    assert (asked[0].variants, asked[0].rivals) == (ours, theirs)
+    assert (asked[0].variants, asked[0].baselines) == (ours, theirs)
 
 
-def _row(provider, speed, batch=4, low=None, high=None, rounds=12, rival="compile", same=False):
+def _row(provider, speed, batch=4, low=None, high=None, rounds=12, baseline="compile", same=False):
     row = {"provider": provider, "infer_batch_size": batch}
     row["product_dtype"] = "float8_e4m3" if provider.endswith(("fp8", "scaled-mm")) else "bfloat16"
     if provider.startswith("vit_fast"):
-        row |= {"best_rival": rival, "speedup_vs_best_rival": speed, "paired_speedup": speed, "compared_rounds": rounds}
-        row |= {"paired_speedup_low": low, "paired_speedup_high": high, "same_as_best_rival": same}
+        row |= {
+            "best_baseline": baseline,
+            "speedup_vs_best_baseline": speed,
+            "paired_speedup": speed,
+            "compared_rounds": rounds,
+        }
+        row |= {"paired_speedup_low": low, "paired_speedup_high": high, "same_as_best_baseline": same}
     return row
 
 
@@ -582,17 +602,17 @@ def test_the_verdict_is_of_the_fastest_of_ours_and_honest():
     rows += [_row("vit_fast", 0.8, 8, 0.75, 0.9), _row("compile", 1.0, 8)]
     rows += [_row("vit_fast", 1.3, 16, 0.99, 1.7), _row("compile", 1.0, 16)]
     rows += [_row("vit_fast", 2.11, 24, rounds=3), _row("compile", 1.0, 24)]
-    rows += [{"provider": "vit_fast", "infer_batch_size": 32, "product_dtype": "bfloat16", "best_rival": None}]
-    rows += [_row("vit_fast", 1.2, 64, 0.8, 1.4, same=True, rival="eager")]
-    rows += [_row("vit_fast-fp8", 1.9, 64, 1.8, 2.0, rival="scaled-mm")]
-    best, interval = "the best rival", "confidence interval"
+    rows += [{"provider": "vit_fast", "infer_batch_size": 32, "product_dtype": "bfloat16", "best_baseline": None}]
+    rows += [_row("vit_fast", 1.2, 64, 0.8, 1.4, same=True, baseline="eager")]
+    rows += [_row("vit_fast-fp8", 1.9, 64, 1.8, 2.0, baseline="scaled-mm")]
+    best, interval = "the best baseline", "confidence interval"
     assert list(report._verdicts(rows)) == [
         f"Batch 4: vit_fast-prepared is faster than {best} (compile): 1.50×, {interval} 1.48 to 1.52 of 12 rounds.",
-        f"Batch 8: vit_fast is slower than the best rival (compile): 0.80×, {interval} 0.75 to 0.90 of 12 rounds.",
-        "Batch 16: vit_fast is neither faster nor slower than the best rival (compile), as far as can be told: 1.30×, "
-        f"{interval} 0.99 to 1.70 of 12 rounds.",
-        "Batch 24: vit_fast against the best rival (compile): 3 rounds are too few for a verdict (measured 2.11×).",
-        "Batch 64: vit_fast is equal to the best rival (eager): the same operators, the same bits. What is left is "
+        f"Batch 8: vit_fast is slower than the best baseline (compile): 0.80×, {interval} 0.75 to 0.90 of 12 rounds.",
+        "Batch 16: vit_fast is neither faster nor slower than the best baseline (compile), as far as can be told: "
+        f"1.30×, {interval} 0.99 to 1.70 of 12 rounds.",
+        "Batch 24: vit_fast against the best baseline (compile): 3 rounds are too few for a verdict (measured 2.11×).",
+        "Batch 64: vit_fast is equal to the best baseline (eager): the same operators, the same bits. What is left is "
         f"host time and noise: 1.20×, {interval} 0.80 to 1.40 of 12 rounds.",
         f"Batch 64: vit_fast-fp8 is faster than {best} (scaled-mm): 1.90×, {interval} 1.80 to 2.00 of 12 rounds.",
     ]
@@ -610,15 +630,15 @@ def test_what_disturbed_the_figures_is_told():
 
 def test_equal_code_is_known_by_its_operators_and_bits(json_file, capsys):
     """On this backend ours runs what eager runs, and something else where its activation differs."""
-    assert run(*QUICK, "-b", "2", "--rivals", "eager", "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "2", "--baselines", "eager", "--results-file", json_file) == 0
     ours, eager = json.loads(json_file.read_text())
-    assert ours["same_as_best_rival"] is True and "same_as_best_rival" not in {k for k, v in eager.items() if v}
-    assert "Batch 2: vit_fast is equal to the best rival (eager)" in capsys.readouterr().out
+    assert ours["same_as_best_baseline"] is True and "same_as_best_baseline" not in {k for k, v in eager.items() if v}
+    assert "Batch 2: vit_fast is equal to the best baseline (eager)" in capsys.readouterr().out
     tiny = SimpleNamespace(operators=[("aten::addmm", [(1, 2)])], logits=torch.zeros(1))
     for other in ({"operators": None}, {"operators": [("aten::addmm", [(1, 3)])]}, {"logits": torch.ones(1)}):
-        provider = compare.Provider("vit_fast", None, {}, **(vars(tiny) | other))
+        provider = rounds.Provider("vit_fast", None, {}, **(vars(tiny) | other))
         assert not provider.same_as(tiny)
-    assert compare.Provider("vit_fast", None, {}, **vars(tiny)).same_as(tiny)
+    assert rounds.Provider("vit_fast", None, {}, **vars(tiny)).same_as(tiny)
 
 
 FULL_ROW = {
@@ -693,27 +713,27 @@ def test_cold_first_calls_are_told_in_the_rows(json_file, tmp_path, monkeypatch)
             (tmp_path / "triton" / "kernel.cubin").touch()
 
     monkeypatch.setattr(compare.backends, "recording", Recording)
-    words = ["--model-kwargs", "depth=1", "-b", "1,2", "--rivals", "eager,compile", "--time-budget", "0"]
+    words = ["--model-kwargs", "depth=1", "-b", "1,2", "--baselines", "eager,compile", "--time-budget", "0"]
     assert run(*QUICK, *words, "--results-file", json_file) == 0
     rows = json.loads(json_file.read_text())
     assert [row["cold_cache"] for row in rows] == [True, None, True, False, None, False]
 
 
 def test_rows_are_kept_after_each_batch_size(json_file, monkeypatch):
-    kept, shipped = [], report.write_rows
+    kept, shipped = [], results.write_rows
 
     def write_rows(rows, *rest):
         kept.append([row["infer_batch_size"] for row in rows])
         shipped(rows, *rest)
 
-    monkeypatch.setattr(report, "write_rows", write_rows)
-    assert run(*QUICK, "-b", "2,1", "--rivals", "none", "--results-file", json_file) == 0
+    monkeypatch.setattr(results, "write_rows", write_rows)
+    assert run(*QUICK, "-b", "2,1", "--baselines", "none", "--results-file", json_file) == 0
     assert kept == [[2], [2, 1], [2, 1]]
 
 
 def test_memory_of_cuda_graphs_is_not_claimed():
-    for name in (compare.GRAPH, compare.FP8_GRAPH, "compile-cudagraphs", "compile-max-autotune", "scaled-mm"):
-        provider = compare.Provider(name, pytest.fail, {})
+    for name in (*providers.OUR_GRAPHS, "compile-cudagraphs", "compile-max-autotune", "scaled-mm"):
+        provider = rounds.Provider(name, pytest.fail, {})
         compare._memory(provider, 1000, torch.device("cuda"))
         assert provider.row["peak_memory_mib"] is None and "not measured" in provider.row["peak_memory_method"]
 
@@ -724,10 +744,10 @@ def test_bench_on_a_gpu(json_file):
     code = run("bench", "-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", *words)
     rows = json.loads(json_file.read_text())
     float8 = not measure.float8_missing(torch.device("cuda", torch.cuda.current_device()))
-    names = list(compare.VARIANTS.values())[: 5 if float8 else 3]
+    names = [variant.provider for variant in providers.VARIANTS.values()][: 5 if float8 else 3]
     ours, theirs = rows[: len(names)], rows[len(names) :]
     assert [row["provider"] for row in ours] == names
-    assert [row["provider"] for row in theirs] == list(flags_of_bench.RIVALS[: None if float8 else -1])
+    assert [row["provider"] for row in theirs] == list(providers.BASELINES[: None if float8 else -1])
     assert code == 0 and {row["status"] for row in (*ours, theirs[0])} == {"ok"}
     assert {row["status"] for row in theirs} <= {"ok", "not timed: parity failed"}
     for row in rows:
@@ -735,19 +755,19 @@ def test_bench_on_a_gpu(json_file):
             assert row["precision"] == "bfloat16" and row["num_bench_iter"] == 12
             assert 0 < row["percent_of_peak"] < 100 and (row["peak_memory_mib"] or 2) > 1
             assert 0 < row["infer_step_time"] and 0 < row["latency_ms"]
-    assert all(row["vit_fast_backend"] == "triton" and row["best_rival"] for row in ours)
+    assert all(row["vit_fast_backend"] == "triton" and row["best_baseline"] for row in ours)
     assert theirs[0]["attention_operators"].startswith("scaled_dot_product")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_json_stays_json_where_a_figure_is_not_finite(bad, tmp_path):
     path = tmp_path / "rows.json"
-    report.write_rows([{"model": "m", "parity_error": bad}], path, "json")
+    results.write_rows([{"model": "m", "parity_error": bad}], path, "json")
     assert json.loads(path.read_text(), parse_constant=pytest.fail)[0]["parity_error"] is None
 
 
 def test_one_channel(json_file):
-    words = ["--model-kwargs", "in_chans=1", "-b", "2", "--rivals", "none", "--results-file", json_file]
+    words = ["--model-kwargs", "in_chans=1", "-b", "2", "--baselines", "none", "--results-file", json_file]
     assert run(*QUICK, *words) == 0
     assert json.loads(json_file.read_text())[0]["status"] == "ok"
 
@@ -765,15 +785,15 @@ def test_family_against_plain_pytorch(words, json_file):
 
 @pytest.mark.parametrize("name,library", [("deit", "timm"), ("clip", "open_clip")])
 def test_family_peers_have_the_familys_numbers(name, library, peer):
-    from vit_fast.cli import families
+    from vit_fast.bench import families
     from vit_fast.cli.bench import FAMILIES
 
     assert set(families.FAMILIES) == set(FAMILIES)
     peer(library)
     with torch.no_grad():
-        model, rivals = families.contestants(name, parity.perturb)
+        model, baselines = families.contestants(name, parity.perturb)
         x = torch.randn(1, 3, 224, 224)
-        torch.testing.assert_close(model(x), rivals[library](x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x), baselines[library](x), rtol=1e-4, atol=1e-4)
 
 
 def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
@@ -792,7 +812,7 @@ def test_different_weights_stop_the_row(json_file, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(vit_fast, "create_model", altered)
-    assert run(*QUICK, "-b", "2", "--rivals", "eager", "--results-file", json_file) == 1
+    assert run(*QUICK, "-b", "2", "--baselines", "eager", "--results-file", json_file) == 1
     ours, eager = json.loads(json_file.read_text())
     assert ours["status"] == "parity failed" and ours["parity_error"] > ours["parity_allowed"]
     assert eager["status"] == "not timed: vit_fast: parity failed"
@@ -815,15 +835,15 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(json_file, monkeypatch):
         return shipped(call, count, device)
 
     monkeypatch.setattr(measure, "step_times", step_times)
-    assert run(*QUICK, "-b", "2,1", "--rivals", "eager", "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "2,1", "--baselines", "eager", "--results-file", json_file) == 0
     assert [row["status"] for row in json.loads(json_file.read_text())] == ["out of memory"] * 2 + ["ok"] * 2
 
 
 def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_file, capsys):
-    words = ["-b", "1", "--rivals", "eager,compile", "--time-budget", "0.001", "--num-bench-iter", "50"]
+    words = ["-b", "1", "--baselines", "eager,compile", "--time-budget", "0.001", "--num-bench-iter", "50"]
     assert run("bench", *TINY, *words, "--results-file", json_file) == 0
     ours, eager, compiled = json.loads(json_file.read_text())
-    assert ours["num_bench_iter"] == eager["num_bench_iter"] == compare.MIN_ROUNDS
+    assert ours["num_bench_iter"] == eager["num_bench_iter"] == time_budget.MIN_ROUNDS
     assert compiled["status"] == "not timed: no time left to compile it"
     assert "Timed calls: 3 of 50" in capsys.readouterr().out
 
@@ -833,11 +853,11 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
     [
         (["--precision", "int8"], "--precision", "float32, bfloat16 or float16"),
         (
-            ["--rivals", "eager,tensorrt"],
-            "--rivals",
+            ["--baselines", "eager,tensorrt"],
+            "--baselines",
             "compile, compile-cudagraphs, compile-max-autotune or scaled-mm",
         ),
-        (["--rivals", "compile-cudagraphs", "--device", "cpu"], "--rivals", "a CUDA device"),
+        (["--baselines", "compile-cudagraphs", "--device", "cpu"], "--baselines", "a CUDA device"),
         (["--variants", "graphed", "--device", "cpu"], "--variants", "a CUDA device"),
         (["--variants", "fp8-graphed", "--device", "cpu"], "--variants", "a CUDA device"),
         (["--variants", "plain,quick"], "--variants", "plain, prepared, graphed, fp8 or fp8-graphed"),
@@ -914,7 +934,7 @@ def folder(tmp_path):
 
 
 def test_own_photographs_are_used_and_broken_files_named(folder, json_file, capsys):
-    assert run(*QUICK, "-b", "3", "--rivals", "none", "--images", folder, "--results-file", json_file) == 0
+    assert run(*QUICK, "-b", "3", "--baselines", "none", "--images", folder, "--results-file", json_file) == 0
     warning = capsys.readouterr().err
     assert "skipped" in warning and "broken.jpg" in warning and ".hidden" not in warning
     assert json.loads(json_file.read_text())[0]["images"] == f"3 photographs of {folder}"
@@ -927,10 +947,10 @@ def test_photographs_come_in_the_order_of_their_names(folder):
 
 
 def test_a_folder_without_photographs_is_an_error(tmp_path):
-    with pytest.raises(cli.CommandError, match=r"--images.*empty"):
+    with pytest.raises(errors.BenchError, match=r"--images.*empty"):
         photographs.load(tmp_path, 1, 32, 32, (0.5,) * 3, (0.5,) * 3)
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(cli.CommandError, match=r"none of its 1 files.*notes\.txt"):
+    with pytest.raises(errors.BenchError, match=r"none of its 1 files.*notes\.txt"):
         photographs.load(tmp_path, 1, 32, 32, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -1235,7 +1255,7 @@ def test_ctrl_c_in_the_rounds(call, rounds, json_file, monkeypatch):
         return [1.0] * count
 
     monkeypatch.setattr(measure, "step_times", step_times)
-    words = ["-b", "1,2", "--rivals", "eager", "--num-bench-iter", "20", "--time-budget", "0"]
+    words = ["-b", "1,2", "--baselines", "eager", "--num-bench-iter", "20", "--time-budget", "0"]
     assert run(*QUICK, *words, "--results-file", json_file) == 130
     if rounds is None:
         assert not json_file.exists()
@@ -1247,7 +1267,7 @@ def test_ctrl_c_in_the_rounds(call, rounds, json_file, monkeypatch):
 SCRIPT = """
 import sys, time
 from vit_fast import cli
-from vit_fast.cli import compare
+from vit_fast.bench import compare
 sys.path.insert(0, {folder!r})
 from test_cli import _two_batches, QUICK
 
@@ -1291,7 +1311,7 @@ def test_a_full_or_closed_output_is_no_traceback():
 def clock(monkeypatch):
     """Time passes where the test says so."""
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: now.time)
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now.time)
     return now
 
 
@@ -1307,12 +1327,12 @@ def clock(monkeypatch):
 )
 def test_what_a_time_budget_leaves_out_is_told_beforehand(limit, batches, providers, left_out, clock, monkeypatch):
     monkeypatch.setattr(measure, "seconds", lambda call, device: (1.0, None))
-    monkeypatch.setattr(compare, "_caller", lambda *rest: None)
-    warned, rival_names = [], ("eager", "compile", "compile-max-autotune")
-    settings = compare.Settings("m", (1, 4), torch.device("cpu"), rivals=rival_names)
-    contest = SimpleNamespace(reference=None, pixels=[0], absent={}, facts={"matmul_peak_tflops": 1.0}, rivals={})
+    monkeypatch.setattr(time_budget, "caller", lambda *rest: None)
+    warned, baseline_names = [], ("eager", "compile", "compile-max-autotune")
+    settings = Settings("m", (1, 4), torch.device("cpu"), baselines=baseline_names)
+    contest = SimpleNamespace(reference=None, pixels=[0], absent={}, facts={"matmul_peak_tflops": 1.0}, baselines={})
     tell = SimpleNamespace(warn=warned.append)
-    plan = compare._plan(settings, contest, compare.TimeBudget(limit, 0.0), tell)
+    plan = time_budget.plan(settings, contest, time_budget.TimeBudget(limit, 0.0), tell)
     assert list(plan.batches) == batches and len(plan.providers) == providers
     assert ("".join(warned).partition("s ")[2] == left_out) if left_out else warned == []
 
@@ -1334,29 +1354,29 @@ def test_compile_comes_at_every_batch_size_before_max_autotune(limit, took, stat
     def deadline(seconds):
         clock.time += min(took, seconds)
         if seconds < took:
-            raise compare._OutOfTime
+            raise time_budget.OutOfTime
         yield
 
-    monkeypatch.setattr(compare, "_deadline", deadline)
-    monkeypatch.setattr(compare, "_rounds", lambda *rest: False)
-    monkeypatch.setattr(compare, "_fill_in", lambda *rest: None)
+    monkeypatch.setattr(compare, "deadline", deadline)
+    monkeypatch.setattr(compare, "time_rounds", lambda *rest: False)
+    monkeypatch.setattr(compare, "fill_in", lambda *rest: None)
     monkeypatch.setattr(compare, "_memory", lambda *rest: None)
     monkeypatch.setattr(compare, "_attention", lambda *rest: ({}, [], contextlib.nullcontext))
     monkeypatch.setattr(compare, "_judge", lambda *rest: None)
-    monkeypatch.setattr(compare, "_caller", lambda *rest: lambda: torch.zeros(1))
+    monkeypatch.setattr(compare, "caller", lambda *rest: lambda: torch.zeros(1))
     monkeypatch.setattr(parity, "golden_logits", lambda *rest: None)
     verdict = SimpleNamespace(passed=True, columns=dict)
     monkeypatch.setattr(parity, "compare", lambda *rest: verdict)
     monkeypatch.setattr(measure, "seconds", lambda call, device: (took, torch.zeros(1)))
     settings = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32)
     names = ("compile", "compile-max-autotune")
-    contest = SimpleNamespace(reference=torch.nn.Linear(1, 1), pixels=torch.zeros(4, 1), rivals=dict.fromkeys(names))
-    budget, told = compare.TimeBudget(limit, 0.0), []
+    contest = SimpleNamespace(reference=torch.nn.Linear(1, 1), pixels=torch.zeros(4, 1), baselines=dict.fromkeys(names))
+    budget, told = time_budget.TimeBudget(limit, 0.0), []
     for batch, later in ((1, {4: 0.0}), (4, {})):
-        ours = compare.Provider("vit_fast", None, {"status": "ok"}, ours=True)
-        rivals_ = [compare.Provider(name, lambda: None, {"status": "ok"}) for name in names]
-        compare._bench_batch(settings, contest, batch, [ours, *rivals_], budget, later, lambda *rest: None)
-        told += [rival.row["status"] for rival in rivals_]
+        ours = rounds.Provider("vit_fast", None, {"status": "ok"}, ours=True)
+        baselines_ = [rounds.Provider(name, lambda: None, {"status": "ok"}) for name in names]
+        compare._bench_batch(settings, contest, batch, [ours, *baselines_], budget, later, lambda *rest: None)
+        told += [baseline.row["status"] for baseline in baselines_]
     short = {"not timed: no time left to compile it": "no time"}
     short["not timed: not compiled in the 20 s that were left for it"] = "late"
     assert [short.get(status, status) for status in told] == statuses
@@ -1364,7 +1384,7 @@ def test_compile_comes_at_every_batch_size_before_max_autotune(limit, took, stat
 
 
 def test_a_deadline_interrupts():
-    with pytest.raises(compare._OutOfTime), compare._deadline(0.01):
+    with pytest.raises(time_budget.OutOfTime), time_budget.deadline(0.01):
         time.sleep(60)
-    with compare._deadline(float("inf")):
+    with time_budget.deadline(float("inf")):
         pass

@@ -1,33 +1,17 @@
-"""The command line: one file per verb, and beside them one file per subject that a verb needs."""
+"""The command line: flags and printing, one file per verb, and what they share: ``options``, ``output``, ``report``."""
 
 import contextlib
-import importlib
 import os
-import re
 import sys
+from collections.abc import Sequence
+
+from vit_fast.bench.errors import BenchError, require
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
 
 
-class CommandError(Exception):
-    """A failure that the user can mend: its text is all that is printed."""
-
-
-def reason(error):
-    """The text of one of the library's errors, without the function that raised it: the command line names a flag."""
-    return re.sub(r"^vit_fast(\.\w+)*: ", "", str(error))
-
-
-def require(module, extra):
-    """Imports a module of an optional dependency, or says which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = (error.name or module).split(".")[0]
-        cause = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails to import ({error})"
-        raise CommandError(f"{name} {cause}; pip install 'vit-fast[{extra}]' brings it") from error
-    except RuntimeError as error:  # torchvision, whose operators are built for one torch
-        raise CommandError(f"{module} fails to import ({error}); install torch and torchvision in one step") from error
+class CommandError(BenchError):
+    """A failure of a command that the user can mend: its text is all that is printed."""
 
 
 def _app():
@@ -64,14 +48,14 @@ def _discard_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``vit-fast`` and of ``python -m vit_fast``."""
     try:
         try:
             _app()(args=arguments, prog_name="vit-fast")
         finally:
             sys.stdout.flush()
-    except CommandError as error:
+    except BenchError as error:
         print(f"vit-fast: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``vit-fast bench``: its flags, checked before anything heavy is imported; ``compare`` does the work."""
+"""``vit-fast bench``: its flags, checked before anything heavy is imported, and the order of its output."""
 
 import contextlib
 import time
@@ -8,19 +8,20 @@ from typing import Annotated
 
 import typer
 
-from . import INTERRUPTED, machine, options, photographs, require
+from vit_fast.bench import machine, photographs
+from vit_fast.bench.errors import require
+from vit_fast.bench.providers import BASELINES, SCALED_MM, VARIANTS
+
+from . import INTERRUPTED, options
 from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
-# The longest to compile last: what a time budget cuts is the end.
-RIVALS = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune", "scaled-mm")
-VARIANTS = ("plain", "prepared", "graphed", "fp8", "fp8-graphed")
-DEFAULT_RIVALS = {"cuda": RIVALS[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
+DEFAULT_BASELINES = {"cuda": BASELINES[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
 # Of 16-bit weights; vit_fast.prepare folds no others.
-DEFAULT_VARIANTS = {"cuda": VARIANTS[:3], "cpu": ("plain", "prepared")}
-# Where the device multiplies float8; the rival goes with the variants.
-FLOAT8_VARIANTS, FLOAT8_RIVAL = VARIANTS[3:], RIVALS[-1]
-CUDA_GRAPHS = ("compile-cudagraphs", "graphed", "fp8-graphed")
+DEFAULT_VARIANTS = {"cuda": ("plain", "prepared", "graphed"), "cpu": ("plain", "prepared")}
+# Timed by default where the device multiplies float8, and the float8 baseline with them.
+FLOAT8_VARIANTS = tuple(name for name, variant in VARIANTS.items() if variant.float8)
+CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
 FORMATS = ("csv", "json")
 AMP_PRECISIONS = {"amp": "float16", "amp_bfloat16": "bfloat16"}
 BATCH_SIZES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
@@ -39,12 +40,12 @@ def _batch_sizes(text):
     return sizes
 
 
-def _results_format(path, word):
-    if word is not None:
-        options.one_of("--results-format", word, FORMATS)
+def _results_format(path, name):
+    if name is not None:
+        options.one_of("--results-format", name, FORMATS)
         if path is None:
-            raise options.wrong("--results-format", word, "it together with --results-file")
-        return word
+            raise options.wrong("--results-format", name, "it together with --results-file")
+        return name
     if path is not None:
         suffix = path.suffix.lstrip(".")
         if suffix not in FORMATS:
@@ -73,10 +74,10 @@ def bench(
     ] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels-last layout.")] = False,
     device: options.Device = None,
-    rivals: Annotated[
+    baselines: Annotated[
         str | None,
         typer.Option(
-            help=f"Any of {','.join(RIVALS)}, or none: timm by itself or through torch.compile, the same network of "
+            help=f"Any of {','.join(BASELINES)}, or none: timm by itself or through torch.compile, the same network of "
             "the other libraries, and timm compiled with its products in float8 (torch._scaled_mm). [default: GPU all, "
             "scaled-mm where a variant is in float8, CPU eager,compile,compile-max-autotune]"
         ),
@@ -106,7 +107,7 @@ def bench(
     results_file: Annotated[Path | None, typer.Option(help="Write the rows here, .csv or .json.")] = None,
     results_format: Annotated[str | None, typer.Option(help="csv or json. [default: as --results-file ends]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw images/s by batch size here, .png, .svg or .pdf.")] = None,
-):
+) -> None:
     """Benchmark a model against timm, torch.compile and other libraries: parity first, then speed and memory."""
     start, load = time.perf_counter(), machine.load_average()
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -142,51 +143,55 @@ def bench(
                 raise options.wrong(flag, given, "it without --family")
     if images is not None and not images.is_dir():
         raise options.wrong("--images", str(images), "a folder of photographs")
-    if rivals is not None:
-        rivals = () if rivals == "none" else options.list_of("--rivals", rivals, RIVALS)
+    if baselines is not None:
+        baselines = () if baselines == "none" else options.list_of("--baselines", baselines, BASELINES)
     if variants is not None:
-        variants = options.list_of("--variants", variants, VARIANTS)
+        variants = options.list_of("--variants", variants, tuple(VARIANTS))
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
-    words = options.keywords(model_kwargs)
+    kwargs = options.keyword_arguments(model_kwargs)
     target = options.target_device(device)
     on_gpu = target.type == "cuda"
-    for flag, chosen in (("--rivals", rivals), ("--variants", variants)):
-        for word in CUDA_GRAPHS:
-            if not on_gpu and word in (chosen or ()):
-                raise options.wrong(flag, word, "it on a CUDA device only: CUDA graphs need one")
+    for flag, chosen in (("--baselines", baselines), ("--variants", variants)):
+        for name in CUDA_GRAPHS:
+            if not on_gpu and name in (chosen or ()):
+                raise options.wrong(flag, name, "it on a CUDA device only: CUDA graphs need one")
     precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
     if precision == "float32" and variants and "plain" not in variants:
         told = "plain among them: the others fold float16 or bfloat16 weights, see --precision"
         raise options.wrong("--variants", ",".join(variants), told)
     options.backend(backend, target)
     if family is None:
-        options.buildable(model, words if img_size is None else words | {"img_size": img_size})
+        options.check_buildable(model, kwargs, img_size)
     photographs.check_folder(images)
     for module in ("timm", *(["matplotlib"] if plot else [])):
         require(module, "bench")
     options.output_files({"--results-file": results_file, "--plot": plot})
 
-    from . import compare, measure, report
+    from vit_fast.bench import compare, measure, results
+    from vit_fast.bench.settings import Settings
+    from vit_fast.bench.time_budget import TimeBudget
+
+    from . import report
 
     if variants is None:
         variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
         if precision != "float32" and family is None and not measure.float8_missing(target):
             variants += FLOAT8_VARIANTS
-    if rivals is None:
-        float8 = on_gpu and any(word in FLOAT8_VARIANTS for word in variants)
-        rivals = DEFAULT_RIVALS[target.type] + (FLOAT8_RIVAL,) * float8
-    variants = tuple(word for word in VARIANTS if word in variants)
+    if baselines is None:
+        float8 = on_gpu and any(name in FLOAT8_VARIANTS for name in variants)
+        baselines = DEFAULT_BASELINES[target.type] + (SCALED_MM,) * float8
+    variants = tuple(name for name in VARIANTS if name in variants)
 
-    settings = compare.Settings(
+    settings = Settings(
         model=model,
         batch_sizes=sizes or BATCH_SIZES[target.type],
         device=target,
         precision=precision,
         amp_dtype=(amp_dtype or ("float16" if on_gpu else "bfloat16")) if amp else None,
         img_size=img_size,
-        model_kwargs=words,
+        model_kwargs=kwargs,
         variants=variants,
-        rivals=rivals,
+        baselines=baselines,
         warm_iterations=num_warm_iter,
         bench_iterations=num_bench_iter,
         channels_last=channels_last,
@@ -203,7 +208,7 @@ def bench(
     rows, failed, interrupted, budgeted = [], False, False, seconds > 0
 
     def write_rows(path):
-        report.write_rows(rows, path, file_format)
+        results.write_rows(rows, path, file_format)
 
     for index, contest in enumerate(contests):
         began = start if index == 0 else time.perf_counter()
@@ -221,7 +226,7 @@ def bench(
                     report.print_batch(batch_rows, contest)
 
             try:
-                failed |= compare.run(contest, compare.TimeBudget(limit, began), tell, keep)
+                failed |= compare.run(contest, TimeBudget(limit, began), tell, keep)
             except KeyboardInterrupt:
                 interrupted = True
         if its_rows:
@@ -232,7 +237,7 @@ def bench(
     if interrupted:
         say("Interrupted: the rows that were finished by then." if rows else "Interrupted before a row was finished.")
     written = save("rows", results_file, write_rows) if rows else True
-    written &= save("plot", plot, lambda path: report.draw(rows, path)) if rows else True
+    written &= save("plot", plot, lambda path: results.draw(rows, path)) if rows else True
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if failed or not written:

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError, options, photographs, reason
-from .bench import CUDA_GRAPHS, VARIANTS
+from vit_fast.bench import photographs
+from vit_fast.bench.errors import reason
+from vit_fast.bench.providers import VARIANTS
+
+from . import CommandError, options
 from .output import save, say, show_table
 
 _HEADS = ("layer", "error", "eager's", "allowed", "rms error", "eager's rms", "cosine", "verdict")
@@ -45,29 +48,29 @@ def check(
     model_kwargs: options.ModelKwargs = None,
     pretrained: options.Pretrained = False,
     results_file: Annotated[Path | None, typer.Option(help="Write the certificate here, .json.")] = None,
-):
+) -> None:
     """Compare a model with plain PyTorch, at its precision and in float64, layer by layer; exit status 1 if it errs."""
-    options.one_of("--variant", variant, VARIANTS)
+    options.one_of("--variant", variant, tuple(VARIANTS))
     options.at_least("--batch-size", batch_size, 1)
     options.at_least("--img-size", img_size, 1)
     precision = options.precision("--precision", precision)
     if results_file is not None and results_file.suffix != ".json":
         raise options.wrong("--results-file", str(results_file), "a name that ends in .json")
-    words = options.keywords(model_kwargs)
+    kwargs = options.keyword_arguments(model_kwargs)
     if img_size is not None:
-        words["img_size"] = img_size
+        kwargs["img_size"] = img_size
     target = options.target_device(device)
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
-    if variant in CUDA_GRAPHS and target.type != "cuda":
+    if VARIANTS[variant].graphed and target.type != "cuda":
         raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
-    if variant != "plain" and precision == "float32":
+    if VARIANTS[variant].prepared and precision == "float32":
         raise options.wrong(
             "--variant",
             variant,
             "it with --precision bfloat16 or float16: folding is for all float16 or all bfloat16 weights",
         )
     options.backend(backend, target)
-    options.buildable(model, words)
+    options.check_buildable(model, kwargs)
     photographs.check_folder(images)
     options.output_files({"--results-file": results_file})
 
@@ -75,15 +78,11 @@ def check(
 
     import vit_fast
     from vit_fast import parity
+    from vit_fast.bench import machine, models
     from vit_fast.input_size import input_size
 
-    from . import machine
-
     torch.manual_seed(0)
-    try:
-        made = vit_fast.create_model(model, pretrained=pretrained, **words).eval()
-    except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
-        raise CommandError(f"vit_fast cannot make the model {model!r}: {reason(error)}") from error
+    made = models.vit_fast_model(model, pretrained, **kwargs)
     if not pretrained:
         parity.perturb(made)
     made.to(target, getattr(torch, precision))
@@ -95,9 +94,9 @@ def check(
     pixels = photos.pixels.to(next(made.parameters()))
     try:
         with vit_fast.backend(backend) if backend else contextlib.nullcontext():
-            if variant != "plain":
-                vit_fast.prepare(made, precision="fp8" if variant.startswith("fp8") else None)
-            if variant.endswith("graphed"):
+            if VARIANTS[variant].prepared:
+                vit_fast.prepare(made, precision=VARIANTS[variant].precision)
+            if VARIANTS[variant].graphed:
                 made = vit_fast.graphed(made, batch_sizes=[batch_size])
             found = vit_fast.check(made, pixels)
     except (ValueError, vit_fast.UnsupportedError) as error:

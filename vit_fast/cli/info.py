@@ -28,17 +28,17 @@ def show_version(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-):
+) -> None:
     """The flags that stand before a verb."""
 
 
-def info():
+def info() -> None:
     """Print versions, the devices, and which backend may run which operation here."""
     import torch
 
     import vit_fast
+    from vit_fast.bench import machine
 
-    from . import machine
     from .output import say
 
     say(f"{'python':<16} {platform.python_version()} on {platform.platform()}")

@@ -30,7 +30,7 @@ def _row(name, num_classes):
         try:
             model = vit_fast.create_model(name, num_classes=num_classes)
         except (TypeError, ValueError):
-            # A tower or a regression model, which has no such word.
+            # A tower or a regression model, which has no such argument.
             model = vit_fast.create_model(name)
     facts = getattr(model, "default_cfg", {})
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -61,7 +61,7 @@ def list_models(
     families: Annotated[bool, typer.Option("--families", help="The families and how many names each has.")] = False,
     long: Annotated[bool, typer.Option("--long", "-l", help="A table: family, input, parameter counts.")] = False,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Count with so many classes; needs --long.")] = None,
-):
+) -> None:
     """Print the names of the models, one a line."""
     if num_classes is not None and not long:
         raise CommandError("--num-classes is given without --long, which counts with it")

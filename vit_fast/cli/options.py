@@ -1,13 +1,18 @@
 """Flags that several verbs have, and the checks of what was given."""
 
-import difflib
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import CommandError, reason
+from vit_fast.bench.errors import WrongValueError
+from vit_fast.bench.results import check_writable
+
+from . import CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MODEL = "vit_base_patch16_224"
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -26,30 +31,36 @@ Backend = Annotated[str | None, typer.Option(help="Force vit_fast's backend: aut
 Images = Annotated[
     Path | None, typer.Option(help="Folder of photographs. [default: the sample photograph of matplotlib]")
 ]
-ModelKwargs = Annotated[list[str] | None, typer.Option(help="A constructor word, like depth=6; may be given again.")]
+ModelKwargs = Annotated[
+    list[str] | None, typer.Option(help="A keyword argument of the model, like depth=6; may be given again.")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm's trained weights (a download).")]
 
 
-def wrong(flag, got, wanted):
+def wrong(flag: str, got: object, wanted: str) -> typer.BadParameter:
+    """The error of a flag whose value cannot be used."""
     return typer.BadParameter(f"got {got!r}, wanted {wanted}", param_hint=flag)
 
 
-def one_of(flag, value, words):
-    if value not in words:
-        raise wrong(flag, value, " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))))
+def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
+    """The value, which must be one of the choices."""
+    if value not in choices:
+        raise wrong(flag, value, " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
     return value
 
 
-def precision(flag, word, words=PRECISIONS):
-    """The dtype of a word such as bf16 or bfloat16; None stays None."""
-    return None if word is None else one_of(flag, _SHORT.get(word, word), words)
+def precision(flag: str, name: str | None, choices: Sequence[str] = PRECISIONS) -> str | None:
+    """The name of a dtype, given as bf16 or bfloat16, say; None stays None."""
+    return None if name is None else one_of(flag, _SHORT.get(name, name), choices)
 
 
-def list_of(flag, text, words):
-    return tuple(one_of(flag, word, words) for word in dict.fromkeys(text.split(",")))
+def list_of(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """The values of a text with commas between them, each once."""
+    return tuple(one_of(flag, value, choices) for value in dict.fromkeys(text.split(",")))
 
 
-def at_least(flag, value, least):
+def at_least(flag: str, value: float | None, least: float) -> None:
+    """Refuses a number below the least; None stands for a default."""
     if value is not None and not value >= least:  # NaN is neither
         raise wrong(flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more")
 
@@ -66,83 +77,52 @@ def _keyword(text):
         return key, value
 
 
-def keywords(texts):
-    """The constructor words of --model-kwargs."""
+def keyword_arguments(texts: list[str] | None) -> dict[str, Any]:
+    """The keyword arguments of --model-kwargs."""
     return dict(_keyword(part) for text in texts or () for part in text.split())
 
 
-def target_device(text):
-    import torch
+def target_device(text: str | None) -> "torch.device":
+    """The device of --device, or the one that is there."""
+    from vit_fast.bench import machine
 
     try:
-        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise wrong("--device", text, "cpu, cuda or cuda:N") from None
-    if device.type not in ("cuda", "cpu"):
-        raise wrong("--device", text, "cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise wrong("--device", text, "cpu: there is no CUDA device here")
-        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        if device.index >= count:
-            raise wrong("--device", text, f"one of cuda:0 to cuda:{count - 1}")
-    return device
+        return machine.target_device(text)
+    except WrongValueError as error:
+        raise wrong("--device", error.got, error.wanted) from None
 
 
-def backend_word(word):
+def backend_name(name: str) -> str:
+    """The name, which must be that of a backend."""
     from vit_fast import backends
 
-    return one_of("--backend", word, backends.words())
+    return one_of("--backend", name, backends.words())
 
 
-def backend(word, device):
+def backend(name: str | None, device: "torch.device") -> None:
     """Refuses a backend, of ``--backend`` or else of the environment, that can run nothing on the device."""
     from vit_fast import backends
 
-    if word is not None:
-        backend_word(word)
+    if name is not None:
+        backend_name(name)
     try:
-        chosen = word or backends.requested()
+        chosen = name or backends.requested()
     except ValueError as error:
         raise CommandError(str(error)) from error
     reasons = () if chosen == "auto" else backends.unavailable(chosen, device)
     if reasons:
         told = f"a backend that runs on {device}, as torch does: {'; '.join(reasons)}"
-        raise wrong("--backend" if word else "VIT_FAST_BACKEND", chosen, told)
+        raise wrong("--backend" if name else "VIT_FAST_BACKEND", chosen, told)
 
 
-def _cannot_make(owner, name, error):
-    return CommandError(f"{owner} cannot make the model {name!r}: {reason(error)}")
+def check_buildable(name: str, kwargs: dict[str, Any], img_size: int | None = None) -> None:
+    """Refuses a model that vit_fast cannot make, at no cost."""
+    from vit_fast.bench import models
+
+    models.check_buildable(name, **(kwargs if img_size is None else kwargs | {"img_size": img_size}))
 
 
-def buildable(name, words):
-    """Refuses a model that vit_fast cannot make, at no cost: it is made without memory."""
-    import torch
-
-    import vit_fast
-
-    try:
-        with torch.device("meta"):
-            vit_fast.create_model(name, **words)
-    except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
-        raise _cannot_make("vit_fast", name, error) from error
-
-
-def timm_model(name, pretrained=False, **words):
-    """A model of timm; an unknown name is told with its neighbours."""
-    import timm
-
-    if not timm.is_model(name) and ":" not in name:
-        near = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5))
-        raise _cannot_make("timm", name, f"unknown model{near and '; near: ' + near}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, **words)
-    except Exception as error:
-        raise _cannot_make("timm", name, error) from error
-
-
-def output_files(files):
+def output_files(files: dict[str, Path | None]) -> None:
     """Opens every output of a verb before its work, {flag: path or None}, and leaves what is there as it is."""
     flags = {}
     for flag, path in files.items():
@@ -152,19 +132,11 @@ def output_files(files):
                 raise wrong(flag, str(path), f"another file than {first}")
 
 
-def output_file(flag, path):
+def output_file(flag: str, path: Path | None) -> Path | None:
     """The path, once a file there has been opened for writing; a file that this makes is removed again."""
-    if path is None:
-        return None
-    if path.is_dir():
-        raise wrong(flag, str(path), "the name of a file, not of a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not os.path.lexists(path)
-        with open(path, "ab"):
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise wrong(flag, str(path), f"a file that can be written ({error.strerror or error})") from error
+        if path is not None:
+            check_writable(path)
+    except WrongValueError as error:
+        raise wrong(flag, error.got, error.wanted) from error
     return path

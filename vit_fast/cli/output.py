@@ -5,6 +5,8 @@ On a terminal, and where the variable COLUMNS is set, lines have that width. Int
 
 import os
 import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 UNBOUNDED = 100_000  # columns
 
@@ -19,7 +21,7 @@ def _console():
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
-def say(text=""):
+def say(text: str = "") -> None:
     """Prints lines that break between words."""
     _console().print(text)
 
@@ -30,7 +32,7 @@ def _longest_word(texts):
     return max(cell_len(word) for text in texts for word in (text.split() or [""]))
 
 
-def show_table(heads, rows, text=()):
+def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[str] = ()) -> None:
     """Prints a table; no number or word is cut.
 
     The first column names the row. Columns that do not fit beside it go below, in further tables with the same first
@@ -73,7 +75,7 @@ def show_table(heads, rows, text=()):
         console.print(table, crop=False)
 
 
-def save(kind, path, write):
+def save(kind: str, path: Path | None, write: Callable[[Path], object]) -> bool:
     """Writes a file by ``write(path)`` and says so, or says why not; whether there is nothing to complain of."""
     if path is None:
         return True

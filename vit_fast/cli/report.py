@@ -1,41 +1,19 @@
-"""What a benchmark shows and leaves behind: progress, a table, sentences, CSV, JSON, a plot."""
+"""What ``vit-fast bench`` prints: its progress, the table of a batch size, the sentences below it."""
 
 import contextlib
-import csv
-import json
-import math
 import sys
+from collections.abc import Iterator
+from typing import Any
 
-from . import speedup
+from vit_fast.bench import speedup
+from vit_fast.bench.results import speedup_column
+from vit_fast.bench.settings import Settings
+
 from .output import say, show_table
-
-# The first columns of a file, timm's names before ours; what a row has beyond them follows in its own order.
-COLUMNS = (
-    "model",
-    "provider",
-    "infer_samples_per_sec",
-    "infer_step_time",
-    "infer_batch_size",
-    "infer_img_size",
-    "infer_gmacs",
-    "param_count",
-    "status",
-    "product_dtype",
-    "infer_samples_per_sec_p20",
-    "infer_samples_per_sec_p80",
-    "latency_ms",
-    "speedup_vs_best_rival",
-    "best_rival",
-    "first_call_s",
-    "cold_cache",
-    "peak_memory_mib",
-    "achieved_tflops",
-    "percent_of_peak",
-)
 
 
 @contextlib.contextmanager
-def progress():
+def progress() -> Iterator[Any]:
     """Yields ``tell(text, fraction)``: a bar on standard error if that is a terminal.
 
     ``tell.warn(text)`` prints a line there; in ``with tell.paused():`` the bar is gone and standard output is free.
@@ -71,9 +49,9 @@ def _number(row, key, form):
     return "" if value is None else format(value, form)
 
 
-def print_batch(rows, settings):
+def print_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
     """The rows of one batch size for reading, what has no figures below them."""
-    rivals = dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("vit_fast"))
+    baselines = dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("vit_fast"))
     timed = [row for row in rows if row["status"] == "ok"]
     say(f"{rows[0]['model']}, batch {rows[0]['infer_batch_size']}")
     say()
@@ -90,8 +68,8 @@ def print_batch(rows, settings):
                 * (settings.device.type == "cuda")
             ),
             *(
-                (f"× {name.removeprefix('compile-')}", [_number(row, _speedup_column(name), ".2f") for row in timed])
-                for name in rivals
+                (f"× {name.removeprefix('compile-')}", [_number(row, speedup_column(name), ".2f") for row in timed])
+                for name in baselines
             ),
             ("first call s", [_number(row, "first_call_s", ".2f") for row in timed]),
             ("peak MiB", [_number(row, "peak_memory_mib", ".0f") for row in timed]),
@@ -113,39 +91,37 @@ def print_batch(rows, settings):
         say()
 
 
-def _speedup_column(rival):
-    return f"speedup_vs_{rival.replace('-', '_')}"
-
-
 def _in_float8(row):
     return row["product_dtype"].startswith("float8")
 
 
 def _verdicts(rows):
-    """The fastest of ours against the best rival, a sentence a batch size, and one more for those in float8."""
+    """The fastest of ours against the best baseline, a sentence a batch size, and one more for those in float8."""
     for batch, float8 in dict.fromkeys((row["infer_batch_size"], _in_float8(row)) for row in rows):
         here = [row for row in rows if row["infer_batch_size"] == batch]
-        ours = [row for row in here if row.get("best_rival") and _in_float8(row) == float8]
+        ours = [row for row in here if row.get("best_baseline") and _in_float8(row) == float8]
         if ours:
-            yield f"Batch {batch}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_rival']))}."
+            yield f"Batch {batch}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_baseline']))}."
 
 
 def _verdict(row):
-    name, rival, rounds = row["provider"], f"the best rival ({row['best_rival']})", row["compared_rounds"]
+    name, baseline, rounds = row["provider"], f"the best baseline ({row['best_baseline']})", row["compared_rounds"]
     ratio, low, high = (row[f"paired_speedup{end}"] for end in ("", "_low", "_high"))
     if low is None:
         measured = f"{rounds} rounds are too few for a verdict (measured {ratio:.2f}×)"
-        told = f"{name} against {rival}: {measured}"
+        told = f"{name} against {baseline}: {measured}"
     else:
         measured = f"{ratio:.2f}×, confidence interval {low:.2f} to {high:.2f} of {rounds} rounds"
         if low > 1:
-            told = f"{name} is faster than {rival}: {measured}"
+            told = f"{name} is faster than {baseline}: {measured}"
         elif high < 1:
-            told = f"{name} is slower than {rival}: {measured}"
+            told = f"{name} is slower than {baseline}: {measured}"
         else:
-            told = f"{name} is neither faster nor slower than {rival}, as far as can be told: {measured}"
-    if row["same_as_best_rival"]:
-        told = f"{name} is equal to {rival}: the same operators, the same bits. What is left is host time and noise: "
+            told = f"{name} is neither faster nor slower than {baseline}, as far as can be told: {measured}"
+    if row["same_as_best_baseline"]:
+        told = (
+            f"{name} is equal to {baseline}: the same operators, the same bits. What is left is host time and noise: "
+        )
         told += measured
     return told
 
@@ -234,7 +210,7 @@ def _sentences(rows, settings, seconds):
             ways.setdefault(way, {})[row["provider"]] = None
     if ways:
         told = "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
-        yield f"Attention of the rivals (on a GPU, the fastest that each can use): {told}."
+        yield f"Attention of the baselines (on a GPU, the fastest that each can use): {told}."
     yield from _parity(rows, "plain PyTorch" if settings.family else "timm eager")
     methods = dict.fromkeys(row["peak_memory_method"] for row in rows if row.get("peak_memory_method"))
     if methods:
@@ -247,66 +223,7 @@ def _sentences(rows, settings, seconds):
         )
 
 
-def print_report(rows, settings, seconds):
+def print_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:
     """What has to be known to read the rows."""
     for sentence in _sentences(rows, settings, seconds):
         say(sentence)
-
-
-def _finite(value):
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_rows(rows, path, file_format):
-    """The rows as a JSON list or as CSV, one row a provider and batch size."""
-    names = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
-    rows = [{name: row.get(name) for name in names} for row in rows]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        if file_format == "json":
-            rows = [{name: _finite(value) for name, value in row.items()} for row in rows]
-            json.dump(rows, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-        else:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def draw(rows, path):
-    """Images per second by batch size and provider, with bars from p20 to p80."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if row["status"] == "ok"] or None
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if rows is None:
-        axes.text(0.5, 0.5, "no row was timed", ha="center")
-        figure.savefig(path, dpi=150)
-        return
-    batches = sorted({row["infer_batch_size"] for row in rows})
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    width = 0.8 / len(providers)
-    for index, provider in enumerate(providers):
-        own = [row for row in rows if row["provider"] == provider]
-        places = [batches.index(row["infer_batch_size"]) + (index - (len(providers) - 1) / 2) * width for row in own]
-        median = [row["infer_samples_per_sec"] for row in own]
-        below = [row["infer_samples_per_sec"] - row["infer_samples_per_sec_p20"] for row in own]
-        above = [row["infer_samples_per_sec_p80"] - row["infer_samples_per_sec"] for row in own]
-        label = f"timm {provider}" if provider.startswith(("eager", "compile", "scaled-mm")) else provider
-        bars = axes.bar(places, median, width, yerr=[below, above], capsize=2, label=label)
-        axes.bar_label(bars, [f"{value:.3g}" for value in median], fontsize=7, padding=2)
-    speeds = [row["infer_samples_per_sec"] for row in rows]
-    if max(speeds) > 20 * min(speeds):
-        axes.set_yscale("log")
-    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("images / s (median; bars p20 to p80)")
-    row = rows[0]
-    dtype = f"autocast {row['amp_dtype']}" if row["amp_dtype"] else row["precision"]
-    axes.set_title(f"{row['model']}, {dtype}, {row['device_name']}, torch {row['torch']}, {row['date'][:10]}", size=10)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""What a rival is: timm's own module, in its dtype or in float8, or the same network built by another library.
+"""What a baseline is: timm's own module, in its dtype or in float8, or the same network built by another library.
 
 All have the same weights. torchvision computes attention in nn.MultiheadAttention, transformers in
 scaled_dot_product_attention. Their parameters are timm's under other names: a network in which a tensor of one library
@@ -11,23 +11,17 @@ import importlib
 import re
 import statistics
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import measure, scaled_mm
-
-COMPILE_MODES = {
-    "compile": "default",
-    "compile-cudagraphs": "reduce-overhead",
-    "compile-max-autotune": "max-autotune",
-    scaled_mm.NAME: "max-autotune",
-}
-# Those that replay CUDA graphs, whose memory outlives the call.
-GRAPHED = ("compile-cudagraphs", "compile-max-autotune", scaled_mm.NAME)
+from .providers import SCALED_MM
 
 # (a library's name of a tensor, timm's). {i} is the block; attn.q, attn.k and attn.v are the thirds of attn.qkv.
 _TORCHVISION = (
@@ -122,7 +116,7 @@ def _refuse(library, model, pools, activations):
         raise NoSuchModel(f"{library} has no such model (activation {activation})")
 
 
-def torchvision_model(model):
+def torchvision_model(model: nn.Module) -> nn.Module:
     """torchvision's module with the weights of a timm model."""
     _import("torchvision")
     from torchvision.models.vision_transformer import VisionTransformer
@@ -150,20 +144,20 @@ def torchvision_model(model):
 class Logits(nn.Module):
     """One tensor out of a transformers model."""
 
-    def __init__(self, model, field):
+    def __init__(self, model: nn.Module, field: str) -> None:
         super().__init__()
         self.model, self.field = model, field
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return getattr(self.model(pixel_values=pixels), self.field)
 
 
-def transformers_model(model):
+def transformers_model(model: nn.Module) -> nn.Module:
     """transformers' module, attending by scaled_dot_product_attention, with the weights of a timm model."""
     transformers = _import("transformers")
     _refuse("transformers", model, ("token", "map"), _HIDDEN_ACTS)
     block, projection = model.blocks[0], model.patch_embed.proj
-    words = dict(
+    kwargs = dict(
         hidden_size=model.embed_dim,
         num_hidden_layers=len(model.blocks),
         num_attention_heads=block.attn.num_heads,
@@ -177,12 +171,12 @@ def transformers_model(model):
     if model.global_pool == "map":
         if height != width:
             raise NoSuchModel("transformers has no such model (its SigLIP images are square)")
-        config = transformers.SiglipVisionConfig(image_size=height, **words)
+        config = transformers.SiglipVisionConfig(image_size=height, **kwargs)
         module = transformers.AutoModel.from_config(config, attn_implementation="sdpa")
         rules, field = _TRANSFORMERS_SIGLIP, "pooler_output"
     else:
         config = transformers.ViTConfig(
-            image_size=(height, width), qkv_bias=block.attn.qkv.bias is not None, num_labels=model.num_classes, **words
+            image_size=(height, width), qkv_bias=block.attn.qkv.bias is not None, num_labels=model.num_classes, **kwargs
         )
         module = transformers.AutoModelForImageClassification.from_config(config, attn_implementation="sdpa")
         rules, field = _TRANSFORMERS_VIT, "logits"
@@ -190,7 +184,7 @@ def transformers_model(model):
     return Logits(module, field)
 
 
-def float8_model(model):
+def float8_model(model: nn.Module) -> nn.Module:
     """timm's model in float8, where its device and dtype allow it."""
     weight = next(model.parameters())
     if missing := measure.float8_missing(weight.device):
@@ -203,14 +197,14 @@ def float8_model(model):
 LIBRARIES = {
     "torchvision": torchvision_model,
     "transformers": transformers_model,
-    scaled_mm.NAME: float8_model,
+    SCALED_MM: float8_model,
 }
 
 
-def build(names, model, device):
-    """({rival: module}, {rival: why it has none}) of the named rivals of a timm model; libraries build on ``device``.
+def build(names: Iterable[str], model: nn.Module, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """({baseline: module}, {baseline: why it has none}) of a timm model; libraries build on ``device``.
 
-    Those that ``LIBRARIES`` does not name are the timm model itself.
+    Names that are not in ``LIBRARIES`` are the timm model itself.
     """
     modules, absent = {}, {}
     for name in names:
@@ -219,7 +213,7 @@ def build(names, model, device):
                 modules[name] = LIBRARIES[name](model).eval() if name in LIBRARIES else model
         except NoSuchModel as reason:
             absent[name] = str(reason)
-        except Exception as error:  # another release of the library: its words or its names have changed
+        except Exception as error:  # another release of the library, with other arguments or names
             lines = str(error).strip().splitlines() or [""]
             absent[name] = f"{name} cannot build it: {type(error).__name__}: {lines[0][:300]}"
     return modules, absent
@@ -253,7 +247,9 @@ def _attentions(module, device):
     return ways
 
 
-def best_attention(module, call, device):
+def best_attention(
+    module: nn.Module, call: Callable[[], Any], device: torch.device
+) -> tuple[str, Callable[[], AbstractContextManager[None]]]:
     """(name, function that makes a context) of the fastest way to attend; torch's own choice unless 2 % are gained.
 
     Only a GPU has several; nn.MultiheadAttention's fast path may be switched off, where it cannot use the backend.
@@ -269,19 +265,3 @@ def best_attention(module, call, device):
     if own in times and times[best] > 0.98 * times[own]:
         best = own
     return best, ways[best]
-
-
-class AttentionOps(TorchDispatchMode):
-    """Collects the names of the attention operators that run under it; "softmax" is attention in plain products.
-
-    Under inference mode it would see scaled_dot_product_attention alone, not what that chose.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if re.search(r"scaled_dot_product|multi_head_attention|softmax", func.name()):
-            self.names.add(func.name().removeprefix("aten::").strip("_"))
-        return func(*args, **(kwargs or {}))

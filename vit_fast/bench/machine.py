@@ -1,12 +1,15 @@
-"""Facts about this machine that stand in every row of a result."""
+"""Facts about this machine that stand in every row of a result, and the choice of its device."""
 
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .errors import WrongValueError
 
 
 def _run(*words, timeout=10):
@@ -17,7 +20,7 @@ def _run(*words, timeout=10):
     return done.stdout.strip()
 
 
-def commit():
+def commit() -> str | None:
     """Short hash of the checkout that this package runs from, "+" appended when it holds changes; where there is no
     checkout (a copy of it, an installed package), what the variable VIT_FAST_COMMIT says, or None."""
     root = Path(__file__).resolve().parents[2]
@@ -28,7 +31,7 @@ def commit():
     return head + ("+" if changed else "") if head else None
 
 
-def cpu_name():
+def cpu_name() -> str:
     """The processor's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -38,17 +41,35 @@ def cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def load_average():
+def target_device(text: str | None) -> torch.device:
+    """The device of a text such as "cpu" or "cuda:1"; None is CUDA's current device, or the CPU where there is none."""
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise WrongValueError(text, "cpu, cuda or cuda:N") from None
+    if device.type not in ("cuda", "cpu"):
+        raise WrongValueError(text, "cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise WrongValueError(text, "cpu: there is no CUDA device here")
+        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        if device.index >= count:
+            raise WrongValueError(text, f"one of cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def load_average() -> float | None:
     """How many programs wanted to run on this machine in the last minute, or None where the system does not tell it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def name(device):
+def name(device: torch.device) -> str:
     """Readable name of a torch device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def gpu_state(device):
+def gpu_state(device: torch.device) -> dict[str, str]:
     """Driver, clocks, temperature and power of a CUDA device as nvidia-smi gives them now; empty without it."""
     fields = {
         "driver": "driver_version",
@@ -66,9 +87,9 @@ def gpu_state(device):
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
-def gpu_facts():
+def gpu_facts() -> dict[str, Any]:
     """The current CUDA device, versions and commit; "missing" says why nothing of ours can be measured, if so."""
-    known = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    known: dict[str, Any] = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     known["torch"] = torch.__version__
     if not torch.cuda.is_available():
         return known | {"missing": "torch finds no CUDA device"}

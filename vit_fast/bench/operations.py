@@ -9,7 +9,9 @@ whose parameters it reads, or else of the module in whose forward it ran, with *
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +32,14 @@ _FP8_MODULES = ("",) + ("attn.qkv",) * 3 + ("attn.proj",) * 3 + ("mlp.fc1",) * 4
 
 @dataclass(frozen=True)
 class Operation:
-    """What has to be computed once: FLOP of matrix products, in float8 or not, and bytes that must move to and from
-    memory."""
+    """What has to be computed once.
+
+    Attributes:
+        name, module: the kind of operation, and the module whose parameters it reads.
+        flop: of matrix products.
+        bytes: that must move to and from memory.
+        float8: whether the matrix products are in float8.
+    """
 
     name: str
     module: str
@@ -39,8 +47,8 @@ class Operation:
     bytes: int
     float8: bool = False
 
-    def floor(self, flop_rate, byte_rate, float8_rate=None):
-        """Seconds that it takes at least where the device does so many FLOP and moves so many bytes a second."""
+    def roofline_seconds(self, flop_rate: float, byte_rate: float, float8_rate: float | None = None) -> float:
+        """The roofline bound: seconds that it takes at least on a device of so many FLOP and bytes a second."""
         rate = float8_rate if self.float8 and float8_rate else flop_rate
         return max(self.flop / rate, self.bytes / byte_rate)
 
@@ -54,12 +62,12 @@ class Call:
     operations: tuple[Operation, ...]
 
 
-def operator_name(name):
+def operator_name(name: str) -> str:
     """One name for the operator and all forms of it that a backend may choose."""
     return f"aten::{_ATTENTION}" if "scaled_dot_product" in name else name
 
 
-def tensor_sizes(sizes):
+def tensor_sizes(sizes: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
     """Sizes of the tensors in a profiler's list of arguments: what has no size is dropped, lists are flattened."""
     flat = []
     for size in sizes:
@@ -70,7 +78,7 @@ def tensor_sizes(sizes):
     return tuple(flat)
 
 
-def moved_bytes(*tensors):
+def moved_bytes(*tensors: torch.Tensor | None) -> int:
     """Bytes of tensors, each element once though a stride of 0 repeats it; None counts nothing."""
     total = 0
     for t in {id(t): t for t in tensors if t is not None}.values():
@@ -235,8 +243,8 @@ class _Recorder(TorchDispatchMode):
             yield Operation(shown, module, _aten_flop(name, inputs, out), moved_bytes(*inputs, out))
 
 
-def forward_operations(model, pixels):
-    """The calls of one forward pass of ``model`` on ``pixels``, in their order; operators of others are left out."""
+def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
+    """The calls of one forward pass of ``model`` on ``pixels``, in order: of PyTorch's operators and of vit_fast's."""
     names = {module: _label(name) for name, module in model.named_modules()}
     recorder, stack = _Recorder(model), [""]
 

@@ -1,11 +1,13 @@
-"""The contestants of ``vit-fast bench --family``: each model family's main preset against its plain PyTorch form.
+"""The models of ``vit-fast bench --family``: each model family's main preset against its plain PyTorch form.
 
 Plain means this library's backend "torch". Where timm or open_clip has the same model, it runs too, with the same
 weights. A family whose outputs are a tuple is compared on the first of them, its logits.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -38,11 +40,11 @@ FAMILIES = {
 class Logits(nn.Module):
     """The first output of a model, on a forced backend where one is named."""
 
-    def __init__(self, model, backend=None):
+    def __init__(self, model: nn.Module, backend: str | None = None) -> None:
         super().__init__()
         self.model, self.backend = model, backend
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with vit_fast.backend(self.backend) if self.backend else contextlib.nullcontext():
             out = self.model(pixels)
         while isinstance(out, (tuple, list)):
@@ -65,16 +67,16 @@ def _open_clip_peer(name, model):
     return peer
 
 
-def contestants(name, perturb):
-    """(our model, {rival: module}) of a family; ``perturb`` moves the fresh parameters in place."""
+def contestants(name: str, perturb: Callable[[nn.Module], Any]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """(our model, {baseline: module}) of a family; ``perturb`` moves the fresh parameters in place."""
     family = FAMILIES[name]
     torch.manual_seed(0)
     model = vit_fast.create_model(family.preset).eval()
     perturb(model)
-    rivals = {"torch": Logits(model, "torch")}
+    baselines: dict[str, nn.Module] = {"torch": Logits(model, "torch")}
     if family.timm_name:
-        rivals["timm"] = _timm_peer(family.timm_name, model)
+        baselines["timm"] = _timm_peer(family.timm_name, model)
     if family.open_clip_name:
         with contextlib.suppress(ImportError):
-            rivals["open_clip"] = _open_clip_peer(family.open_clip_name, model)
-    return Logits(model), rivals
+            baselines["open_clip"] = _open_clip_peer(family.open_clip_name, model)
+    return Logits(model), baselines

@@ -1,4 +1,4 @@
-"""The rival of our float8: timm's model whose block linears (qkv, proj, fc1, fc2) multiply in float8, by PyTorch alone.
+"""The float8 baseline: timm's model whose block linears (qkv, proj, fc1, fc2) multiply in float8, by PyTorch alone.
 
 A weight is quantised to e4m3 once, each row by its largest number; what it multiplies likewise, at every call. So no
 data is needed ahead, as by ``vit_fast.prepare(precision="fp8")``. torch._scaled_mm multiplies, with its fast
@@ -14,12 +14,11 @@ from torch import nn
 
 from .measure import E4M3
 
-NAME = "scaled-mm"
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 _LARGEST = torch.finfo(E4M3).max
 
 
-def quantise_rows(x):
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 [..., K], float32 [..., 1]): x ≈ e4m3 · scale."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
     return (x.float() / scale).to(E4M3), scale
@@ -39,7 +38,7 @@ def _plain_product(x, weight, x_scale, weight_scale, bias):
 class ScaledLinear(nn.Module):
     """A linear layer in float8."""
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, scale = quantise_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
@@ -47,13 +46,13 @@ class ScaledLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(torch.bfloat16))
         self.product = _scaled_product
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, scale = quantise_rows(x.flatten(0, -2))
         out = self.product(rows, self.weight, scale, self.scale, self.bias)
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-def quantised(model):
+def quantised(model: nn.Module) -> nn.Module:
     """A copy of a timm model with its block linears in float8; a ValueError where it has none."""
     model = copy.deepcopy(model)
     blocks = getattr(model, "blocks", nn.Module())
@@ -66,7 +65,7 @@ def quantised(model):
     return model
 
 
-def plain(model):
+def plain(model: nn.Module) -> nn.Module:
     """A copy of a quantised model that multiplies the same numbers in float32."""
     model = copy.deepcopy(model)
     for module in model.modules():

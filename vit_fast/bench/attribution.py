@@ -1,19 +1,21 @@
-"""From the events of torch.profiler's Chrome trace to one row for each operation of a model.
+"""The events of torch.profiler's Chrome trace, attributed: one row for each operation of a model.
 
 On a GPU the work is kernels, copies and fills. Each belongs to the host event that launched it (found by the
 correlation number of the launch, or by its external id), and so to the outermost operator call around it that the
 forward pass is known to make (``operations.forward_operations``); equal calls are told apart by their order. On a CPU
 the work is the operators themselves: a known call with all that it calls, of any other operator its own time.
-Of several operations in one call, and of operations whose calls are not seen because one operator or one CUDA graph
-runs them all, each gets the next kernel of its family. Where the numbers of these do not agree nobody guesses: a kernel
-without an operation has a row under its own name.
+Where one call has several operations, each gets the next kernel of its family ("linear", "attention" and so on). So do
+operations whose calls are not in the trace, because one operator or one CUDA graph runs them all, if there are as many
+kernels of a family as operations. A kernel that belongs to no operation has a row under its own name.
 """
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from .operations import Operation, operator_name, tensor_sizes
+from .operations import Call, Operation, operator_name, tensor_sizes
 
 STEP = "vit_fast profile step"  # the record_function around each forward pass
 _HOST, _LAUNCH = ("cpu_op", "user_annotation"), ("cuda_runtime", "cuda_driver")
@@ -32,14 +34,19 @@ _FAMILIES = (
 _FAMILY_OF_OPERATION = {"convolution": "patch_embed"}
 
 
-def family(kernel):
+def family(kernel: str) -> str | None:
     """The kind of operation that a kernel's name stands for, or None."""
     return next((word for word, pattern in _FAMILIES if re.search(pattern, kernel, re.IGNORECASE)), None)
 
 
 @dataclass
-class Row:
-    """One operation, or one kernel or operator without an operation; figures are of one step, times in seconds."""
+class KernelRow:
+    """One operation, or one kernel or operator without an operation; figures are of one step, times in seconds.
+
+    Attributes:
+        seconds: what it took; ``roofline``: the least it can take.
+        kernels: how often each kernel, on a CPU operator, ran for it.
+    """
 
     operation: str
     module: str
@@ -47,8 +54,8 @@ class Row:
     seconds: float = 0.0
     flop: float | None = None
     bytes: float | None = None
-    floor: float | None = None
-    kernels: Counter = field(default_factory=Counter)
+    roofline: float | None = None
+    kernels: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Attribution:
     """Rows in the order of the forward pass, those without an operation after them, and the step: ``span`` seconds from
     the first to the last work, of them ``gaps`` without any; ``overlap`` is what ran beside other work."""
 
-    rows: list[Row]
+    rows: list[KernelRow]
     span: float
     gaps: float
     overlap: float
@@ -222,14 +229,14 @@ class _Table:
 
     def row_of(self, operation):
         key = operation.name, operation.module
-        return self.known.setdefault(key, Row(*key, flop=0.0, bytes=0.0, floor=0.0))
+        return self.known.setdefault(key, KernelRow(*key, flop=0.0, bytes=0.0, roofline=0.0))
 
     def add_call(self, operation):
         row = self.row_of(operation)
         row.calls += 1 / self.steps
         row.flop += operation.flop / self.steps
         row.bytes += operation.bytes / self.steps
-        row.floor += operation.floor(*self.rates) / self.steps
+        row.roofline += operation.roofline_seconds(*self.rates) / self.steps
 
     def add_work(self, work, operation):
         if operation:
@@ -238,7 +245,7 @@ class _Table:
             operator = work.host.operator() if work.host else ""
             name = f"{work.name} [{work.grid}]" if work.grid else work.name
             key = name, "" if operator == work.name else operator
-            row = self.others.setdefault(key, Row(*key))
+            row = self.others.setdefault(key, KernelRow(*key))
             row.calls += 1 / self.steps
         row.seconds += work.duration * 1e-6 / self.steps
         row.kernels[work.name] += 1 / self.steps
@@ -248,13 +255,21 @@ class _Table:
         return [row for row in self.known.values() if row.calls] + others
 
 
-def attribute(events, calls, steps, on_gpu, flop_rate, byte_rate, float8_rate=None):
+def attribute(
+    events: Iterable[dict[str, Any]],
+    calls: list[Call],
+    steps: int,
+    on_gpu: bool,
+    flop_rate: float,
+    byte_rate: float,
+    float8_rate: float | None = None,
+) -> Attribution:
     """``Attribution`` of the complete events of a trace that holds ``steps`` forward passes, each inside ``STEP``.
 
     Args:
         events: the list ``traceEvents`` of a Chrome trace.
         calls: of one forward pass, from ``forward_operations``.
-        flop_rate, byte_rate, float8_rate: what the device reaches a second, for the floors.
+        flop_rate, byte_rate, float8_rate: what the device reaches a second, for the roofline bounds.
     """
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
     table = _Table(calls, steps, flop_rate, byte_rate, float8_rate)

@@ -1,4 +1,4 @@
-"""Time, memory, arithmetic: how each figure of a benchmark is taken.
+"""Time, memory, FLOPs and bandwidth: how each figure of a benchmark is taken.
 
 On a GPU a step is timed by a pair of CUDA events, with the L2 cache overwritten before each, and all steps of a round
 are queued before one synchronisation; latency is wall-clock time from the call to the synchronisation after it. On a
@@ -13,27 +13,26 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vit_fast.kernels.folding import E4M3
 
-_MOVES = tuple(f"aten::{name}" for name in ("add", "cat", "clone", "copy", "_to_copy", "empty_like", "_unsafe_view"))
 _flush = {}
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(call, device):
+def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Wall-clock seconds of one call, to its end on the device, and what it returned."""
     synchronize(device)
     start = time.perf_counter()
@@ -49,8 +48,13 @@ def _cache_flusher(device):
     return _flush[device]
 
 
-def step_times(call, count, device):
-    """``count`` step times in seconds."""
+def step_times(call: Callable[[], Any], count: int, device: torch.device, pause: int = 0) -> list[float]:
+    """``count`` step times in seconds.
+
+    Args:
+        pause: clock cycles for which a GPU waits before each step. Longer than the host takes to queue a step, it keeps
+            the host's time out of the step's.
+    """
     if device.type != "cuda":
         return [seconds(call, device)[0] for _ in range(count)]
     flusher = _cache_flusher(device)
@@ -58,6 +62,8 @@ def step_times(call, count, device):
     with torch.cuda.device(device):
         for start, end in events:
             flusher.zero_()
+            if pause:
+                torch.cuda._sleep(pause)
             start.record()
             call()
             end.record()
@@ -65,7 +71,16 @@ def step_times(call, count, device):
     return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
-def summary(times, batch):
+def host_seconds(call: Callable[[], Any], count: int, device: torch.device) -> Iterator[float]:
+    """Seconds until a call returns on an idle device, which on a GPU is not when its work is done."""
+    for _ in range(count):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        yield time.perf_counter() - start
+
+
+def summary(times: list[float], batch: int) -> dict[str, float]:
     """Images per second (median, p20, p80) and milliseconds per step (median) of step times in seconds."""
     median = statistics.median(times)
     slow, fast = (_quantile(times, q) for q in (0.8, 0.2))
@@ -105,7 +120,7 @@ def _cpu_growth(call):
         return None
 
 
-def peak_memory(call, weights, device):
+def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> tuple[int | None, str]:
     """Bytes that one call needs at its height, the model's own weights included, and how that was found.
 
     Args:
@@ -129,7 +144,7 @@ def peak_memory(call, weights, device):
     return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
 
 
-def float8_missing(device):
+def float8_missing(device: torch.device) -> str | None:
     """Why a device has no matrix product of float8 e4m3 numbers, or None."""
     if device.type != "cuda":
         return "float8 products need a GPU of capability 8.9"
@@ -146,7 +161,9 @@ def _product(dtype, size, device):
     return partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def matmul_peaks(dtype, device, budget=1.0, sustained=0.5):
+def matmul_peaks(
+    dtype: torch.dtype, device: torch.device, budget: float = 1.0, sustained: float = 0.5
+) -> tuple[float, float]:
     """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers; e4m3 with bfloat16 results.
 
     sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
@@ -175,30 +192,38 @@ def matmul_peaks(dtype, device, budget=1.0, sustained=0.5):
     return max(best, lasting) / 1e12, lasting / 1e12
 
 
-def matmul_peak(dtype, device, budget=1.0):
+def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float = 1.0) -> float:
     """The first of ``matmul_peaks``."""
     return matmul_peaks(dtype, device, budget)[0]
 
 
-def kernel_cache():
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes a second that a copy reads and writes together, the best of 10; ``size`` bytes, far beyond the caches."""
+    size = size or (1 << 30 if device.type == "cuda" else 256 << 20)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.zeros_like(source)
+    return 2 * size / min(step_times(lambda: target.copy_(source), 10, device))
+
+
+def kernel_cache() -> Path:
     """The folder in which Triton keeps compiled kernels. torch.compile moves it, so ask before."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
-def compile_cache():
+def compile_cache() -> Path:
     """The folder in which torch.compile keeps what it has compiled."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
 
 
-def is_cold(folder, pattern="*"):
+def is_cold(folder: Path, pattern: str = "*") -> bool:
     """Whether a folder, which need not exist, holds no file of that pattern at any depth."""
     return not any(path.is_file() for path in folder.rglob(pattern))
 
 
-def flops_per_image(model, pixels):
+def flops_per_image(model: torch.nn.Module, pixels: torch.Tensor) -> int:
     """Floating-point operations (2 per multiply-add) of one image: matrix products, convolutions and attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -210,31 +235,6 @@ def flops_per_image(model, pixels):
     return counter.get_total_flops()
 
 
-class Operators(TorchDispatchMode):
-    """Writes down the operators that run under it, and the sizes of what they get.
-
-    An operator of vit_fast on its backend "torch" is what it is made of; in-place forms have the name of the others.
-    Views, sums and copies are left out: equal programs place them differently, as eager adds the position table. Under
-    inference mode it would see F.linear and its like alone, not what they are made of.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "vit_fast" and args[-1] == "torch":
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        out = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        name = func._schema.name.rstrip("_")
-        if tensors and not func.is_view and name not in _MOVES:
-            self.calls.append((name, sorted(tuple(t.shape) for t in tensors)))
-        return out
-
-
-def weight_bytes(model):
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

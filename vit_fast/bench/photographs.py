@@ -2,17 +2,22 @@
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import CommandError, require
+from .errors import BenchError, require
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Photographs:
     """``pixels`` is float32 [count, channels, height, width], normalised; ``skipped`` names unreadable files."""
 
-    pixels: object
+    pixels: "torch.Tensor"
     source: str
     skipped: list[str]
 
@@ -27,12 +32,12 @@ def _decode(path, mode):
 def _folder(folder, count, mode):
     """The first ``count`` readable images below a folder, in the order of their names, and the unreadable files."""
     if not folder.is_dir():
-        raise CommandError(f"--images: {folder} is not a folder; wanted a folder of photographs")
+        raise BenchError(f"--images: {folder} is not a folder; wanted a folder of photographs")
     try:
         os.listdir(folder)  # rglob passes over what it may not read
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     except OSError as error:
-        raise CommandError(f"--images: {folder} cannot be read: {error.strerror}") from error
+        raise BenchError(f"--images: {folder} cannot be read: {error.strerror}") from error
     images, skipped = [], []
     for path in files:
         if len(images) == count:
@@ -44,12 +49,12 @@ def _folder(folder, count, mode):
     if not images:
         what = f"none of its {len(files)} files is a readable image" if files else "it is empty"
         first = f", the first: {skipped[0]}" if skipped else ""
-        raise CommandError(f"--images: no photograph in {folder}: {what}{first}")
+        raise BenchError(f"--images: no photograph in {folder}: {what}{first}")
     return images, skipped
 
 
-def check_folder(folder):
-    """CommandError unless a folder, None for matplotlib's sample photograph, holds a readable image."""
+def check_folder(folder: Path | None) -> None:
+    """BenchError unless a folder, None for matplotlib's sample photograph, holds a readable image."""
     if folder is not None:
         require("PIL.Image", "bench")
         _folder(folder, 1, "RGB")
@@ -80,7 +85,9 @@ def _views(images, count, width, height):
         yield ImageOps.mirror(view) if mirrored else view
 
 
-def load(folder, count, height, width, mean, std):
+def load(
+    folder: Path | None, count: int, height: int, width: int, mean: Sequence[float], std: Sequence[float]
+) -> Photographs:
     """``count`` different normalised images.
 
     Args:
@@ -88,7 +95,7 @@ def load(folder, count, height, width, mean, std):
         mean, std: per channel, of pixels in 0…1; their length is the number of channels (1 or 3).
 
     Raises:
-        CommandError: no such folder, or no readable photograph in it.
+        BenchError: no such folder, or no readable photograph in it.
     """
     require("PIL.Image", "bench")
     import numpy as np
@@ -96,7 +103,7 @@ def load(folder, count, height, width, mean, std):
 
     mode = {1: "L", 3: "RGB"}.get(len(mean))
     if mode is None:
-        raise CommandError(f"photographs have 1 or 3 channels, the model wants {len(mean)}")
+        raise BenchError(f"photographs have 1 or 3 channels, the model wants {len(mean)}")
     if folder is None:
         images, skipped = [_sample(mode)], []
         source = "matplotlib's sample photograph grace_hopper.jpg"

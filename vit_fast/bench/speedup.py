@@ -1,7 +1,7 @@
 """When is one provider faster than another? The statistical rule behind every verdict of a benchmark.
 
 The providers are timed in rounds, each once a round and in random order, so that a drifting clock and other programs
-meet all of them alike. A round gives one ratio: the median of the rival's step times over the median of ours. The
+meet all of them alike. A round gives one ratio: the median of the baseline's step times over the median of ours. The
 verdict is about the median of these ratios, by its distribution-free confidence interval between two order statistics,
 the one that belongs to the sign test (W. J. Conover, Practical Nonparametric Statistics, 3rd ed., 1999, section 3.2):
 with B binomial (n, 1/2), the k-th smallest and the k-th largest of n ratios enclose the median with probability
@@ -12,7 +12,10 @@ probability of 5 % is divided by their number (Bonferroni).
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+Rounds = Sequence[Sequence[float]]  # the step times of each round
 
 ERROR_PROBABILITY = 0.05
 NOTICED_DRIFT = 1.1
@@ -40,12 +43,12 @@ def _rank(count, error):
     return rank
 
 
-def rounds_needed(comparisons=1):
+def rounds_needed(comparisons: int = 1) -> int:
     """The fewest rounds that have an interval."""
     return next(n for n in range(1, 100) if _rank(n, ERROR_PROBABILITY / comparisons))
 
 
-def speedup(ours, theirs, comparisons=1):
+def speedup(ours: Rounds, theirs: Rounds, comparisons: int = 1) -> Speedup:
     """How many times as fast as theirs ours is.
 
     Args:
@@ -59,7 +62,7 @@ def speedup(ours, theirs, comparisons=1):
     return Speedup(statistics.median(ratios), low, high, len(ratios))
 
 
-def drift(providers):
+def drift(providers: Sequence[Rounds]) -> float:
     """How much longer the last third of the rounds took than the first, over all providers; 1 with under 6 rounds.
 
     providers: for each its rounds, as in ``speedup``.

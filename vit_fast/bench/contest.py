@@ -1,0 +1,193 @@
+"""The models of one benchmark, ours and the baselines, with the same weights; their pixels; what all rows share.
+
+timm's model is the reference of parity, for a family (``families``) its plain PyTorch form.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vit_fast
+from vit_fast import parity
+
+from . import baselines, machine, measure, models, photographs
+from .providers import FLOAT8_PROVIDERS, PLAIN, VARIANTS
+from .settings import Settings
+
+PEAK_SECONDS = 2.0  # what measuring the peak of a matrix product takes
+
+
+@dataclass
+class Contest:
+    """Models with the same weights, and their pixels.
+
+    Attributes:
+        reference: what parity is with.
+        ours, baselines: {provider: module}; ``absent``: {provider of either that has none: the reason}.
+        flops: of one image.
+        facts: columns that all rows share; ``float8_facts``: those that differ where products are in float8.
+        kernel_cache: folder of Triton's compiled kernels.
+    """
+
+    reference: nn.Module
+    ours: dict[str, nn.Module]
+    baselines: dict[str, nn.Module]
+    absent: dict[str, str]
+    pixels: torch.Tensor
+    flops: int
+    facts: dict[str, Any]
+    float8_facts: dict[str, Any]
+    kernel_cache: Path
+
+
+def provider_names(settings: Settings, contest: Contest) -> tuple[list[str], list[str]]:
+    """(ours, baselines), in the order of the rows."""
+    ours = [PLAIN] if settings.family else [VARIANTS[name].provider for name in settings.variants]
+    return ours, [*(contest.baselines if settings.family else settings.baselines)]
+
+
+def caller(
+    model: Callable[[torch.Tensor], Any],
+    pixels: torch.Tensor,
+    settings: Settings,
+    no_grad: Callable[[], Any] = torch.inference_mode,
+) -> Callable[[], Any]:
+    """A function that runs the model on the pixels, without gradients and under the autocast that was asked for."""
+
+    def call():
+        cast = contextlib.nullcontext()
+        if settings.amp_dtype:
+            cast = torch.autocast(settings.device.type, settings.compute_dtype)
+        with no_grad(), cast:
+            return model(pixels)
+
+    return call
+
+
+def graphed(model: nn.Module, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of pixels that captures a CUDA graph when it is first called, and then replays it."""
+    captured = functools.cache(lambda: vit_fast.graphed(model, batch_sizes=[batch]))
+    return lambda pixels: captured()(pixels)
+
+
+def _family_models(settings):
+    """(reference, {provider of ours: module}, baselines, absent) of a family."""
+    from . import families
+
+    our_model, others = families.contestants(settings.family, parity.perturb)
+    for model in (our_model, *others.values()):
+        model.to(settings.device, getattr(torch, settings.precision))
+    return others["torch"], {PLAIN: our_model}, others, {}
+
+
+def _models(settings):
+    """(timm's model, {provider of ours: module}, baselines, absent) with the same weights."""
+    kwargs = settings.constructor_kwargs()
+    torch.manual_seed(0)
+    timm_model = models.timm_model(settings.model, settings.pretrained, **kwargs)
+    our_model = models.vit_fast_model(settings.model, **kwargs)
+    if not settings.pretrained:
+        parity.perturb(timm_model)
+    our_model.load_state_dict(timm_model.state_dict(), strict=True)
+
+    # Parameters keep requires_grad, as in a program that only infers: without it, torch makes batched products of some.
+    def settle(model):
+        model.to(settings.device, getattr(torch, settings.precision), memory_format=settings.memory_format)
+
+    settle(timm_model)
+    settle(our_model)
+    others, absent = baselines.build(settings.baselines, timm_model, settings.device)
+    for name, model in others.items():
+        if name not in FLOAT8_PROVIDERS:  # .to() would turn float8 weights into the dtype of the other baselines
+            settle(model)
+    ours, unsupported = _variants(settings.variants, our_model)
+    return timm_model, ours, others, absent | unsupported
+
+
+def _variants(names, model):
+    """({provider: module}, {provider: why it has none}) of our model's variants, each with its own copy of it.
+
+    A graphed one is here the prepared model: a graph is of one batch size, and captured by its first call.
+    """
+    ours, absent = {}, {}
+    for variant in map(VARIANTS.get, names):
+        try:
+            made = vit_fast.prepare(copy.deepcopy(model), precision=variant.precision) if variant.prepared else model
+            ours[variant.provider] = made
+        except vit_fast.UnsupportedError as error:
+            absent[variant.provider] = str(error)
+    return ours, absent
+
+
+def _input_of(reference, settings):
+    """(height, width, mean, std) of the images that a model takes."""
+    if settings.family:
+        from .families import FAMILIES
+
+        channels, height, width = FAMILIES[settings.family].input_size
+        return height, width, (0.5,) * channels, (0.5,) * channels
+    config = reference.pretrained_cfg
+    side = (settings.img_size,) * 2 if settings.img_size else config["input_size"][1:]
+    height, width = getattr(getattr(reference, "patch_embed", None), "img_size", None) or side
+    mean, std = config["mean"], config["std"]
+    channels = settings.model_kwargs.get("in_chans", len(mean))
+    if channels != len(mean):
+        mean = std = (0.5,) * channels
+    return height, width, mean, std
+
+
+def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) -> Contest:
+    """Makes the models and loads the pixels; the peak of a matrix product is measured where there is time for it."""
+    kernel_cache = measure.kernel_cache()
+    reference, ours, others, absent = (_family_models if settings.family else _models)(settings)
+    height, width, mean, std = _input_of(reference, settings)
+    photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, mean, std)
+    for skipped in photos.skipped:
+        tell.warn(f"skipped {skipped}")
+    dtype = getattr(torch, settings.precision)
+    pixels = photos.pixels.to(settings.device, dtype, memory_format=settings.memory_format)
+    flops = measure.flops_per_image(reference, pixels)
+    peak_of = settings.device if seconds_left() > 10 * PEAK_SECONDS else None
+    facts = {
+        "model": settings.model,
+        "infer_img_size": height if height == width else f"{height}x{width}",
+        "infer_gmacs": flops / 2e9,
+        "param_count": sum(p.numel() for p in reference.parameters()) / 1e6,
+        "precision": settings.precision,
+        "amp_dtype": settings.amp_dtype,
+        "channels_last": settings.channels_last,
+        "weights": "pretrained" if settings.pretrained else "random",
+        "images": photos.source,
+        "device": str(settings.device),
+        "device_name": machine.name(settings.device),
+        "cpu_threads": torch.get_num_threads(),
+        "load_average": settings.load_average,
+        **_product_facts(settings.compute_dtype, peak_of),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": vit_fast.status(settings.device).versions.get("triton"),
+        "timm": timm.__version__,
+        "vit_fast": vit_fast.__version__,
+        "vit_fast_commit": machine.commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    in_float8 = any(name in FLOAT8_PROVIDERS for name in (*ours, *others))
+    missing = not in_float8 or measure.float8_missing(settings.device)
+    float8_facts = _product_facts(measure.E4M3, None if missing else peak_of)
+    return Contest(reference, ours, others, absent, pixels, flops, facts, float8_facts, kernel_cache)
+
+
+def _product_facts(dtype, device):
+    """Columns of the dtype that products multiply and of their peak; without a device that is not measured."""
+    peak, sustained = measure.matmul_peaks(dtype, device) if device else (None, None)
+    name = str(dtype).removeprefix("torch.").removesuffix("fn")
+    return {"product_dtype": name, "matmul_peak_tflops": peak, "matmul_peak_sustained_tflops": sustained}

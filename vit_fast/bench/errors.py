@@ -1,0 +1,37 @@
+"""What stops a benchmark and can be mended by its user: a wrong value, a missing package, a model that nobody knows.
+
+The text of such an error is all that the command line prints.
+"""
+
+import importlib
+import re
+from types import ModuleType
+
+
+class BenchError(Exception):
+    """A failure that the user can mend; its text says how."""
+
+
+class WrongValueError(BenchError):
+    """A value that cannot be used: what was given and what is wanted instead, in words."""
+
+    def __init__(self, got: object, wanted: str) -> None:
+        super().__init__(f"got {got!r}, wanted {wanted}")
+        self.got, self.wanted = got, wanted
+
+
+def reason(error: object) -> str:
+    """The text of one of the library's errors, without the function that raised it: the command line names a flag."""
+    return re.sub(r"^vit_fast(\.\w+)*: ", "", str(error))
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports a module of an optional dependency, or says which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = (error.name or module).split(".")[0]
+        cause = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails to import ({error})"
+        raise BenchError(f"{name} {cause}; pip install 'vit-fast[{extra}]' brings it") from error
+    except RuntimeError as error:  # torchvision, whose operators are built for one torch
+        raise BenchError(f"{module} fails to import ({error}); install torch and torchvision in one step") from error

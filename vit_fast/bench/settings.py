@@ -1,0 +1,55 @@
+"""What a benchmark of whole models was asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, checked.
+
+    Attributes:
+        model: timm's name of the model, made with ``img_size`` and ``model_kwargs``.
+        precision: dtype of weights and pixels, "float32" say; ``amp_dtype`` is that of autocast, None without it.
+        variants, baselines: names from ``providers``, in the order of the rows.
+        warm_iterations, bench_iterations: calls before the timing, and timed calls, of each provider.
+        images: folder of photographs; None takes a sample photograph.
+        backend: of vit_fast, forced; None leaves the choice to vit_fast and its environment.
+        family: instead of a model: the name of a family in ``families``.
+        load_average: of the machine before the benchmark began.
+    """
+
+    model: str
+    batch_sizes: tuple[int, ...]
+    device: torch.device
+    precision: str = "float32"
+    amp_dtype: str | None = None
+    img_size: int | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[str, ...] = ("plain",)
+    baselines: tuple[str, ...] = ("eager",)
+    warm_iterations: int = 10
+    bench_iterations: int = 40
+    channels_last: bool = False
+    pretrained: bool = False
+    images: Path | None = None
+    backend: str | None = None
+    family: str | None = None
+    load_average: float | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products, float8 apart."""
+        return getattr(torch, self.amp_dtype or self.precision)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the model's constructor."""
+        return self.model_kwargs | ({} if self.img_size is None else {"img_size": self.img_size})
