@@ -45,11 +45,11 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
 ) -> None:
     """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
-    from vit_fast.convert import FAMILIES, TARGETS, convert_file
+    from vit_fast.checkpoints import convert_file, registry
 
-    for name, given, known in (("--to", to, TARGETS), ("--from: family", family, FAMILIES)):
+    for option, given, known in (("--to", to, registry.targets()), ("--from: family", family, registry.names())):
         if given is not None and given not in known:
-            raise CommandError(f"{name} is {given!r}, expected one of {', '.join(known)}")
+            raise CommandError(f"{option} is {given!r}, expected one of {', '.join(known)}")
     if not source.is_file():
         raise CommandError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}, expected a checkpoint")
     if target.suffix != ".safetensors":
