@@ -23,13 +23,13 @@ from vit_fast.kernels import configs, folding, reference
 import vit_fast
 from vit_fast import ops
 
-E4M3, SIZE = torch.float8_e4m3fn, folding.TENSORS_PER_FP8_BLOCK
+E4M3 = torch.float8_e4m3fn
 WORDS = [word for word in ACTIVATIONS if word]
 DTYPES = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 
 
 def quantised(blocks, activation):
-    return [tensor for parts in blocks for tensor in folding.fp8_block(*parts, activation)]
+    return folding.flatten(folding.fp8_block(*parts, activation) for parts in blocks)
 
 
 def assert_rounded_once(actual, golden, slack=2.0**-7):
@@ -91,13 +91,11 @@ def unrounded(x, weights, num_heads, scale, activation, eps1, eps2):
         return torch.einsum("...k,nk->...n", x, weight) * scale + bias
 
     x = x.double()
-    for start in range(0, len(weights), SIZE):
-        norm_scale, *rest = (tensor.double() for tensor in weights[start : start + SIZE])
-        qkv, proj, fc1, hidden_scale, fc2 = rest[:3], rest[3:6], rest[6:9], rest[9], rest[10:]
-        packed = linear(normalised(x, None, None, eps1) * norm_scale, *qkv)
-        x = x + linear(reference.attention(packed, num_heads, scale), *proj)
-        hidden = exact_activation(linear(normalised(x, None, None, eps2) * norm_scale, *fc1), activation)
-        x = x + linear(hidden * hidden_scale, *fc2)
+    for b in folding.unflatten(folding.Float8Block, [tensor.double() for tensor in weights]):
+        packed = linear(normalised(x, None, None, eps1) * b.norm_scale, b.qkv_weight, b.qkv_scale, b.qkv_bias)
+        x = x + linear(reference.attention(packed, num_heads, scale), b.proj_weight, b.proj_scale, b.proj_bias)
+        z = linear(normalised(x, None, None, eps2) * b.norm_scale, b.fc1_weight, b.fc1_scale, b.fc1_bias)
+        x = x + linear(exact_activation(z, activation) * b.hidden_scale, b.fc2_weight, b.fc2_scale, b.fc2_bias)
     return x
 
 
@@ -107,7 +105,7 @@ def test_scales_cancel(activation, optional):
     """With the rounding of the weights taken out of the comparison, quantised blocks are the blocks."""
     blocks = [block(24, 40, activation, optional=optional) for _ in range(2)]
     weights, x = quantised(blocks, activation), torch.randn(2, 5, 24, dtype=torch.float64) + 3
-    assert len(weights) == 2 * SIZE
+    assert len(weights) == 2 * len(folding.Float8Block._fields)
     assert all(t.dtype in (E4M3, torch.float32) and t.is_contiguous() for t in weights)
     golden, actual = formula(x, blocks, activation), unrounded(x, weights, HEADS, SCALE, activation, *EPS)
     assert 1e-3 < ((actual - golden).norm() / (golden - x).norm()).item() < 0.1
@@ -139,8 +137,10 @@ def one_block(width, activation, seed=0):
 @pytest.mark.parametrize("width", (1, 2, 48, 768))
 def test_no_input_exceeds_a_bound(width, activation):
     """Inputs as large as LayerNorm lets them be, along each row of a weight: none saturates, some come near."""
-    norm_scale, *rest = folding.fp8_block(*one_block(width, activation), activation)
-    qkv, fc1, hidden_scale = rest[:3], rest[6:9], rest[9]
+    made = folding.fp8_block(*one_block(width, activation), activation)
+    norm_scale, hidden_scale = made.norm_scale, made.hidden_scale
+    qkv = made.qkv_weight, made.qkv_scale, made.qkv_bias
+    fc1 = made.fc1_weight, made.fc1_scale, made.fc1_bias
     spikes = torch.eye(width, dtype=torch.float64)[:64] * 1e4
     largest = (normalised(spikes, None, None, 1e-30) * norm_scale.double()).abs().max().item()
     assert largest <= 448 and (largest > 200 or width == 1)
@@ -319,7 +319,8 @@ def test_kernels_err_as_the_formula_does(shape, hidden, activation, layout, dtyp
     with vit_fast.backend("triton"):
         out = ops.fp8_blocks(x, weights, *words)
         assert torch.equal(ops.fp8_blocks(x, weights, *words), out)
-        halves = ops.fp8_blocks(ops.fp8_blocks(x, weights[:SIZE], *words), weights[SIZE:], *words)
+        first, second = folding.unflatten(folding.Float8Block, weights)
+        halves = ops.fp8_blocks(ops.fp8_blocks(x, first, *words), second, *words)
     assert torch.equal(halves, out)
     assert out.is_contiguous() and out.dtype == dtype
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), formula(x, blocks, activation))
@@ -399,6 +400,6 @@ def test_gpu_blocks(batch, tokens, width, hidden, dtype):
     with vit_fast.backend("triton"):
         out = ops.fp8_blocks(x, weights, *words)
         assert torch.equal(out, ops.fp8_blocks(x, weights, *words))
-    weights_of_blocks = [t.double() for parts in blocks for t in folding.prepare_block(*parts)]
+    weights_of_blocks = [t.double() for t in folding.flatten(folding.prepare_block(*parts) for parts in blocks)]
     golden = reference.prepared_blocks(x.double(), weights_of_blocks, *words)
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), golden)

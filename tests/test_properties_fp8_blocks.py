@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import properties
 import pytest
 import torch
-from test_fp8_blocks import SIZE, quantised, unrounded
+from test_fp8_blocks import quantised, unrounded
 from test_properties_prepared_blocks import PreparedBlocksCase, cases
-from vit_fast.kernels import reference
+from vit_fast.kernels import folding, reference
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ class Fp8BlocksCase(PreparedBlocksCase):
         return [added / 4 + 3 * torch.finfo(x.dtype).eps * golden.abs().max().item()]
 
     def law_halves_of_the_stack(self, inputs, results):
-        x, *weights = inputs
-        half = self.depth // 2 * SIZE
-        self.same_bits(self.kernel(*self.kernel(x, *weights[:half]), *weights[half:]), results)
+        x, first, second = self.halves(inputs, folding.Float8Block)
+        self.same_bits(self.kernel(*self.kernel(x, *first), *second), results)
 
     def law_a_broken_image_stays_alone(self, inputs, results):
         x, *weights = inputs

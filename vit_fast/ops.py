@@ -478,7 +478,7 @@ def attention(
 # prepared_blocks, fp8_blocks
 
 
-def _register_blocks(name, tensors_per_block):
+def _register_blocks(name, record):
     """Registers ``vit_fast::<name>``, blocks on prepared weights; no gradient."""
     _library.define(
         f"{name}(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
@@ -496,7 +496,7 @@ def _register_blocks(name, tensors_per_block):
     def flops(x, weights, *_, **__):
         batch, tokens, width = x
         matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
-        return matrices + len(weights) // tensors_per_block * 4 * batch * tokens * tokens * width
+        return matrices + len(weights) // len(record._fields) * 4 * batch * tokens * tokens * width
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vit_fast::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
@@ -510,8 +510,8 @@ def _call_blocks(name, x, weights, num_heads, *words):
     return getattr(torch.ops.vit_fast, name)(x, list(weights), num_heads, *words, backend)
 
 
-_register_blocks("prepared_blocks", folding.TENSORS_PER_BLOCK)
-_register_blocks("fp8_blocks", folding.TENSORS_PER_FP8_BLOCK)
+_register_blocks("prepared_blocks", folding.FoldedBlock)
+_register_blocks("fp8_blocks", folding.Float8Block)
 
 
 def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import ops
 from .block import PREPARED, BlockParams
 from .kernels.arguments import UnsupportedError
-from .kernels.folding import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .kernels.folding import Float8Block, FoldedBlock, fp8_block, prepare_block
 from .plain import why_not_plain
 from .snapshot import HOOKS, Snapshot
 
@@ -111,9 +111,9 @@ class Prepared(Stale):
 
     def run(self, x, first, last):
         """x through the blocks first … last."""
-        operation, size = ops.prepared_blocks, TENSORS_PER_BLOCK
+        operation, size = ops.prepared_blocks, len(FoldedBlock._fields)
         if self.precision == "fp8":
-            operation, size = ops.fp8_blocks, TENSORS_PER_FP8_BLOCK
+            operation, size = ops.fp8_blocks, len(Float8Block._fields)
         chosen = range(len(self.weights) // size)[first:last]
         if not chosen:
             return x
