@@ -287,7 +287,7 @@ def stack(clock, tower, early):
         first = ((None, None), linear(3 * width, width), linear(width, width), None)
         return folding.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
 
-    x, weights = clock.random(1, tokens, width), [tensor for _ in range(DEPTH) for tensor in block()]
+    x, weights = clock.random(1, tokens, width), folding.flatten(block() for _ in range(DEPTH))
 
     def call():
         return vit_fast.ops.prepared_blocks(x, weights, width // 64, 0.125, "gelu", 1e-6, 1e-6)

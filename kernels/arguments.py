@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import folding
 from .tracing import untraced
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -363,12 +364,14 @@ def check_patch_embed(
 
 @untraced
 def check_prepared_blocks(x: Any, weights: Any) -> None:
-    _check_blocks("prepared_blocks", x, weights[0], (weights[0].dtype,))
+    weight = folding.first_block(folding.FoldedBlock, weights).qkv_weight
+    _check_blocks("prepared_blocks", x, weight, (weight.dtype,))
 
 
 @untraced
 def check_fp8_blocks(x: Any, weights: Any) -> None:
-    _check_blocks("fp8_blocks", x, weights[1], (torch.float16, torch.bfloat16))
+    weight = folding.first_block(folding.Float8Block, weights).qkv_weight
+    _check_blocks("fp8_blocks", x, weight, (torch.float16, torch.bfloat16))
 
 
 def _check_blocks(op, x, weight, dtypes):

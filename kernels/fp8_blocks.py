@@ -3,8 +3,8 @@
     x = x + proj(attention(qkv(LN1(x))))
     x = x + fc2(act(fc1(LN2(x))))
 
-x [B, N, C] with any strides, out [B, N, C] contiguous, float16 or bfloat16. The weights are those of
-``folding.fp8_block``, fourteen tensors a block; LayerNorm's parameters and LayerScale are folded into them. What a
+x [B, N, C] with any strides, out [B, N, C] contiguous, float16 or bfloat16. The weights are the
+tensors of a ``folding.Float8Block`` for each block; LayerNorm's parameters and LayerScale are folded into them. What a
 product reads is rounded to e4m3 by the kernel that makes it, with scales that come from the weights alone (bounds that
 no input exceeds), so that nothing saturates, nothing is calibrated, and no image's scale depends on its batch mates.
 
@@ -28,13 +28,13 @@ import torch
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
-from .folding import E4M3, TENSORS_PER_FP8_BLOCK
+from .folding import E4M3, Float8Block, first_block, unflatten
 from .linear import fp8_linear
 from .prepared_blocks import SEMAPHORE_TILES
 
 
 def not_supported_reasons(x, weights, num_heads):
-    packed = x.new_empty(0, 0, weights[1].shape[0])
+    packed = x.new_empty(0, 0, first_block(Float8Block, weights).qkv_weight.shape[0])
     reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(packed, num_heads)
     if x.device.type == "cuda" and configs.arch_of(x.device) < 89:
         reasons.append(f"float8 needs capability 8.9, the device has {configs.arch_of(x.device) / 10}")
@@ -42,18 +42,18 @@ def not_supported_reasons(x, weights, num_heads):
 
 
 def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
-    """x [B, N, C] through len(weights)/14 blocks; out [B, N, C]."""
-    depth = len(weights) // TENSORS_PER_FP8_BLOCK
-    semaphores = iter(torch.zeros(2 * depth, SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
+    """x [B, N, C] through the blocks; out [B, N, C]."""
+    blocks = unflatten(Float8Block, weights)
+    semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
-    for i in range(depth):
-        norm_scale, *linears = weights[i * TENSORS_PER_FP8_BLOCK : (i + 1) * TENSORS_PER_FP8_BLOCK]
-        qkv, proj, fc1, hidden_scale, fc2 = linears[:3], linears[3:6], linears[6:9], linears[9], linears[10:]
-        normal = ln.layer_norm(x, norm_scale, None, eps1, E4M3, pdl=pdl)
-        packed = fp8_linear(normal, *qkv, out_dtype=x.dtype, pdl=pdl)
+    for b in blocks:
+        normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, pdl=pdl)
+        packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype, pdl=pdl)
         out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl)
-        x = fp8_linear(out, *proj, residual=x, semaphore=next(semaphores), pdl=pdl)
-        normal = ln.layer_norm(x, norm_scale, None, eps2, E4M3, pdl=pdl)
-        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3, pdl=pdl)
-        x = fp8_linear(hidden, *fc2, residual=x, semaphore=next(semaphores), pdl=pdl)
+        x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
+        normal = ln.layer_norm(x, b.norm_scale, None, eps2, E4M3, pdl=pdl)
+        hidden = fp8_linear(
+            normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=b.hidden_scale, out_dtype=E4M3, pdl=pdl
+        )
+        x = fp8_linear(hidden, b.fc2_weight, b.fc2_scale, b.fc2_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
     return x

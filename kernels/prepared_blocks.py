@@ -5,7 +5,7 @@
 
 x [B, N, C] with any strides, out [B, N, C] contiguous, both in the weights' dtype: float16 or bfloat16 (float64
 interpreted; in float32 a folded LayerNorm keeps no budget where the mean of a row is large against its spread). The
-weights are those of ``folding.prepare_block``, ten tensors a block: the weight and bias of each LayerNorm are folded
+weights are the tensors of a ``folding.FoldedBlock`` for each block: the weight and bias of each LayerNorm are folded
 into the projection that follows it, LayerScale into the one that ends the branch; biases are float32.
 
     launch                                          reads, writes (elements, rows = B·N, weights aside)
@@ -27,30 +27,32 @@ import torch
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
-from .folding import TENSORS_PER_BLOCK
+from .folding import FoldedBlock, first_block, unflatten
 from .linear import folded_linear, linear_with_partials
 
 SEMAPHORE_TILES = 256  # counters a GEMM; split-K is for fewer tiles than there are multiprocessors
 
 
 def not_supported_reasons(x, weights, num_heads):
-    packed = weights[0].t()[None]  # has width, dtype and device of qkv
+    packed = first_block(FoldedBlock, weights).qkv_weight.t()[None]  # has width, dtype and device of qkv
     reasons = ln.row_partials_not_supported_reasons(x) + attn.not_supported_reasons(packed, num_heads)
     return list(dict.fromkeys(reasons))
 
 
 def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
-    """x [B, N, C] through len(weights)/10 blocks; out [B, N, C]."""
-    depth = len(weights) // TENSORS_PER_BLOCK
-    semaphores = iter(torch.zeros(2 * depth, SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
+    """x [B, N, C] through the blocks; out [B, N, C]."""
+    blocks = unflatten(FoldedBlock, weights)
+    semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     partials = ln.row_partials(x, pdl=pdl)
-    for i in range(depth):
-        block = weights[i * TENSORS_PER_BLOCK : (i + 1) * TENSORS_PER_BLOCK]
-        qkv, qkv_sums, qkv_bias, proj, proj_bias, fc1, fc1_sums, fc1_bias, fc2, fc2_bias = block
-        packed = folded_linear(x, partials, eps1, qkv, qkv_sums, qkv_bias, pdl=pdl)
+    for block in blocks:
+        packed = folded_linear(x, partials, eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias, pdl=pdl)
         out = attn.attention(packed, num_heads, scale, pdl=pdl)
-        x, partials = linear_with_partials(out, proj, proj_bias, x, semaphore=next(semaphores), pdl=pdl)
-        hidden = folded_linear(x, partials, eps2, fc1, fc1_sums, fc1_bias, activation, pdl=pdl)
-        x, partials = linear_with_partials(hidden, fc2, fc2_bias, x, semaphore=next(semaphores), pdl=pdl)
+        x, partials = linear_with_partials(
+            out, block.proj_weight, block.proj_bias, x, semaphore=next(semaphores), pdl=pdl
+        )
+        hidden = folded_linear(x, partials, eps2, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation, pdl=pdl)
+        x, partials = linear_with_partials(
+            hidden, block.fc2_weight, block.fc2_bias, x, semaphore=next(semaphores), pdl=pdl
+        )
     return x

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folding import E4M3, TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK
+from .folding import E4M3, Float8Block, FoldedBlock, unflatten
 from .tracing import is_transformed, transform_reasons, untraced
 
 _ACTIVATION = {
@@ -406,15 +406,13 @@ def attention_bwd(
 def prepared_blocks(
     x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
 ) -> Tensor:
-    """x [B, N, C] through len(weights)/10 blocks, in the dtype of the weights."""
-    for start in range(0, len(weights), TENSORS_PER_BLOCK):
-        block = weights[start : start + TENSORS_PER_BLOCK]
-        qkv, _, qkv_bias, proj, proj_bias, fc1, _, fc1_bias, fc2, fc2_bias = block
-        qkv_bias, proj_bias, fc1_bias, fc2_bias = (b.to(x.dtype) for b in (qkv_bias, proj_bias, fc1_bias, fc2_bias))
-        packed = layer_norm_linear(x, None, None, eps1, qkv, qkv_bias)
-        x = linear_residual(attention(packed, num_heads, scale), proj, proj_bias, None, x)
-        hidden = layer_norm_linear(x, None, None, eps2, fc1, fc1_bias, activation)
-        x = linear_residual(hidden, fc2, fc2_bias, None, x)
+    """x [B, N, C] through the blocks of a list of ``folding.FoldedBlock`` tensors, in the dtype of the weights."""
+    for block in unflatten(FoldedBlock, weights):
+        packed = layer_norm_linear(x, None, None, eps1, block.qkv_weight, block.qkv_bias.to(x.dtype))
+        out = attention(packed, num_heads, scale)
+        x = linear_residual(out, block.proj_weight, block.proj_bias.to(x.dtype), None, x)
+        hidden = layer_norm_linear(x, None, None, eps2, block.fc1_weight, block.fc1_bias.to(x.dtype), activation)
+        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias.to(x.dtype), None, x)
     return x
 
 
@@ -443,15 +441,17 @@ def fp8_linear(
 def fp8_blocks(
     x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
 ) -> Tensor:
-    """x [B, N, C] through len(weights)/14 blocks, in the dtype of x."""
-    for start in range(0, len(weights), TENSORS_PER_FP8_BLOCK):
-        norm_scale, *linears = weights[start : start + TENSORS_PER_FP8_BLOCK]
-        qkv, proj, fc1, hidden_scale, fc2 = linears[:3], linears[3:6], linears[6:9], linears[9], linears[10:]
-        packed = fp8_linear(_fp8_norm(x, norm_scale, eps1), *qkv, out_dtype=x.dtype)
-        x = fp8_linear(attention(packed, num_heads, scale).to(E4M3), *proj, residual=x)
-        normal = _fp8_norm(x, norm_scale, eps2)
-        hidden = fp8_linear(normal, *fc1, activation, out_scale=hidden_scale, out_dtype=E4M3)
-        x = fp8_linear(hidden, *fc2, residual=x)
+    """x [B, N, C] through the blocks of a list of ``folding.Float8Block`` tensors, in the dtype of x."""
+    for b in unflatten(Float8Block, weights):
+        normal = _fp8_norm(x, b.norm_scale, eps1)
+        packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype)
+        out = attention(packed, num_heads, scale).to(E4M3)
+        x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x)
+        normal, hidden_scale = _fp8_norm(x, b.norm_scale, eps2), b.hidden_scale
+        hidden = fp8_linear(
+            normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=hidden_scale, out_dtype=E4M3
+        )
+        x = fp8_linear(hidden, b.fc2_weight, b.fc2_scale, b.fc2_bias, residual=x)
     return x
 
 

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from .layer_args import library
 from .optimize import restore
 from .parity import Parity, compare
 from .plain import Fusible, why_not_plain
+from .precisions import PRECISIONS, of_operation
 from .prepare import unprepare
 
 
@@ -61,11 +63,11 @@ class Certificate:
         """Whether every output keeps the rule, and no module is ignored."""
         return not self.ignored and all(output.parity.passed for output in self.outputs)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """All of it in numbers and words, for JSON."""
         return asdict(self) | {"passed": self.passed}
 
-    def __str__(self):
+    def __str__(self) -> str:
         verdict = "holds" if self.passed else "FAILS"
         where = f"{self.device} ({self.device_name}), torch {self.torch}, triton {self.triton or 'not installed'}"
         lines = [f"{self.model}, {self.dtype}, batch {self.batch}, on {where}: parity {verdict}"]
@@ -81,8 +83,10 @@ class Certificate:
         lines.append("Errors are against float64, rms ones relative to its values; cosine is with eager, worst image.")
         its = rows[-1].parity
         if its.reference_relative_error != its.eager_relative_error:
+            ran = (of_operation(words.split()[-1]) for words in self.operations)  # "triton fp8_blocks" → its precision
+            products = " and ".join(p.products for p in ran if p is not None and p.products)
             lines.append(
-                "Products are float8: eager is here the plain PyTorch form of the same quantised model; in "
+                f"Products are {products}: eager is here the plain PyTorch form of the same quantised model; in "
                 f"{self.dtype} eager's rms error is {its.eager_relative_error:.2e}."
             )
         if all(output.parity.max_abs == 0 for output in self.outputs):
@@ -105,7 +109,7 @@ def _tensors(value, name):
 
 
 def _is_layer(name, module, model):
-    """Whether a module is a child of the model or of a row of modules, no part of a layer, and computes something."""
+    """Whether a module is a child of the model or of a stack of modules, no part of a layer, and computes something."""
     if not name or isinstance(module, (nn.Identity, nn.Dropout)):
         return False
     parent = name.rpartition(".")[0]
@@ -202,7 +206,7 @@ def _device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def check(model: nn.Module, example=None) -> Certificate:
+def check(model: nn.Module, example: Any = None) -> Certificate:
     """Compares a model with its plain PyTorch form in its own dtype and in float64, output by output, layer by layer.
 
     An output passes if its largest error against float64 is at most 1.25 times eager's plus half a unit in the last
@@ -239,9 +243,12 @@ def check(model: nn.Module, example=None) -> Certificate:
             f"vit_fast.check: model is {type(model).__name__} without a floating output of two or more axes, expected "
             "one to compare"
         )
+    used = {operation for operation, *_ in choices}
+    budgets = [p.budget for p in PRECISIONS.values() if p.operation in used and p.budget is not None]
+    budget = max(budgets, key=lambda budget: budget.roundoff, default=None)  # that of the widest errors
     plain_outputs, plain_layers = {}, {}
     with backends.backend("torch"):
-        if any(operation == "fp8_blocks" for operation, *_ in choices):
+        if budget is not None:
             plain_outputs, plain_layers, _ = _run(inner, example)
         eager = _plain_form(inner)
         eager_outputs, eager_layers, eager_called = _run(eager, example)
@@ -259,7 +266,7 @@ def check(model: nn.Module, example=None) -> Certificate:
 
     def compared(ours, eager, golden, plain):
         return tuple(
-            Layer(name, compare(ours[name], eager[name], truth, ours[name].dtype, plain.get(name)))
+            Layer(name, compare(ours[name], eager[name], truth, ours[name].dtype, plain.get(name), budget))
             for name, truth in golden.items()
             if name in ours and name in eager and ours[name].shape == truth.shape
         )

@@ -8,8 +8,9 @@ class tells why (``backends.note``), a block without one is found by ``optimize.
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from . import backends
 from .block import PREPARED
 from .input_size import input_size
 from .optimize import survey
+from .precisions import of_operation
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 _NOT_OPTIMISED = "vit_fast.optimize(model) fuses it"
@@ -32,7 +34,7 @@ _NOT_HERE = "in eval mode under torch.inference_mode() or torch.no_grad() alone;
 
 
 @dataclass(frozen=True)
-class Row:
+class OperationRow:
     """One operation of one module."""
 
     module: str
@@ -42,14 +44,14 @@ class Row:
     backward: str | None = None  # the backend of the backward pass; None in inference and where there is none
 
 
-class Explanation(list):
+class Explanation(list[OperationRow]):
     """Rows in the order of execution; its text is a table, equal blocks folded into one line."""
 
-    def __init__(self, model=""):
+    def __init__(self, model: str = "") -> None:
         super().__init__()
         self.model = model  # the name of its class
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self:
             return f"no operation of vit_fast runs in {self.model}, and no transformer block"
         head = []
@@ -79,7 +81,7 @@ class Explanation(list):
         ]
 
 
-def own_input(model, caller, batch=1):
+def own_input(model: nn.Module, caller: str, batch: int = 1) -> torch.Tensor:
     """An empty batch of the images that a model was built for, in its own dtype; ``caller`` is named in the error."""
     size = input_size(model)
     if size is None:
@@ -88,7 +90,7 @@ def own_input(model, caller, batch=1):
     return torch.empty(batch, *size, device=parameter.device, dtype=parameter.dtype)
 
 
-def call(model, example):
+def call(model: nn.Module, example: Any) -> Any:
     """What a model puts out for an example: a tuple or list holds its arguments, a dict its keyword arguments, or, if
     ``forward`` does not have these (timm's NaFlexVit), is the input itself."""
     if isinstance(example, Mapping):
@@ -100,7 +102,7 @@ def call(model, example):
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
-def map_tensors(function, example):
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], example: Any) -> Any:
     """An example with a function applied to each of its tensors."""
     if isinstance(example, torch.Tensor):
         return function(example)
@@ -112,7 +114,7 @@ def map_tensors(function, example):
     return example
 
 
-def explain(model: nn.Module, example=None) -> Explanation:
+def explain(model: nn.Module, example: Any = None) -> Explanation:
     """Which backend runs each operation of a model, with the reasons where it is not the fastest one.
 
     A transformer block or patch embedding that runs its library's own forward has a row too, of the backend "library".
@@ -168,10 +170,10 @@ def _explain(model, example, inference):
 
         def flush():
             for operation, chosen, reasons in choices:
-                if not inference and operation in ("prepared_blocks", "fp8_blocks"):
+                if not inference and of_operation(operation) is not None:
                     reasons = (*reasons, _NOT_HERE)
                 backward = None if inference else backends.backward_name(chosen, operation)
-                rows.append(Row(stack[-1], operation, chosen, reasons, backward))
+                rows.append(OperationRow(stack[-1], operation, chosen, reasons, backward))
             choices.clear()
 
         def enter(module, inputs):
@@ -179,7 +181,7 @@ def _explain(model, example, inference):
             stack.append(names.get(module, stack[-1]))
             if module in names and stack[-1] in library:
                 operation, reason = library[stack[-1]]
-                rows.append(Row(stack[-1], operation, "library", (reason,)))
+                rows.append(OperationRow(stack[-1], operation, "library", (reason,)))
 
         def leave(module, inputs, output):
             flush()
@@ -199,5 +201,5 @@ def _explain(model, example, inference):
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
         if prepared is not None and prepared.unused is not None:
-            rows.append(Row(name, "prepared weights", "unused", (prepared.unused,)))
+            rows.append(OperationRow(name, "prepared weights", "unused", (prepared.unused,)))
     return rows

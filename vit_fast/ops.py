@@ -10,7 +10,8 @@ Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and
 (``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
-``prepared_blocks`` and ``fp8_blocks`` have no gradient: ``vit_fast.prepare`` calls them in inference only.
+Stacks of prepared blocks, ``prepared_blocks`` and ``fp8_blocks``, one operation for each precision of
+``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
 import logging
@@ -21,10 +22,10 @@ import torch
 
 from .backends import select
 from .backends.base import Backend
-from .backends.torch import TORCH
-from .kernels import arguments, folding, reference
+from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
+from .precisions import FOLDED, FP8, PRECISIONS, Precision
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
 
@@ -475,11 +476,12 @@ def attention(
     return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, with_lse, name)[0]
 
 
-# prepared_blocks, fp8_blocks
+# prepared_blocks, fp8_blocks: one operator for each precision of ``vit_fast.prepare``
 
 
-def _register_blocks(name, tensors_per_block):
-    """Registers ``vit_fast::<name>``, blocks on prepared weights; no gradient."""
+def _register_blocks(precision: Precision) -> None:
+    """Registers the operator of a precision, a stack of blocks on prepared weights; no gradient."""
+    name, tensors_per_block = precision.operation, len(precision.record._fields)
     _library.define(
         f"{name}(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
         "str backend) -> Tensor",
@@ -503,23 +505,45 @@ def _register_blocks(name, tensors_per_block):
     register_flop_formula(getattr(torch.ops.vit_fast, name))(flops)
 
 
-def _call_blocks(name, x, weights, num_heads, *words):
+for _precision in PRECISIONS.values():
+    _register_blocks(_precision)
+
+
+def blocks(
+    precision: Precision,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str,
+    eps1: float,
+    eps2: float,
+) -> torch.Tensor:
+    """x [B, N, C] through a stack of blocks that ``precision`` has folded: its operation, ``prepared_blocks`` say."""
+    precision.check(x, weights)
+    name = precision.operation
     backend = select.choose(name, x.device, (), x, weights, num_heads)
     if backend == "torch":
-        return TORCH.forward[name](x, weights, num_heads, *words)
-    return getattr(torch.ops.vit_fast, name)(x, list(weights), num_heads, *words, backend)
+        return precision.reference(x, weights, num_heads, scale, activation, eps1, eps2)
+    operator = getattr(torch.ops.vit_fast, name)
+    out: torch.Tensor = operator(x, list(weights), num_heads, scale, activation, eps1, eps2, backend)
+    return out
 
 
-_register_blocks("prepared_blocks", folding.TENSORS_PER_BLOCK)
-_register_blocks("fp8_blocks", folding.TENSORS_PER_FP8_BLOCK)
-
-
-def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
+def prepared_blocks(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str,
+    eps1: float,
+    eps2: float,
+) -> torch.Tensor:
     """x through a stack of pre-norm transformer blocks with folded weights (``vit_fast.prepare``); inference only.
 
     Args:
         x: [B, N, C] in the dtype of the weights.
-        weights: the tensors of ``folding.prepare_block`` of each block, one block after the other.
+        weights: the tensors of a ``folding.FoldedBlock`` for each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:
@@ -528,16 +552,23 @@ def prepared_blocks(x, weights, num_heads: int, scale: float, activation: str, e
         ValueError: x does not fit the weights.
         UnsupportedError: a forced backend cannot.
     """
-    arguments.check_prepared_blocks(x, weights)
-    return _call_blocks("prepared_blocks", x, weights, num_heads, scale, activation, eps1, eps2)
+    return blocks(FOLDED, x, weights, num_heads, scale, activation, eps1, eps2)
 
 
-def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: float, eps2: float):
+def fp8_blocks(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str,
+    eps1: float,
+    eps2: float,
+) -> torch.Tensor:
     """x through a stack of pre-norm transformer blocks in float8 e4m3 (``vit_fast.prepare``); inference only.
 
     Args:
         x: [B, N, C], float16 or bfloat16.
-        weights: the tensors of ``folding.fp8_block`` of each block, one block after the other.
+        weights: the tensors of a ``folding.Float8Block`` for each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``, that of the weights.
         eps1, eps2: of the LayerNorm before qkv and before fc1.
     Returns:
@@ -547,8 +578,7 @@ def fp8_blocks(x, weights, num_heads: int, scale: float, activation: str, eps1: 
         UnsupportedError: a forced backend cannot.
     Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
     """
-    arguments.check_fp8_blocks(x, weights)
-    return _call_blocks("fp8_blocks", x, weights, num_heads, scale, activation, eps1, eps2)
+    return blocks(FP8, x, weights, num_heads, scale, activation, eps1, eps2)
 
 
 # patch_embed

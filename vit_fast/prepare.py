@@ -1,15 +1,18 @@
 """prepare(model): weights folded once for inference, so that a transformer block is five launches, or runs in float8.
 
 LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
-LayerScale into the projection that ends the branch; for float8 the result is quantised. The folded copies belong to the
-stack of blocks they were made of (``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles leave them out. ``block.run_blocks`` asks in each call whether they may serve it; where not, a
-warning says why, once. They are dropped as soon as anything has changed that the blocks compute with (``snapshot``).
+LayerScale into the projection that ends the branch; what else is done to the weights is the precision's matter
+(``precisions``). The folded copies are an attribute of the stack of blocks they were made of (``nn.Sequential``,
+``nn.ModuleList``): no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them out.
+``block.run_blocks`` asks in each call whether they may serve it; where not, a warning says why, once. They are dropped
+as soon as anything has changed that the blocks compute with (``snapshot``).
 """
 
 import functools
 import inspect
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,39 +20,44 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
-from .block import PREPARED, BlockParams
+from .block import PREPARED
 from .kernels.arguments import UnsupportedError
-from .kernels.folding import TENSORS_PER_BLOCK, TENSORS_PER_FP8_BLOCK, fp8_block, prepare_block
+from .kernels.folding import flatten
 from .plain import why_not_plain
+from .precisions import PRECISIONS, Precision
 from .snapshot import HOOKS, Snapshot
 
 _logger = logging.getLogger("vit_fast")
-_DTYPES = (torch.float16, torch.bfloat16)
-_PRECISIONS = (None, "fp8")
 _GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
 _folded = WeakTensorKeyDictionary()  # the parameters that weights were folded from
 _COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(model) folds anew"
 
 
 class Stale:
-    """In the place of prepared weights that are gone: their precision, for ``refresh``, and why they are."""
+    """Stands where prepared weights stood that were dropped: it keeps their precision, for ``refresh``, and the reason.
 
-    def __init__(self, name, precision, unused, told=()):
+    Attributes:
+        name: of the stack in its model.
+        precision: the name of the precision, as ``prepare`` takes it.
+        unused: why the last call ran without prepared weights, or None.
+    """
+
+    def __init__(self, name: str, precision: str | None, unused: str | None, told: Iterable[str] = ()) -> None:
         self.name, self.precision, self._gone = name, precision, unused
-        self.unused = unused  # why the last call ran without prepared weights, or None
+        self.unused = unused
         self._told = set(told)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Stale, (self.name, self.precision, _COPIED)
 
-    def serves(self, x) -> bool:
+    def serves(self, x: torch.Tensor) -> bool:
         """Whether prepared weights may take x [B, N, C]. The first time that they may not, a warning says why."""
         self.unused = reason = self._why_unused(x)  # another thread may set it meanwhile
         if reason is not None:
             self.pass_over(reason)
         return reason is None
 
-    def pass_over(self, reason: str):
+    def pass_over(self, reason: str) -> None:
         """Notes why a call does without prepared weights; a warning tells each reason once."""
         self.unused = reason
         if reason not in self._told:
@@ -61,17 +69,26 @@ class Stale:
 
 
 class Prepared(Stale):
-    """The folded weights of a stack of blocks, and what they were folded from."""
+    """The folded weights of a stack of blocks, and what they were folded from.
 
-    def __init__(self, name, blocks, precision):
-        super().__init__(name, precision, None)
-        self.blocks = blocks
+    Attributes:
+        blocks: the stack.
+        dtype, device: of the tokens that they serve.
+        records: the folded weights, one record of the precision for each block.
+        weights: the tensors of all records in one list, as the operator takes them.
+        arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
+    """
+
+    def __init__(self, name: str, blocks: nn.Module, precision: Precision) -> None:
+        super().__init__(name, precision.name, None)
+        self.blocks, self._precision = blocks, precision
         params = [block.params() for block in blocks]
-        head = params[0]
-        self.words = (head.num_heads, head.scale, head.activation, head.norm1.eps, head.norm2.eps)
-        self.dtype = head.qkv_weight.dtype
+        first = params[0]
+        self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
+        self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
         with torch.no_grad():
-            self.weights = [tensor for p in params for tensor in _fold(p, precision)]
+            self.records = [precision.fold(p) for p in params]
+        self.weights = flatten(self.records)
         self._stack = tuple(blocks)
         self._parts = dict(blocks.named_modules(prefix=name))
         del self._parts[name]  # the stack only holds the blocks, its own forward does not run
@@ -94,8 +111,8 @@ class Prepared(Stale):
             reason = f"{changed} changed, so the prepared weights are dropped; vit_fast.refresh(model) folds anew"
             self.blocks.__dict__[PREPARED] = Stale(self.name, self.precision, reason, told=[reason])
             return reason
-        if x.dtype != self.dtype or x.device != self.weights[0].device:
-            return f"tokens are {x.dtype} on {x.device}; they are {self.dtype} on {self.weights[0].device}"
+        if x.dtype != self.dtype or x.device != self.device:
+            return f"tokens are {x.dtype} on {x.device}; they are {self.dtype} on {self.device}"
         return None
 
     def _steps_aside(self):
@@ -109,21 +126,16 @@ class Prepared(Stale):
                 return f"{name} has a forward of its own"
         return None
 
-    def run(self, x, first, last):
-        """x through the blocks first … last."""
-        operation, size = ops.prepared_blocks, TENSORS_PER_BLOCK
-        if self.precision == "fp8":
-            operation, size = ops.fp8_blocks, TENSORS_PER_FP8_BLOCK
-        chosen = range(len(self.weights) // size)[first:last]
-        if not chosen:
-            return x
-        return operation(x, self.weights[chosen.start * size : chosen.stop * size], *self.words)
+    def run(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """x [B, N, C] through blocks[first:last]."""
+        weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
+        return ops.blocks(self._precision, x, weights, *self.arguments) if weights else x
 
 
 @functools.cache
 def _count_steps():
-    """From now on each step of an optimizer counts as a write to the parameters that weights were folded from: torch's
-    fused optimizers, and those of other libraries, leave no version."""
+    """From now on each step of an optimizer raises the version of the parameters that weights were folded from: torch's
+    fused optimizers, and those of other libraries, write without doing so."""
 
     def count(optimizer, args, kwargs):
         for group in optimizer.param_groups:
@@ -134,22 +146,14 @@ def _count_steps():
     register_optimizer_step_post_hook(count)
 
 
-def _fold(p: BlockParams, precision):
-    parts = (
-        p.norm1[:2], (p.qkv_weight, p.qkv_bias), (p.proj_weight, p.proj_bias), p.gamma1,
-        p.norm2[:2], (p.fc1_weight, p.fc1_bias), (p.fc2_weight, p.fc2_bias), p.gamma2,
-    )  # fmt: skip
-    return fp8_block(*parts, p.activation) if precision == "fp8" else prepare_block(*parts)
-
-
 def _runs_its_params(cls):
     """Whether a class of blocks computes what its ``params`` say: a subclass may have a forward that does more."""
     owner = next((base for base in cls.__mro__ if "params" in vars(base)), None)
     return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
 
 
-def _not_supported_reasons(blocks, precision):
-    """Why a row of blocks cannot be prepared."""
+def _not_supported_reasons(blocks, precision: Precision):
+    """Why a stack of blocks cannot be prepared."""
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
     if any(not _runs_its_params(type(b)) or why_not_plain(b, (type(b),), b.ignores) for b in blocks):
@@ -163,11 +167,11 @@ def _not_supported_reasons(blocks, precision):
         reasons.append("the blocks add the values to the branch (value_skip)")
     if any(p.q_norm is not None or p.k_norm is not None for p in params):
         reasons.append("the blocks normalise q and k (qk_norm)")
-    words = [
+    shared = [
         (p.num_heads, p.scale, p.activation, p.norm1.eps, p.norm2.eps, p.qkv_weight.shape, p.qkv_weight.device)
         for p in params
     ]
-    if any(word != words[0] for word in words):
+    if any(values != shared[0] for values in shared):
         reasons.append("the blocks differ in heads, scale, activation, eps, width or device")
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
     if any(t.device.type == "meta" for t in tensors):
@@ -177,19 +181,11 @@ def _not_supported_reasons(blocks, precision):
             "the weights are inference tensors, whose changes torch does not count (make, load and move the model "
             "outside of torch.inference_mode())"
         )
-    dtypes = {t.dtype for t in tensors}
-    if dtypes - set(_DTYPES) or len(dtypes) > 1:
-        came = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        reasons.append(f"the weights are {came}, folding is for all float16 or all bfloat16 (model.to(torch.bfloat16))")
-    device = tensors[0].device
-    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(device)
-        reasons.append(f"float8 needs capability 8.9, {device} has {major}.{minor}")
-    return reasons
+    return reasons + precision.not_supported_reasons(tensors)
 
 
-def _rows_of_blocks(model):
-    """(name, container) of every row of blocks in a model."""
+def _stacks_of_blocks(model) -> Iterator[tuple[str, nn.Module]]:
+    """(name, container) of every stack of blocks in a model."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
             if all(hasattr(block, "params") for block in module):
@@ -221,12 +217,11 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     Raises:
         TypeError: no module.
         ValueError: a model in training mode, or without transformer blocks of this library; another precision.
-        UnsupportedError: none of its rows of blocks can be prepared; the reasons are named.
+        UnsupportedError: none of its stacks of blocks can be prepared; the reasons are named.
     Source: numeric rules of the fold: statistics of the rounded activations, merged from centred sums; weight rows
         centred before rounding; their sums taken after it. e4m3: Micikevicius et al., "FP8 Formats for Deep Learning".
     """
-    if precision not in _PRECISIONS:
-        raise ValueError(f"vit_fast.prepare: precision is {precision!r}, expected None or 'fp8'")
+    _named("prepare", precision)  # a wrong name is told before a wrong model
     return _prepare("prepare", model, lambda blocks: precision)
 
 
@@ -252,22 +247,30 @@ def unprepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _prepare(caller, model, precision_of):
+def _named(caller, name: str | None) -> Precision:
+    """The precision of a name."""
+    if name not in tuple(PRECISIONS):
+        *others, last = map(repr, PRECISIONS)
+        raise ValueError(f"vit_fast.{caller}: precision is {name!r}, expected {', '.join(others)} or {last}")
+    return PRECISIONS[name]
+
+
+def _prepare(caller, model, precision_of: Callable[[nn.Module], str | None]):
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
         raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
-    rows = [(name, blocks, precision_of(blocks)) for name, blocks in _rows_of_blocks(model)]
-    if not rows:
+    stacks = [(name, blocks, _named(caller, precision_of(blocks))) for name, blocks in _stacks_of_blocks(model)]
+    if not stacks:
         raise ValueError(
             f"vit_fast.{caller}: model is {type(model).__name__} without transformer blocks of this library, expected "
             "a VisionTransformer, a model of vit_fast.systems or an optimised model"
         )
-    reasons = {name: _not_supported_reasons(blocks, precision) for name, blocks, precision in rows}
+    reasons = {name: _not_supported_reasons(blocks, precision) for name, blocks, precision in stacks}
     if all(reasons.values()):
         told = "; ".join(f"{name or type(model).__name__}: {', '.join(why)}" for name, why in reasons.items())
         raise UnsupportedError(f"vit_fast.{caller}: nothing can be prepared: {told}")
-    for name, blocks, precision in rows:
+    for name, blocks, precision in stacks:
         if reasons[name]:
             _logger.info("prepare leaves %s as it is: %s", name, "; ".join(reasons[name]))
         else:

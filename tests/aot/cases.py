@@ -219,6 +219,7 @@ def patch_embed_cases():
 
 def prepared_blocks_cases():
     """Launches the kernels of layer_norm, linear and attention, the first block with the partials of whole rows."""
+    from vit_fast.kernels.folding import FoldedBlock, flatten
     from vit_fast.kernels.prepared_blocks import prepared_blocks
 
     def call(batch, tokens, width, heads, hidden, dtype):
@@ -226,9 +227,9 @@ def prepared_blocks_cases():
             return torch.empty(rows, columns, dtype=dtype), *(torch.empty(rows) for _ in range(2))
 
         proj, fc2 = weight(width, width)[:2], weight(width, hidden)[:2]
-        block = (*weight(3 * width, width), *proj, *weight(hidden, width), *fc2)
+        block = FoldedBlock(*weight(3 * width, width), *proj, *weight(hidden, width), *fc2)
         x = torch.empty(batch, tokens, width, dtype=dtype)
-        prepared_blocks(x, block * 2, heads, (width // heads) ** -0.5, "gelu", 1e-6, 1e-6)
+        prepared_blocks(x, flatten([block] * 2), heads, (width // heads) ** -0.5, "gelu", 1e-6, 1e-6)
 
     for dtype in DTYPES[:2]:
         for batch in (1, 64):
@@ -238,6 +239,7 @@ def prepared_blocks_cases():
 
 def fp8_blocks_cases():
     """Launches the kernels of layer_norm, linear and attention on float8 e4m3, which sm_80 does not have."""
+    from vit_fast.kernels.folding import Float8Block
     from vit_fast.kernels.fp8_blocks import fp8_blocks
     from vit_fast.kernels.linear import fp8_linear
 
@@ -252,7 +254,7 @@ def fp8_blocks_cases():
             weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
             return weight, torch.empty(rows), torch.empty(rows)
 
-        block = (
+        block = Float8Block(
             torch.empty(width), *linear(3 * width, width), *linear(width, width),
             *linear(hidden, width), torch.empty(half), *linear(width, half),
         )  # fmt: skip

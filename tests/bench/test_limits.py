@@ -276,7 +276,8 @@ def test_a_stack_is_launched_as_asked_and_must_compute_the_same(limits, clock, e
     monkeypatch.setattr(limits, "DEPTH", 2)
 
     def blocks(x, weights, heads, *words):
-        assert len(weights) == limits.DEPTH * folding.TENSORS_PER_BLOCK and x.shape == (1, 197, 768) and heads == 12
+        assert len(folding.unflatten(folding.FoldedBlock, weights)) == limits.DEPTH
+        assert x.shape == (1, 197, 768) and heads == 12
         asked.append(configs.use_pdl(197, 90))
         return x + wrong * asked[-1]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import sanitizer
 from support.budget import assert_within_budget
-from support.fp8_blocks import E4M3, SIZE, quantised, unrounded
+from support.fp8_blocks import E4M3, quantised, unrounded
 from support.gpu import NO_FLOAT8
 from support.linear import ACTIVATIONS, exact_activation
 from support.prepared_blocks import EPS, HEADS, SCALE, block, formula, normalised
@@ -86,7 +86,7 @@ def test_scales_cancel(activation, optional):
     """With the rounding of the weights taken out of the comparison, quantised blocks are the blocks."""
     blocks = [block(24, 40, activation, optional=optional) for _ in range(2)]
     weights, x = quantised(blocks, activation), torch.randn(2, 5, 24, dtype=torch.float64) + 3
-    assert len(weights) == 2 * SIZE
+    assert len(weights) == 2 * len(folding.Float8Block._fields)
     assert all(t.dtype in (E4M3, torch.float32) and t.is_contiguous() for t in weights)
     golden, actual = formula(x, blocks, activation), unrounded(x, weights, HEADS, SCALE, activation, *EPS)
     assert 1e-3 < ((actual - golden).norm() / (golden - x).norm()).item() < 0.1
@@ -118,8 +118,10 @@ def one_block(width, activation, seed=0):
 @pytest.mark.parametrize("width", (1, 2, 48, 768))
 def test_no_input_exceeds_a_bound(width, activation):
     """Inputs as large as LayerNorm lets them be, along each row of a weight: none saturates, some come near."""
-    norm_scale, *rest = folding.fp8_block(*one_block(width, activation), activation)
-    qkv, fc1, hidden_scale = rest[:3], rest[6:9], rest[9]
+    made = folding.fp8_block(*one_block(width, activation), activation)
+    norm_scale, hidden_scale = made.norm_scale, made.hidden_scale
+    qkv = made.qkv_weight, made.qkv_scale, made.qkv_bias
+    fc1 = made.fc1_weight, made.fc1_scale, made.fc1_bias
     spikes = torch.eye(width, dtype=torch.float64)[:64] * 1e4
     largest = (normalised(spikes, None, None, 1e-30) * norm_scale.double()).abs().max().item()
     assert largest <= 448 and (largest > 200 or width == 1)
@@ -298,7 +300,8 @@ def test_kernels_err_as_the_formula_does(shape, hidden, activation, layout, dtyp
     with vit_fast.backend("triton"):
         out = ops.fp8_blocks(x, weights, *words)
         assert torch.equal(ops.fp8_blocks(x, weights, *words), out)
-        halves = ops.fp8_blocks(ops.fp8_blocks(x, weights[:SIZE], *words), weights[SIZE:], *words)
+        first, second = folding.unflatten(folding.Float8Block, weights)
+        halves = ops.fp8_blocks(ops.fp8_blocks(x, first, *words), second, *words)
     assert torch.equal(halves, out)
     assert out.is_contiguous() and out.dtype == dtype
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), formula(x, blocks, activation))
@@ -378,6 +381,6 @@ def test_gpu_blocks(batch, tokens, width, hidden, dtype):
     with vit_fast.backend("triton"):
         out = ops.fp8_blocks(x, weights, *words)
         assert torch.equal(out, ops.fp8_blocks(x, weights, *words))
-    weights_of_blocks = [t.double() for parts in blocks for t in folding.prepare_block(*parts)]
+    weights_of_blocks = [t.double() for t in folding.flatten(folding.prepare_block(*parts) for parts in blocks)]
     golden = reference.prepared_blocks(x.double(), weights_of_blocks, *words)
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), golden)

@@ -23,7 +23,7 @@ from vit_fast import ops
 def test_the_folds_are_algebra(activation, optional):
     blocks = [block(24, 40, activation, optional=optional) for _ in range(2)]
     x, weights = torch.randn(2, 5, 24, dtype=torch.float64) + 3, prepared(blocks)
-    assert len(weights) == 2 * folding.TENSORS_PER_BLOCK
+    assert len(weights) == 2 * len(folding.FoldedBlock._fields)
     golden = formula(x, blocks, activation)
     actual = ops.prepared_blocks(x, weights, HEADS, SCALE, activation, *EPS)
     torch.testing.assert_close(actual, golden, rtol=1e-11, atol=1e-11)
@@ -73,8 +73,9 @@ def test_kernels_are_within_the_budget_of_eager(shape, hidden, activation, layou
     assert_within_budget(out, reference.prepared_blocks(x, weights, *words), golden, kind="model")
     with vit_fast.backend("triton"):
         assert torch.equal(ops.prepared_blocks(x, weights, *words), out)
-        halves = [ops.prepared_blocks(x, weights[:10], *words)]
-        halves.append(ops.prepared_blocks(halves[0], weights[10:], *words))
+        first, second = folding.unflatten(folding.FoldedBlock, weights)
+        halves = [ops.prepared_blocks(x, first, *words)]
+        halves.append(ops.prepared_blocks(halves[0], second, *words))
     assert_within_budget(halves[1], reference.prepared_blocks(x, weights, *words), golden, kind="model")
 
 

@@ -29,6 +29,7 @@ from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
 from vit_fast.kernels import configs as configs_module
+from vit_fast.kernels import folding, reference
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels import gemm as gemm_kernels
 from vit_fast.kernels import launch as launch_kernels
@@ -37,7 +38,6 @@ from vit_fast.kernels import layernorm_mlp as layernorm_mlp_kernels
 from vit_fast.kernels import linear as linear_kernels
 from vit_fast.kernels import patch_embed as patch_embed_kernels
 from vit_fast.kernels import prepared_blocks as prepared_blocks_kernels
-from vit_fast.kernels import reference
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 from vit_fast.kernels.configs import LayerNormConfig, LinearConfig, PatchEmbedConfig
 
@@ -1078,7 +1078,7 @@ def _stack_launches(kernels, name, functions, arguments, launches):
 
 
 def fp8_blocks():
-    """Each of fourteen tensors and each word has a part in the result."""
+    """Each tensor of a block and each word has a part in the result."""
     kernels, module = fp8_blocks_kernels, test_fp8_blocks
     for case in (((2, 17, 48), 96, "gelu", "tail"), ((3, 5, 32), 80, "swiglu", "swapped")):
         module.test_kernels_err_as_the_formula_does(*case, BFLOAT16)
@@ -1101,16 +1101,17 @@ def fp8_blocks():
     assert given == [4, 4, 5, 4] * 2
     with pytest.MonkeyPatch.context() as patch:
         module.test_capability_is_a_reason(patch)
-    wide, weight = torch.zeros(1, 2, 65537, device="meta"), torch.zeros(3 * 514, 514)
-    assert kernels.not_supported_reasons(wide.half(), [None, torch.zeros(48, 16)], 1) == ["width 65537 is above 65536"]
-    assert kernels.not_supported_reasons(x, [None, weight], 1) == ["head size 514 is above 256"]
+    wide, block = torch.zeros(1, 2, 65537, device="meta"), folding.first_block(folding.Float8Block, weights)
+    narrow, large = (block._replace(qkv_weight=torch.zeros(3 * width, width)) for width in (16, 514))
+    assert kernels.not_supported_reasons(wide.half(), narrow, 1) == ["width 65537 is above 65536"]
+    assert kernels.not_supported_reasons(x, large, 1) == ["head size 514 is above 256"]
     assert kernels.not_supported_reasons(x, weights, 2) == []
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         assert len(kernels.not_supported_reasons(x, weights, 2)) == 1
 
 
 def prepared_blocks():
-    """Each of ten tensors and each word has a part in the result; partials go from launch to launch."""
+    """Each tensor of a block and each word has a part in the result; partials go from launch to launch."""
     kernels, module = prepared_blocks_kernels, test_prepared_blocks
     for shape, hidden, activation, layout in (
         ((2, 5, 32), 40, "gelu", "tail"), ((1, 3, 48), 40, "swiglu", "swapped"),
@@ -1126,9 +1127,11 @@ def prepared_blocks():
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
     wide = torch.zeros(2, 3, 16385, device="meta")
-    weight = torch.zeros(48, 514, dtype=FLOAT16)
-    assert kernels.not_supported_reasons(wide, [weight], 1) == ["width 16385 is above 16384"]
-    assert kernels.not_supported_reasons(x, [torch.zeros(3 * 514, 514)], 1) == ["head size 514 is above 256"]
+    block = folding.first_block(folding.FoldedBlock, weights)
+    narrow = block._replace(qkv_weight=torch.zeros(48, 514, dtype=FLOAT16))
+    large = block._replace(qkv_weight=torch.zeros(3 * 514, 514))
+    assert kernels.not_supported_reasons(wide, narrow, 1) == ["width 16385 is above 16384"]
+    assert kernels.not_supported_reasons(x, large, 1) == ["head size 514 is above 256"]
     assert kernels.not_supported_reasons(x, weights, 2) == []
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         both = kernels.not_supported_reasons(x.half(), weights, 2)

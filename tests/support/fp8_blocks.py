@@ -7,11 +7,11 @@ from support.linear import exact_activation
 from support.prepared_blocks import PreparedBlocksCase, normalised
 from vit_fast.kernels import folding, reference
 
-E4M3, SIZE = torch.float8_e4m3fn, folding.TENSORS_PER_FP8_BLOCK
+E4M3 = torch.float8_e4m3fn
 
 
 def quantised(blocks, activation):
-    return [tensor for parts in blocks for tensor in folding.fp8_block(*parts, activation)]
+    return folding.flatten(folding.fp8_block(*parts, activation) for parts in blocks)
 
 
 def unrounded(x, weights, num_heads, scale, activation, eps1, eps2):
@@ -21,13 +21,11 @@ def unrounded(x, weights, num_heads, scale, activation, eps1, eps2):
         return torch.einsum("...k,nk->...n", x, weight) * scale + bias
 
     x = x.double()
-    for start in range(0, len(weights), SIZE):
-        norm_scale, *rest = (tensor.double() for tensor in weights[start : start + SIZE])
-        qkv, proj, fc1, hidden_scale, fc2 = rest[:3], rest[3:6], rest[6:9], rest[9], rest[10:]
-        packed = linear(normalised(x, None, None, eps1) * norm_scale, *qkv)
-        x = x + linear(reference.attention(packed, num_heads, scale), *proj)
-        hidden = exact_activation(linear(normalised(x, None, None, eps2) * norm_scale, *fc1), activation)
-        x = x + linear(hidden * hidden_scale, *fc2)
+    for b in folding.unflatten(folding.Float8Block, [tensor.double() for tensor in weights]):
+        packed = linear(normalised(x, None, None, eps1) * b.norm_scale, b.qkv_weight, b.qkv_scale, b.qkv_bias)
+        x = x + linear(reference.attention(packed, num_heads, scale), b.proj_weight, b.proj_scale, b.proj_bias)
+        z = linear(normalised(x, None, None, eps2) * b.norm_scale, b.fc1_weight, b.fc1_scale, b.fc1_bias)
+        x = x + linear(exact_activation(z, activation) * b.hidden_scale, b.fc2_weight, b.fc2_scale, b.fc2_bias)
     return x
 
 
@@ -66,9 +64,8 @@ class Fp8BlocksCase(PreparedBlocksCase):
         return [added / 4 + 3 * torch.finfo(x.dtype).eps * golden.abs().max().item()]
 
     def relation_halves_of_the_stack(self, inputs, results):
-        x, *weights = inputs
-        half = self.depth // 2 * SIZE
-        self.same_bits(self.kernel(*self.kernel(x, *weights[:half]), *weights[half:]), results)
+        x, first, second = self.halves(inputs, folding.Float8Block)
+        self.same_bits(self.kernel(*self.kernel(x, *first), *second), results)
 
     def relation_a_broken_image_stays_alone(self, inputs, results):
         x, *weights = inputs

@@ -56,7 +56,7 @@ def formula(x, blocks, activation):
 
 
 def prepared(blocks):
-    return [tensor for parts in blocks for tensor in folding.prepare_block(*parts)]
+    return folding.flatten(folding.prepare_block(*parts) for parts in blocks)
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,17 @@ class PreparedBlocksCase(properties.Case):
         image = slice(self.seed % self.batch, self.seed % self.batch + 1)
         self.same_but_for_order(inputs, self.kernel(x[image], *weights), [results[0][image]])
 
+    def halves(self, inputs, record):
+        """x, and the weights of the first and of the second half of the blocks."""
+        x, *weights = inputs
+        blocks = folding.unflatten(record, weights)
+        return x, *map(folding.flatten, (blocks[: self.depth // 2], blocks[self.depth // 2 :]))
+
     def relation_halves_of_the_stack(self, inputs, results):
         """The second half takes the partials of its x from a kernel of its own, in one part."""
-        x, *weights = inputs
-        half = self.depth // 2 * folding.TENSORS_PER_BLOCK
-        if half:
-            out = self.kernel(*self.kernel(x, *weights[:half]), *weights[half:])
+        x, first, second = self.halves(inputs, folding.FoldedBlock)
+        if first:
+            out = self.kernel(*self.kernel(x, *first), *second)
             self.within_budget(inputs, out)
             self.same_but_for_order(inputs, out, results)
 

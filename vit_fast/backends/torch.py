@@ -8,6 +8,7 @@ none of its own.
 import torch
 
 from vit_fast.kernels import reference
+from vit_fast.precisions import PRECISIONS
 
 from .base import Backend
 
@@ -24,9 +25,7 @@ class Torch(Backend):
             "layer_norm_linear": reference.layer_norm_linear_fwd,
             "linear_residual": reference.linear_residual,
             "layernorm_mlp": reference.layernorm_mlp_fwd,
-            "prepared_blocks": reference.prepared_blocks,
-            "fp8_blocks": reference.fp8_blocks,
-        }
+        } | {precision.operation: precision.reference for precision in PRECISIONS.values()}
         self.inference = {"attention": reference.attention}
         self.backward = {
             "patch_embed": reference.patch_embed_bwd,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vit_fast.precisions import PRECISIONS
+
 from .base import Backend
 
 _no_lock = contextlib.nullcontext()
@@ -44,16 +46,9 @@ class Triton(Backend):
 
     def _fill_tables(self) -> None:
         # Not at the head of the file: importing vit_fast needs no Triton.
-        from vit_fast.kernels import (
-            attention,
-            fp8_blocks,
-            layer_norm,
-            layernorm_mlp,
-            linear,
-            patch_embed,
-            prepared_blocks,
-        )
+        from vit_fast.kernels import attention, layer_norm, layernorm_mlp, linear, patch_embed
 
+        stacks = {p.operation: kernels for p in PRECISIONS.values() if (kernels := p.kernels())}
         self.not_supported = {
             "patch_embed": patch_embed.not_supported_reasons,
             "attention": attention.not_supported_reasons,
@@ -61,9 +56,7 @@ class Triton(Backend):
             "layer_norm_linear": linear.layer_norm_linear_not_supported_reasons,
             "linear_residual": linear.linear_residual_not_supported_reasons,
             "layernorm_mlp": layernorm_mlp.not_supported_reasons,
-            "prepared_blocks": prepared_blocks.not_supported_reasons,
-            "fp8_blocks": fp8_blocks.not_supported_reasons,
-        }
+        } | {operation: kernels.not_supported_reasons for operation, kernels in stacks.items()}
         self.inference = {"attention": attention.attention}
         self.forward = {
             "patch_embed": patch_embed.patch_embed,
@@ -72,9 +65,7 @@ class Triton(Backend):
             "layer_norm_linear": linear.layer_norm_linear_fwd,
             "linear_residual": linear.linear_residual,
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
-            "prepared_blocks": prepared_blocks.prepared_blocks,
-            "fp8_blocks": fp8_blocks.fp8_blocks,
-        }
+        } | {operation: kernels.run for operation, kernels in stacks.items()}
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():

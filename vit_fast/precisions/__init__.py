@@ -1,0 +1,25 @@
+"""The precisions that ``vit_fast.prepare`` can fold a model to: one file a precision.
+
+==========  ==================================================================================================
+``base``    what a precision is: its name, how it folds a block, the operation it runs, where it cannot run
+``folded``  the dtype of the weights: LayerNorm and LayerScale folded into the projections (``precision=None``)
+``fp8``     the same, with the four projections of a block multiplied in float8 e4m3 (``precision="fp8"``)
+==========  ==================================================================================================
+
+``prepare``, ``refresh``, ``explain``, ``check``, ``ops``, ``backends`` and the command line ask the object. A further
+precision is a file of its own and a place in ``PRECISIONS``.
+"""
+
+from .base import Kernels, Precision
+from .folded import FOLDED
+from .fp8 import FP8
+
+__all__ = ["FOLDED", "FP8", "PRECISIONS", "Kernels", "Precision", "of_operation"]
+
+# By the name that ``vit_fast.prepare(model, precision=...)`` takes.
+PRECISIONS: dict[str | None, Precision] = {precision.name: precision for precision in (FOLDED, FP8)}
+
+
+def of_operation(operation: str) -> Precision | None:
+    """The precision whose stacks run as an operation of ``ops``; None for an operation on a model's own weights."""
+    return next((precision for precision in PRECISIONS.values() if precision.operation == operation), None)

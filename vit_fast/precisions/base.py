@@ -1,0 +1,110 @@
+"""What a precision is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from vit_fast.block import BlockParams
+    from vit_fast.parity import Budget
+
+# The module of timm's block that the fields of a record are made of, by the first word of their name. The scale of the
+# normalised x serves both LayerNorms, and belongs to no module.
+_MODULES = {"norm": "", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "hidden": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+class Kernels(NamedTuple):
+    """The Triton kernels of an operation on prepared blocks."""
+
+    run: Callable[..., torch.Tensor]  # (x, weights, num_heads, scale, activation, eps1, eps2)
+    not_supported_reasons: Callable[..., list[str]]  # (x, weights, num_heads): why they cannot run a call
+
+
+class Precision:
+    """One way to prepare a stack of transformer blocks for inference, and what is true of models that run this way.
+
+    Attributes:
+        name: the word for ``vit_fast.prepare(model, precision=...)``; None for the dtype of the weights.
+        operation: the operation of ``ops`` that runs a stack, and its operator ``torch.ops.vit_fast.<operation>``.
+        record: the named tuple of the tensors of a block (``kernels.folding``).
+        weight_dtypes: the dtypes of models that it can prepare.
+        products: what the matrix products multiply, in words; None where it is the dtype of the weights.
+        budget: how far the outputs may be from float64; None where they are held to eager PyTorch (``parity``).
+        variant, graphed_variant: its names on the command line, alone and as CUDA graphs.
+    """
+
+    name: str | None
+    operation: str
+    record: type[Any]
+    weight_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    products: str | None = None
+    budget: Budget | None = None
+    variant: str
+    graphed_variant: str
+
+    def fold(self, params: BlockParams) -> tuple[torch.Tensor, ...]:
+        """The record of a block."""
+        raise NotImplementedError
+
+    def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        """Raises TypeError or ValueError where tokens x do not fit the tensors of a stack."""
+        raise NotImplementedError
+
+    def reference(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        num_heads: int,
+        scale: float,
+        activation: str,
+        eps1: float,
+        eps2: float,
+    ) -> torch.Tensor:
+        """The operation in plain PyTorch: x [B, N, C] through the blocks whose tensors ``weights`` lists."""
+        raise NotImplementedError
+
+    def kernels(self) -> Kernels | None:
+        """The Triton kernels of the operation, imported here and not before; None where the reference runs."""
+        return None
+
+    def product_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """What the matrix products of a model with such weights multiply: the roofline peak that it is held against."""
+        return weight_dtype
+
+    def why_emulated(self, device: torch.device) -> str | None:
+        """Why a device has no matrix product of ``product_dtype``, so that PyTorch emulates it, or None."""
+        return None
+
+    def device_reasons(self, device: torch.device) -> list[str]:
+        """Why the operation cannot run on a device at all; empty where it can."""
+        return []
+
+    def not_supported_reasons(self, weights: Sequence[torch.Tensor]) -> list[str]:
+        """Why blocks with these weights of their projections cannot be prepared; empty where they can."""
+        reasons, dtypes = [], {weight.dtype for weight in weights}
+        if dtypes - set(self.weight_dtypes) or len(dtypes) > 1:
+            came = ", ".join(sorted(map(_dtype_name, dtypes)))
+            wanted = " or ".join(f"all {_dtype_name(dtype)}" for dtype in self.weight_dtypes)
+            remedy = f"model.to({self.weight_dtypes[-1]})"
+            reasons.append(f"the weights are {came}, folding is for {wanted} ({remedy})")
+        return reasons + self.device_reasons(weights[0].device)
+
+    def modules(self) -> tuple[str, ...]:
+        """Which module of a block (timm's names) each tensor of a record is made of; "" for a tensor of none."""
+        return tuple(_MODULES[field.partition("_")[0]] for field in self.record._fields)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def folding_arguments(p: BlockParams) -> tuple[Any, ...]:
+    """The parameters of a block as ``folding.prepare_block`` and ``folding.fp8_block`` take them."""
+    assert p.norm1 is not None and p.norm2 is not None  # ``prepare`` refuses blocks without
+    return (
+        p.norm1[:2], (p.qkv_weight, p.qkv_bias), (p.proj_weight, p.proj_bias), p.gamma1,
+        p.norm2[:2], (p.fc1_weight, p.fc1_bias), (p.fc2_weight, p.fc2_bias), p.gamma2,
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+"""The dtype of the weights: LayerNorm and LayerScale are folded into the projections, and nothing is quantised.
+
+Five launches a block (``kernels/prepared_blocks.py``). Outputs differ from the unprepared model's by the rounding of
+the folded weights, and are held to the same budget.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vit_fast.kernels import arguments, folding, reference
+
+from .base import Kernels, Precision, folding_arguments
+
+if TYPE_CHECKING:
+    from vit_fast.block import BlockParams
+
+
+class Folded(Precision):
+    """``precision=None``."""
+
+    name = None
+    operation = "prepared_blocks"
+    record = folding.FoldedBlock
+    variant, graphed_variant = "prepared", "graphed"
+    check = staticmethod(arguments.check_prepared_blocks)
+    reference = staticmethod(reference.prepared_blocks)
+
+    def fold(self, params: BlockParams) -> folding.FoldedBlock:
+        return folding.prepare_block(*folding_arguments(params))
+
+    def kernels(self) -> Kernels:
+        from vit_fast.kernels import prepared_blocks
+
+        return Kernels(prepared_blocks.prepared_blocks, prepared_blocks.not_supported_reasons)
+
+
+FOLDED = Folded()

@@ -1,0 +1,62 @@
+"""float8 e4m3: what the four projections of a block multiply; attention and the residual keep the weights' dtype.
+
+Seven launches a block (``kernels/fp8_blocks.py``). Every scale follows from the weights: no data is needed. A CPU
+emulates the products, a GPU needs capability 8.9. Each product errs by some 5 % of its spread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vit_fast.kernels import arguments, folding, reference
+from vit_fast.parity import FLOAT8_BUDGET
+
+from .base import Kernels, Precision, folding_arguments
+
+if TYPE_CHECKING:
+    from vit_fast.block import BlockParams
+
+_CAPABILITY = (8, 9)
+
+
+class Float8(Precision):
+    """``precision="fp8"``."""
+
+    name = "fp8"
+    operation = "fp8_blocks"
+    record = folding.Float8Block
+    products = "float8"
+    budget = FLOAT8_BUDGET
+    variant, graphed_variant = "fp8", "fp8-graphed"
+    check = staticmethod(arguments.check_fp8_blocks)
+    reference = staticmethod(reference.fp8_blocks)
+
+    def fold(self, params: BlockParams) -> folding.Float8Block:
+        return folding.fp8_block(*folding_arguments(params), params.activation)
+
+    def kernels(self) -> Kernels:
+        from vit_fast.kernels import fp8_blocks
+
+        return Kernels(fp8_blocks.fp8_blocks, fp8_blocks.not_supported_reasons)
+
+    def product_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return folding.E4M3
+
+    def why_emulated(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "float8 products need a GPU of capability 8.9"
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= _CAPABILITY:
+            return None
+        return f"float8 products need capability 8.9, {device} has {major}.{minor}"
+
+    def device_reasons(self, device: torch.device) -> list[str]:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY:
+            return []
+        major, minor = torch.cuda.get_device_capability(device)
+        return [f"float8 needs capability 8.9, {device} has {major}.{minor}"]
+
+
+FP8 = Float8()
