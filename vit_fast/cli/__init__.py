@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 from vit_fast.bench.errors import BenchError, require
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
-
-
-class CommandError(BenchError):
-    """A failure of a command that the user can mend: its text is all that is printed."""
+from .errors import INTERRUPTED
 
 
 def _app():

@@ -12,7 +12,8 @@ from vit_fast.bench import machine, photographs
 from vit_fast.bench.errors import require
 from vit_fast.bench.providers import BASELINES, SCALED_MM, VARIANTS
 
-from . import INTERRUPTED, options
+from . import options
+from .errors import INTERRUPTED
 from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")

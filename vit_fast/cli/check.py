@@ -11,7 +11,8 @@ from vit_fast.bench import photographs
 from vit_fast.bench.errors import reason
 from vit_fast.bench.providers import VARIANTS
 
-from . import CommandError, options
+from . import options
+from .errors import CommandError
 from .output import save, say, show_table
 
 _HEADS = ("layer", "error", "eager's", "allowed", "rms error", "eager's rms", "cosine", "verdict")

@@ -7,7 +7,8 @@ import typer
 
 from vit_fast.bench.errors import reason, require
 
-from . import CommandError, options
+from . import options
+from .errors import CommandError
 from .output import say
 
 

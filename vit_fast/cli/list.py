@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import CommandError
+from .errors import CommandError
 from .output import show_table
 
 _COLUMNS = ("name", "family", "input", "classes", "parameters", "trainable")

@@ -9,7 +9,7 @@ import typer
 from vit_fast.bench.errors import WrongValueError
 from vit_fast.bench.results import check_writable
 
-from . import CommandError
+from .errors import CommandError
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ import typer
 from vit_fast.bench.errors import require
 from vit_fast.bench.providers import PROFILED, PROFILED_VARIANTS
 
-from . import CommandError, options
+from . import options
+from .errors import CommandError
 from .output import save, say, show_table
 
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
