@@ -17,7 +17,7 @@ help:
 	@echo "make mutants break the kernels in every small way and see that a test notices (ARGS=--help tells more)"
 	@echo "make gpu     on a GPU: limits, tests, all benchmarks, profiles, tuning, into benchmarks/results/ (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
-	@echo "make lint    ruff check and ruff format --check"
+	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make setup   only the virtual environment, $(VENV)"
 	@echo "make clean   remove $(VENV), out/ and caches"
 
@@ -55,6 +55,7 @@ aot: $(READY) $(TRITON36)/.setup
 lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) mypy
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis .benchmarks
