@@ -55,7 +55,7 @@ class Shape:
         return *attention, norm(), linear(self.F, self.C), linear(self.C, self.F), None
 
     @property
-    def block_words(self):
+    def block_arguments(self):
         """Heads, scale, activation and eps, as ``ops.prepared_blocks`` takes them."""
         return self.H, (self.C // self.H) ** -0.5, "gelu", 1e-6, 1e-6
 
