@@ -38,7 +38,7 @@ class Shape:
     def __str__(self):
         return f"{self.name}-b{self.B}"
 
-    def random(self, *size, scale=1.0):
+    def random(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         """Random numbers of the benchmark's dtype on its device."""
         return (torch.randn(size, device=DEVICE) * scale).to(DTYPE)
 
