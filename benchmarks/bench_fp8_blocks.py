@@ -23,8 +23,8 @@ def bench_fp8_blocks(compare, shape, provider):
     if device.type == "cuda" and (missing := measure.float8_missing(device)):
         pytest.skip(missing)
     providers = {
-        "vit_fast": lambda x, *weights: ops.fp8_blocks(x, list(weights), *s.block_words),
-        "eager": lambda x, *weights: reference.fp8_blocks(x, weights, *s.block_words),
+        "vit_fast": lambda x, *weights: ops.fp8_blocks(x, list(weights), *s.block_arguments),
+        "eager": lambda x, *weights: reference.fp8_blocks(x, weights, *s.block_arguments),
     }
 
     def make():

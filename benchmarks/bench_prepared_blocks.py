@@ -16,8 +16,8 @@ from vit_fast import ops
 def bench_prepared_blocks(compare, shape, provider):
     s = shape
     providers = {
-        "vit_fast": lambda x, *weights: ops.prepared_blocks(x, list(weights), *s.block_words),
-        "eager": lambda x, *weights: reference.prepared_blocks(x, weights, *s.block_words),
+        "vit_fast": lambda x, *weights: ops.prepared_blocks(x, list(weights), *s.block_arguments),
+        "eager": lambda x, *weights: reference.prepared_blocks(x, weights, *s.block_arguments),
     }
 
     def make():

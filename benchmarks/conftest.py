@@ -38,7 +38,7 @@ class Shape:
     def __str__(self):
         return f"{self.name}-b{self.B}"
 
-    def random(self, *size, scale=1.0):
+    def random(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         """Random numbers of the benchmark's dtype on its device."""
         return (torch.randn(size, device=DEVICE) * scale).to(DTYPE)
 
@@ -55,7 +55,7 @@ class Shape:
         return *attention, norm(), linear(self.F, self.C), linear(self.C, self.F), None
 
     @property
-    def block_words(self):
+    def block_arguments(self):
         """Heads, scale, activation and eps, as ``ops.prepared_blocks`` takes them."""
         return self.H, (self.C // self.H) ** -0.5, "gelu", 1e-6, 1e-6
 

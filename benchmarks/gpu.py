@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,7 +33,7 @@ VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
 LARGE = "eager,torchvision,transformers,compile,compile-max-autotune"
 FEW = "eager,compile"
-FLOAT8 = "224-fp8"  # in the place of a size: 224 pixels, in float8, and its own baseline
+FLOAT8 = "224-fp8"  # stands for a size: 224 pixels, in float8 beside the float8 baseline
 MODELS = (  # timm's name, pixels, batch sizes, baselines, seconds at most; the most telling first
     (VIT_B, 224, "256,1,64,8", ALL, 480),
     (VIT_B, 512, "64", FEW, 90),
@@ -58,14 +58,16 @@ torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (768,), weight
 
 @dataclass(frozen=True)
 class Stage:
+    """A child process of the run."""
+
     name: str
-    command: tuple  # after the interpreter
+    command: tuple[str, ...]  # after the interpreter
     seconds: float  # at most
     cold: bool = False  # with caches of compiled kernels of its own, empty at its start
     float8: bool = False  # needs capability 8.9
 
 
-def stages(out, only):
+def stages(out: Path, only: str) -> list[Stage]:
     """The stages of the chosen groups, in order."""
     pytest = ("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     checked = "test_gpu_bits or test_gpu_layouts_and_mixed_dtypes or test_gpu_integers_come_out_exactly"
@@ -122,7 +124,7 @@ def _under(*tool):
     return f"import os, sys; os.execvp({tool[0]!r}, [*{list(tool)!r}, sys.executable, *sys.argv[1:]])"
 
 
-def run(stage, out, seconds):
+def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
     """What became of one stage: "passed", "failed (exit status)" or "out of time", and its seconds."""
     begun = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -143,7 +145,7 @@ def run(stage, out, seconds):
     return {"stage": stage.name, "verdict": verdict, "seconds": round(time.monotonic() - begun, 1)}
 
 
-def triton_error(seconds=180):
+def triton_error(seconds: float = 180) -> str | None:
     """Why a small kernel of ours cannot be compiled, loaded and run here, or None; asked of a child process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, "-P", "-c", PROBE]
@@ -178,7 +180,7 @@ def _rows(out, model, size):
     return [row for row in rows if row["device"].startswith("cuda")]
 
 
-def without_figures(out):
+def without_figures(out: Path) -> list[str]:
     """The rows that were not timed, in words."""
     return [
         f"{row['model']} {row['infer_img_size']} batch {row['infer_batch_size']} {row['provider']}: {row['status']}"
@@ -264,7 +266,7 @@ def _cost(small, large, size, wanted):
     return _target(text, wanted, 100 * abs(cost / flops - 1), note, at_most=True)
 
 
-def targets(out):
+def targets(out: Path) -> list[dict[str, Any]]:
     """The targets against what the files of a folder hold."""
     base = _rows(out, VIT_B, 224)
     best = _ours(base, 256)
@@ -297,7 +299,7 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for all stages together.")] = 60.0,
     only: Annotated[str, typer.Option(help="Groups of stages.")] = ",".join(GROUPS),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, run nothing.")] = False,
-):
+) -> None:
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
     known = machine.gpu_facts()
     folder = ROOT / "out" / "gpu"  # where nothing is measured there is no result to keep

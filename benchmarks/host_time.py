@@ -11,8 +11,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -35,7 +36,7 @@ import harness
 LAUNCHES = []
 
 
-def pretend():
+def pretend() -> None:
     """Sends CPU tensors to the Triton backend, whose launches only count."""
     harness._set_arch(90)
     select.unavailable = lambda name, device: ()
@@ -46,7 +47,7 @@ def pretend():
     CompiledKernel.run = property(lambda kernel: lambda *launch: LAUNCHES.append(kernel))
 
 
-def host_time(call, calls):
+def host_time(call: Callable[[], Any], calls: int) -> tuple[float, float, int]:
     """(fastest and median milliseconds of a call, its launches)."""
     call()
     LAUNCHES.clear()
@@ -64,7 +65,7 @@ def main(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images.")] = 1,
     calls: Annotated[int, typer.Option(help="Timed calls.")] = 50,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-):
+) -> None:
     """Measure the host time of a forward pass; see the head of benchmarks/host_time.py."""
     for flag, count in (("--batch-size", batch_size), ("--calls", calls)):
         if count < 1:

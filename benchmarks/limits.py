@@ -21,11 +21,11 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+Figures = dict[str, Any]  # the row of an item, or a part of it
 FORMS = ("alone", "bias", "bias + GELU", "residual")
 FLOAT8_FORMS = ("float8, a scale a tensor", "float8, a scale a row")
 CHAIN = 64  # dependent launches
@@ -86,13 +87,13 @@ class Clock:
     calls: int
     sustained_seconds: float
 
-    def once(self, call):
+    def once(self, call: Callable[[], Any]) -> float:
         """Median seconds of a single call."""
         for _ in range(3):
             call()
         return statistics.median(measure.step_times(call, self.calls, self.device))
 
-    def back_to_back(self, call, one):
+    def back_to_back(self, call: Callable[[], Any], one: float) -> float:
         """Mean seconds of calls one behind the other; ``one`` is about what one takes."""
         repeat = 1
         if self.device.type == "cuda" and one < 50e-6:
@@ -106,7 +107,9 @@ class Clock:
 
         return measure.seconds(work, self.device)[0] / (count * repeat)
 
-    def figures(self, call, flop=None, moved=None, sustained=False):
+    def figures(
+        self, call: Callable[[], Any], flop: int | None = None, moved: int | None = None, sustained: bool = False
+    ) -> dict[str, float]:
         """The figures of a call that does so many FLOP or moves so many bytes."""
         one = self.once(call)
         row = {"us": 1e6 * one}
@@ -119,12 +122,12 @@ class Clock:
             row |= {"sustained_us": 1e6 * lasting, "sustained_tflops": flop / lasting / 1e12}
         return row
 
-    def random(self, *shape, scale=1.0):
+    def random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Random bfloat16 numbers on the device."""
         return (torch.randn(shape, device=self.device) * scale).to(torch.bfloat16)
 
 
-def captured(call, repeat):
+def captured(call: Callable[[], Any], repeat: int) -> Callable[[], None]:
     """A call that replays a CUDA graph of ``repeat`` calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -162,7 +165,7 @@ if triton is not None:
         tl.store(out_ptr + program, tl.sum(tl.sum(total, 1), 0))
 
 
-def load_tiles(words, programs, rounds, stages=4):
+def load_tiles(words: torch.Tensor, programs: int, rounds: int, stages: int = 4) -> torch.Tensor:
     """int32 [programs]: every program reads ``rounds`` tiles by TMA and sums them."""
     count = words.shape[0] // TILE_ROWS
     out = torch.empty(programs, dtype=torch.int32, device=words.device)
@@ -173,7 +176,7 @@ def load_tiles(words, programs, rounds, stages=4):
     return out
 
 
-def expected_tile_sums(words, programs, rounds):
+def expected_tile_sums(words: torch.Tensor, programs: int, rounds: int) -> torch.Tensor:
     """What ``load_tiles`` returns, by PyTorch."""
     sums = words.view(-1, TILE_ROWS * TILE_COLUMNS).sum(1, dtype=torch.int64)
     turns = torch.arange(rounds, device=words.device)
@@ -181,18 +184,19 @@ def expected_tile_sums(words, programs, rounds):
     return torch.stack(picked).to(torch.int32)
 
 
-def add_one(out, x, pdl):
+def add_one(out: torch.Tensor, x: torch.Tensor, pdl: bool) -> None:
     """out = x + 1; with ``pdl`` the launch may begin before the one in front of it has ended."""
     launch = {"launch_pdl": True} if pdl else {}
     _add_one_kernel[(triton.cdiv(x.numel(), 1024),)](out, x, x.numel(), PDL=pdl, BLOCK=1024, num_warps=4, **launch)
 
 
-def copy(clock, size):
+def copy(clock: Clock, size: int) -> Figures:
+    """A copy of so many bytes."""
     rate = measure.copy_bandwidth(clock.device, size)
     return {"us": 2e6 * size / rate, "tbs": rate / 1e12}
 
 
-def float8_product(clock, form, rows, k, n):
+def float8_product(clock: Clock, form: str, rows: int, k: int, n: int) -> Callable[[], torch.Tensor]:
     """A call that multiplies numbers that are e4m3 already."""
     x, weight = (clock.random(*shape).to(measure.E4M3) for shape in ((rows, k), (n, k)))
     shapes = ((), ()) if form == "float8, a scale a tensor" else ((rows, 1), (1, n))
@@ -200,7 +204,8 @@ def float8_product(clock, form, rows, k, n):
     return functools.partial(torch._scaled_mm, x, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def product(clock, form, tokens, k, n, sustained, images=1):
+def product(clock: Clock, form: str, tokens: int, k: int, n: int, sustained: bool, images: int = 1) -> Figures:
+    """A matrix product of one of the ``FORMS`` or ``FLOAT8_FORMS``."""
     rows = images * tokens
     if form in FLOAT8_FORMS:
         call = float8_product(clock, form, rows, k, n)
@@ -216,18 +221,21 @@ def product(clock, form, tokens, k, n, sustained, images=1):
     return {"shape": f"{rows}×{k}→{n}"} | clock.figures(call, flop=2 * rows * k * n, sustained=sustained)
 
 
-def gelu(clock, tokens, width, images):
+def gelu(clock: Clock, tokens: int, width: int, images: int) -> Figures:
+    """GELU (erf) as a kernel of its own."""
     x = clock.random(images * tokens, width)
     return {"shape": f"{len(x)}×{width}"} | clock.figures(lambda: F.gelu(x), moved=2 * x.nbytes)
 
 
-def layer_norm(clock, tokens, width, images):
+def layer_norm(clock: Clock, tokens: int, width: int, images: int) -> Figures:
+    """LayerNorm as a kernel of its own."""
     x, weight, bias = clock.random(images * tokens, width), clock.random(width), clock.random(width)
     call = functools.partial(F.layer_norm, x, (width,), weight, bias, 1e-6)
     return {"shape": f"{len(x)}×{width}"} | clock.figures(call, moved=2 * x.nbytes)
 
 
-def attention(clock, backend, heads, tokens, head_size, images):
+def attention(clock: Clock, backend: str, heads: int, tokens: int, head_size: int, images: int) -> Figures:
+    """scaled_dot_product_attention by one backend."""
     q, k, v = clock.random(images, tokens, 3, heads, head_size).permute(2, 0, 3, 1, 4).unbind(0)
 
     flop, moved = 4 * images * heads * tokens**2 * head_size, 4 * q.nbytes
@@ -236,7 +244,8 @@ def attention(clock, backend, heads, tokens, head_size, images):
     return {"shape": f"{images}×{heads}×{tokens}×{head_size}"} | row
 
 
-def l2_loads(clock):
+def l2_loads(clock: Clock) -> Figures:
+    """Loads by TMA from a tensor that stays in L2, without arithmetic."""
     if triton is None:
         raise triton_missing
     size, rounds = 16 << 20, 256
@@ -251,7 +260,7 @@ def l2_loads(clock):
     return {"us": 1e6 * one, "tbs": moved / one / 1e12, "note": "the first round fills L2 from memory"}
 
 
-def launches(clock, step, graph):
+def launches(clock: Clock, step: Callable[..., None], graph: bool) -> Figures:
     """Microseconds of each of CHAIN dependent launches; ``step(out, x)`` sets out = x + 1."""
     buffers = [torch.zeros(4096, device=clock.device) for _ in range(2)]
 
@@ -275,7 +284,7 @@ def launches(clock, step, graph):
     return {"us": 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / CHAIN}
 
 
-def stack(clock, tower, early):
+def stack(clock: Clock, tower: str, early: bool) -> Figures:
     """A stack of prepared blocks for one image, in a CUDA graph; ``early``: each kernel is launched before the one in
     front of it has ended."""
     tokens, width, hidden = TOWERS[tower]
@@ -306,7 +315,7 @@ def stack(clock, tower, early):
     return clock.figures(run)
 
 
-def host_cost(clock, make):
+def host_cost(clock: Clock, make: Callable[[], Callable[[], Any]]) -> Figures:
     """Microseconds that the host needs for a call; on a GPU the device works meanwhile."""
     call, count, best = make(), 200, math.inf
     call()
@@ -320,7 +329,9 @@ def host_cost(clock, make):
     return {"us": 1e6 * best / count}
 
 
-def triton_step(pdl):
+def triton_step(pdl: bool) -> Callable[..., None]:
+    """A step of ``launches`` by a Triton kernel."""
+
     def step(out, x):
         if triton is None:
             raise triton_missing
@@ -329,7 +340,9 @@ def triton_step(pdl):
     return step
 
 
-def host_items(clock):
+def host_items(clock: Clock) -> Iterator[Item]:
+    """What a call costs on the host."""
+
     def operator():
         x = torch.zeros(1, device=clock.device)
         return lambda: torch.add(x, 1.0)
@@ -351,7 +364,8 @@ def host_items(clock):
     yield Item("host cost of a Triton launch", "1 row", functools.partial(host_cost, clock, kernel), needs_cuda=True)
 
 
-def launch_items(clock):
+def launch_items(clock: Clock) -> Iterator[Item]:
+    """What a launch costs on the device."""
     shape = f"{CHAIN} × 4096 elements"
 
     def torch_step(out, x):
@@ -370,7 +384,8 @@ def launch_items(clock):
         yield Item(f"prepared blocks in a CUDA graph, launched {name}", shape, work, needs_cuda=True)
 
 
-def product_items(clock, towers, images, forms=FORMS):
+def product_items(clock: Clock, towers: Iterable[str], images: int, forms: tuple[str, ...] = FORMS) -> Iterator[Item]:
+    """The matrix products of a transformer block."""
     for tower in towers:
         tokens, width, hidden = TOWERS[tower]
         for layer, k, n in (
@@ -386,7 +401,7 @@ def product_items(clock, towers, images, forms=FORMS):
                 yield Item(f"{tower} {layer}, {form}", shape, work, many, needs_cuda=form in FLOAT8_FORMS)
 
 
-def items(clock, on_gpu):
+def items(clock: Clock, on_gpu: bool) -> Iterator[Item]:
     """All items, the most telling first: time may run out."""
     images, square = (256, 8192) if on_gpu else (1, 512)
     for size in (1 << 30, 256 << 20, 4 << 30) if on_gpu else (64 << 20,):
@@ -411,7 +426,7 @@ def items(clock, on_gpu):
         yield from product_items(clock, [tower for tower in TOWERS if tower != "ViT-B"], images)
 
 
-def measured(item, on_gpu):
+def measured(item: Item, on_gpu: bool) -> Figures:
     """The row of an item, whatever becomes of it."""
     row = {"name": item.name, "shape": item.shape}
     if item.needs_cuda and not on_gpu:
@@ -431,14 +446,15 @@ def measured(item, on_gpu):
         release(on_gpu)  # here, where the exception and what its frames hold are gone
 
 
-def release(on_gpu):
+def release(on_gpu: bool) -> None:
+    """Gives memory back that nothing refers to."""
     gc.collect()
     if on_gpu:
         with contextlib.suppress(RuntimeError):  # after an illegal access every call fails, and each item says so
             torch.cuda.empty_cache()
 
 
-def facts(device):
+def facts(device: torch.device) -> dict[str, Any]:
     """Machine and versions."""
     known = {
         "device": str(device),
@@ -462,11 +478,13 @@ def facts(device):
     return known
 
 
-def write(path, known, rows):
+def write(path: Path, known: dict[str, Any], rows: list[Figures]) -> None:
+    """The file of the results."""
     path.write_text(json.dumps({"machine": known, "items": rows}, indent=1, ensure_ascii=False) + "\n")
 
 
-def print_rows(known, rows):
+def print_rows(known: dict[str, Any], rows: list[Figures]) -> None:
+    """The items as a table."""
     columns = (("us", "µs"), ("tflops", "TFLOP/s"), ("tbs", "TB/s"))
     columns += (("sustained_us", "sustained µs"), ("sustained_tflops", "sustained TFLOP/s"))
     table = Table("item", "shape", title=f"{known['device_name']}, torch {known['torch']}")
@@ -486,7 +504,7 @@ def main(
     path: Annotated[Path, typer.Option("--json", help="Write machine and items here.")],
     seconds: Annotated[float, typer.Option(min=1.0, help="Time; what does not fit into it is not measured.")] = 90.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")] = None,
-):
+) -> None:
     """What this device's memory and libraries reach; see the head of benchmarks/limits.py."""
     begun = time.monotonic()
     try:

@@ -14,8 +14,8 @@ from .problems import PLANNED, VITS, WORKS, Problem, Work, linear_sizes
 
 
 class Chip(NamedTuple):
-    """What decides on configurations: 10·major + minor of the capability, bytes of shared memory a program may have,
-    multiprocessors."""
+    """What configurations depend on: 10·major + minor of the capability, bytes of shared memory that a program may
+    have, multiprocessors."""
 
     arch: int
     shared: int
@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 
     @classmethod
     def named(cls, arch: int) -> "Chip":
-        """As A100, H200 and B200 have it; else as consumer cards."""
+        """The figures of A100, H200 or B200; of any other arch, those of consumer cards."""
         known = {80: (166_912, 108), 90: (232_448, 132), 100: (232_448, 148)}
         return cls(arch, *known.get(arch, (101_376, 128)))
 
@@ -40,7 +40,7 @@ class _Picked(Exception):
 
 @contextlib.contextmanager
 def rule(operation: str, pick: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """Puts ``pick(shipped rule, its arguments)`` in the place of a rule of kernels/configs.py."""
+    """Replaces a rule of kernels/configs.py; ``pick`` gets the shipped rule with its arguments bound."""
     name = f"pick_{operation}_config"
     shipped = getattr(configs, name)
     setattr(configs, name, lambda *args, **kwargs: pick(functools.partial(shipped, *args, **kwargs)))
@@ -52,7 +52,7 @@ def rule(operation: str, pick: Callable[[Callable[[], Any]], Any]) -> Iterator[N
 
 @contextlib.contextmanager
 def pretending(chip: Chip) -> Iterator[None]:
-    """Makes the rules see a chip where there is none."""
+    """Makes the rules of kernels/configs.py choose for a chip that is not there."""
     shipped = configs.arch_of, configs.multiprocessors_of
     configs.arch_of, configs.multiprocessors_of = lambda device: chip.arch, lambda device: chip.multiprocessors
     try:
@@ -150,12 +150,12 @@ def fits(problem: Problem, config: Any, chip: Chip, itemsize: int = 2) -> bool:
 
 
 def candidates(problem: Problem, pick: Any, chip: Chip) -> list[Any]:
-    """The pick and the neighbours of it that fit, each once."""
+    """The config that the rule picks and those of its neighbours that fit, each once."""
     return list(dict.fromkeys([pick, *(c for c in NEIGHBOURS[problem.operation](pick) if fits(problem, c, chip))]))
 
 
 def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
-    """Configs of ``linear_hopper``, on the one architecture that it has."""
+    """Configs of ``linear_hopper``, which is for sm_90 alone."""
     if chip.arch != 90 or work.hopper is None:
         return []
     from vit_fast.kernels import launch, linear_hopper
@@ -181,7 +181,7 @@ def calling(problem: Problem, work: Work, config: Any) -> Iterator[Callable[[], 
 
 
 def plan(problem: Problem, chip: Chip) -> list[Any]:
-    """The candidates of a problem on a chip that need not be there; the first is the rule's."""
+    """The candidates of a problem on a chip that need not be there; the first is the one that the rule picks."""
     with pretending(chip):
         work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
         found = candidates(problem, picked(problem.operation, work.kernel), chip)

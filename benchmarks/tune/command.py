@@ -1,4 +1,4 @@
-"""The command: its flags, and what it does with them."""
+"""The command line of the tuner: its flags, and the run from the plan to the table."""
 
 import contextlib
 import os

@@ -14,7 +14,7 @@ START_SECONDS, RUN_SECONDS = 60, 20  # until the process is ready, until it answ
 
 
 def _serve(connection, device, dtype):
-    """The process of ``Guarded``: answers (problem, config, steps) with (µs, why not) until nobody asks."""
+    """Runs in the process: answers (problem, config, steps) with (µs, why not) until the pipe is closed."""
     make, known = Maker(device, dtype, filled=True), None
     make(1)
     connection.send("ready")
@@ -36,7 +36,7 @@ def _serve(connection, device, dtype):
 
 
 class Guarded:
-    """A process that checks and times kernels that may hang; after one that did, none."""
+    """A process that checks and times kernels that may hang; after one has hung, no other is run."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, serve: Callable[..., None] = _serve) -> None:
         self.arguments, self.serve, self.process, self.hung = (device, dtype), serve, None, None
@@ -62,7 +62,7 @@ class Guarded:
         return self.connection.recv() if self.connection.poll(max(0.0, seconds)) else None
 
     def time(self, problem: Problem, config: Any, steps: int, seconds: float) -> tuple[float | None, str | None]:
-        """(µs, why not)."""
+        """(median µs of a step, None), or (None, why there is no time)."""
         if self.hung:
             return None, self.hung
         try:

@@ -39,11 +39,11 @@ class Work(NamedTuple):
     """A problem with its tensors."""
 
     kernel: Callable[[], torch.Tensor]
-    eager: Callable[..., torch.Tensor]  # of the tensors below, in whatever dtype they have
-    tensors: tuple[torch.Tensor | None, ...]  # those with a row an image come first
-    batched: int  # how many these are
+    eager: Callable[..., torch.Tensor]  # takes the tensors below, in any dtype
+    tensors: tuple[torch.Tensor | None, ...]  # those with a batch dimension come first
+    batched: int  # how many have a batch dimension
     libraries: dict[str, Callable[[], torch.Tensor]]
-    hopper: Callable[..., torch.Tensor] | None = None  # of a config: the same by linear_hopper, where it can
+    hopper: Callable[..., torch.Tensor] | None = None  # takes a config: the same by linear_hopper, if it can
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes tensors; in a plan they are not filled, and their memory is never touched."""
+    """Makes random tensors; unfilled ones, for planning, take no memory."""
 
     device: torch.device
     dtype: torch.dtype
@@ -92,7 +92,7 @@ def linear_sizes(name: str, vit: Vit) -> tuple[int, int, str | None, bool]:
 
 
 def _partials(x, filled):
-    """The partials of the rows of x as a GEMM with tiles 2·PARTIAL_WIDTH wide emits them: [2, partials, rows]."""
+    """Row-statistics partials (mean, M2) of x, as the epilogue of the GEMM before writes them: [2, partials, rows]."""
     values = torch.empty(2, x.shape[-1] // PARTIAL_WIDTH, x.numel() // x.shape[-1], device=x.device)
     if filled:
         parts = x.float().flatten(0, -2).unflatten(1, (-1, PARTIAL_WIDTH))
@@ -102,7 +102,7 @@ def _partials(x, filled):
 
 
 def _by_hopper(*arguments, **options):
-    """The call of ``linear_hopper``, which is imported where it is called."""
+    """A function of a config that calls ``linear_hopper``, and imports it first."""
 
     def call(config):
         from vit_fast.kernels.linear_hopper import linear_hopper

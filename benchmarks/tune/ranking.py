@@ -29,7 +29,7 @@ def _time_candidates(problem, work, configs, compilers, timer, end, device, dtyp
         said = NO_TIME if left <= 0 else compilers.result(problem, config, left)
         if said in (NO_TIME, NOT_COMPILED):
             failures.append((config, said))
-            continue  # whatever else a compiler said, the device will say it too
+            continue  # any other error of the compiler will come again on the device
         try:
             if may_hang(config):
                 took, why = guarded.time(problem, config, STEPS, end - time.monotonic())

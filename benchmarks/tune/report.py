@@ -16,12 +16,12 @@ def one_line(error: BaseException) -> str:
 
 
 def config_dict(config: Any) -> dict[str, Any]:
-    """A config as the file has it."""
+    """A config as a dict for JSON."""
     return ({"kernel": "linear_hopper"} if may_hang(config) else {}) | asdict(config)
 
 
 def difference(row: dict[str, Any]) -> str:
-    """What the best config has that the rule's has not."""
+    """In what the best config differs from the one that the rule picks."""
     if row["best"] is None:
         return "none ran"
     if "kernel" in row["best"]:
@@ -48,7 +48,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def save(path: Path, content: object) -> None:
-    """Writes a file of JSON so that no reader and no kill finds half of it."""
+    """Writes a JSON file atomically: a killed run leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")

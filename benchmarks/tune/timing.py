@@ -24,14 +24,14 @@ def step_times(call: Callable[[], Any], count: int, device: torch.device) -> lis
 
 
 def few_images(tensors: tuple[Any, ...], batched: int) -> tuple[tuple[Any, ...], list[int]]:
-    """The tensors with the first and last images of the batch alone, and which images these are."""
+    """The tensors cut to the first and last images of the batch, and the indices of these images."""
     batch = len(tensors[0])
     images = sorted({*range(min(batch, CHECKED_IMAGES // 2)), *range(max(0, batch - CHECKED_IMAGES // 2), batch)})
     return tuple(t[images] if i < batched else t for i, t in enumerate(tensors)), images
 
 
 def median_us(call: Callable[[], Any], steps: int, device: torch.device, timer: Timer) -> float:
-    """Median microseconds."""
+    """Median microseconds of a step."""
     return 1e6 * statistics.median(timer(call, steps, device))
 
 
@@ -44,7 +44,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, work: Work) -> "Reference":
-        """The reference of a work."""
+        """Computes it."""
         few, images = few_images(work.tensors, work.batched)
         return cls(images, work.eager(*few), work.eager(*(t if t is None else t.double() for t in few)))
 

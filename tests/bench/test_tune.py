@@ -67,20 +67,17 @@ def test_the_first_candidate_is_what_the_rule_picks(tune):
         assert first == configs.pick_attention_config(vit.tokens, vit.tokens, size, torch.bfloat16, False, 90)
         first = tune.candidates.plan(tune.problems.Problem("layer_norm", "layer_norm", model, 1), chip)[0]
         assert first == configs.pick_layer_norm_config(vit.width)
-    assert (
-        tune.candidates.plan(tune.problems.Problem("linear", "fc1", "base", 256), tune.candidates.Chip.named(80))[0].tma
-        is False
-    )
-    assert tune.candidates.plan(tune.problems.Problem("linear", "fc1", "base", 256), chip)[0].tma is True
+    fc1 = tune.problems.Problem("linear", "fc1", "base", 256)
+    assert tune.candidates.plan(fc1, tune.candidates.Chip.named(80))[0].tma is False
+    assert tune.candidates.plan(fc1, chip)[0].tma is True
 
 
 def test_what_cannot_fit_is_left_out(tune):
     problem, chip = tune.problems.Problem("linear", "fc1", "base", 256), tune.candidates.Chip.named(90)
     pick = tune.candidates.plan(problem, chip)[0]
     good = replace(pick, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, split_k=1)
-    assert tune.candidates.fits(problem, good, chip) and not tune.candidates.fits(
-        problem, good, tune.candidates.Chip.named(80)
-    )
+    assert tune.candidates.fits(problem, good, chip)
+    assert not tune.candidates.fits(problem, good, tune.candidates.Chip.named(80))
     for change in (dict(num_stages=5), dict(num_warps=4), dict(split_k=2)):
         assert not tune.candidates.fits(problem, replace(good, **change), chip)
     small = replace(pick, block_m=64, block_n=64, block_k=64, split_k=4)

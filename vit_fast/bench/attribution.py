@@ -22,7 +22,7 @@ _HOST, _LAUNCH = ("cpu_op", "user_annotation"), ("cuda_runtime", "cuda_driver")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 # What a kernel's name says that it computes, the first that fits. Kernels that inductor generates from several
-# pointwise operations carry the names of all around them and have no family; nor have the second halves of a split sum.
+# pointwise operations carry the names of all around them and have no family; nor have the reductions of split-K.
 _FAMILIES = (
     (None, r"^triton_(poi|per|red)_|splitk.?reduce"),
     ("linear", r"^triton_tem_.*mm"),
@@ -190,7 +190,7 @@ def _share_out(works, operations):
 
 
 def _align(works, operations, steps):
-    """(work, operation or None) for work of no known call and operations whose calls nobody saw, by family and order.
+    """(work, operation or None) where calls are not in the trace: works belong to operations by family and order.
 
     Only where a family has as many kernels as operations in each step.
     """

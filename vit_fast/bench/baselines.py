@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import measure, scaled_mm
 from .providers import SCALED_MM
 
-# (a library's name of a tensor, timm's). {i} is the block; attn.q, attn.k and attn.v are the thirds of attn.qkv.
+# (pattern of a library's name of a tensor, timm's name); attn.q, attn.k and attn.v are the thirds of attn.qkv.
 _TORCHVISION = (
     (r"class_token", "cls_token"),
     (r"conv_proj\.(.+)", r"patch_embed.proj.\1"),
@@ -257,7 +257,7 @@ def best_attention(
     ways = _attentions(module, device)
     times, own = {}, next(iter(ways))
     for name, way in ways.items() if len(ways) > 1 else ():
-        # A backend that cannot serve this module, or not on this device, raises, and warns of each reason.
+        # A backend that cannot run this module on this device raises, and warns of each reason.
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), way():
             call()
             times[name] = statistics.median(measure.step_times(call, 5, device))

@@ -121,7 +121,7 @@ def _cpu_growth(call):
 
 
 def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> tuple[int | None, str]:
-    """Bytes that one call needs at its height, the model's own weights included, and how that was found.
+    """Peak bytes of one call, the model's own weights included, and how that was found.
 
     Args:
         weights: bytes of the model's parameters and buffers.
@@ -228,8 +228,8 @@ def flops_per_image(model: torch.nn.Module, pixels: torch.Tensor) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = copy.deepcopy(model).requires_grad_(False)  # with it, the counter asks inference tensors for their history
-    # The mathematical form, because the counter has no formula for the CPU's fused attention and would call it free.
+    model = copy.deepcopy(model).requires_grad_(False)  # requires_grad fails in the counter under inference mode
+    # Attention as matrix products: the counter has no formula for the CPU's fused attention and would count it as 0.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels[:1])
     return counter.get_total_flops()

@@ -26,7 +26,7 @@ _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
 _ATTENTION = "scaled_dot_product_attention"
 _LISTED = 30  # torch.profiler writes no sizes of a longer list of tensors
-# Whose parameters the tensors of a block in float8 are made of; the first one, the scale of both LayerNorms, of none.
+# The module whose parameters each tensor of a float8 block was made of; the first, a LayerNorm scale, has no module.
 _FP8_MODULES = ("",) + ("attn.qkv",) * 3 + ("attn.proj",) * 3 + ("mlp.fc1",) * 4 + ("mlp.fc2",) * 3
 
 
@@ -209,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         self.calls, self.module = [], ""
         self.names = {id(p): _label(name.rpartition(".")[0] or name) for name, p in model.named_parameters()}
         self.names |= _fp8_names(model)
-        self.kept = []  # an id is a name only while its tensor lives
+        self.kept = []  # references: the id of a freed tensor may be given to another
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -263,7 +263,7 @@ def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
     ]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        # Under inference_mode a dispatch mode sees F.linear, here what it is made of, as the profiler does.
+        # Under inference_mode a dispatch mode sees F.linear and its like whole; the profiler sees what they call.
         with torch.inference_mode(False), torch.no_grad(), fake, recorder:
             model(fake.from_tensor(pixels))
     finally:

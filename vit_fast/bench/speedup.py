@@ -49,7 +49,7 @@ def rounds_needed(comparisons: int = 1) -> int:
 
 
 def speedup(ours: Rounds, theirs: Rounds, comparisons: int = 1) -> Speedup:
-    """How many times as fast as theirs ours is.
+    """How many times as fast as ``theirs`` ``ours`` is.
 
     Args:
         ours, theirs: for each round the step times in seconds; a round that one of them lacks does not count.

@@ -76,7 +76,7 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Collec
 
 
 def save(kind: str, path: Path | None, write: Callable[[Path], object]) -> bool:
-    """Writes a file by ``write(path)`` and says so, or says why not; whether there is nothing to complain of."""
+    """Writes a file by ``write(path)`` and says so, or says why not; False if it could not be written."""
     if path is None:
         return True
     try:

@@ -14,7 +14,7 @@ from .output import save, say, show_table
 
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
 ITERATIONS = {"cuda": 20, "cpu": 5}
-LEAST_SHARE = 0.1  # percent of the step below which an operator without an operation is only named
+LEAST_SHARE = 0.1  # percent of the step; a smaller operator that belongs to no operation has no row in the table
 CPU_SENTENCE = "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
 
 

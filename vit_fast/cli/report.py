@@ -50,7 +50,7 @@ def _number(row, key, form):
 
 
 def print_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
-    """The rows of one batch size for reading, what has no figures below them."""
+    """Prints the rows of one batch size as a table, and below it those without figures."""
     baselines = dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("vit_fast"))
     timed = [row for row in rows if row["status"] == "ok"]
     say(f"{rows[0]['model']}, batch {rows[0]['infer_batch_size']}")
@@ -127,7 +127,7 @@ def _verdict(row):
 
 
 def _disturbances(rows):
-    """What the figures suffered from: other programs, a machine whose speed changes, times that scatter."""
+    """Warnings about the figures: other programs were running, the clock drifted, step times scatter."""
     load, cores = rows[0].get("load_average"), rows[0].get("cpu_threads")
     if load is not None and load > 0.25 * cores:
         yield (
@@ -148,7 +148,7 @@ def _disturbances(rows):
 
 
 def _parity(rows, eager):
-    """Whether ours hold their budget: those in float8 are held to another, and what they lose is told."""
+    """Whether our variants keep the error budget, those in float8 their own one, and how much accuracy float8 costs."""
     rows = [row for row in rows if "parity_passed" in row]
     plain = "the plain PyTorch form of the same float8 model"
     for float8, reference, its in ((False, eager, "eager's"), (True, plain, "that form's")):
@@ -224,6 +224,6 @@ def _sentences(rows, settings, seconds):
 
 
 def print_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:
-    """What has to be known to read the rows."""
+    """Prints what has to be known to read the rows."""
     for sentence in _sentences(rows, settings, seconds):
         say(sentence)
