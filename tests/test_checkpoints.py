@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from test_systems_hybrid import google_arrays
 
 import vit_fast
-from vit_fast import weights
-from vit_fast.convert import convert_file, convert_state_dict
+from vit_fast.checkpoints import files as weights
+from vit_fast.checkpoints.conversion import convert_file, convert_state_dict
 from vit_fast.systems import clip, deit, hybrid, t2t
 
 WORDS = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5)

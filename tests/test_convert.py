@@ -10,9 +10,9 @@ import torch
 
 import vit_fast
 from vit_fast import cli
-from vit_fast.convert import convert_file, convert_state_dict, family_of
+from vit_fast.checkpoints.conversion import convert_file, convert_state_dict, family_of
+from vit_fast.checkpoints.files import WeightsError, read_state_dict
 from vit_fast.systems import hybrid
-from vit_fast.weights import WeightsError, read_state_dict
 
 safetensors = pytest.importorskip("safetensors.torch")
 

@@ -12,8 +12,8 @@ from family_formulas import assert_kernels_agree
 
 import vit_fast
 from vit_fast import systems
+from vit_fast.checkpoints.files import WeightsError
 from vit_fast.systems import clip, clip_reid
-from vit_fast.weights import WeightsError
 
 TABLE = {  # vision parameters, rows of positional_embedding
     "ViT-B/32": (87_849_216, 50),

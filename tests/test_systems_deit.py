@@ -12,8 +12,8 @@ from family_formulas import assert_kernels_agree
 from torch import nn
 
 import vit_fast
+from vit_fast.checkpoints.files import WeightsError
 from vit_fast.systems import deit
-from vit_fast.weights import WeightsError
 
 TABLE = {
     "deit_tiny": 5_717_416,

@@ -13,8 +13,8 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
+from vit_fast.checkpoints.files import WeightsError
 from vit_fast.systems import lanl
-from vit_fast.weights import WeightsError
 
 VIT = dict(
     img_size=(2, 12, 20), patch_size=4, token_len=24, preds=3, num_heads=3, Encoding_hidden_chan_mul=1.5, depth=2

@@ -12,8 +12,8 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
+from vit_fast.checkpoints.files import WeightsError
 from vit_fast.systems import scratch
-from vit_fast.weights import WeightsError
 
 SMALL = dict(
     image_h=16, image_w=24, ic=3, patch_size=8, model_dim=24, max_num_token=9, num_classes=7, nhead=3, num_layers=2,

@@ -14,9 +14,9 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
+from vit_fast.checkpoints.files import WeightsError
 from vit_fast.systems import t2t
 from vit_fast.systems.soft_split import soft_split
-from vit_fast.weights import WeightsError
 
 SMALL = dict(
     img_size=(32, 48), in_chans=2, num_classes=5, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5, token_dim=16

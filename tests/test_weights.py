@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import vit_fast
-from vit_fast import weights
+from vit_fast.checkpoints import files as weights
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=4, num_classes=7)
 

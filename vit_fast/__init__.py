@@ -3,6 +3,7 @@
 from . import ops, systems
 from .backends import backend, status
 from .check import check
+from .checkpoints.files import WeightsError
 from .explain import explain
 from .graphed import graphed
 from .kernels.arguments import UnsupportedError
@@ -11,7 +12,6 @@ from .pos_embed import resize_pos_embed
 from .prepare import prepare, refresh, unprepare
 from .registry import create_model, list_models
 from .vit import VisionTransformer
-from .weights import WeightsError
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from functools import partial
 from torch import nn
 
 from . import pretrained_cfg as cfgs
-from . import weights
+from .checkpoints import files as weights
 from .features import FeatureGetterNet
 from .kernels.arguments import UnsupportedError
 from .vit import VisionTransformer

@@ -98,7 +98,7 @@ def to_timm(state):
     Raises:
         WeightsError: a query, key, value, gate or up projection is missing (named).
     """
-    from vit_fast.weights import WeightsError
+    from vit_fast.checkpoints.files import WeightsError
 
     prefix = _prefix(state)
     out, log, dropped, packed = {}, [], [], {}

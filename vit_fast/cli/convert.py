@@ -43,7 +43,7 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
 ):
     """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
-    from vit_fast.convert import FAMILIES, TARGETS, convert_file
+    from vit_fast.checkpoints.conversion import FAMILIES, TARGETS, convert_file
 
     for word, given, known in (("--to", to, TARGETS), ("--from: family", family, FAMILIES)):
         if given is not None and given not in known:

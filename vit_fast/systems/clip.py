@@ -29,14 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_fast import plain
 from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
-from vit_fast.convert import CLIP_SCALARS
+from vit_fast.checkpoints.conversion import CLIP_SCALARS
+from vit_fast.checkpoints.files import WeightsError, load_state_dict, log_left_out, resized_table
 from vit_fast.kernels.reference import activate
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
-from vit_fast.weights import WeightsError, load_state_dict, log_left_out, resized_table
 
-from . import words
+from . import arguments as words
 
 VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -9,9 +9,10 @@ Labels", 2023.
 import torch
 from torch import nn
 
-from vit_fast.weights import load_state_dict, log_left_out
+from vit_fast.checkpoints.files import load_state_dict, log_left_out
 
-from . import clip, words
+from . import arguments as words
+from . import clip
 
 _TEXT_SIDE = ("text_encoder.", "prompt_learner.")
 

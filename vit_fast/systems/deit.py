@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import plain
+from vit_fast.checkpoints.files import WeightsError, load_state_dict, resized_table
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
-from vit_fast.weights import WeightsError, load_state_dict, resized_table
 
-from . import words
+from . import arguments as words
 from .encoder_layer import EncoderLayer
 
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -41,13 +41,13 @@ from vit_fast.block import (
     project_qkv,
     run_blocks,
 )
+from vit_fast.checkpoints.files import WeightsError, load_state_dict, resized_table
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.kernels.tracing import untraced
-from vit_fast.weights import WeightsError, load_state_dict, resized_table
 
+from .arguments import check_float, check_heads, check_images, fail, fail_images, integer, one_of, pair, rate, state_of
 from .hybrid_config import CONFIGS, Config, read
 from .resnetv2 import MODES, ResNetV2
-from .words import check_float, check_heads, check_images, fail, fail_images, integer, one_of, pair, rate, state_of
 
 __all__ = ["CONFIGS", "PRESETS", "Config", "ResNetV2", "VisionTransformer", "build", "load"]
 

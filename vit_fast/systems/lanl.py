@@ -17,10 +17,10 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.checkpoints.files import load_state_dict
 from vit_fast.kernels.tracing import untraced
-from vit_fast.weights import load_state_dict
 
-from . import words
+from . import arguments as words
 from .soft_split import as_image, sinusoid_table, soft_split, split_grid
 
 FAMILY = "lanl"

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
+from vit_fast.checkpoints.files import WeightsError, load_state_dict
 from vit_fast.kernels.arguments import ACTIVATIONS
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
-from vit_fast.weights import WeightsError, load_state_dict
 
-from . import words
+from . import arguments as words
 from .encoder_layer import Encoder, EncoderLayer
 
 FAMILY = "scratch"

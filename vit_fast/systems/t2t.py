@@ -23,11 +23,11 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
+from vit_fast.checkpoints.files import load_state_dict, resized_table
 from vit_fast.pos_embed import check_policy
 from vit_fast.vit import Block, Mlp
-from vit_fast.weights import load_state_dict, resized_table
 
-from . import words
+from . import arguments as words
 from .soft_split import as_image, sinusoid_table, soft_split, split_grid
 
 FAMILY = "t2t"

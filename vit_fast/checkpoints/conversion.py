@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import dinov2, huggingface, mae
-from .checkpoints.key_rules import compile_rules, rename, renamed
-from .pos_embed import check_policy
-from .weights import WeightsError, log_left_out, prefix_remedy, read_state_dict, resized_table
+from vit_fast.pos_embed import check_policy
+
+from . import dinov2, huggingface, mae
+from .files import WeightsError, log_left_out, prefix_remedy, read_state_dict, resized_table
+from .key_rules import compile_rules, rename, renamed
 
 TARGETS = ("timm", "canonical", "jeonsworld")
 
@@ -260,7 +261,7 @@ def _torch_to_timm(state):
 
 
 def _google_to_timm(state):
-    from .systems.google_npz import to_timm
+    from .google_npz import to_timm
 
     return to_timm(state)
 
@@ -297,7 +298,7 @@ _MODELS = (
 
 def _recognised(state):
     """The family whose names a state_dict has, or None."""
-    from .systems.google_npz import is_google
+    from .google_npz import is_google
 
     if is_google(state):
         return "google"
@@ -408,7 +409,7 @@ def _fit_patches(state, patch_size):
 
 
 def _fit_channels(state, in_chans):
-    from .systems.google_npz import adapt_in_chans
+    from .google_npz import adapt_in_chans
 
     for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
         if key in state:
@@ -506,7 +507,7 @@ def for_model(model, state: Mapping) -> Mapping:
     Raises:
         WeightsError: a file of a known family lacks a key, or has other heads than the model where it tells of them.
     """
-    from .systems import google_npz
+    from . import google_npz
 
     own = model.state_dict()
     target, write = next(((name, write) for test, name, write in _MODELS if test(own)), (None, None))
@@ -552,7 +553,7 @@ def convert_file(source, target, to: str = "timm", *, torchscript: bool = False,
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from .systems import google_npz
+    from . import google_npz
 
     state = read_state_dict(source, torchscript=torchscript)
     metadata = {}

@@ -11,10 +11,10 @@ from numbers import Integral, Real
 import torch
 
 from vit_fast import layer_args
+from vit_fast.checkpoints.files import read_state_dict, unwrap
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.kernels.tracing import untraced
 from vit_fast.layer_args import activation_of, built
-from vit_fast.weights import read_state_dict, unwrap
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 

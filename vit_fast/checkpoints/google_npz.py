@@ -16,9 +16,9 @@ import re
 
 import torch
 
-from vit_fast import convert
+from vit_fast.checkpoints import conversion as convert
+from vit_fast.checkpoints.files import MissingKeyError, WeightsError, log_left_out
 from vit_fast.pos_embed import resize_pos_embed
-from vit_fast.weights import MissingKeyError, WeightsError, log_left_out
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _MARKS = tuple(f"{prefix}{name}" for prefix in _PREFIXES for name in ("embedding/kernel", "Transformer/encoder"))
@@ -84,7 +84,7 @@ def to_timm(state):
     """Google's arrays in timm's keys.
 
     Args:
-        state: mapping of names to arrays or tensors, as ``numpy.load`` or ``vit_fast.weights.read_state_dict`` give.
+        state: mapping of names to arrays or tensors, as ``numpy.load`` or ``read_state_dict`` give.
     Returns:
         (state_dict, log, dropped): contiguous float tensors; a list of (Google names, timm key); (name, why) of the
         names left over ("pre_logits" is mapped to "pre_logits.fc").

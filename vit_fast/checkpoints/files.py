@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .pos_embed import resize_pos_embed
+from vit_fast.pos_embed import resize_pos_embed
 
 
 class WeightsError(ValueError):
@@ -284,11 +284,11 @@ def load_state_dict(model, state, fit=None):
             raise TypeError(f"vit_fast: {key} of the state is {type(value).__name__}, expected a torch.Tensor")
         if not on_meta and (why := _why_unusable(value)):
             raise WeightsError(f"vit_fast: {key} of the state is {why}, expected a dense tensor with values")
-    from . import convert
-    from .systems.google_npz import is_google
+    from . import conversion
+    from .google_npz import is_google
 
     google = is_google(state)
-    state = convert.for_model(model, state)
+    state = conversion.for_model(model, state)
     if fit is not None:
         state = fit(state)
     own = model.state_dict()
