@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from test_systems_hybrid import google_arrays
 
 import vit_fast
-from vit_fast.checkpoints import files as weights
-from vit_fast.checkpoints.conversion import convert_file, convert_state_dict
+from vit_fast import checkpoints
+from vit_fast.checkpoints import convert_file, convert_state_dict
 from vit_fast.systems import clip, deit, hybrid, t2t
 
 WORDS = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5)
@@ -103,20 +103,20 @@ def test_hugging_face(name, tmp_path, caplog):
     source, output, words = vit_case(pytest.importorskip("transformers"), name)
     path = saved(tmp_path, perturbed(source))
     with caplog.at_level(logging.INFO, "vit_fast"), torch.no_grad():
-        model = weights.load_checkpoint(small(**words), path)
+        model = checkpoints.load_checkpoint(small(**words), path)
         expected = output(source, IMAGES)
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=2e-5)
-    state, table = weights.read_state_dict(path), told_of(caplog, logging.INFO)
+    state, table = checkpoints.read_state_dict(path), told_of(caplog, logging.INFO)
     assert all(key in table for key in state)
     left_out = told_of(caplog, logging.WARNING)
     assert all(part in left_out for part in LEFT_OUT[name]) and bool(left_out) == bool(LEFT_OUT[name])
     report = convert_file(path, tmp_path / "timm.safetensors")
     assert {source for entry in report for source in entry.sources} == state.keys()
-    again = weights.load_checkpoint(small(**words), tmp_path / "timm.safetensors")
+    again = checkpoints.load_checkpoint(small(**words), tmp_path / "timm.safetensors")
     assert torch.equal(again(IMAGES), model(IMAGES))
     # The names of the modules themselves, and a file of another grid.
-    weights.load_state_dict(small(**words), source.state_dict())
-    larger = weights.load_checkpoint(small(**{**words, "img_size": 48}), path)
+    checkpoints.load_state_dict(small(**words), source.state_dict())
+    larger = checkpoints.load_checkpoint(small(**{**words, "img_size": 48}), path)
     assert larger.pos_embed.shape[1] == model.pos_embed.shape[1] - 16 + 36
 
 
@@ -125,7 +125,7 @@ def test_hugging_faces_deit_clip_and_mae_in_the_families(tmp_path, caplog):
     source = perturbed(transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**HF, num_labels=5)))
     words = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5)
     model = deit.build(**words, distilled=True, norm_layer=norm(1e-12)).eval()
-    weights.load_checkpoint(model, saved(tmp_path / "deit", source))
+    checkpoints.load_checkpoint(model, saved(tmp_path / "deit", source))
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES), source(IMAGES).logits, rtol=1e-5, atol=2e-5)
 
@@ -135,7 +135,7 @@ def test_hugging_faces_deit_clip_and_mae_in_the_families(tmp_path, caplog):
     model = clip.build(
         img_size=32, patch_size=8, width=24, layers=2, heads=3, mlp_ratio=2.0, output_dim=12
     ).eval()  # fmt: skip
-    weights.load_checkpoint(model, saved(tmp_path / "clip", source))
+    checkpoints.load_checkpoint(model, saved(tmp_path / "clip", source))
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES), source(IMAGES).image_embeds, rtol=1e-5, atol=2e-5)
 
@@ -144,7 +144,7 @@ def test_hugging_faces_deit_clip_and_mae_in_the_families(tmp_path, caplog):
     source = perturbed(transformers.ViTMAEForPreTraining(config))
     caplog.clear()
     model = small(num_classes=0, norm_layer=norm(1e-12))
-    weights.load_checkpoint(model, saved(tmp_path / "mae", source))
+    checkpoints.load_checkpoint(model, saved(tmp_path / "mae", source))
     assert "decoder.decoder_embed.bias" in told_of(caplog, logging.WARNING)
     with torch.no_grad():
         expected = source.vit(IMAGES).last_hidden_state[:, 0]
@@ -155,10 +155,10 @@ def test_hugging_face_files_that_do_not_fit(tmp_path):
     transformers = pytest.importorskip("transformers")
     headless = transformers.ViTModel(transformers.ViTConfig(**HF))
     with pytest.raises(vit_fast.WeightsError, match="it holds no classifier: num_classes=0 builds a model without"):
-        weights.load_checkpoint(small(), saved(tmp_path, headless))
+        checkpoints.load_checkpoint(small(), saved(tmp_path, headless))
     state = headless.state_dict()
     with pytest.raises(vit_fast.WeightsError, match=r"unexpected layers\.0\.attention\.sink"):
-        weights.load_state_dict(small(num_classes=0), state | {"layers.0.attention.sink": torch.zeros(3)})
+        checkpoints.load_state_dict(small(num_classes=0), state | {"layers.0.attention.sink": torch.zeros(3)})
     del state["layers.1.attention.k_proj.weight"]
     with pytest.raises(
         vit_fast.WeightsError, match=r"blocks\.1\.attn\.qkv\.weight has .*q_proj.*, expected query, key"
@@ -192,7 +192,7 @@ def test_dinov2_of_the_hub(registers, mlp, tmp_path, caplog):
         hub["pos_embed"] = torch.cat([torch.randn(1, 1, 24), hub["pos_embed"]], dim=1)
     torch.save(hub, tmp_path / "hub.pth")
     with caplog.at_level(logging.INFO, "vit_fast"):
-        model = weights.load_checkpoint(small(**words), tmp_path / "hub.pth")
+        model = checkpoints.load_checkpoint(small(**words), tmp_path / "hub.pth")
     assert "mask_token (it stands for masked patches" in told_of(caplog, logging.WARNING)
     assert all(key in told_of(caplog, logging.INFO) for key in hub)
     theirs = timm._convert_dinov2(dict(hub), None)
@@ -200,9 +200,9 @@ def test_dinov2_of_the_hub(registers, mlp, tmp_path, caplog):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     report = convert_file(tmp_path / "hub.pth", tmp_path / "timm.safetensors")
     assert {source for entry in report for source in entry.sources} == hub.keys()
-    again = weights.load_checkpoint(small(**words), tmp_path / "timm.safetensors")
+    again = checkpoints.load_checkpoint(small(**words), tmp_path / "timm.safetensors")
     assert torch.equal(again(IMAGES), model(IMAGES))
-    larger = weights.load_checkpoint(small(**{**words, "img_size": 48}), tmp_path / "hub.pth")
+    larger = checkpoints.load_checkpoint(small(**{**words, "img_size": 48}), tmp_path / "hub.pth")
     assert torch.equal(
         larger.pos_embed, vit_fast.resize_pos_embed(ours["pos_embed"], (4, 4), (6, 6), "R5", 1 - bool(registers))
     )
@@ -215,14 +215,14 @@ def test_mae_of_its_authors(tmp_path, caplog):
         "decoder_embed.weight": torch.zeros(16, 24), "decoder_blocks.0.norm1.weight": torch.zeros(16),
     }  # fmt: skip
     torch.save({"model": source.state_dict() | decoder}, tmp_path / "mae.pth")
-    model = weights.load_checkpoint(small(num_classes=0), tmp_path / "mae.pth")
+    model = checkpoints.load_checkpoint(small(num_classes=0), tmp_path / "mae.pth")
     assert torch.equal(model(IMAGES), source(IMAGES))
     left_out = told_of(caplog, logging.WARNING)
     assert all(key in left_out for key in decoder) and "rebuilds masked patches" in left_out
     report = convert_file(tmp_path / "mae.pth", tmp_path / "timm.safetensors")
     assert {entry.sources[0] for entry in report if entry.action == "dropped"} == decoder.keys()
     assert torch.equal(
-        weights.load_checkpoint(small(num_classes=0), tmp_path / "timm.safetensors")(IMAGES), model(IMAGES)
+        checkpoints.load_checkpoint(small(num_classes=0), tmp_path / "timm.safetensors")(IMAGES), model(IMAGES)
     )
 
 
@@ -241,7 +241,7 @@ def test_checkpoints_as_timm_takes_them(prefix, names, tmp_path, caplog):
     torch.save(checkpoint, tmp_path / "last.ckpt")
     theirs = timm.load_state_dict(str(tmp_path / "last.ckpt"))
     with caplog.at_level(logging.INFO, "vit_fast"):
-        ours = weights.read_state_dict(tmp_path / "last.ckpt")
+        ours = checkpoints.read_state_dict(tmp_path / "last.ckpt")
     assert ours.keys() == theirs.keys() == {"head.weight"}
     assert torch.equal(ours["head.weight"], theirs["head.weight"])
     averaged = any("ema" in name for name in names)
@@ -262,7 +262,7 @@ def test_families_take_the_same_checkpoints(family, tmp_path):
     states = [{f"_orig_mod.{key}": value for key, value in model.state_dict().items()} for model in (raw, averaged)]
     checkpoint = dict(model=states[0], model_ema=states[1], args=argparse.Namespace(lr=0.1))
     torch.save(checkpoint, tmp_path / "x.ckpt")
-    weights.load_checkpoint(loaded, tmp_path / "x.ckpt")
+    checkpoints.load_checkpoint(loaded, tmp_path / "x.ckpt")
     assert all(torch.equal(value, averaged.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
@@ -272,17 +272,17 @@ def test_files_that_are_not_taken_name_a_remedy(tmp_path):
         torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "archive.pt")
     remedy = re.escape(f"torch.save(torch.jit.load({str(tmp_path / 'archive.pt')!r}).state_dict(), 'weights.pth')")
     with pytest.raises(vit_fast.WeightsError, match=f"is a TorchScript archive, .*{remedy}"):
-        weights.load_checkpoint(model, tmp_path / "archive.pt")
+        checkpoints.load_checkpoint(model, tmp_path / "archive.pt")
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": pytest.approx(1)}, tmp_path / "objects.ckpt")
     with pytest.raises(vit_fast.WeightsError, match=r"It names .*Approx.*torch.load\(.*weights_only=False\)"):
-        weights.load_checkpoint(model, tmp_path / "objects.ckpt")
+        checkpoints.load_checkpoint(model, tmp_path / "objects.ckpt")
     torch.save({"student": {"head.weight": torch.zeros(1)}, "epoch": 1}, tmp_path / "pair.pth")
     with pytest.raises(vit_fast.WeightsError, match="epoch, student; where 'student' is the state_dict, save or pass"):
-        weights.load_checkpoint(model, tmp_path / "pair.pth")
+        checkpoints.load_checkpoint(model, tmp_path / "pair.pth")
     lightning = {f"net.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": lightning, "pytorch-lightning_version": "2"}, tmp_path / "lightning.ckpt")
     with pytest.raises(vit_fast.WeightsError, match=r"its keys stand under 'net\.': pass \{k\.removeprefix\('net\.'\)"):
-        weights.load_checkpoint(model, tmp_path / "lightning.ckpt")
+        checkpoints.load_checkpoint(model, tmp_path / "lightning.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -298,17 +298,17 @@ def test_files_that_are_not_taken_name_a_remedy(tmp_path):
 def test_wrappers_of_blocks_are_taken_out_of_names(names, tmp_path):
     source, model = perturbed(small()), small()
     torch.save({names(key): value for key, value in source.state_dict().items()}, tmp_path / "x.pth")
-    weights.load_checkpoint(model, tmp_path / "x.pth")
+    checkpoints.load_checkpoint(model, tmp_path / "x.pth")
     assert torch.equal(model(IMAGES), source(IMAGES))
     convert_file(tmp_path / "x.pth", tmp_path / "timm.safetensors")
-    assert torch.equal(weights.load_checkpoint(small(), tmp_path / "timm.safetensors")(IMAGES), source(IMAGES))
+    assert torch.equal(checkpoints.load_checkpoint(small(), tmp_path / "timm.safetensors")(IMAGES), source(IMAGES))
 
 
 def test_an_averaged_model_of_torch(tmp_path, caplog):
     source, model = perturbed(small()), small()
     torch.save(torch.optim.swa_utils.AveragedModel(source).state_dict(), tmp_path / "x.pth")
     with caplog.at_level(logging.INFO, "vit_fast"):
-        weights.load_checkpoint(model, tmp_path / "x.pth")
+        checkpoints.load_checkpoint(model, tmp_path / "x.pth")
     assert torch.equal(model(IMAGES), source(IMAGES)) and "n_averaged" in told_of(caplog, logging.INFO)
 
 
@@ -323,18 +323,18 @@ def test_the_index_of_shards_stands_for_them(safe, tmp_path):
     index = tmp_path / f"model{'.safetensors' if safe else '.bin'}.index.json"
     of = {key: names[place >= 9] for place, key in enumerate(state)}
     index.write_text(json.dumps({"metadata": {}, "weight_map": of}))
-    weights.load_checkpoint(model, index)
+    checkpoints.load_checkpoint(model, index)
     assert torch.equal(model(IMAGES), source(IMAGES))
     assert convert_file(index, tmp_path / "timm.safetensors").count("kept") == len(state)
-    for read in (weights.read_state_dict, lambda path: convert_file(path, tmp_path / "y.safetensors")):
+    for read in (checkpoints.read_state_dict, lambda path: convert_file(path, tmp_path / "y.safetensors")):
         with pytest.raises(vit_fast.WeightsError, match=rf"is one of 2 shards, expected their index {index.name}"):
             read(tmp_path / names[0])
     (tmp_path / names[1]).unlink()
     with pytest.raises(vit_fast.WeightsError, match=f"names {names[1]}, expected that file beside it"):
-        weights.load_checkpoint(model, index)
+        checkpoints.load_checkpoint(model, index)
     index.write_text("{}")
     with pytest.raises(vit_fast.WeightsError, match="cannot be read: KeyError: 'weight_map'"):
-        weights.load_checkpoint(model, index)
+        checkpoints.load_checkpoint(model, index)
 
 
 def test_files_without_usable_tensors(tmp_path):
@@ -349,27 +349,27 @@ def test_files_without_usable_tensors(tmp_path):
         path = tmp_path / f"{name}.pth"
         torch.save(checkpoint, path)
         with pytest.raises(vit_fast.WeightsError, match=message):
-            weights.load_checkpoint(model, path)
+            checkpoints.load_checkpoint(model, path)
         with pytest.raises(vit_fast.WeightsError, match=message):
             convert_file(path, tmp_path / "x.safetensors")
         if name in ("sparse", "meta"):
             with pytest.raises(vit_fast.WeightsError, match=r"of the state is o[fn] .*, expected a dense tensor"):
-                weights.load_state_dict(model, checkpoint)
+                checkpoints.load_state_dict(model, checkpoint)
 
 
 def test_other_errors_of_files_name_a_remedy(tmp_path):
     model = small()
     torch.save(model, tmp_path / "whole.pth")
     with pytest.raises(vit_fast.WeightsError, match=r"or checkpoint\.state_dict\(\) where it is a whole model"):
-        weights.load_checkpoint(model, tmp_path / "whole.pth")
+        checkpoints.load_checkpoint(model, tmp_path / "whole.pth")
     tower = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
     pair = {name: {f"backbone.{key}": value for key, value in tower.items()} for name in ("student", "teacher")}
     torch.save(pair, tmp_path / "pair.pth")
     with pytest.raises(vit_fast.WeightsError, match="where 'student' or 'teacher' is the state_dict"):
-        weights.load_checkpoint(model, tmp_path / "pair.pth")
+        checkpoints.load_checkpoint(model, tmp_path / "pair.pth")
     remedy = r"; its keys stand under 'backbone\.': pass \{k\.removeprefix\('backbone\.'\)"
     with pytest.raises(vit_fast.WeightsError, match=f"missing blocks.*{remedy}"):
-        weights.load_state_dict(model, pair["teacher"])
+        checkpoints.load_state_dict(model, pair["teacher"])
     with pytest.raises(vit_fast.WeightsError, match=f"belong to no known family, .*{remedy}"):
         convert_state_dict(pair["teacher"])
     deep = {f"model.image.{key}": value for key, value in deit.build(**WORDS).state_dict().items()}
@@ -377,10 +377,10 @@ def test_other_errors_of_files_name_a_remedy(tmp_path):
         convert_state_dict(deep | {"criterion.weight": torch.zeros(1)})
     logits = deit.build(**WORDS, representation_size=24)
     with pytest.raises(vit_fast.WeightsError, match=r"pre_logits\.fc\.weight \(it holds no pre_logits: repres"):
-        weights.load_state_dict(logits, model.state_dict())
-    weights.load_state_dict(deit.build(**WORDS, representation_size=0), model.state_dict())
+        checkpoints.load_state_dict(logits, model.state_dict())
+    checkpoints.load_state_dict(deit.build(**WORDS, representation_size=0), model.state_dict())
     with pytest.raises(vit_fast.WeightsError, match=r"no classifier: num_classes=0 .*; it holds no pre_logits"):
-        weights.load_state_dict(logits, tower)
+        checkpoints.load_state_dict(logits, tower)
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "clip", "t2t", "hybrid"])
@@ -396,7 +396,7 @@ def test_a_table_of_another_grid_is_told_once(family, tmp_path):
     }[family]
     torch.save(build(img_size=32).state_dict(), tmp_path / "x.pth")
     with pytest.raises(vit_fast.WeightsError, match=r"pos.* does not fit: table has \d+ rows") as error:
-        weights.load_checkpoint(build(img_size=48), tmp_path / "x.pth", old_grid=(3, 3))
+        checkpoints.load_checkpoint(build(img_size=48), tmp_path / "x.pth", old_grid=(3, 3))
     assert str(error.value).count("vit_fast") == 1
 
 
@@ -404,14 +404,14 @@ def test_a_table_that_is_no_square_asks_for_its_grid(tmp_path):
     source = small(img_size=(64, 16))
     torch.save(source.state_dict(), tmp_path / "x.pth")
     model = small(img_size=48)
-    weights.load_checkpoint(model, tmp_path / "x.pth", old_grid=(8, 2))
+    checkpoints.load_checkpoint(model, tmp_path / "x.pth", old_grid=(8, 2))
     assert torch.equal(model.pos_embed, vit_fast.resize_pos_embed(source.pos_embed, (8, 2), (6, 6), "R5", 1))
     tower = dict(patch_size=8, width=24, layers=1, heads=3, output_dim=4)
     for build in (small, lambda **size: deit.build(**WORDS | size), lambda **size: clip.build(**tower, **size)):
         torch.save(build(img_size=(64, 24)).state_dict(), tmp_path / "y.pth")
         with pytest.raises(vit_fast.WeightsError, match=r"pos.*25.*old_grid=\(rows, columns\)"):
-            weights.load_checkpoint(build(img_size=48), tmp_path / "y.pth")
-        weights.load_checkpoint(build(img_size=48), tmp_path / "y.pth", old_grid=(8, 3))
+            checkpoints.load_checkpoint(build(img_size=48), tmp_path / "y.pth")
+        checkpoints.load_checkpoint(build(img_size=48), tmp_path / "y.pth", old_grid=(8, 3))
 
 
 def test_canonical_keys_load_into_the_families():
@@ -421,7 +421,7 @@ def test_canonical_keys_load_into_the_families():
         jeonsworld,
     ):
         source, model = perturbed(build()), build()
-        weights.load_state_dict(model, convert_state_dict(source.state_dict(), "canonical")[0])
+        checkpoints.load_state_dict(model, convert_state_dict(source.state_dict(), "canonical")[0])
         assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
 
 
@@ -461,6 +461,6 @@ def test_heads_of_a_google_file_are_the_models(heads, tmp_path):
     for model in (jeonsworld(), small(), deit.build(**WORDS)):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         with pytest.raises(vit_fast.WeightsError, match=rf"kernels of {heads} heads, expected 3 \(num_heads of "):
-            weights.load_checkpoint(model, tmp_path / "x.npz")
+            checkpoints.load_checkpoint(model, tmp_path / "x.npz")
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    weights.load_checkpoint(small(num_heads=heads), tmp_path / "x.npz")
+    checkpoints.load_checkpoint(small(num_heads=heads), tmp_path / "x.npz")

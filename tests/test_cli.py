@@ -1183,9 +1183,9 @@ def test_check_refuses_at_once(words, named, monkeypatch, capsys):
     ],
 )
 def test_convert_refuses_before_it_reads(words, named, monkeypatch, capsys):
-    import vit_fast.checkpoints.conversion
+    import vit_fast.checkpoints
 
-    monkeypatch.setattr(vit_fast.checkpoints.conversion, "convert_file", pytest.fail)
+    monkeypatch.setattr(vit_fast.checkpoints, "convert_file", pytest.fail)
     assert run("convert", *words) in (1, 2)
     assert named in " ".join(capsys.readouterr().err.split())
 

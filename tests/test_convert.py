@@ -10,8 +10,8 @@ import torch
 
 import vit_fast
 from vit_fast import cli
-from vit_fast.checkpoints.conversion import convert_file, convert_state_dict, family_of
-from vit_fast.checkpoints.files import WeightsError, read_state_dict
+from vit_fast.checkpoints import WeightsError, convert_file, convert_state_dict, read_state_dict
+from vit_fast.checkpoints.registry import family_of
 from vit_fast.systems import hybrid
 
 safetensors = pytest.importorskip("safetensors.torch")

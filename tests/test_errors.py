@@ -515,9 +515,9 @@ CREATE = [
     (
         dict(num_class=10),
         TypeError,
-        f"unknown word 'num_class' for {TINY!r}; near: num_classes, no_embed_class, num_heads",
+        f"unknown argument 'num_class' for {TINY!r}; near: num_classes, no_embed_class, num_heads",
     ),
-    (dict(feature_only=True), TypeError, f"unknown word 'feature_only' for {TINY!r}"),
+    (dict(feature_only=True), TypeError, f"unknown argument 'feature_only' for {TINY!r}"),
     (dict(features_only=1), TypeError, "features_only is 1, expected a bool"),
     (
         dict(name="ViT-B/16", features_only=True),

@@ -263,7 +263,7 @@ def test_hub_names_that_cannot_be_had(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": {"rope": True}})
     )
-    with pytest.raises(TypeError, match="unknown word 'rope' for 'vit_tiny_patch16_224'"):
+    with pytest.raises(TypeError, match="unknown argument 'rope' for 'vit_tiny_patch16_224'"):
         vit_fast.create_model(f"local-dir:{tmp_path}")
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from family_formulas import assert_kernels_agree
 
 import vit_fast
-from vit_fast import systems
-from vit_fast.checkpoints.files import WeightsError
+from vit_fast import WeightsError, systems
 from vit_fast.systems import clip, clip_reid
 
 TABLE = {  # vision parameters, rows of positional_embedding
@@ -469,28 +468,30 @@ def test_load_safetensors_and_torchscript(tmp_path):
         no_ln_pre=False, ls_init_value=None,
     )  # fmt: skip
     known = dict(heads=4, img_size=32, activation="gelu")
-    assert clip.infer_words(tmp_path / "a.safetensors", **known) == shapes | known
+    assert clip.infer_arguments(tmp_path / "a.safetensors", **known) == shapes | known
     told = dict(heads=4, img_size=32, activation="quick_gelu")
-    assert clip.infer_words(tmp_path / "b.pt", heads=4) == shapes | told
+    assert clip.infer_arguments(tmp_path / "b.pt", heads=4) == shapes | told
     with pytest.raises(ValueError, match="heads is None"):  # 32 // 64, the rule of OpenAI's program, is none
-        clip.infer_words(tmp_path / "b.pt")
+        clip.infer_arguments(tmp_path / "b.pt")
     for path, half in ((tmp_path / "a.safetensors", False), (tmp_path / "b.pt", True)):
-        model = clip.load(clip.build(**clip.infer_words(path, **known)), path)
+        model = clip.load(clip.build(**clip.infer_arguments(path, **known)), path)
         for key, value in source.state_dict().items():
             assert torch.equal(model.state_dict()[key], value.half().float() if half else value)
 
 
-def test_infer_words_asks_for_what_the_file_does_not_tell():
+def test_infer_arguments_asks_for_what_the_file_does_not_tell():
     words = dict(img_size=(128, 64), patch_size=8, width=320, heads=4, layers=1, activation="gelu", no_ln_pre=True)
     source = perturbed(tiny("open_clip", **words, ls_init_value=0.5))
     state, known = source.state_dict(), dict(heads=4, img_size=(128, 64), activation="gelu")
     for name in known:
-        with pytest.raises(ValueError, match=f"infer_words: {name} is None, expected a value: the file does not tell"):
-            clip.infer_words(state, **dict(known, **{name: None}))
+        with pytest.raises(
+            ValueError, match=f"infer_arguments: {name} is None, expected a value: the file does not tell"
+        ):
+            clip.infer_arguments(state, **dict(known, **{name: None}))
     for wrong in (dict(img_size=88), dict(stride_size=4)):
         with pytest.raises(ValueError, match=r"img_size .* and stride_size .* patches, expected 128"):
-            clip.infer_words(state, **dict(known, **wrong))
-    model = clip.load(clip.build("open_clip", **clip.infer_words(state, **known)), state).eval()
+            clip.infer_arguments(state, **dict(known, **wrong))
+    model = clip.load(clip.build("open_clip", **clip.infer_arguments(state, **known)), state).eval()
     images = torch.randn(1, 3, 128, 64)
     assert torch.equal(model(images), source(images))
 
@@ -550,7 +551,7 @@ def test_load_reports_what_does_not_fit(tmp_path):
         with pytest.raises(WeightsError, match="cannot be read"):
             clip.load(model, tmp_path / name)
     with pytest.raises(WeightsError, match=r"lack 'conv1\.weight'"):
-        clip.infer_words({"a": torch.ones(1)})
+        clip.infer_arguments({"a": torch.ones(1)})
     with pytest.raises(TypeError, match="expected a state_dict or a path"):
         clip.load(model, 3)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

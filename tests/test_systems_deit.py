@@ -12,7 +12,7 @@ from family_formulas import assert_kernels_agree
 from torch import nn
 
 import vit_fast
-from vit_fast.checkpoints.files import WeightsError
+from vit_fast import WeightsError
 from vit_fast.systems import deit
 
 TABLE = {

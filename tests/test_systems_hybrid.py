@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from budget import assert_within_budget
 
 import vit_fast
-from vit_fast.checkpoints.files import WeightsError
+from vit_fast import WeightsError
 from vit_fast.systems import hybrid
 
 STEM = "transformer.embeddings.hybrid_model"
@@ -803,7 +803,7 @@ def test_google_hybrid_is_timms(layers, tmp_path):
 def test_other_families_refuse_google_files(tmp_path):
     path = write(tmp_path / "x.npz", google_arrays(small()))
     with pytest.raises(WeightsError, match="Linear takes no Google checkpoint"):
-        vit_fast.checkpoints.files.load_state_dict(torch.nn.Linear(2, 2), vit_fast.weights.read_state_dict(path))
+        vit_fast.checkpoints.load_state_dict(torch.nn.Linear(2, 2), vit_fast.checkpoints.read_state_dict(path))
     (tmp_path / "broken.npz").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(WeightsError, match=r"broken\.npz.*cannot be read"):
         hybrid.load(small(), tmp_path / "broken.npz")

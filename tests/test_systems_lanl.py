@@ -13,7 +13,7 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
-from vit_fast.checkpoints.files import WeightsError
+from vit_fast import WeightsError
 from vit_fast.systems import lanl
 
 VIT = dict(
@@ -121,8 +121,8 @@ def test_tutorial_shapes():
     assert block(torch.randn(1, 176, 768)).shape == (1, 176, 768)
 
 
-def test_soft_split_words():
-    assert [lanl.split_words(kernel) for kernel in (7, 3, 31)] == [(7, 4, 2), (3, 2, 1), (31, 16, 8)]
+def test_soft_split_arguments():
+    assert [lanl.split_arguments(kernel) for kernel in (7, 3, 31)] == [(7, 4, 2), (3, 2, 1), (31, 16, 8)]
     assert lanl.count_tokens(1700, 500, 31, 16, 8) == (106, 31, 3286)
     with torch.device("meta"):
         small = lanl.Tokens2Token((1, 60, 100), (7, 3, 3))

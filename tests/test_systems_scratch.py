@@ -12,7 +12,7 @@ from budget import assert_within_budget
 from torch import nn
 
 import vit_fast
-from vit_fast.checkpoints.files import WeightsError
+from vit_fast import WeightsError
 from vit_fast.systems import scratch
 
 SMALL = dict(

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import vit_fast
-from vit_fast.checkpoints import files as weights
+from vit_fast import checkpoints
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=4, num_classes=7)
 
@@ -35,7 +35,7 @@ def test_round_trip(tmp_path, suffix, wrapper):
         torch.save({wrapper: state} if wrapper else state, path)
     torch.manual_seed(1)
     loaded = vit_fast.VisionTransformer(**SMALL).eval()
-    weights.load_checkpoint(loaded, path)
+    checkpoints.load_checkpoint(loaded, path)
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
 
@@ -43,7 +43,7 @@ def test_round_trip(tmp_path, suffix, wrapper):
 def test_position_embedding_of_another_grid_is_resized(tmp_path):
     save_file(_model().state_dict(), tmp_path / "small.safetensors")
     larger = _model(img_size=48)
-    weights.load_checkpoint(larger, tmp_path / "small.safetensors")
+    checkpoints.load_checkpoint(larger, tmp_path / "small.safetensors")
     expected = vit_fast.resize_pos_embed(_model().pos_embed, (4, 4), (6, 6), "R5", 1)
     assert torch.equal(larger.pos_embed, expected)
 
@@ -65,7 +65,7 @@ def test_mismatches_are_listed_and_change_nothing(tmp_path):
     save_file(state, tmp_path / "bad.safetensors")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(vit_fast.WeightsError) as error:
-        weights.load_checkpoint(model, tmp_path / "bad.safetensors")
+        checkpoints.load_checkpoint(model, tmp_path / "bad.safetensors")
     for words in (
         "missing blocks.0.attn.qkv.bias",
         "unexpected extra.weight",
@@ -98,11 +98,11 @@ def test_unreadable_files(tmp_path, capsys):
     }
     for path, words in cases.items():
         with pytest.raises(vit_fast.WeightsError, match=words):
-            weights.load_checkpoint(model, path)
+            checkpoints.load_checkpoint(model, path)
     assert "executed" not in capsys.readouterr().out
     (tmp_path / "weights.h5").write_bytes(b"x")
     with pytest.raises(vit_fast.WeightsError, match=r"ends in '.h5', expected"):
-        weights.load_checkpoint(model, tmp_path / "weights.h5")
+        checkpoints.load_checkpoint(model, tmp_path / "weights.h5")
 
 
 def test_pretrained_loads_what_timm_has(monkeypatch):

@@ -3,7 +3,7 @@
 from . import ops, systems
 from .backends import backend, status
 from .check import check
-from .checkpoints.files import WeightsError
+from .checkpoints import WeightsError
 from .explain import explain
 from .graphed import graphed
 from .kernels.arguments import UnsupportedError

@@ -1,4 +1,4 @@
-"""Model names and their presets as data; the names and the constructor words are timm's.
+"""Model names and their presets as data; the names and the arguments are timm's.
 
 A preset of ``VisionTransformer`` holds the architecture alone. Image size, classes, mean and std come from the
 ``pretrained_cfg`` of the name and tag, as in timm.
@@ -15,7 +15,7 @@ from functools import partial
 from torch import nn
 
 from . import pretrained_cfg as cfgs
-from .checkpoints import files as weights
+from .checkpoints import WeightsError, hub, load_checkpoint
 from .features import FeatureGetterNet
 from .kernels.arguments import UnsupportedError
 from .vit import VisionTransformer
@@ -39,18 +39,18 @@ _WIDTHS = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A name's constructor words, and how to build it: ``build(**words)``."""
+    """A name's keyword arguments, and how to build it: ``build(**arguments)``."""
 
-    words: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
     build: Callable[..., nn.Module] = VisionTransformer
 
 
 PRESETS: dict[str, Preset] = {}
 
 
-def register(name: str, build=VisionTransformer, **words):
+def register(name: str, build=VisionTransformer, **arguments):
     """Adds a preset under a name that ``create_model`` and ``list_models`` then know."""
-    PRESETS[name] = Preset(words, build)
+    PRESETS[name] = Preset(arguments, build)
 
 
 def _register_plain():
@@ -86,10 +86,10 @@ def _register_clip():
     common = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     for width, pairs in sizes.items():
         for patch, image in pairs:
-            words = dict(common, patch_size=patch, **_WIDTHS[width])
+            kwargs = dict(common, patch_size=patch, **_WIDTHS[width])
             if f"{width}_patch{patch}_{image}" in quick:
-                register(f"vit_{width}_patch{patch}_clip_quickgelu_{image}", **words, act_layer="quick_gelu")
-            register(f"vit_{width}_patch{patch}_clip_{image}", **words)
+                register(f"vit_{width}_patch{patch}_clip_quickgelu_{image}", **kwargs, act_layer="quick_gelu")
+            register(f"vit_{width}_patch{patch}_clip_{image}", **kwargs)
     register("vit_base_patch16_plus_clip_240", **common, patch_size=16, **_WIDTHS["base_plus"])
 
 
@@ -97,10 +97,10 @@ def _register_dinov2():
     """vit_<width>_patch14[_reg4]_dinov2."""
     giant = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
     for width in ("small", "base", "large", "giant"):
-        words = dict(patch_size=14, init_values=1e-5)
-        words |= giant if width == "giant" else _WIDTHS[width]
-        register(f"vit_{width}_patch14_dinov2", **words)
-        register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **words)
+        kwargs = dict(patch_size=14, init_values=1e-5)
+        kwargs |= giant if width == "giant" else _WIDTHS[width]
+        register(f"vit_{width}_patch14_dinov2", **kwargs)
+        register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **kwargs)
 
 
 def _register_siglip():
@@ -116,13 +116,13 @@ def _register_siglip():
     gap_only = {"so400m": ((14, 448), (14, 896))}
     for width, pairs in sizes.items():
         for patch, image in pairs + gap_only.get(width, ()):
-            words = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
+            kwargs = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
             if f"{width}_patch{patch}_{image}" in tanh:
-                words["act_layer"] = "gelu_tanh"
+                kwargs["act_layer"] = "gelu_tanh"
             if (patch, image) in pairs:
-                register(f"vit_{width}_patch{patch}_siglip_{image}", global_pool="map", **words)
-            words |= dict(global_pool="avg", fc_norm=False)
-            register(f"vit_{width}_patch{patch}_siglip_gap_{image}", **words)
+                register(f"vit_{width}_patch{patch}_siglip_{image}", global_pool="map", **kwargs)
+            kwargs |= dict(global_pool="avg", fc_norm=False)
+            register(f"vit_{width}_patch{patch}_siglip_gap_{image}", **kwargs)
 
 
 def _register_pooled():
@@ -217,16 +217,16 @@ def list_models(
     )
 
 
-def _check_words(name, build, words):
-    """``TypeError`` for a word that a preset's function does not take."""
+def _check_arguments(name, build, arguments):
+    """``TypeError`` for an argument that a preset's function does not take."""
     parameters = inspect.signature(build).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    for word in words:
-        if word not in parameters:
-            near = difflib.get_close_matches(word, parameters, n=3)
+    for argument in arguments:
+        if argument not in parameters:
+            near = difflib.get_close_matches(argument, parameters, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
-            raise TypeError(f"vit_fast.create_model: unknown word {word!r} for {name!r}{hint}")
+            raise TypeError(f"vit_fast.create_model: unknown argument {argument!r} for {name!r}{hint}")
 
 
 def _known(name, asked_for):
@@ -234,7 +234,7 @@ def _known(name, asked_for):
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
-        if any(sign in asked_for for sign in "/\\:") and not asked_for.startswith(weights.SOURCES):
+        if any(sign in asked_for for sign in "/\\:") and not asked_for.startswith(hub.SOURCES):
             hint += f"; of the Hugging Face hub: 'hf-hub:{asked_for}', of a folder: 'local-dir:{asked_for}'"
         raise ValueError(
             f"vit_fast.create_model: unknown model {asked_for!r}{hint}; vit_fast.list_models() has them all"
@@ -242,19 +242,19 @@ def _known(name, asked_for):
     return PRESETS[name]
 
 
-def _words_of(cfg, given):
-    """The constructor words that a ``pretrained_cfg`` decides; ``given`` are the caller's."""
+def _arguments_of(cfg, given):
+    """The arguments that a ``pretrained_cfg`` decides; ``given`` are the caller's."""
     if not cfg:
         return {}
-    words = dict(in_chans=cfg["input_size"][0], mean=cfg["mean"], std=cfg["std"])
+    arguments = dict(in_chans=cfg["input_size"][0], mean=cfg["mean"], std=cfg["std"])
     if cfg["num_classes"] >= 0:  # −1 in a config: not known
-        words["num_classes"] = cfg["num_classes"]
+        arguments["num_classes"] = cfg["num_classes"]
     if cfg["fixed_input_size"]:
-        words["img_size"] = cfg["input_size"][1:]
-    channels = given.get("in_chans", words["in_chans"])
-    if isinstance(channels, int) and channels != len(words["mean"]):
-        words |= dict(mean=(0.5,) * channels, std=(0.5,) * channels)
-    return words
+        arguments["img_size"] = cfg["input_size"][1:]
+    channels = given.get("in_chans", arguments["in_chans"])
+    if isinstance(channels, int) and channels != len(arguments["mean"]):
+        arguments |= dict(mean=(0.5,) * channels, std=(0.5,) * channels)
+    return arguments
 
 
 def create_model(
@@ -285,12 +285,12 @@ def create_model(
         features_only: the model as a ``FeatureGetterNet``, whose output is the list of feature maps after chosen
             blocks; the blocks behind the last one, the norm and the head are left out.
         out_indices: those blocks: the last n or a list; default the last 3.
-        kwargs: constructor words of ``VisionTransformer``, or of the family; they stand over the preset's. None
+        kwargs: arguments of ``VisionTransformer``, or of the family; they stand over the preset's. None
             counts as not given.
     Returns:
         the model, in training mode as timm's, with timm's ``pretrained_cfg``, also as ``default_cfg``.
     Raises:
-        TypeError, ValueError: unknown name, tag or word (the nearest ones are named), or bad values.
+        TypeError, ValueError: unknown name, tag or argument (the nearest ones are named), or bad values.
         UnsupportedError: features_only of a family.
         ImportError: weights or a config that need timm, where it is not installed.
         WeightsError: weights that cannot be had or do not fit.
@@ -305,12 +305,12 @@ def create_model(
         raise ValueError("vit_fast.create_model: checkpoint_path and pretrained are both given, expected one")
     if out_indices is not None and not features_only:
         raise ValueError(f"vit_fast.create_model: out_indices is {out_indices!r}, expected features_only=True with it")
-    words = {key: value for key, value in kwargs.items() if value is not None}
-    if name.startswith(weights.SOURCES):
+    arguments = {key: value for key, value in kwargs.items() if value is not None}
+    if name.startswith(hub.SOURCES):
         if pretrained_cfg is not None:
             raise ValueError(f"vit_fast.create_model: pretrained_cfg is given, expected None, as {name!r} has its own")
-        pretrained_cfg, base, saved = weights.config_of(name, cache_dir)
-        words = {**saved, **words}
+        pretrained_cfg, base, saved = hub.config_of(name, cache_dir)
+        arguments = {**saved, **arguments}
     else:
         base, _, tag = name.partition(".")
         pretrained_cfg = pretrained_cfg or tag or None
@@ -320,24 +320,24 @@ def create_model(
         raise UnsupportedError(
             f"vit_fast.create_model: features_only is True, expected False, as {base!r} is no VisionTransformer"
         )
-    _check_words(base, preset.build, words)
+    _check_arguments(base, preset.build, arguments)
     cfg = cfgs.resolve(base, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not cfgs.has_source(cfg):
         others = [tag for tag in cfgs.tags(base) if cfgs.has_source(cfgs.resolve(base, tag))]
         hint = f"; of {base!r} it has {', '.join(others)}" if others else ""
-        raise weights.WeightsError(
+        raise WeightsError(
             f"vit_fast.create_model: pretrained is True, expected False, as timm has no weights of {name!r}{hint}; "
             "checkpoint_path takes a file"
         )
-    model = preset.build(**{**preset.words, **(_words_of(cfg, words) if of_vit else {}), **words})
+    model = preset.build(**{**preset.arguments, **(_arguments_of(cfg, arguments) if of_vit else {}), **arguments})
     if of_vit:
-        cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in words}
+        cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in arguments}
         model.default_cfg = cfg
     model.pretrained_cfg = cfg or getattr(model, "default_cfg", {})
     if checkpoint_path:
-        weights.load_checkpoint(model, checkpoint_path)
+        load_checkpoint(model, checkpoint_path)
     elif pretrained:
-        weights.load_pretrained(model, name, base, cfg, words, cache_dir)
+        hub.load_pretrained(model, name, base, cfg, arguments, cache_dir)
     if features_only:
         model = FeatureGetterNet(model, 3 if out_indices is None else out_indices)
     return model

@@ -5,6 +5,12 @@ so the row goes into the class token, and the sum that reaches the blocks is the
 Source: dinov2/models/vision_transformer.py.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .base import Format, Translation
 from .key_rules import compile_rules, renamed
 
 _RULES = compile_rules(
@@ -17,12 +23,12 @@ _RULES = compile_rules(
 MASK = "it stands for masked patches in pre-training"
 
 
-def is_dinov2(state) -> bool:
-    """Whether a mapping has the names of DINOv2's own files."""
+def recognise(state: Mapping[str, Any]) -> bool:
+    """Whether a mapping has the keys of DINOv2's own files."""
     return "blocks.0.attn.qkv.weight" in state and ("register_tokens" in state or "mask_token" in state)
 
 
-def fold_class_row(state, log):
+def fold_class_row(state: dict[str, torch.Tensor], log: list[tuple[tuple[str, ...], str]]) -> None:
     """Adds the first row of pos_embed to cls_token where there are registers; in place, in timm's keys."""
     if not {"reg_token", "cls_token", "pos_embed"} <= state.keys():
         return
@@ -32,8 +38,17 @@ def fold_class_row(state, log):
     log[log.index((origin["cls_token"], "cls_token"))] = (origin["cls_token"] + origin["pos_embed"], "cls_token")
 
 
-def to_timm(state):
-    """(state, log, dropped)."""
+def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
+    """Timm's keys; the mask token is left out."""
     out, log = renamed({key: value for key, value in state.items() if key != "mask_token"}, _RULES)
     fold_class_row(out, log)
-    return out, log, [("mask_token", MASK)] if "mask_token" in state else []
+    return Translation(out, log, [("mask_token", MASK)] if "mask_token" in state else [])
+
+
+FORMAT = Format(
+    name="dinov2",
+    recognise=recognise,
+    to_timm=to_timm,
+    facts=dict(eps=1e-6, pre_norm=True, value_skip=False),
+    variant_of="timm",
+)

@@ -13,20 +13,28 @@ Hybrids become timm's hybrid keys (patch_embed.backbone.…).
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from vit_fast.checkpoints import conversion as convert
-from vit_fast.checkpoints.files import MissingKeyError, WeightsError, log_left_out
 from vit_fast.pos_embed import resize_pos_embed
+
+from . import jeonsworld
+from .base import Format, Translation
+from .errors import MissingKeyError, WeightsError
+from .fitting import FIRST_CONVOLUTIONS, adapt_in_chans
+from .report import log_left_out
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _MARKS = tuple(f"{prefix}{name}" for prefix in _PREFIXES for name in ("embedding/kernel", "Transformer/encoder"))
+_OPTIONAL = ("head.", "pre_logits.", "attn_pool.", "cls_token", "pos_embed")  # of timm's keys: a model may be without
 _HEADS_IN = re.compile(r"MultiHeadDotProductAttention_\d/(?:query|key|value)/(?:kernel|bias)$")
 
 
-def is_google(state) -> bool:
-    """Whether a mapping holds Google's names."""
+def recognise(state: Mapping[str, Any]) -> bool:
+    """Whether a mapping has Google's names."""
     return any(key.startswith(_MARKS) for key in state if isinstance(key, str))
 
 
@@ -80,14 +88,11 @@ def _heads_out(kernel):
     return kernel.reshape(-1, kernel.shape[-1]).t()
 
 
-def to_timm(state):
-    """Google's arrays in timm's keys.
+def to_timm(state: Mapping[str, Any]) -> Translation:
+    """Google's arrays in timm's keys, as contiguous float32 tensors; "pre_logits" becomes "pre_logits.fc".
 
     Args:
-        state: mapping of names to arrays or tensors, as ``numpy.load`` or ``read_state_dict`` give.
-    Returns:
-        (state_dict, log, dropped): contiguous float tensors; a list of (Google names, timm key); (name, why) of the
-        names left over ("pre_logits" is mapped to "pre_logits.fc").
+        state: names to arrays or tensors, as ``numpy.load`` or ``read_state_dict`` give them.
     Raises:
         MissingKeyError: a block or the stem lacks a key (named).
     """
@@ -132,11 +137,11 @@ def to_timm(state):
     for name, target in (("pre_logits", "pre_logits.fc"), ("head", "head")):
         if read.has(f"{name}/"):
             dense(target, name)
-    return out, read.log, [(key, "no place") for key in sorted(set(state) - read.used)]
+    return Translation(out, read.log, [(key, "no place") for key in sorted(set(state) - read.used)])
 
 
-def num_heads(state):
-    """The number of heads that the kernels of query, key and value [C, H, D] have.
+def num_heads(state: Mapping[str, Any]) -> int | None:
+    """The number of heads that the kernels of query, key and value [C, H, D] have; None where there is no such kernel.
 
     Raises:
         WeightsError: kernels or biases of different numbers.
@@ -198,17 +203,6 @@ def _stem(read, put, norm):
             norm(f"{target}.downsample.norm", f"{source}/gn_proj")
 
 
-def adapt_in_chans(kernel, in_chans: int):
-    """A first convolution [out, c, kh, kw] for another number of channels: summed for one, else tiled · c/in_chans."""
-    have = kernel.shape[1]
-    if have == in_chans:
-        return kernel
-    if in_chans == 1:
-        return kernel.sum(1, keepdim=True)
-    repeat = math.ceil(in_chans / have)
-    return kernel.repeat(1, repeat, 1, 1)[:, :in_chans] * (have / in_chans)
-
-
 def _square(count):
     return count > 0 and math.isqrt(count) ** 2 == count
 
@@ -243,20 +237,20 @@ def _fit_table(state, num_prefix, grid, policy):
     state["pos_embed"] = resize_pos_embed(table, old_grid, grid, policy, num_prefix)
 
 
-def for_model(model, state):
+def for_model(model: nn.Module, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Google's arrays in a model's own keys, fitted to its image size and channels.
 
     The model has timm's or jeonsworld's keys; its position table is resized by ``model.google_policy`` (default "R2",
-    as timm's loader). What the model has no place for because of its words
-    (head with num_classes=0, pre_logits, class token) is left out with one logged warning; a head is zeroed where
-    ``model.zero_head`` is set.
+    as timm's loader). What the model was built without (a head, pre_logits, a class token) is left out with one logged
+    warning; a head is zeroed where ``model.zero_head`` is set. ``model.check_google_weights()``, where there is such a
+    method, may refuse.
 
     Raises:
         MissingKeyError, WeightsError: a key is missing, or the model is of another family.
     """
     own = {key: value.to("meta") for key, value in model.state_dict().items()}
-    foreign = convert.is_jeonsworld(own)
-    own = convert.jeonsworld_to_timm(own)[0] if foreign else own
+    foreign = jeonsworld.recognise(own)
+    own = jeonsworld.to_timm(own).state if foreign else own
     if "patch_embed.proj.weight" not in own:
         raise WeightsError(
             f"vit_fast: {type(model).__name__} takes no Google checkpoint, expected a model in timm's keys or hybrid"
@@ -271,8 +265,8 @@ def for_model(model, state):
                 f"vit_fast: Google checkpoint has kernels of {heads} heads, expected {own_heads} "
                 f"(num_heads of {type(model).__name__}'s {name})"
             )
-    state = to_timm(state)[0]
-    for key in ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight"):
+    state = to_timm(state).state
+    for key in FIRST_CONVOLUTIONS:
         if key in state and key in own:
             state[key] = adapt_in_chans(state[key], own[key].shape[1])
             break
@@ -280,9 +274,8 @@ def for_model(model, state):
         holder = model if hasattr(model, "grid_size") else model.patch_embed
         num_prefix = own["pos_embed"].shape[1] - holder.grid_size[0] * holder.grid_size[1]
         _fit_table(state, num_prefix, tuple(holder.grid_size), getattr(model, "google_policy", "R2"))
-    optional = ("head.", "pre_logits.", "attn_pool.", "cls_token", "pos_embed")
-    dropped = [key for key in state if key not in own and key.startswith(optional)]
-    for part in optional:
+    dropped = [key for key in state if key not in own and key.startswith(_OPTIONAL)]
+    for part in _OPTIONAL:
         if any(key.startswith(part) for key in own):
             dropped = [key for key in dropped if not key.startswith(part)]
     log_left_out(
@@ -291,4 +284,29 @@ def for_model(model, state):
     state = {key: value for key, value in state.items() if key not in dropped}
     if getattr(model, "zero_head", False):
         state |= {key: torch.zeros(own[key].shape) for key in ("head.weight", "head.bias") if key in own}
-    return convert.timm_to_jeonsworld(state)[0] if foreign else state
+    return jeonsworld.from_timm(state).state if foreign else state
+
+
+def loaded(model: nn.Module) -> None:
+    """Tells a model, where it has a method ``google_weights_loaded``, that it now holds Google's weights."""
+    if hasattr(model, "google_weights_loaded"):
+        model.google_weights_loaded()
+
+
+def read_facts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads, which no other format's files tell."""
+    return {"num_heads": num_heads(state)}
+
+
+FORMAT = Format(
+    name="google",
+    recognise=recognise,
+    to_timm=to_timm,
+    policy="R2",
+    facts=dict(eps=1e-6, activation="gelu_tanh", pre_norm=True, value_skip=False),
+    read_facts=read_facts,
+    always_recognised=True,
+    optional=_OPTIONAL,
+    for_model=for_model,
+    loaded=loaded,
+)

@@ -7,10 +7,14 @@ Source: transformers/models/{vit,deit,vit_mae,dinov2,dinov2_with_registers,clip,
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from .base import Format, Translation
 from .dinov2 import MASK, fold_class_row
+from .errors import WeightsError
 from .key_rules import compile_rules, rename
 from .mae import DECODER
 
@@ -87,19 +91,17 @@ def _prefix(state):
     return next((match[1] for match in map(_PATCHES.match, state) if match), None)
 
 
-def is_huggingface(state) -> bool:
-    """Whether a mapping has the names of transformers' ViTs."""
+def recognise(state: Mapping[str, Any]) -> bool:
+    """Whether a mapping has the keys of transformers' ViTs."""
     return _prefix(state) is not None
 
 
-def to_timm(state):
-    """(state, log, dropped).
+def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
+    """Timm's keys of the image tower; text tower, pooler, decoder and mask token are left out.
 
     Raises:
         WeightsError: a query, key, value, gate or up projection is missing (named).
     """
-    from vit_fast.checkpoints.files import WeightsError
-
     prefix = _prefix(state)
     out, log, dropped, packed = {}, [], [], {}
     width = next(value.shape[0] for key, value in state.items() if _PATCHES.match(key))
@@ -137,4 +139,13 @@ def to_timm(state):
         out["head.bias"] = out["head.weight"].new_zeros(out["head.weight"].shape[0])
         log.append(((), "head.bias"))
     fold_class_row(out, log)
-    return out, log, dropped
+    return Translation(out, log, dropped)
+
+
+FORMAT = Format(
+    name="huggingface",
+    recognise=recognise,
+    to_timm=to_timm,
+    facts=dict(pre_norm=True, value_skip=False),
+    always_recognised=True,
+)

@@ -1,14 +1,19 @@
 """Rules that rename the keys of a state_dict.
 
 A rule is written as (a program's key, timm's key): {} is an index, {+} one that counts from 1; a trailing dot stands
-for all below.
+for all keys below.
 """
 
 import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+Rule = tuple[re.Pattern[str], str, list[int]]  # pattern, template, what is added to each index
 
 
-def compile_rules(pairs, reverse=False):
-    """(pattern, template, shifts of the indices) of pairs, from the first key to the second."""
+def compile_rules(pairs: Iterable[tuple[str, str]], reverse: bool = False) -> list[Rule]:
+    """Rules from the first key of each pair to the second; ``reverse``: from the second to the first."""
     rules = []
     for source, target in ((b, a) for a, b in pairs) if reverse else pairs:
         parts = re.split(r"(\{\+?\})", source)
@@ -22,7 +27,7 @@ def compile_rules(pairs, reverse=False):
     return rules
 
 
-def rename(key, rules):
+def rename(key: str, rules: Iterable[Rule]) -> str | None:
     """The key under the first rule that fits, or None."""
     for pattern, target, shifts in rules:
         match = pattern.match(key)
@@ -31,7 +36,9 @@ def rename(key, rules):
     return None
 
 
-def renamed(state, rules):
-    """(state, log) with every key renamed; keys without a rule stay."""
+def renamed(
+    state: Mapping[str, torch.Tensor], rules: Iterable[Rule]
+) -> tuple[dict[str, torch.Tensor], list[tuple[tuple[str, ...], str]]]:
+    """(state, log) with every key renamed, as in ``base.Translation``; keys without a rule stay."""
     targets = {key: rename(key, rules) or key for key in state}
     return {targets[key]: value for key, value in state.items()}, [((key,), target) for key, target in targets.items()]

@@ -43,11 +43,11 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line of the report.")] = False,
 ):
     """Convert a checkpoint to safetensors in other keys; prints what became of every key."""
-    from vit_fast.checkpoints.conversion import FAMILIES, TARGETS, convert_file
+    from vit_fast.checkpoints import convert_file, registry
 
-    for word, given, known in (("--to", to, TARGETS), ("--from: family", family, FAMILIES)):
+    for option, given, known in (("--to", to, registry.targets()), ("--from: family", family, registry.names())):
         if given is not None and given not in known:
-            raise CommandError(f"{word} is {given!r}, expected one of {', '.join(known)}")
+            raise CommandError(f"{option} is {given!r}, expected one of {', '.join(known)}")
     if not source.is_file():
         raise CommandError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}, expected a checkpoint")
     if target.suffix != ".safetensors":
@@ -56,12 +56,12 @@ def convert(
         raise CommandError(f"{target} is the source itself, expected another file")
     if target.exists() and not force:
         raise CommandError(f"{target} exists; --force overwrites it")
-    words = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
-    words |= dict(patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    kwargs = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
+    kwargs |= dict(patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
     options.output_file("TARGET", target)
     safetensors = require("safetensors", "timm")
     try:
-        report = convert_file(source, target, to, **words)
+        report = convert_file(source, target, to, **kwargs)
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         raise CommandError(reason(error)) from error
     text = str(report)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vit_fast
-from vit_fast.checkpoints.conversion import convert_state_dict
+from vit_fast.checkpoints import convert_state_dict
 
 
 @dataclass(frozen=True)

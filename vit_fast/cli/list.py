@@ -30,7 +30,7 @@ def _row(name, num_classes):
         try:
             model = vit_fast.create_model(name, num_classes=num_classes)
         except (TypeError, ValueError):
-            # A tower or a regression model, which has no such word.
+            # A tower or a regression model, which has no such argument.
             model = vit_fast.create_model(name)
     facts = getattr(model, "default_cfg", {})
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]

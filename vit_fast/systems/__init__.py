@@ -1,4 +1,4 @@
-"""Model families: the constructor words, outputs, parameter names and weight files of published ViT programs.
+"""Model families: the arguments, outputs, parameter names and weight files of published ViT programs.
 
 clip       CLIP's image tower: OpenAI, CLIP-ReID, open_clip, and a plain one          clip_reid  its ReID classifier
 deit       DeiT and timm's older ViT: distillation, pre-logits
@@ -8,10 +8,10 @@ lanl       LANL's ViT and T2T-ViT
 t2t        T2T-ViT
 
 Shared: encoder_layer (torch's encoder layer on fused branches), soft_split (overlapping windows, sinusoid table),
-google_npz (Google's checkpoints in timm's keys), words (checks of words and images, state_dicts as they come).
+arguments (checks of arguments and images, state_dicts as they come).
 
-A family has ``build(**the words of the original)``, ``load(model, state_dict or path)`` and ``PRESETS``; its presets
-are models of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
+A family has ``build(**the original's arguments)``, ``load(model, state_dict or path)`` and ``PRESETS``; its presets are
+models of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
 """
 
 from vit_fast.pos_embed import resize_pos_embed
@@ -22,5 +22,5 @@ from . import clip, clip_reid, deit, hybrid, lanl, scratch, t2t
 __all__ = ["clip", "clip_reid", "deit", "hybrid", "lanl", "resize_pos_embed", "scratch", "t2t"]
 
 for _family in (clip, deit, hybrid, lanl, scratch, t2t):
-    for _name, _words in _family.PRESETS.items():
-        register(_name, build=_family.build, **_words)
+    for _name, _arguments in _family.PRESETS.items():
+        register(_name, build=_family.build, **_arguments)

@@ -1,6 +1,6 @@
-"""What the families share beside the block: checks of constructor words and images, and state_dicts as they come.
+"""What the families share beside the block: checks of arguments and images, and state_dicts as they come.
 
-Messages are ``vit_fast.systems.<family>: <word> is <what came>, expected <what is wanted>``.
+Messages are ``vit_fast.systems.<family>: <argument> is <what came>, expected <what is wanted>``.
 """
 
 import math
@@ -20,7 +20,7 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
 def fail(family, name, value, wanted):
-    """Raises ``ValueError`` for a constructor word."""
+    """Raises ``ValueError`` for an argument."""
     raise ValueError(f"vit_fast.systems.{family}: {name} is {value!r}, expected {wanted}")
 
 
@@ -66,22 +66,22 @@ def one_of(family, name, value, choices):
     return value
 
 
-def one_spelling(family, name, value, other_name, other_value, default):
-    """The value of a word with two spellings; None is not given, two different values are an error."""
+def one_of_two(family, name, value, other_name, other_value, default):
+    """The value of an argument with two names; None is not given, two different values are an error."""
     if value is not None and other_value is not None and value != other_value:
-        fail(family, other_name, other_value, f"{value!r} (as {name}, the same word)")
+        fail(family, other_name, other_value, f"{value!r} (as {name}, the same argument)")
     chosen = other_value if value is None else value
     return default if chosen is None else chosen
 
 
-def activation_word(family, name, value):
-    """The library's word for an activation word, class or partial; None for the class of another activation."""
+def activation_name(family, name, value):
+    """The library's name of an activation that is given as a name, class or partial; None for another class."""
     if isinstance(value, str):
         return one_of(family, name, value, _ACTIVATIONS)
     if built(value) is None:
-        fail(family, name, value, "the word or the class of an activation")
-    word = activation_of(value)
-    return word if word in _ACTIVATIONS else None
+        fail(family, name, value, "the name or the class of an activation")
+    activation = activation_of(value)
+    return activation if activation in _ACTIVATIONS else None
 
 
 def norm_maker(family, norm_layer, eps, **dd):

@@ -29,14 +29,17 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_fast import plain
 from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
-from vit_fast.checkpoints.conversion import CLIP_SCALARS
-from vit_fast.checkpoints.files import WeightsError, load_state_dict, log_left_out, resized_table
+from vit_fast.checkpoints.clip import CLIP_SCALARS
+from vit_fast.checkpoints.errors import WeightsError
+from vit_fast.checkpoints.fitting import resized_table
+from vit_fast.checkpoints.loading import load_state_dict, loads
+from vit_fast.checkpoints.report import log_left_out
 from vit_fast.kernels.reference import activate
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 from vit_fast.vit import LayerScale
 
-from . import arguments as words
+from . import arguments
 
 VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -77,14 +80,14 @@ PRESETS = {
 
 
 class Activation(nn.Module):
-    """An activation of ``ops.layernorm_mlp`` by its word."""
+    """An activation of ``ops.layernorm_mlp`` by its name."""
 
-    def __init__(self, word):
+    def __init__(self, activation):
         super().__init__()
-        self.word = word
+        self.activation = activation
 
     def forward(self, x):
-        return activate(x, self.word)
+        return activate(x, self.activation)
 
 
 class ResidualAttentionBlock(plain.Fusible, nn.Module):
@@ -133,7 +136,7 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
             fc2_bias=mlp.c_proj.bias,
             num_heads=attn.num_heads,
             scale=attn.head_dim**-0.5,
-            activation=mlp.gelu.word,
+            activation=mlp.gelu.activation,
             gamma1=getattr(self.ls_1, "gamma", None),
             gamma2=getattr(self.ls_2, "gamma", None),
         )
@@ -173,7 +176,7 @@ def _fail_size(subject, size, wanted):
 
 
 class ImageTower(nn.Module):
-    """The tower; ``build`` describes the words, the head of this file the outputs."""
+    """The tower; ``build`` describes the arguments, the head of this file the outputs."""
 
     def __init__(
         self, variant, *, patch_size, width, stride_size=None, layers=12, heads=None, output_dim=None, in_chans=3,
@@ -185,31 +188,35 @@ class ImageTower(nn.Module):
     ):  # fmt: skip
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.variant = words.one_of("clip", "variant", variant, VARIANTS)
-        self.patch_size = words.pair("clip", "patch_size", patch_size)
+        self.variant = arguments.one_of("clip", "variant", variant, VARIANTS)
+        self.patch_size = arguments.pair("clip", "patch_size", patch_size)
         stride = patch_size if stride_size is None else stride_size
-        self.stride_size = words.pair("clip", "stride_size", stride)
-        self.width = width = words.integer("clip", "width", width)
-        layers = words.integer("clip", "layers", layers)
+        self.stride_size = arguments.pair("clip", "stride_size", stride)
+        self.width = width = arguments.integer("clip", "width", width)
+        layers = arguments.integer("clip", "layers", layers)
         if heads is None and variant == "plain":
             heads = 12  # fixed in that constructor, whatever the width
         if heads is None and width // 64 == 0:
-            words.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
-        heads = words.integer("clip", "heads", width // 64 if heads is None else heads)
-        words.check_heads("clip", "heads", heads, "width", width)
-        self.in_chans = in_chans = words.integer("clip", "in_chans", in_chans)
-        self.output_dim = output_dim = None if output_dim is None else words.integer("clip", "output_dim", output_dim)
-        hidden = int(width * words.positive("clip", "mlp_ratio", mlp_ratio))
+            arguments.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
+        heads = arguments.integer("clip", "heads", width // 64 if heads is None else heads)
+        arguments.check_heads("clip", "heads", heads, "width", width)
+        self.in_chans = in_chans = arguments.integer("clip", "in_chans", in_chans)
+        self.output_dim = output_dim = (
+            None if output_dim is None else arguments.integer("clip", "output_dim", output_dim)
+        )
+        hidden = int(width * arguments.positive("clip", "mlp_ratio", mlp_ratio))
         activation = activation if act_layer is None else act_layer
-        self.activation = words.activation_word("clip", "activation", activation)
+        self.activation = arguments.activation_name("clip", "activation", activation)
         if self.activation is None:
-            words.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
-        make_norm = words.norm_maker("clip", norm_layer, 1e-5, **dd)
+            arguments.fail("clip", "activation", activation, "GELU, QuickGELU or ReLU")
+        make_norm = arguments.norm_maker("clip", norm_layer, 1e-5, **dd)
         if variant != "open_clip" and (pool_type != "tok" or final_ln_after_pool or output_tokens):
-            words.fail("clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens")
-        self.pool_type = words.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
+            arguments.fail(
+                "clip", "variant", variant, "'open_clip' for pool_type, final_ln_after_pool and output_tokens"
+            )
+        self.pool_type = arguments.one_of("clip", "pool_type", pool_type, ("tok", "avg", "none"))
         self.final_ln_after_pool, self.output_tokens = final_ln_after_pool, output_tokens
-        self.patch_dropout = words.rate("clip", "patch_dropout", patch_dropout)
+        self.patch_dropout = arguments.rate("clip", "patch_dropout", patch_dropout)
         self.dynamic_img_size, self.allow_floor = dynamic_img_size, allow_floor
         self.pos_embed_policy = check_policy(pos_embed_policy or ("R5" if variant == "open_clip" else "R3"))
         sizes = [size for size in (img_size, image_size, input_resolution) if size is not None]
@@ -234,22 +241,26 @@ class ImageTower(nn.Module):
         self.proj = None if output_dim is None else nn.Parameter(scale * torch.randn(width, output_dim, **dd))
 
     def _set_sizes(self, sizes, h_resolution, w_resolution, num_patches):
-        """img_size, grid_size and num_patches; the words may leave the first or the first two open (None)."""
+        """img_size, grid_size and num_patches; the arguments may leave the first or the first two open (None)."""
         if len(sizes) > 1:
-            words.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
-        self.img_size = words.pair("clip", "img_size", sizes[0]) if sizes else None
+            arguments.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
+        self.img_size = arguments.pair("clip", "img_size", sizes[0]) if sizes else None
         self.grid_size = self._grid(self.img_size, "img_size is") if sizes else None
         if h_resolution is not None or w_resolution is not None:
-            grid = words.pair("clip", "(h_resolution, w_resolution)", (h_resolution, w_resolution))
+            grid = arguments.pair("clip", "(h_resolution, w_resolution)", (h_resolution, w_resolution))
             if self.grid_size not in (None, grid):
-                words.fail("clip", "(h_resolution, w_resolution)", grid, f"{self.grid_size}, the grid of img_size")
+                arguments.fail("clip", "(h_resolution, w_resolution)", grid, f"{self.grid_size}, the grid of img_size")
             self.grid_size = grid
         if self.grid_size is None and num_patches is None:
-            words.fail("clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches")
+            arguments.fail(
+                "clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches"
+            )
         self.num_patches = math.prod(self.grid_size) if num_patches is None else num_patches
-        self.num_patches = words.integer("clip", "num_patches", self.num_patches)
+        self.num_patches = arguments.integer("clip", "num_patches", self.num_patches)
         if self.grid_size is not None and math.prod(self.grid_size) != self.num_patches:
-            words.fail("clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}")
+            arguments.fail(
+                "clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}"
+            )
 
     def _grid(self, size, subject):
         """The grid (size − patch) // stride + 1. Overlapping patches leave rest pixels out by the originals' own rule;
@@ -265,8 +276,8 @@ class ImageTower(nn.Module):
     @untraced
     def _check_images(self, images):
         """The grid of the images, after every check."""
-        words.check_images("clip", images, self.in_chans)
-        words.check_float("clip", images)
+        arguments.check_images("clip", images, self.in_chans)
+        arguments.check_float("clip", images)
         size = tuple(operator.index(side) for side in images.shape[2:])
         hint = "dynamic_img_size=True resizes the position embedding"
         if self.img_size is not None and size != self.img_size and not (self.dynamic_img_size or self.allow_floor):
@@ -321,9 +332,9 @@ class ImageTower(nn.Module):
 
     def forward(self, images, cv_emb=None):
         """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
-        words.check_traceable("clip", images)
+        arguments.check_traceable("clip", images)
         if cv_emb is not None and self.variant != "clip_reid":
-            words.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
+            arguments.fail("clip", "variant", self.variant, "'clip_reid' where cv_emb is given")
         x = self._embed(images, cv_emb)
         if self.variant == "clip_reid":
             last, x = self.transformer.run(x)
@@ -346,8 +357,8 @@ class ImageTower(nn.Module):
         self.transformer.grad_checkpointing = enable
 
 
-def build(variant: str = "openai", **constructor_words) -> ImageTower:
-    """An image tower under the words of one of its originals; every variant takes all of them.
+def build(variant: str = "openai", **kwargs) -> ImageTower:
+    """An image tower with the arguments of one of its originals; every variant takes all of them.
 
     Args:
         variant: "openai", "clip_reid", "open_clip" or "plain".
@@ -365,21 +376,21 @@ def build(variant: str = "openai", **constructor_words) -> ImageTower:
         dynamic_img_size: takes any size and resizes positional_embedding by pos_embed_policy ("R5" for open_clip,
             else "R3"). allow_floor: leaves pixels out that do not fill a patch, as the originals do silently.
     Raises:
-        TypeError, ValueError: bad words, named with what came and what is wanted.
+        TypeError, ValueError: bad arguments, named with what came and what is wanted.
     """
-    words.one_of("clip", "variant", variant, VARIANTS)
-    missing = [name for name in ("patch_size", "width") if name not in constructor_words]
+    arguments.one_of("clip", "variant", variant, VARIANTS)
+    missing = [name for name in ("patch_size", "width") if name not in kwargs]
     if missing:
         raise TypeError(f"vit_fast.systems.clip: {' and '.join(missing)} not given, expected an int (pixels, D)")
     if variant == "open_clip":
-        constructor_words.setdefault("output_dim", 512)
-        constructor_words.setdefault("activation", "gelu")
-    return ImageTower(variant, **constructor_words)
+        kwargs.setdefault("output_dim", 512)
+        kwargs.setdefault("activation", "gelu")
+    return ImageTower(variant, **kwargs)
 
 
 def read(source):
     """The tensors of a checkpoint of any of the originals, TorchScript archives included."""
-    return words.state_of("clip", source, torchscript=True)
+    return arguments.state_of("clip", source, torchscript=True)
 
 
 def tower_state(state):
@@ -396,8 +407,8 @@ def tower_state(state):
     return tower
 
 
-def infer_words(source, *, heads=None, img_size=None, stride_size=None, activation=None) -> dict:
-    """The words for ``build`` that a checkpoint asks for.
+def infer_arguments(source, *, heads=None, img_size=None, stride_size=None, activation=None) -> dict:
+    """The arguments of ``build`` that a checkpoint asks for.
 
     OpenAI's own archives tell all of them: they hold input_resolution, and their program has width // 64 heads,
     QuickGELU, and patches side by side. Other files tell shapes alone; the caller has to know the rest.
@@ -409,7 +420,7 @@ def infer_words(source, *, heads=None, img_size=None, stride_size=None, activati
         stride_size: of overlapping patches; default the patch's own size, where the table's rows agree with it.
         activation: "quick_gelu" (OpenAI, CLIP-ReID), "gelu" (most of open_clip), ...
     Raises:
-        ValueError: a word that the file does not tell and that is not given, or that contradicts the file.
+        ValueError: an argument that the file does not tell and that is not given, or that contradicts the file.
         WeightsError: no CLIP image tower.
     """
     whole = read(source)
@@ -428,13 +439,13 @@ def infer_words(source, *, heads=None, img_size=None, stride_size=None, activati
     chosen = {name: told.get(name) if value is None else value for name, value in given.items()}
     for name, value in chosen.items():
         if value is None:
-            words.fail("clip.infer_words", name, None, "a value: the file does not tell it")
-    size = words.pair("clip.infer_words", "img_size", chosen["img_size"])
-    stride = words.pair("clip.infer_words", "stride_size", patch if stride_size is None else stride_size)
+            arguments.fail("clip.infer_arguments", name, None, "a value: the file does not tell it")
+    size = arguments.pair("clip.infer_arguments", "img_size", chosen["img_size"])
+    stride = arguments.pair("clip.infer_arguments", "stride_size", patch if stride_size is None else stride_size)
     grid = tuple((pixels - side) // step + 1 for pixels, side, step in zip(size, patch, stride, strict=True))
     if 1 + math.prod(grid) != table.shape[0]:
         raise ValueError(
-            f"vit_fast.systems.clip.infer_words: img_size {size} and stride_size {stride} make {math.prod(grid)} "
+            f"vit_fast.systems.clip.infer_arguments: img_size {size} and stride_size {stride} make {math.prod(grid)} "
             f"patches, expected {table.shape[0] - 1}, the rows of positional_embedding without the class token's"
         )
     proj = state.get("proj")
@@ -462,6 +473,7 @@ def fit_table(state, key, tower, old_grid):
             raise
 
 
+@loads(ImageTower)
 def load(model, source, old_grid=None):
     """Loads weights of the originals, strictly; returns the model.
 

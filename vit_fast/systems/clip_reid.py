@@ -9,10 +9,10 @@ Labels", 2023.
 import torch
 from torch import nn
 
-from vit_fast.checkpoints.files import load_state_dict, log_left_out
+from vit_fast.checkpoints.loading import load_state_dict, loads
+from vit_fast.checkpoints.report import log_left_out
 
-from . import arguments as words
-from . import clip
+from . import arguments, clip
 
 _TEXT_SIDE = ("text_encoder.", "prompt_learner.")
 
@@ -27,12 +27,12 @@ class ReID(nn.Module):
 
     def __init__(self, tower, num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before"):
         super().__init__()
-        self.neck_feat = words.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
+        self.neck_feat = arguments.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
         if tower.variant != "clip_reid" or tower.proj is None:
-            words.fail("clip_reid", "tower", tower.variant, "'clip_reid' with an output_dim")
-        num_classes = words.integer("clip_reid", "num_classes", num_classes)
-        self.camera_num = words.integer("clip_reid", "camera_num", camera_num, 0)
-        self.view_num = words.integer("clip_reid", "view_num", view_num, 0)
+            arguments.fail("clip_reid", "tower", tower.variant, "'clip_reid' with an output_dim")
+        num_classes = arguments.integer("clip_reid", "num_classes", num_classes)
+        self.camera_num = arguments.integer("clip_reid", "camera_num", camera_num, 0)
+        self.view_num = arguments.integer("clip_reid", "view_num", view_num, 0)
         self.sie_coe = sie_coe
         like = {"device": tower.proj.device, "dtype": tower.class_embedding.dtype}
         self.classifier = nn.Linear(tower.width, num_classes, bias=False, **like)
@@ -55,7 +55,9 @@ class ReID(nn.Module):
             ("view_label", view_label, self.view_num),
         ):
             if (label is not None) != (number > 0):
-                words.fail("clip_reid", name, label, "labels" if number else "None (the model has no table for them)")
+                arguments.fail(
+                    "clip_reid", name, label, "labels" if number else "None (the model has no table for them)"
+                )
             if number:
                 index = index * number + label
         if self.cv_embed is None:
@@ -63,7 +65,7 @@ class ReID(nn.Module):
         return (self.sie_coe * self.cv_embed[index]).expand(batch, -1)
 
     def forward(self, images, cam_label=None, view_label=None):
-        words.check_traceable("clip_reid", images)
+        arguments.check_traceable("clip_reid", images)
         side = self._side_information(cam_label, view_label, images.shape[0])
         last, feature, projected = (tokens[:, 0] for tokens in self.image_encoder(images, side))
         if not self.training and self.neck_feat == "before":
@@ -74,7 +76,7 @@ class ReID(nn.Module):
         return [self.classifier(neck), self.classifier_proj(neck_proj)], [last, feature, projected], projected
 
 
-def build(num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before", **tower_words) -> ReID:
+def build(num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before", **tower_kwargs) -> ReID:
     """The whole image model.
 
     Args:
@@ -82,12 +84,13 @@ def build(num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before"
         camera_num, view_num: rows of the table of side information, cameras · views; 0 for none.
         sie_coe: its factor.
         neck_feat: "before" or "after" the batch norms, what evaluation returns.
-        tower_words: those of ``clip.build("clip_reid", ...)``.
+        tower_kwargs: arguments of ``clip.build("clip_reid", ...)``.
     """
-    tower = clip.build("clip_reid", **tower_words)
+    tower = clip.build("clip_reid", **tower_kwargs)
     return ReID(tower, num_classes, camera_num, view_num, sie_coe, neck_feat)
 
 
+@loads(ReID)
 def load(model: ReID, source, old_grid=None) -> ReID:
     """Loads a checkpoint of CLIP-ReID, of which the text side is left out, or a CLIP's image tower alone; strict.
 

@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import plain
-from vit_fast.checkpoints.files import WeightsError, load_state_dict, resized_table
+from vit_fast.checkpoints.errors import WeightsError
+from vit_fast.checkpoints.fitting import resized_table
+from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy
 from vit_fast.vit import PatchEmbed, VisionTransformer, lecun_normal_
 
-from . import arguments as words
+from . import arguments
 from .encoder_layer import EncoderLayer
 
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -116,8 +118,8 @@ class _Heads:
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """New heads, freshly initialised; 0 for none. ``global_pool`` can only be "token"."""
-        words.one_of("deit", "global_pool", global_pool, (None, "token"))
-        self.num_classes = words.integer("deit", "num_classes", num_classes, 0)
+        arguments.one_of("deit", "global_pool", global_pool, (None, "token"))
+        self.num_classes = arguments.integer("deit", "num_classes", num_classes, 0)
         dd = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = self._make_head(dd).train(self.training)
         if self.head_dist is not None:
@@ -132,7 +134,7 @@ class _Heads:
 
 
 class DeiT(_Heads, VisionTransformer):
-    """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, words and initialisation."""
+    """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, arguments and initialisation."""
 
     def __init__(self, w, dd):
         rates = dict(
@@ -142,7 +144,7 @@ class DeiT(_Heads, VisionTransformer):
         names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
         names += ("mean", "std", "dynamic_img_size", "pos_embed_policy")
         act = w["act_layer"]
-        activation = words.activation_word("deit", "act_layer", "gelu" if act is None else act)
+        activation = arguments.activation_name("deit", "act_layer", "gelu" if act is None else act)
         super().__init__(
             in_chans=w["in_c"], num_classes=0, act_layer=activation, weight_init="skip", **rates, **dd,
             **{name: w[name] for name in names},
@@ -193,10 +195,10 @@ class DeiT(_Heads, VisionTransformer):
     @untraced
     def _check_images(self, images):
         if not isinstance(images, torch.fx.Proxy):
-            words.check_images("deit", images, self.in_chans)
+            arguments.check_images("deit", images, self.in_chans)
             size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
             if not self.dynamic_img_size and size != expected:
-                words.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
+                arguments.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
         return super()._check_images(images)
 
     def _embed(self, images):
@@ -264,10 +266,10 @@ class LiteralDeiT(_Heads, nn.Module):
 
     def forward_features(self, images):
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
-        words.check_images("deit", images, self.in_chans)
-        words.check_float("deit", images)
+        arguments.check_images("deit", images, self.in_chans)
+        arguments.check_float("deit", images)
         if tuple(images.shape[2:]) != self.img_size:
-            words.fail_images("deit", images, f"{self.img_size[0]}×{self.img_size[1]}")
+            arguments.fail_images("deit", images, f"{self.img_size[0]}×{self.img_size[1]}")
         table = self.pos_embed
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
         x = plain.patch_embed(self.patch_embed, images, table, prefix)
@@ -289,31 +291,33 @@ def _make_embed(w):
     sizes = {name: w[name] for name in ("img_size", "patch_size", "embed_dim")}
     embed = w["embed_layer"](**{channels: w["in_c"]}, **sizes)
     if not isinstance(getattr(embed, "num_patches", None), int):
-        words.fail("deit", "embed_layer", w["embed_layer"], "a module with num_patches")
+        arguments.fail("deit", "embed_layer", w["embed_layer"], "a module with num_patches")
     return embed
 
 
 def _check(w):
-    """Checks the words and makes them plain: pairs, ints, floats."""
+    """Checks the arguments and makes them plain: pairs, ints, floats."""
     for name in ("img_size", "patch_size"):
-        w[name] = words.pair("deit", name, w[name])
+        w[name] = arguments.pair("deit", name, w[name])
     for name in ("in_c", "embed_dim", "depth", "num_heads"):
-        w[name] = words.integer("deit", name, w[name])
-    w["num_classes"] = words.integer("deit", "num_classes", w["num_classes"], 0)
-    w["representation_size"] = words.integer("deit", "representation_size", w["representation_size"] or 0, 0)
-    words.check_heads("deit", "num_heads", w["num_heads"], "embed_dim", w["embed_dim"])
-    if int(w["embed_dim"] * words.positive("deit", "mlp_ratio", w["mlp_ratio"])) < 1:
-        words.fail("deit", "mlp_ratio", w["mlp_ratio"], f"a hidden width of 1 or more for embed_dim {w['embed_dim']}")
+        w[name] = arguments.integer("deit", name, w[name])
+    w["num_classes"] = arguments.integer("deit", "num_classes", w["num_classes"], 0)
+    w["representation_size"] = arguments.integer("deit", "representation_size", w["representation_size"] or 0, 0)
+    arguments.check_heads("deit", "num_heads", w["num_heads"], "embed_dim", w["embed_dim"])
+    if int(w["embed_dim"] * arguments.positive("deit", "mlp_ratio", w["mlp_ratio"])) < 1:
+        arguments.fail(
+            "deit", "mlp_ratio", w["mlp_ratio"], f"a hidden width of 1 or more for embed_dim {w['embed_dim']}"
+        )
     for name in ("drop_ratio", "attn_drop_ratio", "drop_path_ratio"):
-        w[name] = words.rate("deit", name, w[name])
+        w[name] = arguments.rate("deit", name, w[name])
     if w["qk_scale"] and not math.isfinite(w["qk_scale"]):
-        words.fail("deit", "qk_scale", w["qk_scale"], "a finite number")
+        arguments.fail("deit", "qk_scale", w["qk_scale"], "a finite number")
     if any(size < patch for size, patch in zip(w["img_size"], w["patch_size"], strict=True)):
-        words.fail("deit", "img_size", w["img_size"], f"at least one patch of {w['patch_size']}")
+        arguments.fail("deit", "img_size", w["img_size"], f"at least one patch of {w['patch_size']}")
     for name in ("embed_layer", "norm_layer"):
         if w[name] is not None and not callable(w[name]):
-            words.fail("deit", name, w[name], "a class")
-    words.one_of("deit", "weight_init", w["weight_init"], _INITS)
+            arguments.fail("deit", name, w[name], "a class")
+    arguments.one_of("deit", "weight_init", w["weight_init"], _INITS)
     check_policy(w["pos_embed_policy"])
     return w
 
@@ -325,7 +329,7 @@ def build(
     attn_drop_rate=None, drop_path_rate=None, weight_init="", compat=None, dynamic_img_size=False,
     pos_embed_policy="R4", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), device=None, dtype=None,
 ) -> DeiT | LiteralDeiT:  # fmt: skip
-    """A DeiT, under the words of the page (in_c, drop_ratio, ...) or of timm (in_chans, drop_rate, ...).
+    """A DeiT, with the arguments of the page (in_c, drop_ratio, ...) or of timm (in_chans, drop_rate, ...).
 
     Args:
         img_size, patch_size: int or (height, width).
@@ -337,7 +341,7 @@ def build(
         drop_ratio, attn_drop_ratio, drop_path_ratio (or *_rate): training only.
         embed_layer: a class of (img_size, patch_size, in_c or in_chans, embed_dim) that gives tokens and num_patches.
         norm_layer: a class or partial of one width; default LayerNorm with eps 1e-6. Not a LayerNorm: unfused.
-        act_layer: the class or word of the activation, default exact GELU; one without a kernel runs unfused.
+        act_layer: the class or name of the activation, default exact GELU; one without a kernel runs unfused.
         weight_init: "", "wz", "jax", "jax_nlhb", "moco" or "skip".
         compat: None, or "literal" for the page's own arithmetic (attn_drop_ratio, drop_path_ratio, qkv_bias, qk_scale,
             act_layer and embed_layer are then ignored, as there; norm_layer is the final norm's, default eps 1e-5).
@@ -346,14 +350,14 @@ def build(
     Returns:
         a model with attributes num_classes, embed_dim, num_features, num_tokens, has_logits, in training mode.
     Raises:
-        TypeError, ValueError: bad words, named with what came and what is wanted.
+        TypeError, ValueError: bad arguments, named with what came and what is wanted.
     """
-    one = words.one_spelling
+    one = arguments.one_of_two
     in_c = one("deit", "in_c", in_c, "in_chans", in_chans, 3)
     drop_ratio = one("deit", "drop_ratio", drop_ratio, "drop_rate", drop_rate, 0.0)
     attn_drop_ratio = one("deit", "attn_drop_ratio", attn_drop_ratio, "attn_drop_rate", attn_drop_rate, 0.0)
     drop_path_ratio = one("deit", "drop_path_ratio", drop_path_ratio, "drop_path_rate", drop_path_rate, 0.0)
-    literal = words.one_of("deit", "compat", compat, (None, "literal")) == "literal"
+    literal = arguments.one_of("deit", "compat", compat, (None, "literal")) == "literal"
     if in_c != 3 and mean == std == (0.5,) * 3:
         mean = std = (0.5,) * in_c
     dd = {"device": device, "dtype": dtype}
@@ -373,6 +377,7 @@ def _own_spelling(model, state):
     return state
 
 
+@loads(DeiT, LiteralDeiT)
 def load(model, source, fine_tune: bool = False, old_grid=None):
     """Loads weights of DeiT, timm, the rewrite, the page (literal models) or Google (.npz), strictly.
 
@@ -406,7 +411,7 @@ def load(model, source, fine_tune: bool = False, old_grid=None):
             state |= {key: value for key, value in own.items() if key.startswith("head") and key not in state}
         return state
 
-    return load_state_dict(model, words.state_of("deit", source), fit)
+    return load_state_dict(model, arguments.state_of("deit", source), fit)
 
 
 def _fits(own, value):

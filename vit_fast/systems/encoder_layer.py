@@ -17,7 +17,7 @@ from vit_fast.kernels.reference import activate
 
 
 class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
-    """[B, N, C] → [B, N, C]; activation is one of the words of ``ops.layernorm_mlp`` except "swiglu"."""
+    """[B, N, C] → [B, N, C]; activation is one of those of ``ops.layernorm_mlp`` except "swiglu"."""
 
     PARTS = plain.parts(
         **plain.multihead_parts("self_attn"),

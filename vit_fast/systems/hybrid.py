@@ -41,7 +41,9 @@ from vit_fast.block import (
     project_qkv,
     run_blocks,
 )
-from vit_fast.checkpoints.files import WeightsError, load_state_dict, resized_table
+from vit_fast.checkpoints.errors import WeightsError
+from vit_fast.checkpoints.fitting import resized_table
+from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.kernels.tracing import untraced
 
@@ -179,9 +181,9 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """Blocks and the last LayerNorm: [B, N, C] → ([B, N, C], list of probabilities)."""
 
-    def __init__(self, dim, depth, **words):
+    def __init__(self, dim, depth, **kwargs):
         super().__init__()
-        self.layer = nn.ModuleList([Block(dim, **words) for _ in range(depth)])
+        self.layer = nn.ModuleList([Block(dim, **kwargs) for _ in range(depth)])
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):
@@ -236,7 +238,7 @@ class VisionTransformer(nn.Module):
     differ in dropout only.
 
     Raises:
-        TypeError, ValueError: bad words, configs or images, naming what came and what is wanted.
+        TypeError, ValueError: bad arguments, configs or images, naming what came and what is wanted.
     """
 
     google_policy = "R1"
@@ -429,13 +431,14 @@ def build(
     num_classes: int = 21843,
     zero_head: bool = False,
     vis: bool = False,
-    **words,
+    **kwargs,
 ) -> VisionTransformer:
-    """A ``VisionTransformer`` of these words, where they are described; further ones: variant, hybrid_mode, activation,
+    """A ``VisionTransformer``, where the arguments are described; further ones: variant, hybrid_mode, activation,
     in_chans."""
-    return VisionTransformer(config, img_size, num_classes, zero_head, vis, **words)
+    return VisionTransformer(config, img_size, num_classes, zero_head, vis, **kwargs)
 
 
+@loads(VisionTransformer)
 def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
     """Loads jeonsworld's or Google's weights.
 

@@ -17,17 +17,17 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
-from vit_fast.checkpoints.files import load_state_dict
+from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.tracing import untraced
 
-from . import arguments as words
+from . import arguments
 from .soft_split import as_image, sinusoid_table, soft_split, split_grid
 
 FAMILY = "lanl"
 
 
 def _whole(name, value):
-    return words.integer(FAMILY, name, value)
+    return arguments.integer(FAMILY, name, value)
 
 
 def _sizes(name, value, wanted):
@@ -36,7 +36,7 @@ def _sizes(name, value, wanted):
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"vit_fast.systems.lanl: {name} is {value!r}, expected ({wanted})")
     if len(value) != len(names):
-        words.fail(FAMILY, name, value, f"{len(names)} ints ({wanted})")
+        arguments.fail(FAMILY, name, value, f"{len(names)} ints ({wanted})")
     return tuple(_whole(name, size) for size in value)
 
 
@@ -53,10 +53,10 @@ def _check_tokens(x, width, count=None):
 
 @untraced
 def _check_images(x, img_size):
-    words.check_images(FAMILY, x, img_size[0])
-    words.check_float(FAMILY, x)
+    arguments.check_images(FAMILY, x, img_size[0])
+    arguments.check_float(FAMILY, x)
     if tuple(x.shape[2:]) != img_size[1:]:
-        words.fail_images(FAMILY, x, f"{img_size[1]}×{img_size[2]}")
+        arguments.fail_images(FAMILY, x, f"{img_size[1]}×{img_size[2]}")
 
 
 def _init_weights(module):
@@ -74,7 +74,7 @@ def count_tokens(w: int, h: int, k: int, s: int, p: int) -> tuple[int, int, int]
     return *new, new[0] * new[1]
 
 
-def split_words(kernel: int) -> tuple[int, int, int]:
+def split_arguments(kernel: int) -> tuple[int, int, int]:
     """(kernel, stride, padding) of a soft split: 7 → 4, 2; 3 → 2, 1; 31 → 16, 8."""
     return kernel, (kernel + 1) // 2, (kernel + 1) // 4
 
@@ -91,7 +91,7 @@ class Patch_Tokenization(plain.Fusible, nn.Module):
         self.patch_size, self.token_len = _whole("patch_size", patch_size), _whole("token_len", token_len)
         for name, side in zip(("height", "width"), self.img_size[1:]):
             if side % self.patch_size:
-                words.fail(FAMILY, f"img_size's {name}", side, f"evenly divisible by patch_size {self.patch_size}")
+                arguments.fail(FAMILY, f"img_size's {name}", side, f"evenly divisible by patch_size {self.patch_size}")
         self.num_tokens = self.img_size[1] * self.img_size[2] // self.patch_size**2
         self.split = nn.Unfold(kernel_size=self.patch_size, stride=self.patch_size)
         self.project = nn.Linear(self.patch_size**2 * self.img_size[0], self.token_len)
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         super().__init__()
         self.dim, self.chan = _whole("dim", dim), _whole("chan", chan)
         self.num_heads = _whole("num_heads", num_heads)
-        words.check_heads(FAMILY, "num_heads", self.num_heads, "chan", self.chan)
+        arguments.check_heads(FAMILY, "num_heads", self.num_heads, "chan", self.chan)
         self.head_dim = self.chan // self.num_heads
         self.scale = float(qk_scale or self.head_dim**-0.5)
         self.qkv = nn.Linear(self.dim, self.chan * 3, bias=qkv_bias)
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         return v + self.proj(out)
 
 
-def _activation_word(act):
+def _activation_name(act):
     """What the kernels call an ``nn.GELU`` or an ``nn.ReLU``."""
     if type(act) is nn.ReLU:
         return "relu"
@@ -170,7 +170,7 @@ class _Layer(plain.Fusible, nn.Module):
 
     def __init__(self, dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer):
         super().__init__()
-        words.positive(FAMILY, "hidden_chan_mul", hidden_chan_mul)
+        arguments.positive(FAMILY, "hidden_chan_mul", hidden_chan_mul)
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, chan, num_heads, qkv_bias, qk_scale)
         self.norm2 = norm_layer(chan)
@@ -182,7 +182,7 @@ class _Layer(plain.Fusible, nn.Module):
         return BlockParams(
             Norm.of(self.norm1), attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
             Norm.of(self.norm2), net.fc1.weight, net.fc1.bias, net.fc2.weight, net.fc2.bias,
-            num_heads=attn.num_heads, scale=attn.scale, activation=_activation_word(net.act),
+            num_heads=attn.num_heads, scale=attn.scale, activation=_activation_name(net.act),
             value_skip=self.value_skip,
         )  # fmt: skip
 
@@ -311,12 +311,12 @@ class Tokens2Token(nn.Module):
         self.img_size = _sizes("img_size", img_size, "C, H, W")
         kernels = _sizes("softsplit_kernels", softsplit_kernels, "first, second, third")
         token_chan, self.token_len = _whole("token_chan", token_chan), _whole("token_len", token_len)
-        self.splits = [split_words(kernel) for kernel in kernels]
+        self.splits = [split_arguments(kernel) for kernel in kernels]
         self.grids = []
         for split in self.splits:
             self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size[1:], *split))
             if min(self.grids[-1]) < 1:
-                words.fail(
+                arguments.fail(
                     FAMILY, "softsplit_kernels", tuple(kernels),
                     f"windows that fit an image of {self.img_size[1]}×{self.img_size[2]}",
                 )  # fmt: skip
@@ -378,19 +378,20 @@ PRESETS = {
 
 
 def build(variant: str = "ViT_Model", **options) -> nn.Module:
-    """A class of this family by name, with its own words.
+    """A class of this family by name, with its own arguments.
 
     Args:
         variant: "ViT_Model", "T2T_ViT", "Attention"; or a part: "Patch_Tokenization", "NeuralNet", "Encoding",
             "ViT_Backbone", "TokenTransformer", "Tokens2Token".
-        options: that class's constructor words; ``act_layer`` and ``norm_layer`` are classes, sizes tuples or lists.
+        options: that class's arguments; ``act_layer`` and ``norm_layer`` are classes, sizes tuples or lists.
     Raises:
-        TypeError, ValueError: bad words or sizes.
+        TypeError, ValueError: bad arguments or sizes.
     """
-    words.one_of(FAMILY, "variant", variant, tuple(_VARIANTS))
+    arguments.one_of(FAMILY, "variant", variant, tuple(_VARIANTS))
     return _VARIANTS[variant](**options)
 
 
+@loads(*_VARIANTS.values())
 def load(model: nn.Module, source, pos_embed: str = "strict") -> nn.Module:
     """Loads a state_dict or a file strictly.
 
@@ -401,8 +402,8 @@ def load(model: nn.Module, source, pos_embed: str = "strict") -> nn.Module:
     Raises:
         WeightsError: unreadable file, or keys or shapes that do not fit.
     """
-    words.one_of(FAMILY, "pos_embed", pos_embed, ("strict", "recompute"))
-    state = words.state_of(FAMILY, source)
+    arguments.one_of(FAMILY, "pos_embed", pos_embed, ("strict", "recompute"))
+    state = arguments.state_of(FAMILY, source)
     if pos_embed == "recompute":
         for key, value in model.state_dict().items():
             if key.rpartition(".")[2] == "pos_embed":

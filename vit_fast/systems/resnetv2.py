@@ -109,7 +109,7 @@ class ResNetV2(nn.Module):
         width_factor: w = 64·width_factor, a multiple of 32.
         mode: "jeonsworld" or "google".
     Raises:
-        ValueError: bad words.
+        ValueError: bad arguments.
     """
 
     def __init__(self, in_chans=3, num_layers=(3, 4, 9), width_factor=1, mode="jeonsworld"):

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.checkpoints.files import WeightsError, load_state_dict
+from vit_fast.checkpoints.errors import WeightsError
+from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.arguments import ACTIVATIONS
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 
-from . import arguments as words
+from . import arguments
 from .encoder_layer import Encoder, EncoderLayer
 
 FAMILY = "scratch"
@@ -59,14 +60,14 @@ class ScratchViT(nn.Module):
             max_num_token=max_num_token, num_classes=num_classes, nhead=nhead, num_layers=num_layers,
             dim_feedforward=dim_feedforward, bs=bs,
         )  # fmt: skip
-        given = {name: words.integer(FAMILY, name, value) for name, value in given.items()}
+        given = {name: arguments.integer(FAMILY, name, value) for name, value in given.items()}
         for name in ("image_h", "image_w"):
             if given[name] % given["patch_size"]:
-                words.fail(FAMILY, name, given[name], f"a multiple of patch_size {given['patch_size']}")
-        words.check_heads(FAMILY, "nhead", given["nhead"], "model_dim", given["model_dim"])
-        words.one_of(FAMILY, "embed", embed, ("conv", "naive"))
-        words.one_of(FAMILY, "compat", compat, (None, "literal"))
-        words.one_of(FAMILY, "activation", activation, tuple(word for word in ACTIVATIONS if word != "swiglu"))
+                arguments.fail(FAMILY, name, given[name], f"a multiple of patch_size {given['patch_size']}")
+        arguments.check_heads(FAMILY, "nhead", given["nhead"], "model_dim", given["model_dim"])
+        arguments.one_of(FAMILY, "embed", embed, ("conv", "naive"))
+        arguments.one_of(FAMILY, "compat", compat, (None, "literal"))
+        arguments.one_of(FAMILY, "activation", activation, tuple(name for name in ACTIVATIONS if name != "swiglu"))
         self.image_size, self.in_chans = (given["image_h"], given["image_w"]), given["ic"]
         self.patch_size, self.num_classes, self.embed = given["patch_size"], given["num_classes"], embed
         self.grid_size = tuple(side // self.patch_size for side in self.image_size)
@@ -74,7 +75,7 @@ class ScratchViT(nn.Module):
         self.pos_embed_policy = check_policy(pos_embed_policy)
         dim, needed = given["model_dim"], 1 + self.grid_size[0] * self.grid_size[1]
         if given["max_num_token"] < needed:
-            words.fail(
+            arguments.fail(
                 FAMILY, "max_num_token", given["max_num_token"],
                 f"{needed} or more: one class token and {self.grid_size[0]}×{self.grid_size[1]} patches",
             )  # fmt: skip
@@ -83,7 +84,7 @@ class ScratchViT(nn.Module):
         self.cls_token_embedding = nn.Parameter(torch.randn(given["bs"] if self.literal else 1, 1, dim))
         self.position_embedding_table = nn.Parameter(torch.randn(given["max_num_token"], dim))
         layer = EncoderLayer(
-            dim, given["nhead"], given["dim_feedforward"], words.rate(FAMILY, "dropout", dropout), activation,
+            dim, given["nhead"], given["dim_feedforward"], arguments.rate(FAMILY, "dropout", dropout), activation,
             pre_norm=pre_norm,
         )  # fmt: skip
         norm = nn.LayerNorm(dim) if final_norm else None
@@ -98,13 +99,13 @@ class ScratchViT(nn.Module):
 
     @untraced
     def _check(self, image):
-        words.check_images(FAMILY, image, self.in_chans)
-        words.check_float(FAMILY, image)
+        arguments.check_images(FAMILY, image, self.in_chans)
+        arguments.check_float(FAMILY, image)
         size = tuple(operator.index(side) for side in image.shape[2:])
         if not self.dynamic_img_size and size != self.image_size:
-            words.fail_images(FAMILY, image, f"{self.image_size[0]}×{self.image_size[1]} or dynamic_img_size=True")
+            arguments.fail_images(FAMILY, image, f"{self.image_size[0]}×{self.image_size[1]} or dynamic_img_size=True")
         if any(side < self.patch_size or side % self.patch_size for side in size):
-            words.fail_images(FAMILY, image, f"multiples of the patch {self.patch_size}×{self.patch_size}")
+            arguments.fail_images(FAMILY, image, f"multiples of the patch {self.patch_size}×{self.patch_size}")
         if self.literal and image.shape[0] != self.cls_token_embedding.shape[0]:
             raise ValueError(
                 f"vit_fast.systems.scratch: images have batch size {image.shape[0]}, "
@@ -174,7 +175,7 @@ def build(
     Returns:
         ``ScratchViT``: images → logits, or (images, label) → mean cross-entropy.
     Raises:
-        TypeError, ValueError: bad words or sizes.
+        TypeError, ValueError: bad arguments or sizes.
     """
     return ScratchViT(
         image_h, image_w, ic, patch_size, model_dim, max_num_token, num_classes, nhead, num_layers, dim_feedforward,
@@ -182,6 +183,7 @@ def build(
     )  # fmt: skip
 
 
+@loads(ScratchViT)
 def load(model: ScratchViT, source, old_grid: tuple[int, int] | None = None) -> ScratchViT:
     """Loads a state_dict or a file strictly; a position table of another image size is resized.
 
@@ -192,7 +194,7 @@ def load(model: ScratchViT, source, old_grid: tuple[int, int] | None = None) -> 
     Raises:
         WeightsError: unreadable file, or keys or shapes that do not fit.
     """
-    state = words.state_of(FAMILY, source)
+    state = arguments.state_of(FAMILY, source)
     table, own = state.get("position_embedding_table"), model.position_embedding_table
     if table is not None and table.dim() == 2 and (old_grid is not None or table.shape != own.shape):
         side = math.isqrt(max(table.shape[0] - 1, 0))

@@ -23,11 +23,12 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
-from vit_fast.checkpoints.files import load_state_dict, resized_table
+from vit_fast.checkpoints.fitting import resized_table
+from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.pos_embed import check_policy
 from vit_fast.vit import Block, Mlp
 
-from . import arguments as words
+from . import arguments
 from .soft_split import as_image, sinusoid_table, soft_split, split_grid
 
 FAMILY = "t2t"
@@ -70,12 +71,12 @@ class Token_transformer(plain.Fusible, nn.Module):
         drop_path=0.0,
     ):  # fmt: skip
         super().__init__()
-        dim, in_dim = words.integer(FAMILY, "dim", dim), words.integer(FAMILY, "in_dim", in_dim)
-        if words.integer(FAMILY, "num_heads", num_heads) != 1:
-            words.fail(FAMILY, "num_heads", num_heads, "1: a token transformer has one head")
-        words.positive(FAMILY, "mlp_ratio", mlp_ratio)
-        drop, attn_drop = words.rate(FAMILY, "drop", drop), words.rate(FAMILY, "attn_drop", attn_drop)
-        self.drop_path = words.rate(FAMILY, "drop_path", drop_path)
+        dim, in_dim = arguments.integer(FAMILY, "dim", dim), arguments.integer(FAMILY, "in_dim", in_dim)
+        if arguments.integer(FAMILY, "num_heads", num_heads) != 1:
+            arguments.fail(FAMILY, "num_heads", num_heads, "1: a token transformer has one head")
+        arguments.positive(FAMILY, "mlp_ratio", mlp_ratio)
+        drop, attn_drop = arguments.rate(FAMILY, "drop", drop), arguments.rate(FAMILY, "attn_drop", attn_drop)
+        self.drop_path = arguments.rate(FAMILY, "drop_path", drop_path)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = _TokenAttention(dim, in_dim, qkv_bias, float(qk_scale or dim**-0.5), drop, attn_drop)
         self.norm2 = nn.LayerNorm(in_dim)
@@ -140,16 +141,16 @@ class Token_performer(plain.Fusible, nn.Module):
 
     def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
         super().__init__()
-        dim, in_dim = words.integer(FAMILY, "dim", dim), words.integer(FAMILY, "in_dim", in_dim)
-        self.emb = in_dim * words.integer(FAMILY, "head_cnt", head_cnt)
-        words.positive(FAMILY, "kernel_ratio", kernel_ratio)
+        dim, in_dim = arguments.integer(FAMILY, "dim", dim), arguments.integer(FAMILY, "in_dim", in_dim)
+        self.emb = in_dim * arguments.integer(FAMILY, "head_cnt", head_cnt)
+        arguments.positive(FAMILY, "kernel_ratio", kernel_ratio)
         self.m = int(self.emb * kernel_ratio)
         if self.m < 1:
-            words.fail(FAMILY, "kernel_ratio", kernel_ratio, f"{1 / self.emb:g} or more: one feature of {self.emb}")
+            arguments.fail(FAMILY, "kernel_ratio", kernel_ratio, f"{1 / self.emb:g} or more: one feature of {self.emb}")
         self.kqv = nn.Linear(dim, 3 * self.emb)
         self.proj = nn.Linear(self.emb, self.emb)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(self.emb)
-        self.dp1, self.dp2 = words.rate(FAMILY, "dp1", dp1), words.rate(FAMILY, "dp2", dp2)
+        self.dp1, self.dp2 = arguments.rate(FAMILY, "dp1", dp1), arguments.rate(FAMILY, "dp2", dp2)
         self.mlp = nn.Sequential(nn.Linear(self.emb, self.emb), nn.GELU(), nn.Linear(self.emb, self.emb))
         self.w = nn.Parameter(torch.empty(self.m, self.emb), requires_grad=False)
         with torch.no_grad():
@@ -181,18 +182,18 @@ class T2T_module(nn.Module):
 
     def __init__(self, img_size=224, tokens_type="performer", in_chans=3, embed_dim=768, token_dim=64):
         super().__init__()
-        self.img_size = words.pair(FAMILY, "img_size", img_size)
-        self.in_chans = words.integer(FAMILY, "in_chans", in_chans)
+        self.img_size = arguments.pair(FAMILY, "img_size", img_size)
+        self.in_chans = arguments.integer(FAMILY, "in_chans", in_chans)
         token_dim, embed_dim = (
-            words.integer(FAMILY, "token_dim", token_dim), words.integer(FAMILY, "embed_dim", embed_dim)
+            arguments.integer(FAMILY, "token_dim", token_dim), arguments.integer(FAMILY, "embed_dim", embed_dim)
         )  # fmt: skip
         layer = {"performer": Token_performer, "transformer": Token_transformer}
-        words.one_of(FAMILY, "tokens_type", tokens_type, tuple(layer))
+        arguments.one_of(FAMILY, "tokens_type", tokens_type, tuple(layer))
         self.grids = []
         for split in _SPLITS:
             self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size, *split))
         if min(self.grids[0]) < 1:
-            words.fail(FAMILY, "img_size", img_size, "3 pixels a side or more")
+            arguments.fail(FAMILY, "img_size", img_size, "3 pixels a side or more")
         self.grid_size = self.grids[2]
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.attention1 = layer[tokens_type](self.in_chans * 49, token_dim)
@@ -200,10 +201,10 @@ class T2T_module(nn.Module):
         self.project = nn.Linear(token_dim * 9, embed_dim)
 
     def forward(self, x):
-        words.check_images(FAMILY, x, self.in_chans)
-        words.check_float(FAMILY, x)
+        arguments.check_images(FAMILY, x, self.in_chans)
+        arguments.check_float(FAMILY, x)
         if tuple(x.shape[2:]) != self.img_size:
-            words.fail_images(FAMILY, x, f"{self.img_size[0]}×{self.img_size[1]}")
+            arguments.fail_images(FAMILY, x, f"{self.img_size[0]}×{self.img_size[1]}")
         x = self.attention1(soft_split(x.to(plain.dtype_of(self.project)), *_SPLITS[0]))
         x = self.attention2(soft_split(as_image(x, self.grids[0]), *_SPLITS[1]))
         return self.project(soft_split(as_image(x, self.grids[1]), *_SPLITS[2]))
@@ -225,15 +226,17 @@ class T2T_ViT(nn.Module):
         drop_path_rate=0.0, norm_layer=nn.LayerNorm, token_dim=64,
     ):  # fmt: skip
         super().__init__()
-        embed_dim, depth = words.integer(FAMILY, "embed_dim", embed_dim), words.integer(FAMILY, "depth", depth)
-        words.check_heads(FAMILY, "num_heads", words.integer(FAMILY, "num_heads", num_heads), "embed_dim", embed_dim)
-        words.positive(FAMILY, "mlp_ratio", mlp_ratio)
-        self.num_classes = words.integer(FAMILY, "num_classes", num_classes, 0)
+        embed_dim, depth = arguments.integer(FAMILY, "embed_dim", embed_dim), arguments.integer(FAMILY, "depth", depth)
+        arguments.check_heads(
+            FAMILY, "num_heads", arguments.integer(FAMILY, "num_heads", num_heads), "embed_dim", embed_dim
+        )
+        arguments.positive(FAMILY, "mlp_ratio", mlp_ratio)
+        self.num_classes = arguments.integer(FAMILY, "num_classes", num_classes, 0)
         self.num_features = self.embed_dim = embed_dim
-        self.drop_rate = words.rate(FAMILY, "drop_rate", drop_rate)
-        attn_drop_rate = words.rate(FAMILY, "attn_drop_rate", attn_drop_rate)
-        drop_path_rate = words.rate(FAMILY, "drop_path_rate", drop_path_rate)
-        make_norm = words.norm_maker(FAMILY, norm_layer, 1e-5)
+        self.drop_rate = arguments.rate(FAMILY, "drop_rate", drop_rate)
+        attn_drop_rate = arguments.rate(FAMILY, "attn_drop_rate", attn_drop_rate)
+        drop_path_rate = arguments.rate(FAMILY, "drop_path_rate", drop_path_rate)
+        make_norm = arguments.norm_maker(FAMILY, norm_layer, 1e-5)
 
         self.tokens_to_token = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -272,7 +275,7 @@ class T2T_ViT(nn.Module):
 
     def reset_classifier(self, num_classes: int):
         """A new head, freshly initialised; 0 for none."""
-        self.num_classes = words.integer(FAMILY, "num_classes", num_classes, 0)
+        self.num_classes = arguments.integer(FAMILY, "num_classes", num_classes, 0)
         like = self.cls_token
         self.head = nn.Identity()
         if num_classes:
@@ -322,11 +325,12 @@ def build(**options) -> T2T_ViT:
         norm_layer: a LayerNorm class or partial, default eps 1e-5; the backbone's.
         token_dim: 64, width of the token layers.
     Raises:
-        TypeError, ValueError: bad words or sizes.
+        TypeError, ValueError: bad arguments or sizes.
     """
     return T2T_ViT(**options)
 
 
+@loads(T2T_ViT)
 def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int] | None = None) -> T2T_ViT:
     """Loads a state_dict or a file; a head of another number of classes is left out, with a warning in the log.
 
@@ -341,7 +345,7 @@ def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int
     """
     if pos_embed != "recompute":
         check_policy(pos_embed)
-    state, own = words.state_of(FAMILY, source), model.state_dict()
+    state, own = arguments.state_of(FAMILY, source), model.state_dict()
     heads = [key for key in state if key.startswith("head.")]
     if any(key not in own or own[key].shape != state[key].shape for key in heads):
         logging.getLogger("vit_fast").warning(
