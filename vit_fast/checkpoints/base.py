@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+Log = list[tuple[tuple[str, ...], str]]  # (the keys that came, the key that was made of them)
+
 
 class Translation(NamedTuple):
     """A state_dict under other keys, and what became of each key that came."""
 
     state: dict[str, torch.Tensor]
-    log: list[tuple[tuple[str, ...], str]]  # (the keys that came, the key that was made of them)
+    log: Log
     dropped: Sequence[tuple[str, str]] = ()  # (a key that came, why it has no place)
 
 

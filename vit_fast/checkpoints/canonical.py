@@ -32,12 +32,12 @@ def recognise(state: Mapping[str, Any]) -> bool:
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Timm's keys."""
-    return Translation(*renamed(state, _FROM))
+    return renamed(state, _FROM)
 
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Canonical keys of timm's."""
-    return Translation(*renamed(state, _TO))
+    return renamed(state, _TO)
 
 
 FORMAT = Format(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .base import Format, Translation
+from .base import Format, Log, Translation
 from .key_rules import compile_rules, rename
 
 CLIP_SCALARS = ("input_resolution", "context_length", "vocab_size")  # buffers of OpenAI's archives
@@ -42,7 +42,9 @@ def recognise(state: Mapping[str, Any]) -> bool:
 def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Timm's keys of the image tower alone; the projection becomes the head's weight, with a bias of zeros."""
     prefix = next(prefix for prefix in _TOWERS if f"{prefix}conv1.weight" in state)
-    out, log, dropped = {}, [], []
+    out: dict[str, torch.Tensor] = {}
+    log: Log = []
+    dropped = []
     for key, value in state.items():
         if not key.startswith(prefix) or key in CLIP_SCALARS:
             dropped.append((key, "not of the image tower"))
@@ -63,7 +65,8 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """The tower's keys; the head's weight becomes the projection, which has no bias: one of zeros is left out."""
-    out, log = {}, []
+    out: dict[str, torch.Tensor] = {}
+    log: Log = []
     for key, value in state.items():
         if key == "head.bias" and not value.any():
             continue

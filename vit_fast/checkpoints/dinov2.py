@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .base import Format, Translation
+from .base import Format, Log, Translation
 from .key_rules import compile_rules, renamed
 
 _RULES = compile_rules(
@@ -28,7 +28,7 @@ def recognise(state: Mapping[str, Any]) -> bool:
     return "blocks.0.attn.qkv.weight" in state and ("register_tokens" in state or "mask_token" in state)
 
 
-def fold_class_row(state: dict[str, torch.Tensor], log: list[tuple[tuple[str, ...], str]]) -> None:
+def fold_class_row(state: dict[str, torch.Tensor], log: Log) -> None:
     """Adds the first row of pos_embed to cls_token where there are registers; in place, in timm's keys."""
     if not {"reg_token", "cls_token", "pos_embed"} <= state.keys():
         return
@@ -40,7 +40,7 @@ def fold_class_row(state: dict[str, torch.Tensor], log: list[tuple[tuple[str, ..
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Timm's keys; the mask token is left out."""
-    out, log = renamed({key: value for key, value in state.items() if key != "mask_token"}, _RULES)
+    out, log, _ = renamed({key: value for key, value in state.items() if key != "mask_token"}, _RULES)
     fold_class_row(out, log)
     return Translation(out, log, [("mask_token", MASK)] if "mask_token" in state else [])
 

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint fitted to another grid of patches, patch size or number of channels."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -17,8 +18,8 @@ FIRST_CONVOLUTIONS = (
 def resized_table(
     subject: str,
     table: torch.Tensor,
-    old_grid: tuple[int, int] | None,
-    new_grid: tuple[int, int],
+    old_grid: Sequence[int] | None,
+    new_grid: Sequence[int],
     policy: str,
     num_prefix_tokens: int,
 ) -> torch.Tensor:
@@ -34,7 +35,7 @@ def resized_table(
 
 
 def fit_table(
-    state: dict[str, torch.Tensor], grid: tuple[int, int], old_grid: tuple[int, int] | None, policy: str
+    state: dict[str, torch.Tensor], grid: Sequence[int], old_grid: Sequence[int] | None, policy: str
 ) -> str | None:
     """Resizes pos_embed of a state_dict in timm's keys, in place; returns a note, or None where nothing changed.
 
@@ -49,14 +50,14 @@ def fit_table(
             "vit_fast.checkpoints: grid is given, expected a checkpoint with a table pos_embed [1, N, C]"
         )
     prefix = sum(state[name].shape[-2] for name in ("cls_token", "dist_token", "reg_token") if name in state)
-    rows, fits, problem = table.shape[1], [], None
+    rows, fits, problems = table.shape[1], [], []
     for count in dict.fromkeys((prefix, 0)):
         try:
             fits.append(resized_table("vit_fast.checkpoints: pos_embed", table, old_grid, grid, policy, count))
         except WeightsError as error:
-            problem = problem or error
+            problems.append(error)
     if not fits:
-        raise problem
+        raise problems[0]
     if len(fits) == 2:
         raise WeightsError(
             f"vit_fast.checkpoints: old_grid is None, expected rows and columns: the {rows} rows of pos_embed are a "

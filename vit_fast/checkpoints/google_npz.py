@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from vit_fast.pos_embed import resize_pos_embed
 
@@ -237,7 +236,7 @@ def _fit_table(state, num_prefix, grid, policy):
     state["pos_embed"] = resize_pos_embed(table, old_grid, grid, policy, num_prefix)
 
 
-def for_model(model: nn.Module, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def for_model(model: Any, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Google's arrays in a model's own keys, fitted to its image size and channels.
 
     The model has timm's or jeonsworld's keys; its position table is resized by ``model.google_policy`` (default "R2",
@@ -265,29 +264,29 @@ def for_model(model: nn.Module, state: Mapping[str, Any]) -> dict[str, torch.Ten
                 f"vit_fast: Google checkpoint has kernels of {heads} heads, expected {own_heads} "
                 f"(num_heads of {type(model).__name__}'s {name})"
             )
-    state = to_timm(state).state
+    out = to_timm(state).state
     for key in FIRST_CONVOLUTIONS:
-        if key in state and key in own:
-            state[key] = adapt_in_chans(state[key], own[key].shape[1])
+        if key in out and key in own:
+            out[key] = adapt_in_chans(out[key], own[key].shape[1])
             break
     if "pos_embed" in own:
         holder = model if hasattr(model, "grid_size") else model.patch_embed
         num_prefix = own["pos_embed"].shape[1] - holder.grid_size[0] * holder.grid_size[1]
-        _fit_table(state, num_prefix, tuple(holder.grid_size), getattr(model, "google_policy", "R2"))
-    dropped = [key for key in state if key not in own and key.startswith(_OPTIONAL)]
+        _fit_table(out, num_prefix, tuple(holder.grid_size), getattr(model, "google_policy", "R2"))
+    dropped = [key for key in out if key not in own and key.startswith(_OPTIONAL)]
     for part in _OPTIONAL:
         if any(key.startswith(part) for key in own):
             dropped = [key for key in dropped if not key.startswith(part)]
     log_left_out(
         f"Google checkpoint for {type(model).__name__}", [(key, "the model has no place for it") for key in dropped]
     )
-    state = {key: value for key, value in state.items() if key not in dropped}
+    out = {key: value for key, value in out.items() if key not in dropped}
     if getattr(model, "zero_head", False):
-        state |= {key: torch.zeros(own[key].shape) for key in ("head.weight", "head.bias") if key in own}
-    return jeonsworld.from_timm(state).state if foreign else state
+        out |= {key: torch.zeros(own[key].shape) for key in ("head.weight", "head.bias") if key in own}
+    return jeonsworld.from_timm(out).state if foreign else out
 
 
-def loaded(model: nn.Module) -> None:
+def loaded(model: Any) -> None:
     """Tells a model, where it has a method ``google_weights_loaded``, that it now holds Google's weights."""
     if hasattr(model, "google_weights_loaded"):
         model.google_weights_loaded()

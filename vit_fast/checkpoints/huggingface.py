@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .base import Format, Translation
+from .base import Format, Log, Translation
 from .dinov2 import MASK, fold_class_row
 from .errors import WeightsError
 from .key_rules import compile_rules, rename
@@ -103,7 +103,10 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
         WeightsError: a query, key, value, gate or up projection is missing (named).
     """
     prefix = _prefix(state)
-    out, log, dropped, packed = {}, [], [], {}
+    out: dict[str, torch.Tensor] = {}
+    log: Log = []
+    dropped = []
+    packed: dict[str, dict[int, str]] = {}  # target → the keys of its rows
     width = next(value.shape[0] for key, value in state.items() if _PATCHES.match(key))
     doubled = "classifier.weight" in state and state["classifier.weight"].shape[-1] == 2 * width
     for key, value in state.items():

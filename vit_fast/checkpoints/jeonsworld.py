@@ -52,7 +52,7 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     stages = any(key.startswith(f"{_STEM}.body.") for key in state)
     pairs = [pair for pair in _PAIRS if stages == (".stem." in pair[1]) or ".root." not in pair[0]]
     rest = {key: value for key, value in state.items() if not _QKV.match(key)}
-    out, log = renamed(rest, compile_rules(pairs))
+    out, log, _ = renamed(rest, compile_rules(pairs))
     packed: dict[str, dict[str, str]] = {}
     for key in state:
         match = _QKV.match(key)
@@ -71,7 +71,7 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
 def from_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """jeonsworld's keys: rows of qkv become query, key and value; pre_logits and head keep their names."""
     rest = {key: value for key, value in state.items() if ".attn.qkv." not in key}
-    out, log = renamed(rest, _TO)
+    out, log, _ = renamed(rest, _TO)
     for key, value in state.items():
         if key not in rest:
             layer, kind = key.split(".")[1], key.rsplit(".", 1)[1]

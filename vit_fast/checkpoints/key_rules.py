@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from .base import Translation
+
 Rule = tuple[re.Pattern[str], str, list[int]]  # pattern, template, what is added to each index
 
 
@@ -36,9 +38,8 @@ def rename(key: str, rules: Iterable[Rule]) -> str | None:
     return None
 
 
-def renamed(
-    state: Mapping[str, torch.Tensor], rules: Iterable[Rule]
-) -> tuple[dict[str, torch.Tensor], list[tuple[tuple[str, ...], str]]]:
-    """(state, log) with every key renamed, as in ``base.Translation``; keys without a rule stay."""
+def renamed(state: Mapping[str, torch.Tensor], rules: Iterable[Rule]) -> Translation:
+    """Every key renamed; keys without a rule stay."""
     targets = {key: rename(key, rules) or key for key in state}
-    return {targets[key]: value for key, value in state.items()}, [((key,), target) for key, target in targets.items()]
+    out = {targets[key]: value for key, value in state.items()}
+    return Translation(out, [((key,), target) for key, target in targets.items()])

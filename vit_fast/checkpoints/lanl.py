@@ -31,7 +31,7 @@ def recognise(state: Mapping[str, Any]) -> bool:
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Timm's keys."""
-    return Translation(*renamed(state, _RULES))
+    return renamed(state, _RULES)
 
 
 FORMAT = Format(

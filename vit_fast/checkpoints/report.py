@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .base import Log
 from .errors import listed
 
 _LOGGER = logging.getLogger("vit_fast")
@@ -24,7 +25,7 @@ class Entry:
 class Report(list[Entry]):
     """Entries in the order of the written file, dropped keys last; its text is a table with a summary."""
 
-    def count(self, action: str) -> int:
+    def count(self, action: str) -> int:  # type: ignore[override]
         """How many entries have this action."""
         return sum(entry.action == action for entry in self)
 
@@ -40,8 +41,8 @@ class Report(list[Entry]):
 
 
 def report_of(
-    first: Iterable[tuple[tuple[str, ...], str]],
-    second: Iterable[tuple[tuple[str, ...], str]],
+    first: Log,
+    second: Log,
     state: Mapping[str, torch.Tensor],
     dropped: Iterable[tuple[str, str]],
     resized: Mapping[int, str],

@@ -46,7 +46,7 @@ def recognise(state: Mapping[str, Any]) -> bool:
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
     """Timm's keys."""
-    out, log = renamed(state, _RULES)
+    out, log, _ = renamed(state, _RULES)
     if out.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
         out["pos_embed"] = out["pos_embed"][None]
     return Translation(out, log)
