@@ -26,6 +26,7 @@ from .kernels.reference import activate, attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
 
+Stack = nn.Sequential | nn.ModuleList
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # calls a block
 PREPARED = "_vit_fast_prepared"  # the attribute of a stack of blocks that holds its prepared weights
 
@@ -38,7 +39,7 @@ class Norm(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, module: nn.Module) -> Norm | None:
+    def of(cls, module: nn.LayerNorm | nn.Identity) -> Norm | None:
         """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
         return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
 
@@ -177,7 +178,7 @@ def _prepared(blocks):
     return blocks.__dict__.get(PREPARED)
 
 
-def call_blocks(blocks: nn.Module, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
+def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
     """``run_blocks`` over a whole ``nn.Sequential``, as the originals call it: where it carries a hook or is of another
     class, it is called itself, unless its blocks are recomputed in the backward (``recomputes``)."""
     if not recomputes and (reason := why_not_plain(blocks, (nn.Sequential,))):
@@ -187,7 +188,7 @@ def call_blocks(blocks: nn.Module, x: torch.Tensor, run: Run | None, recomputes:
 
 
 def run_blocks(
-    blocks: nn.Sequential | nn.ModuleList,
+    blocks: Stack,
     x: torch.Tensor,
     first: int = 0,
     last: int | None = None,

@@ -37,6 +37,8 @@ from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _flop_log.disabled = False
 
+HeadNorm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight [D], bias [D], eps of a LayerNorm
+
 _library = torch.library.Library("vit_fast", "DEF")
 
 
@@ -197,7 +199,9 @@ _register(
 
 
 @torch.fx.wrap
-def layer_norm(x, weight, bias, eps: float = 1e-6):
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-6
+) -> torch.Tensor:
     """LayerNorm over the last axis: (x − mean)/√(var + eps)·weight + bias, statistics in float32.
 
     Args:
@@ -245,7 +249,15 @@ _register(
 
 
 @torch.fx.wrap
-def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activation: str | None = None):
+def layer_norm_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+) -> torch.Tensor:
     """act(LN(x) Wᵀ + b): LayerNorm and the qkv projection, or LayerNorm, fc1 and its activation.
 
     Args:
@@ -297,7 +309,17 @@ _register(
 
 
 @torch.fx.wrap
-def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p: float = 0.0, seed=None):
+def linear_residual(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor,
+    *,
+    row_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual + row_scale·gamma·dropout(x Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
 
     Args:
@@ -350,21 +372,21 @@ _register(
 
 @torch.fx.wrap
 def layernorm_mlp(
-    x,
-    ln_weight,
-    ln_bias,
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
     eps: float,
-    w1,
-    b1,
-    w2,
-    b2,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
     activation: str,
-    gamma,
+    gamma: torch.Tensor | None,
     *,
-    row_scale=None,
+    row_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    seed=None,
-):
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x + row_scale·gamma·fc2(dropout(act(fc1(LN(x))))): the whole MLP branch of a transformer block.
 
     Args:
@@ -441,22 +463,22 @@ def _normalise_heads(x, num_heads, norm):
 
 @torch.fx.wrap
 def attention(
-    qkv,
+    qkv: torch.Tensor,
     num_heads: int,
     scale: float,
     *,
-    k=None,
-    v=None,
-    bias=None,
-    key_lengths=None,
-    cu_seqlens=None,
-    rope=None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rope: Any = None,
     num_prefix: int = 0,
-    q_norm=None,
-    k_norm=None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
     dropout_p: float = 0.0,
-    seed=None,
-):
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Per head softmax(scale·q kᵀ + bias) v.
 
     Args:
@@ -644,7 +666,16 @@ _register(
 
 
 @torch.fx.wrap
-def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+def patch_embed(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix_tokens: torch.Tensor | None,
+    stride: int | tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Patch embedding: convolution, position embedding of the patch rows, prefix tokens in front.
 
     Args:

@@ -119,9 +119,9 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
     if is_fx_symbolic_tracing():
         return f"it {_TRACED}"
     for name, path, classes, children in known:
-        part: nn.Module | None = module
+        part: Any = module
         for key in path:
-            part = None if part is None else part._modules.get(key)
+            part = part._modules.get(key)
         reason = _why_not_plain(part, classes, ignores)
         if reason is not None:
             return f"{name} {reason}"
