@@ -8,10 +8,13 @@ a ``BlockParams``, where their modules are plain (``plain.py``). The canonical b
 
 A norm that is None is left out (post-norm layers, which normalise what a branch returns). With value_skip "only",
 v takes the place of x in the first line, so that x may have another width than v.
-``run_blocks`` takes x through a row of blocks, all at once where ``vit_fast.prepare`` has prepared them.
+``run_blocks`` takes x through a stack of blocks, all at once where ``vit_fast.prepare`` has prepared them.
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +26,9 @@ from .kernels.reference import activate, attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
 
-PREPARED = "_vit_fast_prepared"  # the attribute of a row of blocks that holds its prepared weights
+Stack = nn.Sequential | nn.ModuleList
+Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # calls a block
+PREPARED = "_vit_fast_prepared"  # the attribute of a stack of blocks that holds its prepared weights
 
 
 class Norm(NamedTuple):
@@ -34,12 +39,12 @@ class Norm(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, module):
+    def of(cls, module: nn.LayerNorm | nn.Identity) -> Norm | None:
         """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
         return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
 
 
-def pack(projections):
+def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, bias) of linear layers of one input as those of one layer, biases of 0 where only some have one."""
     biases = [linear.bias for linear in projections]
     if any(bias is not None for bias in biases):
@@ -73,7 +78,7 @@ class BlockParams(NamedTuple):
     value_skip: bool | str = False
 
 
-def drop_path_scale(x, rate: float, training: bool):
+def drop_path_scale(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor | None:
     """Stochastic depth as a factor a sample: [B] of 0 or 1/(1 − rate), or None where nothing is dropped.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016; one draw a sample and branch.
@@ -84,7 +89,7 @@ def drop_path_scale(x, rate: float, training: bool):
     return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
 
 
-def drops_not_covered(rates, hidden, out) -> str | None:
+def drops_not_covered(rates: Sequence[float], hidden: float, out: float) -> str | None:
     """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
     MLP's."""
     if max(rates) >= 1:
@@ -92,17 +97,17 @@ def drops_not_covered(rates, hidden, out) -> str | None:
     return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
 
 
-def drop_rate(module) -> float:
+def drop_rate(module: nn.Module | None) -> float:
     """The rate at which an ``nn.Dropout`` or a module that stands for none drops now."""
     return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
-def attend(qkv, p: BlockParams, attn_drop: float = 0.0, bias=None):
+def attend(qkv: torch.Tensor, p: BlockParams, attn_drop: float = 0.0, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one."""
     return ops.attention(qkv, p.num_heads, p.scale, bias=bias, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
 
 
-def attention_probabilities(qkv, p: BlockParams, queries=None):
+def attention_probabilities(qkv: torch.Tensor, p: BlockParams, queries: slice | None = None) -> torch.Tensor:
     """Softmax probabilities [B, H, N, N] of a packed projection; ``queries`` selects query tokens."""
     q, k, _ = split_heads(qkv, None, None, p.num_heads)
     if p.q_norm is not None:
@@ -112,7 +117,7 @@ def attention_probabilities(qkv, p: BlockParams, queries=None):
     return attention_weights(q if queries is None else q[:, :, queries], k, p.scale)
 
 
-def project_qkv(x, p: BlockParams):
+def project_qkv(x: torch.Tensor, p: BlockParams) -> torch.Tensor:
     """LN1 and the qkv projection: [B, N, C] → [B, N, 3C]."""
     if p.norm1 is None:
         return F.linear(x.to(p.qkv_weight.dtype), p.qkv_weight, p.qkv_bias)
@@ -120,8 +125,15 @@ def project_qkv(x, p: BlockParams):
 
 
 def attention_branch(
-    x, p: BlockParams, *, row_scale=None, attn_drop: float = 0.0, proj_drop: float = 0.0, qkv=None, bias=None
-):
+    x: torch.Tensor,
+    p: BlockParams,
+    *,
+    row_scale: torch.Tensor | None = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    qkv: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x plus the attention branch; ``qkv`` may be handed in where the caller has projected already. ``bias``, added to
     the scores, broadcasts to [B, H, N, N]."""
     if qkv is None:
@@ -134,7 +146,9 @@ def attention_branch(
     return x + out if p.value_skip is True else out  # x last: v + proj is the smaller sum, and rounds less
 
 
-def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
+def mlp_branch(
+    x: torch.Tensor, p: BlockParams, *, row_scale: torch.Tensor | None = None, proj_drop: float = 0.0
+) -> torch.Tensor:
     """x plus the MLP branch; proj_drop acts after the activation and after fc2, as in timm."""
     if p.norm2 is None:
         hidden = activate(F.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
@@ -150,7 +164,7 @@ def mlp_branch(x, p: BlockParams, *, row_scale=None, proj_drop: float = 0.0):
     return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)
 
 
-def pass_over_prepared(blocks, reason: str):
+def pass_over_prepared(blocks: nn.Module, reason: str) -> None:
     """Tells that a call runs the blocks of a stack one by one: where they are prepared, a warning says why, once."""
     prepared = _prepared(blocks)
     if prepared is not None:
@@ -164,7 +178,7 @@ def _prepared(blocks):
     return blocks.__dict__.get(PREPARED)
 
 
-def call_blocks(blocks, x, run, recomputes: bool):
+def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
     """``run_blocks`` over a whole ``nn.Sequential``, as the originals call it: where it carries a hook or is of another
     class, it is called itself, unless its blocks are recomputed in the backward (``recomputes``)."""
     if not recomputes and (reason := why_not_plain(blocks, (nn.Sequential,))):
@@ -173,7 +187,13 @@ def call_blocks(blocks, x, run, recomputes: bool):
     return run_blocks(blocks, x, run=run)
 
 
-def run_blocks(blocks, x, first: int = 0, last: int | None = None, run=None):
+def run_blocks(
+    blocks: Stack,
+    x: torch.Tensor,
+    first: int = 0,
+    last: int | None = None,
+    run: Run | None = None,
+) -> torch.Tensor:
     """x through blocks[first:last] of an ``nn.Sequential`` or ``nn.ModuleList``.
 
     Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called

@@ -83,8 +83,8 @@ class Certificate:
         lines.append("Errors are against float64, rms ones relative to its values; cosine is with eager, worst image.")
         its = rows[-1].parity
         if its.reference_relative_error != its.eager_relative_error:
-            ran = (of_operation(words.split()[-1]) for words in self.operations)  # "triton fp8_blocks" → its precision
-            products = " and ".join(p.products for p in ran if p is not None and p.products)
+            used = (of_operation(words.split()[-1]) for words in self.operations)  # "triton fp8_blocks" → its precision
+            products = " and ".join(p.products for p in used if p is not None and p.products)
             lines.append(
                 f"Products are {products}: eager is here the plain PyTorch form of the same quantised model; in "
                 f"{self.dtype} eager's rms error is {its.eager_relative_error:.2e}."

@@ -59,7 +59,7 @@ class Explanation(list[OperationRow]):
             can = sum(row.reasons == (_NOT_OPTIMISED,) for row in self)
             advice = f"; vit_fast.optimize(model) fuses {can} of its modules" if can else ""
             head = [f"no operation of vit_fast runs in {self.model}{advice}"]
-        folded = Counter()
+        folded: Counter[tuple[str, str, str, str]] = Counter()
         for row in self:
             name = ".".join("*" if part.isdigit() else part for part in row.module.split("."))
             folded[name or "(model)", row.operation, row.backend, "; ".join(row.reasons)] += 1

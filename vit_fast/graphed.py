@@ -6,18 +6,18 @@ the first rows. The other rows keep what they held: an image's result must not d
 
 A graph knows addresses and no Python. So in every call, while the device works, the host looks whether parameters,
 buffers, sub-modules, their classes, hooks and constant attributes, and settings are still those of the capture
-(``snapshot``); where they are not, all graphs are captured anew and the call is repeated. Weights that change in place
-are read where they lie and need no new capture, unless the model computes with tensors made from them ahead of the call
-(prepared weights): then a new version of a weight makes one. A write that leaves no version, such as one through
-``param.data``, takes effect in the weights themselves, and not in tensors made from them. What an operation reads stays
-alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
+(``snapshot``); where they are not, all graphs are captured anew and the call is repeated. Weights that are written in
+place need no new capture: a graph reads them at their address. Tensors that were made from weights ahead of the call
+(prepared weights) do not follow such a write; of a model that computes with them, a new version of a weight makes a new
+capture. PyTorch counts no version for a write through ``param.data``, so prepared weights stay as they were after one.
+What an operation reads stays alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
 """
 
 import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ _logger = logging.getLogger("vit_fast")
 class CudaGraphs:
     """Makes graphs of calls on one device. They share a pool of memory, so one is replayed at a time: ``turn``."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise UnsupportedError(f"vit_fast.graphed: the model is on {device}, CUDA graphs need a CUDA device")
         self.device = device
@@ -46,7 +46,9 @@ class CudaGraphs:
             self.stream = torch.cuda.Stream()
             self.done = torch.cuda.Event()
 
-    def capture(self, call, static_input):
+    def capture(
+        self, call: Callable[[torch.Tensor], Any], static_input: torch.Tensor
+    ) -> tuple[Callable[[], None], Any]:
         """(replay, output): ``replay()`` queues ``call(static_input)`` on the current stream, to write ``output``."""
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -76,7 +78,7 @@ class CudaGraphs:
             torch.zeros(1, device=self.device)
 
     @contextlib.contextmanager
-    def turn(self):
+    def turn(self) -> Iterator[None]:
         """What is queued inside waits for the turn before, on whatever stream that was."""
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
@@ -265,7 +267,9 @@ class Graphed(nn.Module):
 
     graphs = CudaGraphs  # what captures and replays, made anew with the device at each capture
 
-    def __init__(self, model, batch_sizes, example, clone):
+    def __init__(
+        self, model: nn.Module, batch_sizes: tuple[int, ...], example: torch.Tensor | None, clone: bool
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit_fast.graphed: model is {type(model).__name__}, expected an nn.Module")
@@ -287,26 +291,26 @@ class Graphed(nn.Module):
         self._captured = None
         self._capture()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_captured": None, "_lock": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.Lock()
 
-    def state_dict(self, *args, destination=None, **kwargs):
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> dict[str, Any]:
         if args or destination is not None:  # for a module around this one, which loads by the names of attributes
             return super().state_dict(*args, destination=destination, **kwargs)
         return self.model.state_dict(**kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, *args, **kwargs):
         self._captured = None  # graphs would keep the old weights until the next call
         return super()._apply(*args, **kwargs)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> Any:
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"vit_fast.graphed: images are {type(images).__name__}, expected a torch.Tensor")
         if self.model.training:

@@ -3,8 +3,10 @@
 What is given is built, or is replaced by a layer of this library that computes the same, or is refused by name.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,12 @@ _LAYER_NORMS = {  # compute what nn.LayerNorm does, which statistics in float32 
 }  # fmt: skip
 
 
-def library(cls) -> str:
+def library(cls: type) -> str:
     """The package that defines a class."""
     return cls.__module__.partition(".")[0]
 
 
-def built(layer, *args):
+def built(layer: Any, *args: Any) -> nn.Module | None:
     """What a class, a partial or a function of a module builds; None where it builds no module."""
     if not isinstance(layer, (type, partial, FunctionType)):
         return None
@@ -35,7 +37,13 @@ def built(layer, *args):
     return module if isinstance(module, nn.Module) else None
 
 
-def norm_maker(message: str, norm_layer, eps: float, device=None, dtype=None):
+def norm_maker(
+    message: str,
+    norm_layer: Any,
+    eps: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Callable[[int], nn.Module]:
     """What makes the LayerNorms of a model: a function of the width.
 
     Args:
@@ -53,12 +61,12 @@ def norm_maker(message: str, norm_layer, eps: float, device=None, dtype=None):
     if not isinstance(norm, nn.LayerNorm):
         raise ValueError(f"{message} is {norm_layer!r}, expected a LayerNorm class")
     if type(norm) is nn.LayerNorm or (library(type(norm)), type(norm).__name__) in _LAYER_NORMS:
-        words = dict(elementwise_affine=norm.elementwise_affine, bias=norm.bias is not None)
-        return partial(nn.LayerNorm, eps=norm.eps, **words, **dd)
+        options = dict(elementwise_affine=norm.elementwise_affine, bias=norm.bias is not None)
+        return partial(nn.LayerNorm, eps=norm.eps, **options, **dd)
     return lambda width: norm_layer(width).to(**dd)
 
 
-def activation_of(act_layer) -> str | None:
+def activation_of(act_layer: Any) -> str | None:
     """The word of the activation that a class, partial or function builds, found by what it computes, or None."""
     module = built(act_layer)
     if module is None or module.state_dict():

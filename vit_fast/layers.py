@@ -167,7 +167,7 @@ class Mlp(nn.Module):
 class Block(plain.Fusible, nn.Module):
     """Pre-norm transformer block: [B, N, C] → [B, N, C]."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         norm1=plain.NORM,
         attn=(Attention,),
         attn__qkv=plain.LINEAR,
@@ -356,7 +356,7 @@ class AttentionPool(plain.Fusible, nn.Module):
     """
 
     OPERATION = "layernorm_mlp"
-    PARTS = plain.parts(norm=(nn.LayerNorm,), mlp=(Mlp,), mlp__fc1=plain.LINEAR, mlp__fc2=plain.LINEAR)
+    SUBMODULES = plain.submodules(norm=(nn.LayerNorm,), mlp=(Mlp,), mlp__fc1=plain.LINEAR, mlp__fc2=plain.LINEAR)
 
     def __init__(
         self,

@@ -2,8 +2,9 @@
 
 Each public function checks its arguments, asks ``backends.select.choose``, and calls either the reference directly
 (so that inductor can fuse through it) or a registered operator ``vit_fast::<op>_fwd``, which looks its function up in
-the tables of the chosen backend. Those operators return what a backward needs beside the output (natural-log LSE; mean
-and rstd of rows), carry a fake, an autograd formula and a FLOP formula, and record the backend. Their backward
+the tables of the chosen backend. Where gradients are wanted those operators return, beside the output, the statistics
+that a backward needs (natural-log LSE; mean and rstd of rows); elsewhere, as in inference, these are empty and no
+kernel stores them. They carry a fake, an autograd formula and a FLOP formula, and record the backend. Their backward
 ``vit_fast::<op>_bwd`` runs on that backend where it has a backward of the operation, else it is the closed formula of
 ``kernels.reference``; differentiating it once more raises.
 Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and ONNX export the reference runs
@@ -14,6 +15,7 @@ Stacks of prepared blocks, ``prepared_blocks`` and ``fp8_blocks``, one operation
 ``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +23,6 @@ from typing import Any
 import torch
 
 from .backends import select
-from .backends.base import Backend
 from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
@@ -35,6 +36,8 @@ _flop_log.disabled = True
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _flop_log.disabled = False
+
+HeadNorm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight [D], bias [D], eps of a LayerNorm
 
 _library = torch.library.Library("vit_fast", "DEF")
 
@@ -58,14 +61,17 @@ def _register(
     backward: Callable[..., Sequence[torch.Tensor | None]],
     flops: Callable[..., int],
     save_output: bool = False,
+    flag: str | None = None,
 ) -> None:
     """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
 
-    ``signature`` lists the arguments without the backend; ``differentiable`` are the positions of the tensor
-    arguments that get gradients, in the order in which ``backward(run, grad, inputs, saved, needs)`` yields them, where
-    ``run`` is a function of a backend's table; ``forward`` maps a backend to the function that runs it. Saved are the
-    inputs and the statistics, and the output where ``save_output`` says so.
+    ``signature`` lists the arguments without ``flag`` and the backend, which the operators have at the end.
+    ``differentiable`` are the positions of the tensor arguments that get gradients, in the order in which
+    ``backward(run, grad, inputs, saved, needs)`` yields them; ``forward(run, *inputs)`` yields the outputs; ``run`` is
+    a function of a backend's table. Saved are the inputs and statistics, and the output where ``save_output`` says so.
+    ``flag`` names the argument that says whether statistics are wanted; without, they are empty and have no backward.
     """
+    signature = f"{signature}, bool {flag}" if flag else signature
     statistics = results.count("Tensor") - 1
     kept = statistics + save_output
     saved = "".join(f", Tensor saved{i}" for i in range(kept))
@@ -74,15 +80,24 @@ def _register(
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
-        _refuse_transforms(name, inputs[-1])
-        backend = select.loaded(inputs[-1], name)
+        *inputs, word = inputs
+        _refuse_transforms(name, word)
+        backend, wanted = select.loaded(word, name), inputs.pop() if flag else True
         with backend.launching(inputs[0].device):
-            outputs = forward(backend)(*inputs[:-1])
+            if wanted:
+                outputs = forward(backend.forward[name], *inputs)
+            else:
+                out = forward(functools.partial(backend.output, name), *inputs)
+                outputs = out, *(out.new_empty(0, dtype=_stat(inputs[0])) for _ in range(statistics))
         return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
 
     def bwd(grad, *inputs):
         *inputs, needs, word = inputs
         inputs, saved = inputs[: len(inputs) - kept], inputs[len(inputs) - kept :]
+        if flag:
+            *inputs, wanted = inputs
+            if not wanted:
+                raise RuntimeError(f"vit_fast.{name}: {flag} is False, expected True where gradients are wanted")
         backend = select.of_backward(word, name)
         with backend.launching(grad.device):
             grads = backward(backend.backward[name], grad, inputs, saved, needs)
@@ -145,8 +160,18 @@ def _stat(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_stats(x):
-    return [x.new_empty(_rows(x.shape), dtype=_stat(x)) for _ in range(2)]
+def _row_stats(x, wanted):
+    return [x.new_empty(_rows(x.shape) if wanted else 0, dtype=_stat(x)) for _ in range(2)]
+
+
+def _by_position(run, *inputs):
+    """Calls a function of a backend's table with an operator's inputs as they come."""
+    return run(*inputs)
+
+
+def _needs_grad(*tensors):
+    """Whether a backward may follow a call, for which its statistics have to be stored."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(device_type, *tensors):
@@ -165,15 +190,18 @@ _register(
     "Tensor x, Tensor? weight, Tensor? bias, float eps",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2),
-    lambda backend: backend.forward["layer_norm"],
-    lambda x, weight, bias, eps, backend: (x.new_empty(x.shape), *_row_stats(x)),
+    _by_position,
+    lambda x, weight, bias, eps, with_stats, backend: (x.new_empty(x.shape), *_row_stats(x, with_stats)),
     lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved),
     lambda *shapes, **_: 0,
+    flag="with_stats",
 )
 
 
 @torch.fx.wrap
-def layer_norm(x, weight, bias, eps: float = 1e-6):
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-6
+) -> torch.Tensor:
     """LayerNorm over the last axis: (x − mean)/√(var + eps)·weight + bias, statistics in float32.
 
     Args:
@@ -192,7 +220,7 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
         return reference.layer_norm(x, weight, bias, eps)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
-    return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, name)[0]
+    return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, _needs_grad(x, weight, bias), name)[0]
 
 
 # layer_norm_linear
@@ -202,9 +230,9 @@ def _linear_flops(x_shape, weight_shape):
     return 2 * _rows(x_shape) * weight_shape[0] * weight_shape[1]
 
 
-def _layer_norm_linear_fake(x, ln_weight, ln_bias, eps, weight, bias, activation, backend):
+def _layer_norm_linear_fake(x, ln_weight, ln_bias, eps, weight, bias, activation, with_stats, backend):
     features = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
-    return weight.new_empty((*x.shape[:-1], features)), *_row_stats(x)
+    return weight.new_empty((*x.shape[:-1], features)), *_row_stats(x, with_stats)
 
 
 _register(
@@ -212,15 +240,24 @@ _register(
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5),
-    lambda backend: backend.forward["layer_norm_linear"],
+    _by_position,
     _layer_norm_linear_fake,
     lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
+    flag="with_stats",
 )
 
 
 @torch.fx.wrap
-def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activation: str | None = None):
+def layer_norm_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+) -> torch.Tensor:
     """act(LN(x) Wᵀ + b): LayerNorm and the qkv projection, or LayerNorm, fc1 and its activation.
 
     Args:
@@ -240,15 +277,17 @@ def layer_norm_linear(x, ln_weight, ln_bias, eps: float, weight, bias, activatio
     if name == "torch":
         return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
     weight, bias = _autocast(x.device.type, weight, bias)
-    return torch.ops.vit_fast.layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation, name)[0]
+    with_stats = _needs_grad(x, ln_weight, ln_bias, weight, bias)
+    operator = torch.ops.vit_fast.layer_norm_linear_fwd
+    return operator(x, ln_weight, ln_bias, eps, weight, bias, activation, with_stats, name)[0]
 
 
 # linear_residual
 
 
-def _with_row_scale(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose last argument is row_scale, which operators have by position and ``run`` by name."""
-    return lambda *inputs: run(*inputs[:-1], row_scale=inputs[-1])
+def _row_scale_by_name(run, *inputs):
+    """Calls a function of a backend's table, which takes row_scale, an operator's last input, by name."""
+    return run(*inputs[:-1], row_scale=inputs[-1])
 
 
 def _linear_residual_backward(run, grad, inputs, saved, needs):
@@ -262,7 +301,7 @@ _register(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale",
     "Tensor",
     (0, 1, 2, 3, 4, 5),
-    lambda backend: _with_row_scale(backend.forward["linear_residual"]),
+    _row_scale_by_name,
     lambda x, weight, bias, gamma, residual, row_scale, backend: residual.new_empty(residual.shape),
     _linear_residual_backward,
     lambda x, weight, *_, **__: _linear_flops(x, weight),
@@ -270,7 +309,17 @@ _register(
 
 
 @torch.fx.wrap
-def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, dropout_p: float = 0.0, seed=None):
+def linear_residual(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor,
+    *,
+    row_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual + row_scale·gamma·dropout(x Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
 
     Args:
@@ -313,30 +362,31 @@ _register(
     "str activation, Tensor? gamma, Tensor? row_scale",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5, 6, 7, 9, 10),
-    lambda backend: _with_row_scale(backend.forward["layernorm_mlp"]),
-    lambda x, *_: (x.new_empty(x.shape), *_row_stats(x)),
+    _row_scale_by_name,
+    lambda x, *inputs: (x.new_empty(x.shape), *_row_stats(x, inputs[-2])),
     lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
     lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
+    flag="with_stats",
 )
 
 
 @torch.fx.wrap
 def layernorm_mlp(
-    x,
-    ln_weight,
-    ln_bias,
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
     eps: float,
-    w1,
-    b1,
-    w2,
-    b2,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
     activation: str,
-    gamma,
+    gamma: torch.Tensor | None,
     *,
-    row_scale=None,
+    row_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    seed=None,
-):
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x + row_scale·gamma·fc2(dropout(act(fc1(LN(x))))): the whole MLP branch of a transformer block.
 
     Args:
@@ -363,21 +413,17 @@ def layernorm_mlp(
             row_scale=row_scale, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     w1, b1, w2, b2 = _autocast(x.device.type, w1, b1, w2, b2)
+    with_stats = _needs_grad(x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale)
     return torch.ops.vit_fast.layernorm_mlp_fwd(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, name
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, with_stats, name
     )[0]
 
 
 # attention
 
 
-def _attention_forward(backend: Backend) -> Callable[..., Any]:
-    def run(qkv, k, v, num_heads, scale, with_lse):
-        if with_lse:
-            return backend.forward["attention"](qkv, num_heads, scale, k=k, v=v)
-        return backend.output("attention", qkv, num_heads, scale, k=k, v=v), qkv.new_empty(0, dtype=_stat(qkv))
-
-    return run
+def _attention_forward(run, qkv, k, v, num_heads, scale):
+    return run(qkv, num_heads, scale, k=k, v=v)
 
 
 def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
@@ -387,9 +433,7 @@ def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
 
 
 def _attention_backward(run, grad, inputs, saved, needs):
-    qkv, k, v, num_heads, scale, with_lse = inputs
-    if not with_lse:
-        raise RuntimeError("vit_fast.attention: with_lse is False, expected True where gradients are wanted")
+    qkv, k, v, num_heads, scale = inputs
     return run(grad, qkv, num_heads, scale, k, v, *saved)
 
 
@@ -401,7 +445,7 @@ def _attention_flops(qkv, k, v, num_heads, scale, *_, **__):
 
 _register(
     "attention",
-    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse",
+    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale",
     "(Tensor, Tensor)",
     (0, 1, 2),
     _attention_forward,
@@ -409,6 +453,7 @@ _register(
     _attention_backward,
     _attention_flops,
     save_output=True,
+    flag="with_lse",
 )
 
 
@@ -418,22 +463,22 @@ def _normalise_heads(x, num_heads, norm):
 
 @torch.fx.wrap
 def attention(
-    qkv,
+    qkv: torch.Tensor,
     num_heads: int,
     scale: float,
     *,
-    k=None,
-    v=None,
-    bias=None,
-    key_lengths=None,
-    cu_seqlens=None,
-    rope=None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rope: Any = None,
     num_prefix: int = 0,
-    q_norm=None,
-    k_norm=None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
     dropout_p: float = 0.0,
-    seed=None,
-):
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Per head softmax(scale·q kᵀ + bias) v.
 
     Args:
@@ -471,9 +516,7 @@ def attention(
         q, k, v = qkv.chunk(3, dim=-1) if k is None else (qkv, k, v)
         qkv, k = _normalise_heads(q, num_heads, q_norm), _normalise_heads(k, num_heads, k_norm)
     qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
-    # Only a backward needs the LSE, and it costs the kernel registers.
-    with_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, k, v))
-    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, with_lse, name)[0]
+    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, _needs_grad(qkv, k, v), name)[0]
 
 
 # prepared_blocks, fp8_blocks: one operator for each precision of ``vit_fast.prepare``
@@ -615,7 +658,7 @@ _register(
     "float[]? mean, float[]? std",
     "Tensor",
     (0, 1, 2, 3, 4),
-    lambda backend: backend.forward["patch_embed"],
+    _by_position,
     _patch_embed_fake,
     _patch_embed_backward,
     _patch_embed_flops,
@@ -623,7 +666,16 @@ _register(
 
 
 @torch.fx.wrap
-def patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean=None, std=None):
+def patch_embed(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix_tokens: torch.Tensor | None,
+    stride: int | tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Patch embedding: convolution, position embedding of the patch rows, prefix tokens in front.
 
     Args:

@@ -40,12 +40,12 @@ def _integrations():
     return loaded, unknown
 
 
-def _rows(loaded):
-    """Class of a row of blocks → its fast class."""
-    rows = {nn.Sequential: integrations.Row}
+def _stacks(loaded):
+    """Class of what holds a stack of blocks → its fast class."""
+    stacks = {nn.Sequential: integrations.BlockStack}
     for integration in loaded:
-        rows |= getattr(integration, "ROWS", {})
-    return rows
+        stacks |= getattr(integration, "STACKS", {})
+    return stacks
 
 
 def _why_not(module, cls, fast):
@@ -55,7 +55,7 @@ def _why_not(module, cls, fast):
     if "forward" in module.__dict__:
         return "it has a forward of its own"
     reason = not_fused_reason(module, fast)
-    if reason is None and (unknown := integrations.unknown_parts(module, fast)):
+    if reason is None and (unknown := integrations.unknown_submodules(module, fast)):
         return f"it has parts that are not known: {', '.join(unknown)}"
     return reason
 
@@ -63,7 +63,7 @@ def _why_not(module, cls, fast):
 class Survey(NamedTuple):
     """What ``optimize`` finds in a model; the names are those of ``named_modules``."""
 
-    swaps: dict  # name → (module, fast class) of what can be fused
+    swaps: dict[str, tuple[nn.Module, type[nn.Module]]]  # name → (module, fast class) of what can be fused
     left: dict[str, tuple[str, str]]  # name → (operation, reason) of what stays
     done: int  # how many modules are optimised already
     own: int  # how many blocks are those of vit_fast's own models
@@ -101,7 +101,7 @@ def _parents(name):
 
 
 def _told(model, left):
-    """What stays and why, the names that have one reason together, those in a row as first–last."""
+    """What stays and why, the names that have one reason together, consecutive ones as first–last."""
     names = {}
     for name, (_, reason) in left.items():
         names.setdefault(reason, []).append(name or type(model).__name__)
@@ -166,11 +166,11 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
         _logger.info("optimize leaves %s as it is: %s", name or type(model).__name__, reason)
     for module, fast in swaps.values():
         module.__class__ = fast
-    rows = _rows(_integrations()[0])
+    stacks = _stacks(_integrations()[0])
     for module in model.modules():
-        row = rows.get(type(module))
-        if row and len(row.row(module)) and all(isinstance(block, integrations.Fused) for block in row.row(module)):
-            module.__class__ = row
+        fast = stacks.get(type(module))
+        if fast and len(blocks := fast.stack(module)) and all(isinstance(b, integrations.Fused) for b in blocks):
+            module.__class__ = fast
     return model
 
 
@@ -186,13 +186,13 @@ def restore(model: nn.Module) -> nn.Module:
     """
     _check("restore", model)
     loaded, _ = _integrations()
-    classes = {row: cls for cls, row in _rows(loaded).items()}
+    classes = {fast: cls for cls, fast in _stacks(loaded).items()}
     for integration in loaded:
         classes |= {fast: cls for cls, fast in integration.FAST.items()}
     for module in model.modules():
         fast = type(module)
         if fast in classes:
-            if hasattr(fast, "row"):
-                fast.row(module).__dict__.pop(PREPARED, None)
+            if hasattr(fast, "stack"):
+                fast.stack(module).__dict__.pop(PREPARED, None)
             module.__class__ = classes[fast]
     return model

@@ -12,7 +12,11 @@ Where a module is not plain the caller runs the modules one by one; of our own m
 own blocks, ``systems`` and ``integrations`` all ask here.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +26,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from . import backends, ops
 from .kernels.reference import normalise_pixels
 from .kernels.tracing import is_fx_symbolic_tracing
+
+# Of each sub-module that a fused operation reads: its path, the keys of that, its classes, its children (or None).
+Submodules = tuple[tuple[str, tuple[str, ...], tuple[type, ...], tuple[str, ...] | None], ...]
+Ignores = Callable[[Any], bool]  # of a forward hook: whether it may be passed over
 
 LINEAR = (nn.Linear,)
 CONVOLUTION = (nn.Conv2d,)
@@ -34,7 +42,7 @@ _TRACED = "is a node of the graph that torch.fx traces"
 _SHADOWS = frozenset(("forward", "weight", "bias", "in_proj_weight", "in_proj_bias", "gamma", "lambda1"))
 
 
-def parts(**classes) -> tuple:
+def submodules(**classes: tuple[type, ...]) -> Submodules:
     """The sub-modules that a fused operation reads: (path, its keys, the classes that each may have, its children).
 
     ``__`` in a word stands for the dot of a path; ``NoneType`` among the classes for a module that may be absent. The
@@ -49,12 +57,12 @@ def parts(**classes) -> tuple:
     return tuple((name.replace("__", "."), path, classes[name], children(name)) for name, path in paths.items())
 
 
-def multihead_parts(name: str) -> dict:
-    """The words of ``parts`` for an ``nn.MultiheadAttention``."""
+def multihead_submodules(name: str) -> dict[str, tuple[type, ...]]:
+    """The arguments of ``submodules`` for an ``nn.MultiheadAttention``."""
     return {name: (nn.MultiheadAttention,), f"{name}__out_proj": (nn.modules.linear.NonDynamicallyQuantizableLinear,)}
 
 
-def multihead_not_covered(attn) -> str | None:
+def multihead_not_covered(attn: nn.MultiheadAttention) -> str | None:
     """What the fused operations do not cover of an ``nn.MultiheadAttention``, or None."""
     if attn.in_proj_weight is None:
         return "q, k and v differ in width"
@@ -65,11 +73,11 @@ def multihead_not_covered(attn) -> str | None:
     return None
 
 
-def _never(hook) -> bool:
+def _never(hook: Any) -> bool:
     return False
 
 
-def why_not_plain(module, classes, ignores=_never) -> str | None:
+def why_not_plain(module: nn.Module | None, classes: tuple[type, ...], ignores: Ignores = _never) -> str | None:
     """Why a module may not be read past its ``__call__``, as the rest of a sentence about it, or None.
 
     Args:
@@ -106,12 +114,12 @@ def _why_not_plain(module, classes, ignores):
     return None
 
 
-def not_plain_reason(module, parts, ignores=_never) -> str | None:
-    """Why the parts of a module (of ``parts``) may not be read past their ``__call__``, or None."""
+def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _never) -> str | None:
+    """Why the sub-modules of a module (those of ``known``) may not be read past their ``__call__``, or None."""
     if is_fx_symbolic_tracing():
         return f"it {_TRACED}"
-    for name, path, classes, children in parts:
-        part = module
+    for name, path, classes, children in known:
+        part: Any = module
         for key in path:
             part = part._modules.get(key)
         reason = _why_not_plain(part, classes, ignores)
@@ -122,23 +130,23 @@ def not_plain_reason(module, parts, ignores=_never) -> str | None:
     return None
 
 
-def not_fused_reason(module, cls) -> str | None:
+def not_fused_reason(module: nn.Module, cls: type[Fusible]) -> str | None:
     """Why a module cannot run as ``cls``, a ``Fusible``, runs fused, or None."""
-    return not_plain_reason(module, cls.PARTS, cls.ignores) or cls.not_covered(module)
+    return not_plain_reason(module, cls.SUBMODULES, cls.ignores) or cls.not_covered(module)
 
 
 class Fusible:
     """Base of what runs fused while its parts are plain, and module by module otherwise."""
 
     OPERATION = "block"  # what ``explain`` calls the fused form
-    PARTS = ()  # of ``parts``: every sub-module whose weights or arithmetic the fused form takes over
+    SUBMODULES: Submodules = ()  # every sub-module whose weights or arithmetic the fused form takes over
 
     def not_covered(self) -> str | None:
         """What else the fused form does not cover, or None."""
         return None
 
     @staticmethod
-    def ignores(hook) -> bool:
+    def ignores(hook: Any) -> bool:
         """Whether a forward hook of a part may be passed over."""
         return False
 
@@ -154,7 +162,7 @@ class Fusible:
         return reason is None
 
 
-def may_read(operation: str, module, classes) -> bool:
+def may_read(operation: str, module: nn.Module, classes: tuple[type, ...]) -> bool:
     """Whether a module is plain; where not, ``explain`` shows why this operation does not run on its weights."""
     reason = why_not_plain(module, classes)
     if reason is not None:
@@ -162,12 +170,12 @@ def may_read(operation: str, module, classes) -> bool:
     return reason is None
 
 
-def dtype_of(module, default=None) -> torch.dtype:
+def dtype_of(module: nn.Module, default: torch.dtype | None = None) -> torch.dtype | None:
     """The dtype in which a module computes: that of its first floating parameter; ``default`` where it has none."""
     return next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), default)
 
 
-def layer_norm(module, x, tokens=None):
+def layer_norm(module: nn.Module, x: torch.Tensor, tokens: slice | int | None = None) -> torch.Tensor:
     """``module(x)``, or its ``[:, tokens]``: a plain ``nn.LayerNorm`` normalises the chosen tokens alone."""
     if not may_read("layer_norm", module, NORM):
         y = module(x.to(dtype_of(module, x.dtype))).to(x.dtype)  # a LayerNorm in float32 may stand among 16-bit layers
@@ -176,7 +184,15 @@ def layer_norm(module, x, tokens=None):
     return x if type(module) is nn.Identity else ops.layer_norm(x, module.weight, module.bias, module.eps)
 
 
-def patch_embed(module, images, table, prefix, mean=None, std=None, cls=nn.Conv2d):
+def patch_embed(
+    module: nn.Module,
+    images: torch.Tensor,
+    table: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    cls: type[nn.Module] = nn.Conv2d,
+) -> torch.Tensor:
     """Patch tokens with positions, prefix tokens in front: one operation where the module is plain, else by its call.
 
     Args:

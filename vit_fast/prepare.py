@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
-from .block import PREPARED
+from .block import PREPARED, Stack
 from .kernels.arguments import UnsupportedError
 from .kernels.folding import flatten
 from .plain import why_not_plain
@@ -79,7 +79,7 @@ class Prepared(Stale):
         arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
     """
 
-    def __init__(self, name: str, blocks: nn.Module, precision: Precision) -> None:
+    def __init__(self, name: str, blocks: Stack, precision: Precision) -> None:
         super().__init__(name, precision.name, None)
         self.blocks, self._precision = blocks, precision
         params = [block.params() for block in blocks]
@@ -184,7 +184,7 @@ def _not_supported_reasons(blocks, precision: Precision):
     return reasons + precision.not_supported_reasons(tensors)
 
 
-def _stacks_of_blocks(model) -> Iterator[tuple[str, nn.Module]]:
+def _stacks_of_blocks(model) -> Iterator[tuple[str, Stack]]:
     """(name, container) of every stack of blocks in a model."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):

@@ -41,7 +41,7 @@ class Snapshot:
         versions: whether writes in place count.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], versions: bool = True):
+    def __init__(self, modules: dict[str, nn.Module], versions: bool = True) -> None:
         self._names, self._modules = list(modules), list(modules.values())
         self._classes = [*map(type, self._modules)]
         self._owners, self._dicts = [], []  # the dicts that hold entries, by the name of their module

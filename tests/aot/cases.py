@@ -86,11 +86,11 @@ def attention_cases():
 
 
 def layer_norm_cases():
-    from vit_fast.kernels.layer_norm import layer_norm, row_partials
+    from vit_fast.kernels.layer_norm import layer_norm, layer_norm_fwd, row_partials
 
-    def call(batch, tokens, width, dtype, weight_dtype):
+    def call(batch, tokens, width, dtype, weight_dtype, forward=layer_norm):
         x = torch.empty(batch, tokens, width, dtype=dtype)
-        layer_norm(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
+        forward(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
 
     def partials(*size_and_dtype):
         *size, dtype = size_and_dtype
@@ -102,6 +102,10 @@ def layer_norm_cases():
                 yield case("layer_norm", name, dtype, call, batch, tokens, width, dtype, dtype)
         for name, (tokens, width, _, _, _) in VITS.items():
             yield case("row_partials", name, dtype, partials, 64, tokens, width, dtype)
+        for name in ("base", "so400m"):
+            tokens, width, _, _, _ = VITS[name]
+            sizes = (64, tokens, width, dtype, dtype)
+            yield case("layer_norm with statistics", name, dtype, call, *sizes, layer_norm_fwd)
         yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 

@@ -241,9 +241,9 @@ def test_an_operator_names_a_backend_that_is_here():
     """As a recorded graph of another machine may not."""
     operator = torch.ops.vit_fast.layer_norm_fwd
     with pytest.raises(vit_fast.UnsupportedError, match=r"layer_norm: backend 'cuda' cannot run: .* is not built"):
-        operator(torch.ones(2, 8), None, None, 1e-6, "cuda")
+        operator(torch.ones(2, 8), None, None, 1e-6, False, "cuda")
     with pytest.raises(ValueError, match=r"layer_norm: backend is 'nope', expected one of triton, cuda, cpu, torch$"):
-        operator(torch.ones(2, 8), None, None, 1e-6, "nope")
+        operator(torch.ones(2, 8), None, None, 1e-6, False, "nope")
 
 
 def test_a_triton_that_fails_to_import_is_told_once(monkeypatch):

@@ -29,10 +29,10 @@ def _samples(backend, dtype=torch.float32, grad=True):
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
     stats = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     return {
-        "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, backend),
-        "layer_norm_bare": (t(2, 5, 8), None, None, 1e-6, backend),
-        "layer_norm_linear": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), t(12), None, backend),
-        "layer_norm_linear_swiglu": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), None, "swiglu", backend),
+        "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, True, backend),
+        "layer_norm_bare": (t(2, 5, 8), None, None, 1e-6, True, backend),
+        "layer_norm_linear": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), t(12), None, True, backend),
+        "layer_norm_linear_swiglu": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), None, "swiglu", True, backend),
         "layer_norm_linear_transposed": (
             t(5, 2, 8).transpose(0, 1),
             t(8),
@@ -41,11 +41,26 @@ def _samples(backend, dtype=torch.float32, grad=True):
             t(12, 8),
             t(12),
             "gelu",
+            True,
             backend,
         ),
         "linear_residual": (t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), backend),
         "linear_residual_bare": (t(2, 5, 12), t(8, 12), None, None, t(2, 5, 8), None, backend),
-        "layernorm_mlp": (t(2, 5, 8), t(8), t(8), 1e-6, t(16, 8), t(16), t(8, 16), t(8), "gelu", t(8), t(2), backend),
+        "layernorm_mlp": (
+            t(2, 5, 8),
+            t(8),
+            t(8),
+            1e-6,
+            t(16, 8),
+            t(16),
+            t(8, 16),
+            t(8),
+            "gelu",
+            t(8),
+            t(2),
+            True,
+            backend,
+        ),
         "layernorm_mlp_bare": (
             t(2, 5, 8),
             t(8),
@@ -58,6 +73,7 @@ def _samples(backend, dtype=torch.float32, grad=True):
             "swiglu",
             None,
             None,
+            True,
             backend,
         ),
         "attention": (t(2, 5, 24), None, None, 2, 0.5, True, backend),
@@ -101,16 +117,73 @@ def test_opcheck_interpreted(name):
     opcheck(_operator(name), _samples("triton")[name])
 
 
+FLAGS = {
+    "attention": "with_lse",
+    "layer_norm": "with_stats",
+    "layer_norm_linear": "with_stats",
+    "layernorm_mlp": "with_stats",
+}
+WITH_STATISTICS = [name for name in NAMES if _stem(name) in FLAGS]
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
-def test_attention_without_statistics(backend):
-    """Inference asks for no LSE; a backward that wants one is told."""
-    qkv = torch.randn(2, 5, 24)
-    out, lse = OPS.attention_fwd(qkv, None, None, 2, 0.5, False, backend)
-    assert lse.numel() == 0
-    torch.testing.assert_close(out, OPS.attention_fwd(qkv, None, None, 2, 0.5, True, backend)[0])
-    opcheck(OPS.attention_fwd.default, (qkv, None, None, 2, 0.5, False, backend))
-    with pytest.raises(RuntimeError, match="with_lse is False"):
-        OPS.attention_fwd(qkv.requires_grad_(), None, None, 2, 0.5, False, backend)[0].sum().backward()
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_without_statistics(name, backend):
+    """Inference asks for none and gets the same bits; a backward that wants them is told."""
+    operator = _operator(name)
+    *arguments, _, _ = _samples(backend, grad=False)[name]
+    out, *statistics = operator(*arguments, False, backend)
+    assert statistics and all(t.numel() == 0 and t.dtype == torch.float32 for t in statistics)
+    with_statistics, *kept = operator(*arguments, True, backend)
+    assert all(t.numel() > 0 for t in kept)
+    if backend == "triton":
+        assert torch.equal(out, with_statistics)
+    torch.testing.assert_close(out, with_statistics)
+    opcheck(operator, (*arguments, False, backend), test_utils=("test_schema", "test_faketensor"))
+    leaf = arguments[0].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"vit_fast.{_stem(name)}: {FLAGS[_stem(name)]} is False"):
+        operator(leaf, *arguments[1:], False, backend)[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
+def test_statistics_are_stored_where_a_backward_may_follow(backend, monkeypatch):
+    """A parameter that wants a gradient is enough; under no_grad and inference_mode none does."""
+    asked = []
+
+    def spy_on(shipped):
+        def forward(*arguments):
+            *inputs, wanted, _ = arguments
+            asked.append(wanted)
+            return shipped(*inputs, wanted, backend)
+
+        return forward
+
+    for name in FLAGS:
+        monkeypatch.setattr(OPS, f"{name}_fwd", spy_on(getattr(OPS, f"{name}_fwd")))
+    monkeypatch.setattr(ops.select, "choose", lambda *_, **__: "no reference")  # which is called without an operator
+    x, qkv = torch.randn(2, 5, 16), torch.randn(2, 5, 48)
+    weight, w1, w2 = torch.randn(16), torch.randn(32, 16), torch.randn(16, 32)
+
+    def calls():
+        ops.attention(qkv, 2, 0.3)
+        ops.layer_norm(x, weight, None, 1e-6)
+        ops.layer_norm_linear(x, weight, None, 1e-6, w1, None)
+        ops.layernorm_mlp(x, weight, None, 1e-6, w1, None, w2, None, "gelu", None)
+        told, asked[:] = list(asked), []
+        return told
+
+    assert calls() == [False] * 4
+    qkv.requires_grad_()
+    weight.requires_grad_()
+    assert calls() == [True] * 4
+    with torch.no_grad():
+        assert calls() == [False] * 4
+    with torch.inference_mode():
+        assert calls() == [False] * 4
+    qkv.requires_grad_(False)
+    weight.requires_grad_(False)
+    w1.requires_grad_()
+    assert calls() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +261,7 @@ def test_gradient_layouts(name, layout):
 
 def test_double_backward_raises_or_is_right():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    out = OPS.layer_norm_fwd(x, None, None, 1e-6, "torch")[0]
+    out = OPS.layer_norm_fwd(x, None, None, 1e-6, True, "torch")[0]
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"layer_norm.*cannot be differentiated again"):
         grad.sum().backward()
@@ -249,7 +322,7 @@ def test_flops_are_counted():
         ops.layernorm_mlp(x, None, None, 1e-6, w1, None, w2, None, "gelu", None)
         ops.patch_embed(torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4), None, None, None, 4)
     with FlopCounterMode(display=False) as registered:
-        OPS.layernorm_mlp_fwd(x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, "torch")
+        OPS.layernorm_mlp_fwd(x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, False, "torch")
         images, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4)
         OPS.patch_embed_fwd(images, weight, None, None, None, [4, 4], None, None, "torch")
     assert registered.get_total_flops() == reference.get_total_flops() > 0

@@ -26,7 +26,12 @@ class Torch(Backend):
             "linear_residual": reference.linear_residual,
             "layernorm_mlp": reference.layernorm_mlp_fwd,
         } | {precision.operation: precision.reference for precision in PRECISIONS.values()}
-        self.inference = {"attention": reference.attention}
+        self.inference = {
+            "attention": reference.attention,
+            "layer_norm": reference.layer_norm,
+            "layer_norm_linear": reference.layer_norm_linear,
+            "layernorm_mlp": reference.layernorm_mlp,
+        }
         self.backward = {
             "patch_embed": reference.patch_embed_bwd,
             "attention": reference.attention_bwd,

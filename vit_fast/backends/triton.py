@@ -57,7 +57,12 @@ class Triton(Backend):
             "linear_residual": linear.linear_residual_not_supported_reasons,
             "layernorm_mlp": layernorm_mlp.not_supported_reasons,
         } | {operation: kernels.not_supported_reasons for operation, kernels in stacks.items()}
-        self.inference = {"attention": attention.attention}
+        self.inference = {
+            "attention": attention.attention,
+            "layer_norm": layer_norm.layer_norm,
+            "layer_norm_linear": linear.layer_norm_linear,
+            "layernorm_mlp": layernorm_mlp.layernorm_mlp,
+        }
         self.forward = {
             "patch_embed": patch_embed.patch_embed,
             "attention": attention.attention_fwd,

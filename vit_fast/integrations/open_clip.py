@@ -7,6 +7,9 @@ Text towers, whose attention is causal, are left alone; an image tower of timm i
 Source: open_clip/transformer.py.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from open_clip.transformer import (
     LayerNorm,
@@ -20,9 +23,9 @@ from open_clip.transformer import (
 from torch import nn
 
 from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, pass_over_prepared, run_blocks
-from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_parts, parts
+from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
-from . import GELU, Fused, Swapped, given, instances, not_taken
+from . import GELU, Found, Fused, Swapped, given, instances, not_taken
 
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
@@ -36,9 +39,9 @@ def _activation(act):
 class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
     """open_clip's ResidualAttentionBlock as two fused branches: [B, N, C] → [B, N, C]."""
 
-    PARTS = parts(
+    SUBMODULES = submodules(
         ln_1=_NORMS,
-        **multihead_parts("attn"),
+        **multihead_submodules("attn"),
         ls_1=(LayerScale, *NOTHING),
         ln_2=_NORMS,
         mlp=(nn.Sequential,),
@@ -48,7 +51,7 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         ls_2=(LayerScale, *NOTHING),
     )
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         return multihead_not_covered(self.attn)
 
     def params(self) -> BlockParams:
@@ -72,7 +75,7 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
             gamma2=getattr(self.ls_2, "gamma", None),
         )
 
-    def forward(self, q_x, *others, **named):
+    def forward(self, q_x: torch.Tensor, *others: Any, **named: Any) -> Any:
         if reason := given(others, named) or self.not_fused():
             return self.run_library(reason, q_x, *others, **named)
         p = self.params()
@@ -87,7 +90,7 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
 class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             reason = "grad_checkpointing recomputes the blocks"
         elif attn_mask is not None:
@@ -100,16 +103,16 @@ class FastTransformer(Swapped, Transformer):
         return super().forward(x, attn_mask=attn_mask)
 
     @staticmethod
-    def row(module):
+    def stack(module: nn.Module) -> nn.Module:
         """The blocks of a module that may become this class."""
         return module.resblocks
 
 
 FAST = {ResidualAttentionBlock: FastResidualAttentionBlock}
-ROWS = {Transformer: FastTransformer}
+STACKS = {Transformer: FastTransformer}
 
 
-def find(model):
+def find(model: nn.Module) -> Iterator[Found]:
     for name, tower in model.named_modules():
         if isinstance(tower, VisionTransformer):
             for inner, module, cls in instances(tower, FAST):

@@ -6,7 +6,11 @@
 Source: timm/models/vision_transformer.py, timm/layers.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import timm.layers as layers
+import torch
 from timm.models.vision_transformer import Attention, Block, DropPath, LayerScale, Mlp, PatchEmbed
 from torch import nn
 
@@ -20,9 +24,9 @@ from vit_fast.block import (
     drops_not_covered,
     mlp_branch,
 )
-from vit_fast.plain import LINEAR, NOTHING, parts
+from vit_fast.plain import LINEAR, NOTHING, submodules
 
-from . import GELU, Fused, autocasts, given, instances, not_dense, not_taken
+from . import GELU, Found, Fused, autocasts, given, instances, not_dense, not_taken
 
 _NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
 _DROPOUTS = (nn.Dropout, *NOTHING)
@@ -52,7 +56,7 @@ def _drop_path(module):
 class FastBlock(Fused, Block):
     """timm's Block as two fused branches: [B, N, C] → [B, N, C]."""
 
-    PARTS = parts(
+    SUBMODULES = submodules(
         norm1=_NORMS,
         attn=(Attention,),
         attn__qkv=LINEAR,
@@ -77,7 +81,7 @@ class FastBlock(Fused, Block):
         drop_path2=(DropPath, *NOTHING),
     )
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         if _activation(self.mlp) is None:
             gated = " that gates by its second half" if getattr(self.mlp, "gate_last", False) else ""
             return f"mlp is {type(self.mlp).__name__} with {type(self.mlp.act).__name__}{gated}"
@@ -109,7 +113,7 @@ class FastBlock(Fused, Block):
             k_norm=Norm.of(attn.k_norm),
         )
 
-    def forward(self, x, *masks, **named_masks):
+    def forward(self, x: torch.Tensor, *masks: Any, **named_masks: Any) -> Any:
         if reason := given(masks, named_masks) or self.not_fused():
             return self.run_library(reason, x, *masks, **named_masks)
         p, attn, mlp = self.params(), self.attn, self.mlp
@@ -129,9 +133,9 @@ class FastBlock(Fused, Block):
 class FastPatchEmbed(Fused, PatchEmbed):
     """timm's PatchEmbed in one operation: [B, in_chans, H, W] → [B, N, C] or [B, rows, columns, C]."""
 
-    PARTS = parts(proj=(nn.Conv2d,), norm=NOTHING)
+    SUBMODULES = submodules(proj=(nn.Conv2d,), norm=NOTHING)
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         proj = self.proj
         if not self.flatten and self.output_fmt != layers.Format.NHWC:
             return "its output has the channels in front"
@@ -154,7 +158,7 @@ class FastPatchEmbed(Fused, PatchEmbed):
             return f"images of {size[0]}×{size[1]} are no whole number of patches"
         return None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if reason := self.not_fused() or self._not_taken(x):
             return self.run_library(reason, x)
         proj = self.proj
@@ -165,5 +169,5 @@ class FastPatchEmbed(Fused, PatchEmbed):
 FAST = {Block: FastBlock, PatchEmbed: FastPatchEmbed}
 
 
-def find(model):
+def find(model: nn.Module) -> Iterator[Found]:
     return instances(model, FAST)

@@ -6,13 +6,16 @@
 Source: torchvision/models/vision_transformer.py.
 """
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
 from vit_fast.block import BlockParams, Norm, attention_branch, drop_rate, drops_not_covered, mlp_branch
-from vit_fast.plain import LINEAR, multihead_not_covered, multihead_parts, parts
+from vit_fast.plain import LINEAR, multihead_not_covered, multihead_submodules, submodules
 
-from . import GELU, Fused, instances, not_taken
+from . import GELU, Found, Fused, instances, not_taken
 
 _DROPOUT = (nn.Dropout,)
 
@@ -20,9 +23,9 @@ _DROPOUT = (nn.Dropout,)
 class FastEncoderBlock(Fused, EncoderBlock):
     """torchvision's EncoderBlock as two fused branches: [B, N, C] → [B, N, C]."""
 
-    PARTS = parts(
+    SUBMODULES = submodules(
         ln_1=(nn.LayerNorm,),
-        **multihead_parts("self_attention"),
+        **multihead_submodules("self_attention"),
         dropout=_DROPOUT,
         ln_2=(nn.LayerNorm,),
         mlp=(MLPBlock,),
@@ -33,7 +36,7 @@ class FastEncoderBlock(Fused, EncoderBlock):
         mlp__4=_DROPOUT,
     )
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         return multihead_not_covered(self.self_attention)
 
     def params(self) -> BlockParams:
@@ -55,7 +58,7 @@ class FastEncoderBlock(Fused, EncoderBlock):
             activation=GELU[act.approximate],
         )
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if reason := self.not_fused():
             return self.run_library(reason, input)
         p, attn, (_, _, drop1, _, drop2) = self.params(), self.self_attention, self.mlp
@@ -70,5 +73,5 @@ class FastEncoderBlock(Fused, EncoderBlock):
 FAST = {EncoderBlock: FastEncoderBlock}
 
 
-def find(model):
+def find(model: nn.Module) -> Iterator[Found]:
     return instances(model, FAST)

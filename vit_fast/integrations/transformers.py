@@ -4,12 +4,16 @@
     x = x + drop_path(layer_scale2(mlp(norm2(x))))
 
 Three projections stay three, after one LayerNorm: packing them would copy their weights in each call. Text towers are
-left alone. The encoders of CLIP and SigLIP are rows that can be prepared; the loops of the others are the models' own.
+left alone. The encoders of CLIP and SigLIP hold stacks that can be prepared; in the others the loop over the layers is
+the model's own.
 Source: transformers/models/{vit,deit,dinov2,dinov2_with_registers,clip,siglip}/modeling_*.py, version 5.
 """
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation
@@ -26,9 +30,9 @@ from transformers.utils import output_capturing
 
 from vit_fast import ops
 from vit_fast.block import BlockParams, Norm, drop_path_scale, drop_rate, pack, pass_over_prepared, run_blocks
-from vit_fast.plain import LINEAR, NOTHING, parts
+from vit_fast.plain import LINEAR, NOTHING, submodules
 
-from . import GELU, Fused, Swapped, given, instances, not_taken
+from . import GELU, Found, Fused, Swapped, given, instances, not_taken
 
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)
@@ -62,15 +66,15 @@ class _FastLayer(Fused):
             cls.__name__ = cls.__bases__[-1].__name__  # accelerate wraps layers by the name of their class
 
     @staticmethod
-    def ignores(hook):
-        """The hooks by which transformers records attention weights stay on a model; asleep they are no matter."""
+    def ignores(hook: Any) -> bool:
+        """transformers leaves the hooks that record attention weights on a model; inactive ones are ignored."""
         if getattr(hook, "__module__", None) != output_capturing.__name__:
             return False
         collected = output_capturing._active_collector.get()
         return collected is None or "attentions" not in collected
 
     @classmethod
-    def not_covered(cls, self):
+    def not_covered(cls, self: nn.Module) -> str | None:
         attn = getattr(self, cls.ATTENTION)
         if attn.is_causal:
             return f"{cls.ATTENTION} is causal"
@@ -80,7 +84,7 @@ class _FastLayer(Fused):
             return f"mlp.activation_fn is {self.mlp.activation_fn}"
         return None
 
-    def forward(self, hidden_states, *masks, **options):
+    def forward(self, hidden_states: torch.Tensor, *masks: Any, **options: Any) -> Any:
         words = {word: value for word, value in options.items() if word not in _IGNORED}
         if reason := given(masks, words) or self.not_fused():
             return self.run_library(reason, hidden_states, *masks, **options)
@@ -118,8 +122,8 @@ def _mlp(cls):
     return dict(mlp=(cls,), mlp__fc1=LINEAR, mlp__activation_fn=_ACTIVATIONS, mlp__fc2=LINEAR)
 
 
-def _vit_parts(attention, mlp):
-    return parts(
+def _vit_submodules(attention, mlp):
+    return submodules(
         layernorm_before=_NORM,
         **_attention("attention", attention, "o_proj"),
         layernorm_after=_NORM,
@@ -128,8 +132,8 @@ def _vit_parts(attention, mlp):
     )
 
 
-def _dinov2_parts(attention, mlp, layer_scale, drop_path):
-    return parts(
+def _dinov2_submodules(attention, mlp, layer_scale, drop_path):
+    return submodules(
         norm1=_NORM,
         **_attention("attention", attention, "o_proj"),
         layer_scale1=(layer_scale,),
@@ -140,28 +144,32 @@ def _dinov2_parts(attention, mlp, layer_scale, drop_path):
     )
 
 
-def _clip_parts(attention, mlp):
-    return parts(layer_norm1=_NORM, **_attention("self_attn", attention, "out_proj"), layer_norm2=_NORM, **_mlp(mlp))
+def _clip_submodules(attention, mlp):
+    return submodules(
+        layer_norm1=_NORM, **_attention("self_attn", attention, "out_proj"), layer_norm2=_NORM, **_mlp(mlp)
+    )
 
 
 class FastViTLayer(_FastLayer, ViTLayer):
     NORMS = ("layernorm_before", "layernorm_after")
-    PARTS = _vit_parts(ViTAttention, ViTMLP)
+    SUBMODULES = _vit_submodules(ViTAttention, ViTMLP)
 
 
 class FastDeiTLayer(_FastLayer, DeiTLayer):
     NORMS = ("layernorm_before", "layernorm_after")
-    PARTS = _vit_parts(DeiTAttention, DeiTMLP)
+    SUBMODULES = _vit_submodules(DeiTAttention, DeiTMLP)
 
 
 class FastDinov2Layer(_FastLayer, dinov2.Dinov2Layer):
     SCALES = ("layer_scale1", "layer_scale2")
-    PARTS = _dinov2_parts(dinov2.Dinov2Attention, dinov2.Dinov2MLP, dinov2.Dinov2LayerScale, dinov2.Dinov2DropPath)
+    SUBMODULES = _dinov2_submodules(
+        dinov2.Dinov2Attention, dinov2.Dinov2MLP, dinov2.Dinov2LayerScale, dinov2.Dinov2DropPath
+    )
 
 
 class FastDinov2WithRegistersLayer(_FastLayer, registers.Dinov2WithRegistersLayer):
     SCALES = ("layer_scale1", "layer_scale2")
-    PARTS = _dinov2_parts(
+    SUBMODULES = _dinov2_submodules(
         registers.Dinov2WithRegistersAttention,
         registers.Dinov2WithRegistersMLP,
         registers.Dinov2WithRegistersLayerScale,
@@ -195,17 +203,17 @@ class _FastCLIPLayer(_FastLayer):
 
 
 class FastCLIPEncoderLayer(_FastCLIPLayer, CLIPEncoderLayer):
-    PARTS = _clip_parts(CLIPAttention, CLIPMLP)
+    SUBMODULES = _clip_submodules(CLIPAttention, CLIPMLP)
 
 
 class FastSiglipEncoderLayer(_FastCLIPLayer, SiglipEncoderLayer):
-    PARTS = _clip_parts(SiglipAttention, SiglipMLP)
+    SUBMODULES = _clip_submodules(SiglipAttention, SiglipMLP)
 
 
 class _FastEncoder(Swapped):
     """Layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
-    def forward(self, inputs_embeds, *masks, **options):
+    def forward(self, inputs_embeds: torch.Tensor, *masks: Any, **options: Any) -> Any:
         reason = given(masks, options)
         if recorded := output_capturing._active_collector.get():  # asked for by the config too
             reason = f"{next(iter(recorded))} are recorded"
@@ -216,7 +224,7 @@ class _FastEncoder(Swapped):
         return BaseModelOutput(last_hidden_state=x)
 
     @staticmethod
-    def row(module):
+    def stack(module: nn.Module) -> nn.Module:
         """The blocks of a module that may become this class."""
         return module.layers
 
@@ -237,11 +245,11 @@ FAST = {
     CLIPEncoderLayer: FastCLIPEncoderLayer,
     SiglipEncoderLayer: FastSiglipEncoderLayer,
 }
-ROWS = {CLIPEncoder: FastCLIPEncoder, SiglipEncoder: FastSiglipEncoder}
+STACKS = {CLIPEncoder: FastCLIPEncoder, SiglipEncoder: FastSiglipEncoder}
 _VISION = {CLIPEncoderLayer: CLIPVisionConfig, SiglipEncoderLayer: SiglipVisionConfig}
 
 
-def find(model):
+def find(model: nn.Module) -> Iterator[Found]:
     for name, module, cls in instances(model, FAST):
         if cls not in _VISION or isinstance(module.self_attn.config, _VISION[cls]):
             yield name, module, cls

@@ -93,9 +93,9 @@ class Activation(nn.Module):
 class ResidualAttentionBlock(plain.Fusible, nn.Module):
     """Pre-norm block over weights under CLIP's names: [B, N, D] → [B, N, D]."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         ln_1=plain.NORM,
-        **plain.multihead_parts("attn"),
+        **plain.multihead_submodules("attn"),
         ls_1=(LayerScale, nn.Identity),
         ln_2=plain.NORM,
         mlp=(nn.Sequential,),

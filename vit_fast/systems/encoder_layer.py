@@ -19,8 +19,8 @@ from vit_fast.kernels.reference import activate
 class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
     """[B, N, C] → [B, N, C]; activation is one of those of ``ops.layernorm_mlp`` except "swiglu"."""
 
-    PARTS = plain.parts(
-        **plain.multihead_parts("self_attn"),
+    SUBMODULES = plain.submodules(
+        **plain.multihead_submodules("self_attn"),
         norm1=(nn.LayerNorm,),
         dropout1=(nn.Dropout,),
         linear1=plain.LINEAR,

@@ -100,7 +100,7 @@ class Mlp(nn.Module):
 class Block(plain.Fusible, nn.Module):
     """Pre-norm block: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         attention_norm=plain.NORM,
         attn=(Attention,),
         attn__query=plain.LINEAR,

@@ -83,7 +83,7 @@ class Patch_Tokenization(plain.Fusible, nn.Module):
     """Images [B, C, H, W] → tokens [B, (H/P)·(W/P), token_len]; ``split`` alone gives [B, P²·C, n]."""
 
     OPERATION = "patch_embed"
-    PARTS = plain.parts(split=(nn.Unfold,), project=plain.LINEAR)
+    SUBMODULES = plain.submodules(split=(nn.Unfold,), project=plain.LINEAR)
 
     def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
         super().__init__()
@@ -155,7 +155,7 @@ class NeuralNet(nn.Module):
 class _Layer(plain.Fusible, nn.Module):
     """Attention with its value skip, then the neural net; ``value_skip`` as in ``BlockParams``."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         norm1=(nn.LayerNorm,),
         attn=(Attention,),
         attn__qkv=plain.LINEAR,
@@ -262,7 +262,7 @@ class ViT_Model(plain.Fusible, nn.Module):
     """Images [B, C, H, W] → [B, preds]."""
 
     OPERATION = "patch_embed"
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         patch_tokens=(Patch_Tokenization,),
         patch_tokens__split=(nn.Unfold,),
         patch_tokens__project=plain.LINEAR,

@@ -55,7 +55,7 @@ class _TokenAttention(nn.Module):
 class Token_transformer(plain.Fusible, nn.Module):
     """x = v + proj(attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim]."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         norm1=(nn.LayerNorm,),
         attn=(_TokenAttention,),
         attn__qkv=plain.LINEAR,
@@ -128,7 +128,7 @@ def performer_attention(q, k, v, w):
 class Token_performer(plain.Fusible, nn.Module):
     """x = v + proj(performer attention(norm1(x))); x = x + mlp(norm2(x)): [B, N, dim] → [B, N, in_dim·head_cnt]."""
 
-    PARTS = plain.parts(
+    SUBMODULES = plain.submodules(
         norm1=(nn.LayerNorm,),
         kqv=plain.LINEAR,
         proj=plain.LINEAR,
