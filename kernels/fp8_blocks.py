@@ -23,7 +23,10 @@ as they are. Limits: those of the parts; capability 8.9 and later; no dropout, n
 Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433); the bounds are ours.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import attention as attn
 from . import configs
@@ -33,7 +36,7 @@ from .linear import fp8_linear
 from .prepared_blocks import SEMAPHORE_TILES
 
 
-def not_supported_reasons(x, weights, num_heads):
+def not_supported_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
     packed = x.new_empty(0, 0, first_block(Float8Block, weights).qkv_weight.shape[0])
     reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(packed, num_heads)
     if x.device.type == "cuda" and configs.arch_of(x.device) < 89:
@@ -41,7 +44,9 @@ def not_supported_reasons(x, weights, num_heads):
     return list(dict.fromkeys(reasons))
 
 
-def fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+def fp8_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     blocks = unflatten(Float8Block, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())

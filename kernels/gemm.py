@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
@@ -345,7 +346,7 @@ def _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features):
     return tma_compatible, min(x_bytes, weight_bytes) < 16
 
 
-def partials_per_step(width, partial_width):
+def partials_per_step(width: int, partial_width: int) -> int:
     """How many partials of a row are merged at once: all of them, 32 at most, as a power of two."""
     return min(32, configs.power_of_two(configs.cdiv(width, partial_width)))
 
@@ -363,9 +364,22 @@ def _upcast(weight_dtype, out_dtype):
 
 
 def gemm(
-    x, weight, bias, activation=None, *, weight_scale=None, gamma=None, residual=None, row_scale=None, norm=None,
-    with_partials=False, out_dtype=None, semaphore=None, pdl=False, config=None,
-):  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    norm: Any = None,
+    with_partials: bool = False,
+    out_dtype: torch.dtype | None = None,
+    semaphore: Tensor | None = None,
+    pdl: bool = False,
+    config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None): the formula of the head comment for x [B, ..., K] and residual [B, ..., N].
 
     ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm; ``out_dtype``: that of out without a

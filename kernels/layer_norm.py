@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import configs, launch
 
@@ -176,7 +177,7 @@ def _row_partials_kernel(
     tl.store(partials_ptr + rows + row, tl.sum(centred * centred, axis=1), mask=in_rows)
 
 
-def not_supported_reasons(x, weight, bias, eps):
+def not_supported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> list[str]:
     reasons = launch.device_reasons(x, weight, bias)
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {MAX_WIDTH}")
@@ -215,17 +216,32 @@ def _launch(x, weight, bias, eps, out_dtype, config, statistics, pdl=False):
     return y, mean, rstd
 
 
-def layer_norm_fwd(x, weight, bias, eps, out_dtype=None, config=None):
+def layer_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    config: configs.LayerNormConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y [..., C] in out_dtype or x's dtype, mean [rows], rstd [rows])."""
     return _launch(x, weight, bias, eps, out_dtype, config, statistics=True)
 
 
-def layer_norm(x, weight, bias, eps, out_dtype=None, config=None, pdl=False):
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    config: configs.LayerNormConfig | None = None,
+    pdl: bool = False,
+) -> Tensor:
     """y [..., C] alone; the statistics are not stored."""
     return _launch(x, weight, bias, eps, out_dtype, config, statistics=False, pdl=pdl)[0]
 
 
-def row_partials(x, config=None, pdl=False):
+def row_partials(x: Tensor, config: configs.LayerNormConfig | None = None, pdl: bool = False) -> RowPartials:
     """``RowPartials`` of the rows of x [..., C], one partial per row."""
     width = x.shape[-1]
     rows = x.numel() // width
@@ -243,7 +259,7 @@ def row_partials(x, config=None, pdl=False):
     return RowPartials(values, config.block)
 
 
-def row_partials_not_supported_reasons(x):
+def row_partials_not_supported_reasons(x: Tensor) -> list[str]:
     reasons = launch.device_reasons(x)
     if x.shape[-1] > 16384:
         reasons.append(f"width {x.shape[-1]} is above 16384")

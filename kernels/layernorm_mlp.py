@@ -14,23 +14,66 @@ Limits: those of the two parts.
 Source: pre-norm MLP branch of Dosovitskiy et al. (2021), LayerScale of Touvron et al. (2021).
 """
 
-from . import launch
+from torch import Tensor
+
+from . import configs, launch
 from .linear import layer_norm_linear, layer_norm_linear_fwd, layer_norm_linear_not_supported_reasons, linear_residual
 
 
-def not_supported_reasons(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None):
+def not_supported_reasons(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+) -> list[str]:
     reasons = layer_norm_linear_not_supported_reasons(x, ln_weight, ln_bias, eps, w1, b1, activation)
     return reasons + [r for r in launch.device_reasons(x, w2, b2, gamma, row_scale) if r not in reasons]
 
 
-def layernorm_mlp_fwd(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None, config=None):
-    """(out [B, ..., C], mean [rows], rstd [rows]); config is a pair of LinearConfig, for fc1 and fc2."""
+def layernorm_mlp_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+    config: tuple[configs.LinearConfig, configs.LinearConfig] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, ..., C], mean [rows], rstd [rows]); config is a pair of configs.LinearConfig, for fc1 and fc2."""
     fc1, fc2 = config or (None, None)
     hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation, config=fc1)
     return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, config=fc2), mean, rstd
 
 
-def layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, *, row_scale=None, config=None):
+def layernorm_mlp(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+    config: tuple[configs.LinearConfig, configs.LinearConfig] | None = None,
+) -> Tensor:
     """out [B, ..., C] alone; the statistics are not stored."""
     fc1, fc2 = config or (None, None)
     hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, config=fc1)

@@ -22,17 +22,39 @@ Limits: float64 in the interpreter only; dropout is not fused; loads narrower th
 16-bit types, x transposed) are slow.
 """
 
-from . import launch
+import torch
+from torch import Tensor
+
+from . import configs, launch
 from . import layer_norm as ln
 from .gemm import gemm
 
 
-def linear(x, weight, bias, activation=None, *, gamma=None, residual=None, row_scale=None, config=None):
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
     """out [B, ..., N] (N/2 for swiglu), in the residual's dtype or, without one, in the weight's."""
     return gemm(x, weight, bias, activation, gamma=gamma, residual=residual, row_scale=row_scale, config=config)[0]
 
 
-def linear_with_partials(x, weight, bias, residual, *, semaphore=None, pdl=False, config=None):
+def linear_with_partials(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    semaphore: Tensor | None = None,
+    pdl: bool = False,
+    config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, ln.RowPartials]:
     """(residual + x Wᵀ + bias in the residual's dtype, the ``RowPartials`` of its rows).
 
     semaphore: zeros for split-K, int32, which this call alone may count in; made where they are None or too few.
@@ -40,7 +62,18 @@ def linear_with_partials(x, weight, bias, residual, *, semaphore=None, pdl=False
     return gemm(x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, pdl=pdl, config=config)
 
 
-def folded_linear(x, partials, eps, weight, column_sum, bias, activation=None, *, pdl=False, config=None):
+def folded_linear(
+    x: Tensor,
+    partials: ln.RowPartials,
+    eps: float,
+    weight: Tensor,
+    column_sum: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    pdl: bool = False,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
     """act(LN(x) Wᵀ + bias), LN without weight and bias.
 
     partials: those of x; column_sum: weight.sum(1), float32 (float64 for float64), small where the rows of weight are
@@ -51,9 +84,19 @@ def folded_linear(x, partials, eps, weight, column_sum, bias, activation=None, *
 
 
 def fp8_linear(
-    x, weight, weight_scale, bias, activation=None, *, out_scale=None, residual=None, out_dtype=None, semaphore=None,
-    pdl=False, config=None,
-):  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: str | None = None,
+    *,
+    out_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    semaphore: Tensor | None = None,
+    pdl: bool = False,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
     """residual + out_scale · act(weight_scale · (x Wᵀ) + bias) in the residual's dtype, else in ``out_dtype``.
 
     x [..., K] and weight [N, K] float8 e4m3; weight_scale [N], bias [N] or None, out_scale [width of out] or None,
@@ -65,26 +108,69 @@ def fp8_linear(
     )[0]  # fmt: skip
 
 
-def linear_residual(x, weight, bias, gamma, residual, *, row_scale=None, config=None):
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
     """residual + row_scale · gamma · (x Wᵀ + bias), in the residual's dtype."""
     return linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=config)
 
 
-def linear_residual_not_supported_reasons(x, weight, bias, gamma, residual, *, row_scale=None):
+def linear_residual_not_supported_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+) -> list[str]:
     return launch.device_reasons(x, weight, bias, gamma, residual, row_scale)
 
 
-def layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, weight, bias, activation=None, config=None):
+def layer_norm_linear_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(act(LN(x) Wᵀ + bias) in the weight's dtype, mean [rows], rstd [rows]); LN(x) is stored in the weight's dtype."""
     normal, mean, rstd = ln.layer_norm_fwd(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
     return linear(normal, weight, bias, activation, config=config), mean, rstd
 
 
-def layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation=None, config=None):
+def layer_norm_linear(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
     normal = ln.layer_norm(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
     return linear(normal, weight, bias, activation, config=config)
 
 
-def layer_norm_linear_not_supported_reasons(x, ln_weight, ln_bias, eps, weight, bias, activation=None):
+def layer_norm_linear_not_supported_reasons(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> list[str]:
     reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps)
     return reasons + [reason for reason in launch.device_reasons(x, weight, bias) if reason not in reasons]

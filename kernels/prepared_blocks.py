@@ -22,7 +22,10 @@ Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
 Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean as a rank-one correction.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import attention as attn
 from . import configs
@@ -33,13 +36,15 @@ from .linear import folded_linear, linear_with_partials
 SEMAPHORE_TILES = 256  # counters a GEMM; split-K is for fewer tiles than there are multiprocessors
 
 
-def not_supported_reasons(x, weights, num_heads):
+def not_supported_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
     packed = first_block(FoldedBlock, weights).qkv_weight.t()[None]  # has width, dtype and device of qkv
     reasons = ln.row_partials_not_supported_reasons(x) + attn.not_supported_reasons(packed, num_heads)
     return list(dict.fromkeys(reasons))
 
 
-def prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2):
+def prepared_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())

@@ -6,7 +6,7 @@ where something is in the way, the library's own forward runs, so that every hoo
 reason is noted for ``explain``. It has
 
     OPERATION          what it is in the rows of ``explain``
-    SUBMODULES              path of each sub-module → the classes it may have (``vit_fast.plain``)
+    SUBMODULES         path of each sub-module → the classes it may have (``vit_fast.plain``)
     not_covered(self)  what its formula does not cover, or None; asked of the library's instance too, before the swap
     params(self)       its weights (``BlockParams``), where its stack can be prepared
 
