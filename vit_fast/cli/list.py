@@ -61,7 +61,7 @@ def list_models(
     families: Annotated[bool, typer.Option("--families", help="The families and how many names each has.")] = False,
     long: Annotated[bool, typer.Option("--long", "-l", help="A table: family, input, parameter counts.")] = False,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Count with so many classes; needs --long.")] = None,
-):
+) -> None:
     """Print the names of the models, one a line."""
     if num_classes is not None and not long:
         raise CommandError("--num-classes is given without --long, which counts with it")
