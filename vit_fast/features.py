@@ -1,5 +1,7 @@
 """Feature maps of chosen blocks, as timm's ``features_only`` gives them to detection and segmentation heads."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,17 +9,17 @@ from torch import nn
 class FeatureInfo:
     """Channels, reduction and module of every block; by default told of the chosen ones. timm's interface."""
 
-    def __init__(self, info: list[dict], out_indices: list[int]):
+    def __init__(self, info: list[dict], out_indices: list[int]) -> None:
         self.info = [{"index": i, **block} for i, block in enumerate(info)]
         self.out_indices = tuple(out_indices)
 
-    def get(self, key: str, idx: int | list[int] | None = None):
+    def get(self, key: str, idx: int | list[int] | None = None) -> Any:
         """Values of a key: of the chosen blocks, of block ``idx``, or of the blocks in a list."""
         if isinstance(idx, int):
             return self.info[idx][key]
         return [self.info[i][key] for i in (self.out_indices if idx is None else idx)]
 
-    def get_dicts(self, keys: list[str] | None = None, idx: int | list[int] | None = None):
+    def get_dicts(self, keys: list[str] | None = None, idx: int | list[int] | None = None) -> Any:
         """The entries of the chosen blocks, of block ``idx``, or of the blocks in a list; ``keys`` selects."""
 
         def entry(i):
@@ -25,22 +27,22 @@ class FeatureInfo:
 
         return entry(idx) if isinstance(idx, int) else [entry(i) for i in (self.out_indices if idx is None else idx)]
 
-    def channels(self, idx: int | list[int] | None = None):
+    def channels(self, idx: int | list[int] | None = None) -> Any:
         """Channels of the feature maps."""
         return self.get("num_chs", idx)
 
-    def reduction(self, idx: int | list[int] | None = None):
+    def reduction(self, idx: int | list[int] | None = None) -> Any:
         """Pixels of the image for each of the feature map, along a side."""
         return self.get("reduction", idx)
 
-    def module_name(self, idx: int | list[int] | None = None):
+    def module_name(self, idx: int | list[int] | None = None) -> Any:
         """Names of the blocks in the model."""
         return self.get("module", idx)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.info[index]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.info)
 
 
@@ -52,7 +54,7 @@ class FeatureGetterNet(nn.Module):
         out_indices: the last n blocks, or a list (negative counts from the end).
     """
 
-    def __init__(self, model: nn.Module, out_indices: int | list[int]):
+    def __init__(self, model: nn.Module, out_indices: int | list[int]) -> None:
         super().__init__()
         self.out_indices = model.prune_intermediate_layers(out_indices, prune_norm=True)
         self.feature_info = FeatureInfo(model.feature_info, self.out_indices)

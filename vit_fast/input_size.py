@@ -1,7 +1,9 @@
 """The size of the images that a model was built for, as models of vit_fast, timm, torchvision, transformers tell it."""
 
+from torch import nn
 
-def input_size(model) -> tuple[int, int, int] | None:
+
+def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width), or None of a model that does not tell."""
     config, default = getattr(model, "config", None), getattr(model, "default_cfg", None)
     embed, channels = getattr(model, "patch_embed", None), getattr(model, "in_chans", 3)

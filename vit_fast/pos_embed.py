@@ -12,6 +12,7 @@ R5    open_clip, timm ≥ 0.8                      bicubic, antialiased
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,13 @@ def _check_grid(name, grid):
     return tuple(grid)
 
 
-def resize_pos_embed(table, old_grid, new_grid, policy: str = "R5", num_prefix_tokens: int = 0):
+def resize_pos_embed(
+    table: torch.Tensor,
+    old_grid: Sequence[int] | None,
+    new_grid: Sequence[int],
+    policy: str = "R5",
+    num_prefix_tokens: int = 0,
+) -> torch.Tensor:
     """A table of position embeddings for another grid.
 
     Args:

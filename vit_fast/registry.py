@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {}
 
 
-def register(name: str, build=VisionTransformer, **arguments):
+def register(name: str, build: Callable[..., nn.Module] = VisionTransformer, **arguments: Any) -> None:
     """Adds a preset under a name that ``create_model`` and ``list_models`` then know."""
     PRESETS[name] = Preset(arguments, build)
 
@@ -267,7 +268,7 @@ def create_model(
     cache_dir: str | None = None,
     features_only: bool = False,
     out_indices: int | list[int] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """Builds a model by its timm name.
 

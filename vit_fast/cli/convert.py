@@ -1,7 +1,7 @@
 """``vit-fast convert``: a checkpoint of one program in the keys of another, with a report of every key."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,8 +59,10 @@ def convert(
         raise CommandError(f"{target} is the source itself, expected another file")
     if target.exists() and not force:
         raise CommandError(f"{target} exists; --force overwrites it")
-    kwargs = dict(family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript)
-    kwargs |= dict(patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid))
+    kwargs: dict[str, Any] = dict(
+        family=family, policy=policy, in_chans=in_chans, drop_head=drop_head, torchscript=torchscript,
+        patch_size=patch_size, grid=_grid("--grid", grid), old_grid=_grid("--old-grid", old_grid),
+    )  # fmt: skip
     options.output_file("TARGET", target)
     safetensors = require("safetensors", "timm")
     try:

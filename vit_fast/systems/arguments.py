@@ -5,10 +5,12 @@ Messages are ``vit_fast.systems.<family>: <argument> is <what came>, expected <w
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from vit_fast import layer_args
 from vit_fast.checkpoints.files import read_state_dict, unwrap
@@ -16,15 +18,19 @@ from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.kernels.tracing import untraced
 from vit_fast.layer_args import activation_of, built
 
+Size = int | Sequence[int]  # of a square, or (height, width)
+Layer = Callable[..., nn.Module]  # a class, partial or function that makes a layer
+Source = Mapping[str, Any] | str | os.PathLike[str]  # a state_dict, a checkpoint around one, or a file
+
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
-def fail(family, name, value, wanted):
+def fail(family: str, name: str, value: Any, wanted: str) -> NoReturn:
     """Raises ``ValueError`` for an argument."""
     raise ValueError(f"vit_fast.systems.{family}: {name} is {value!r}, expected {wanted}")
 
 
-def integer(family, name, value, minimum=1):
+def integer(family: str, name: str, value: Any, minimum: int = 1) -> int:
     """An int; a float that holds a whole number passes, as several originals compute sizes with ``/``."""
     if isinstance(value, bool) or not isinstance(value, (Integral, float)):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected an int")
@@ -33,15 +39,16 @@ def integer(family, name, value, minimum=1):
     return int(value)
 
 
-def pair(family, name, value, minimum=1):
+def pair(family: str, name: str, value: Any, minimum: int = 1) -> tuple[int, int]:
     """An int or a pair (list or tuple) of ints as a pair."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2:
         fail(family, name, value, "an int or a pair of ints")
-    return tuple(integer(family, name, size, minimum) for size in values)
+    first, second = (integer(family, name, size, minimum) for size in values)
+    return first, second
 
 
-def rate(family, name, value):
+def rate(family: str, name: str, value: Any) -> float:
     """A drop rate, 0 ≤ rate < 1."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a float")
@@ -50,7 +57,7 @@ def rate(family, name, value):
     return float(value)
 
 
-def positive(family, name, value):
+def positive(family: str, name: str, value: Any) -> float:
     """A finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a number")
@@ -59,14 +66,14 @@ def positive(family, name, value):
     return value
 
 
-def one_of(family, name, value, choices):
+def one_of(family: str, name: str, value: Any, choices: Sequence[Any]) -> Any:
     """The value itself where it is among the choices."""
     if value not in choices:
         fail(family, name, value, f"one of {', '.join(repr(choice) for choice in choices)}")
     return value
 
 
-def one_of_two(family, name, value, other_name, other_value, default):
+def one_of_two(family: str, name: str, value: Any, other_name: str, other_value: Any, default: Any) -> Any:
     """The value of an argument with two names; None is not given, two different values are an error."""
     if value is not None and other_value is not None and value != other_value:
         fail(family, other_name, other_value, f"{value!r} (as {name}, the same argument)")
@@ -74,7 +81,7 @@ def one_of_two(family, name, value, other_name, other_value, default):
     return default if chosen is None else chosen
 
 
-def activation_name(family, name, value):
+def activation_name(family: str, name: str, value: Any) -> str | None:
     """The library's name of an activation that is given as a name, class or partial; None for another class."""
     if isinstance(value, str):
         return one_of(family, name, value, _ACTIVATIONS)
@@ -84,18 +91,18 @@ def activation_name(family, name, value):
     return activation if activation in _ACTIVATIONS else None
 
 
-def norm_maker(family, norm_layer, eps, **dd):
+def norm_maker(family: str, norm_layer: Layer | None, eps: float, **dd: Any) -> Callable[..., nn.Module]:
     """What makes a family's LayerNorms, a function of the width; eps where norm_layer is None."""
     return layer_args.norm_maker(f"vit_fast.systems.{family}: norm_layer", norm_layer, eps, **dd)
 
 
-def check_heads(family, heads_name, heads, width_name, width):
+def check_heads(family: str, heads_name: str, heads: int, width_name: str, width: int) -> None:
     """``ValueError`` unless the heads divide the width."""
     if width % heads:
         fail(family, heads_name, heads, f"a divisor of {width_name} {width}")
 
 
-def check_traceable(family, images):
+def check_traceable(family: str, images: Any) -> None:
     """``UnsupportedError`` where torch.fx traces the model: these forwards read the sizes of images."""
     if isinstance(images, torch.fx.Proxy):
         raise UnsupportedError(
@@ -105,7 +112,7 @@ def check_traceable(family, images):
 
 
 @untraced
-def check_images(family, images, in_chans):
+def check_images(family: str, images: Any, in_chans: int) -> None:
     """``TypeError`` or ``ValueError`` unless images are a tensor [B, in_chans, H, W]."""
     check_traceable(family, images)
     if not isinstance(images, torch.Tensor):
@@ -118,18 +125,18 @@ def check_images(family, images, in_chans):
         raise ValueError(f"vit_fast.systems.{family}: images have {images.shape[1]} channels, expected {in_chans}")
 
 
-def check_float(family, images):
+def check_float(family: str, images: Any) -> None:
     """``ValueError`` unless the images are of a floating dtype."""
     if not images.is_floating_point():
         raise ValueError(f"vit_fast.systems.{family}: images have dtype {images.dtype}, expected floating point")
 
 
-def fail_images(family, images, wanted):
+def fail_images(family: str, images: Any, wanted: str) -> NoReturn:
     """Raises ``ValueError`` for an image size."""
     raise ValueError(f"vit_fast.systems.{family}: images are {images.shape[2]}×{images.shape[3]}, expected {wanted}")
 
 
-def state_of(family, source, torchscript=False):
+def state_of(family: str, source: Source, torchscript: bool = False) -> dict[str, torch.Tensor]:
     """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``weights.read_state_dict``.
 
     Raises:

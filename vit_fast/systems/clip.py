@@ -22,6 +22,8 @@ Li et al., "CLIP-ReID", 2023; open_clip.
 import math
 import operator
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,11 +84,11 @@ PRESETS = {
 class Activation(nn.Module):
     """An activation of ``ops.layernorm_mlp`` by its name."""
 
-    def __init__(self, activation):
+    def __init__(self, activation: str) -> None:
         super().__init__()
         self.activation = activation
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return activate(x, self.activation)
 
 
@@ -105,7 +107,16 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
         ls_2=(LayerScale, nn.Identity),
     )
 
-    def __init__(self, width, heads, hidden, activation, make_norm, ls_init_value, dd):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: str,
+        make_norm: arguments.Layer,
+        ls_init_value: float | None,
+        dd: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.ln_1 = make_norm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True, **dd)
@@ -117,7 +128,7 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value, **dd)
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         return plain.multihead_not_covered(self.attn)
 
     def params(self) -> BlockParams:
@@ -141,7 +152,7 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
             gamma2=getattr(self.ls_2, "gamma", None),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_fused():
             p, attn = self.params(), self.attn
             return mlp_branch(attention_branch(x, p, attn_drop=attn.dropout if attn.training else 0.0), p)
@@ -153,15 +164,15 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
 class Transformer(nn.Module):
     """The blocks: [B, N, D] → [B, N, D]."""
 
-    def __init__(self, blocks):
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.resblocks = nn.Sequential(*blocks)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return call_blocks(self.resblocks, x, self._run_block, self.grad_checkpointing)
 
-    def run(self, x):
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the input of the last block, its output)."""
         last = run_blocks(self.resblocks, x, 0, -1, self._run_block)
         return last, run_blocks(self.resblocks, last, -1, None, self._run_block)
@@ -179,15 +190,42 @@ class ImageTower(nn.Module):
     """The tower; ``build`` describes the arguments, the head of this file the outputs."""
 
     def __init__(
-        self, variant, *, patch_size, width, stride_size=None, layers=12, heads=None, output_dim=None, in_chans=3,
-        mlp_ratio=4.0, activation="quick_gelu", img_size=None, image_size=None, input_resolution=None,
-        h_resolution=None, w_resolution=None, num_patches=None, dynamic_img_size=False, allow_floor=False,
-        pos_embed_policy=None, ls_init_value=None, patch_dropout=0.0, no_ln_pre=False, pool_type="tok",
-        final_ln_after_pool=False, output_tokens=False, act_layer=None, norm_layer=None, mean=MEAN, std=STD,
-        device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        variant: str,
+        *,
+        patch_size: arguments.Size,
+        width: int,
+        stride_size: arguments.Size | None = None,
+        layers: int = 12,
+        heads: int | None = None,
+        output_dim: int | None = None,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        activation: str | arguments.Layer = "quick_gelu",
+        img_size: arguments.Size | None = None,
+        image_size: arguments.Size | None = None,
+        input_resolution: arguments.Size | None = None,
+        h_resolution: int | None = None,
+        w_resolution: int | None = None,
+        num_patches: int | None = None,
+        dynamic_img_size: bool = False,
+        allow_floor: bool = False,
+        pos_embed_policy: str | None = None,
+        ls_init_value: float | None = None,
+        patch_dropout: float = 0.0,
+        no_ln_pre: bool = False,
+        pool_type: str = "tok",
+        final_ln_after_pool: bool = False,
+        output_tokens: bool = False,
+        act_layer: arguments.Layer | None = None,
+        norm_layer: arguments.Layer | None = None,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.variant = arguments.one_of("clip", "variant", variant, VARIANTS)
         self.patch_size = arguments.pair("clip", "patch_size", patch_size)
         stride = patch_size if stride_size is None else stride_size
@@ -330,7 +368,7 @@ class ImageTower(nn.Module):
             pooled = x[:, 0] if self.pool_type == "tok" else tokens.mean(dim=1)
         return (plain.layer_norm(self.ln_post, pooled) if self.final_ln_after_pool else pooled), tokens
 
-    def forward(self, images, cv_emb=None):
+    def forward(self, images: torch.Tensor, cv_emb: torch.Tensor | None = None) -> Any:
         """images [B, in_chans, H, W], float; cv_emb [B, D] (clip_reid alone) is added to the class token."""
         arguments.check_traceable("clip", images)
         if cv_emb is not None and self.variant != "clip_reid":
@@ -352,12 +390,12 @@ class ImageTower(nn.Module):
         """Names of parameters that take no weight decay."""
         return {"positional_embedding", "class_embedding"}
 
-    def set_grad_checkpointing(self, enable: bool = True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 
 
-def build(variant: str = "openai", **kwargs) -> ImageTower:
+def build(variant: str = "openai", **kwargs: Any) -> ImageTower:
     """An image tower with the arguments of one of its originals; every variant takes all of them.
 
     Args:
@@ -388,12 +426,12 @@ def build(variant: str = "openai", **kwargs) -> ImageTower:
     return ImageTower(variant, **kwargs)
 
 
-def read(source):
+def read(source: arguments.Source) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint of any of the originals, TorchScript archives included."""
     return arguments.state_of("clip", source, torchscript=True)
 
 
-def tower_state(state):
+def tower_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tower's own keys: what follows "visual." or "image_encoder.", or all keys where there is no such prefix; the
     rest is left out with a warning."""
     prefix = next((p for p in ("visual.", "image_encoder.") if any(key.startswith(p) for key in state)), "")
@@ -407,7 +445,14 @@ def tower_state(state):
     return tower
 
 
-def infer_arguments(source, *, heads=None, img_size=None, stride_size=None, activation=None) -> dict:
+def infer_arguments(
+    source: arguments.Source,
+    *,
+    heads: int | None = None,
+    img_size: arguments.Size | None = None,
+    stride_size: arguments.Size | None = None,
+    activation: str | None = None,
+) -> dict:
     """The arguments of ``build`` that a checkpoint asks for.
 
     OpenAI's own archives tell all of them: they hold input_resolution, and their program has width // 64 heads,
@@ -458,7 +503,7 @@ def infer_arguments(source, *, heads=None, img_size=None, stride_size=None, acti
     )  # fmt: skip
 
 
-def fit_table(state, key, tower, old_grid):
+def fit_table(state: dict[str, torch.Tensor], key: str, tower: ImageTower, old_grid: tuple[int, int] | None) -> None:
     """Resizes a position table of another grid in place; a table of the own count stays unless old_grid is given."""
     table = state.get(key)
     if table is None or table.dim() != 2 or tower.grid_size is None:
@@ -474,7 +519,7 @@ def fit_table(state, key, tower, old_grid):
 
 
 @loads(ImageTower)
-def load(model, source, old_grid=None):
+def load(model: ImageTower, source: arguments.Source, old_grid: tuple[int, int] | None = None) -> ImageTower:
     """Loads weights of the originals, strictly; returns the model.
 
     Args:
@@ -495,7 +540,7 @@ def load(model, source, old_grid=None):
     return load_state_dict(model, tower_state(read(source)), fit)
 
 
-def convert_weights(model, dtype=torch.float16):
+def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
     """OpenAI's mixed precision, in place: convolution, linear layers and projection in 16 bits; LayerNorms and
     embeddings stay as they are. CLIP-ReID's function of this name converts to float32."""
     for name, parameter in model.named_parameters():

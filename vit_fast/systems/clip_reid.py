@@ -6,6 +6,8 @@ Source: Li, Sun, Li, "CLIP-ReID: Exploiting Vision-Language Model for Image Re-i
 Labels", 2023.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,15 @@ class ReID(nn.Module):
     evaluation → [B, D + output_dim]: cat(f, f_proj), or of their batch norms with neck_feat "after".
     """
 
-    def __init__(self, tower, num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before"):
+    def __init__(
+        self,
+        tower: clip.ImageTower,
+        num_classes: int,
+        camera_num: int = 0,
+        view_num: int = 0,
+        sie_coe: float = 3.0,
+        neck_feat: str = "before",
+    ) -> None:
         super().__init__()
         self.neck_feat = arguments.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
         if tower.variant != "clip_reid" or tower.proj is None:
@@ -34,7 +44,7 @@ class ReID(nn.Module):
         self.camera_num = arguments.integer("clip_reid", "camera_num", camera_num, 0)
         self.view_num = arguments.integer("clip_reid", "view_num", view_num, 0)
         self.sie_coe = sie_coe
-        like = {"device": tower.proj.device, "dtype": tower.class_embedding.dtype}
+        like: dict[str, Any] = {"device": tower.proj.device, "dtype": tower.class_embedding.dtype}
         self.classifier = nn.Linear(tower.width, num_classes, bias=False, **like)
         self.classifier_proj = nn.Linear(tower.output_dim, num_classes, bias=False, **like)
         self.bottleneck = nn.BatchNorm1d(tower.width, **like)
@@ -64,7 +74,9 @@ class ReID(nn.Module):
             return None
         return (self.sie_coe * self.cv_embed[index]).expand(batch, -1)
 
-    def forward(self, images, cam_label=None, view_label=None):
+    def forward(
+        self, images: torch.Tensor, cam_label: torch.Tensor | None = None, view_label: torch.Tensor | None = None
+    ) -> Any:
         arguments.check_traceable("clip_reid", images)
         side = self._side_information(cam_label, view_label, images.shape[0])
         last, feature, projected = (tokens[:, 0] for tokens in self.image_encoder(images, side))
@@ -76,7 +88,14 @@ class ReID(nn.Module):
         return [self.classifier(neck), self.classifier_proj(neck_proj)], [last, feature, projected], projected
 
 
-def build(num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before", **tower_kwargs) -> ReID:
+def build(
+    num_classes: int,
+    camera_num: int = 0,
+    view_num: int = 0,
+    sie_coe: float = 3.0,
+    neck_feat: str = "before",
+    **tower_kwargs: Any,
+) -> ReID:
     """The whole image model.
 
     Args:
@@ -91,7 +110,7 @@ def build(num_classes, camera_num=0, view_num=0, sie_coe=3.0, neck_feat="before"
 
 
 @loads(ReID)
-def load(model: ReID, source, old_grid=None) -> ReID:
+def load(model: ReID, source: arguments.Source, old_grid: tuple[int, int] | None = None) -> ReID:
     """Loads a checkpoint of CLIP-ReID, of which the text side is left out, or a CLIP's image tower alone; strict.
 
     Arguments and errors as in ``clip.load``.

@@ -19,6 +19,8 @@ Source: Touvron et al., "Training data-efficient image transformers & distillati
 import inspect
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +70,13 @@ PRESETS = _presets()
 class OpenMlp(nn.Module):
     """fc2(act(fc1(x))) with any activation module; its block runs unfused."""
 
-    def __init__(self, dim, hidden, act, drop, dd):
+    def __init__(self, dim: int, hidden: int, act: nn.Module, drop: float, dd: dict[str, Any]) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act, self.drop = act, drop
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = F.dropout(self.act(self.fc1(x)), self.drop, self.training)
         return F.dropout(self.fc2(hidden), self.drop, self.training)
 
@@ -100,7 +102,9 @@ class _Heads:
     def _make_head(self, dd):
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
 
-    def forward_head(self, features, pre_logits: bool = False):
+    def forward_head(
+        self, features: torch.Tensor | tuple[torch.Tensor, torch.Tensor], pre_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What ``forward_features`` returns → the output; ``pre_logits`` returns it as it is."""
         if pre_logits:
             return features
@@ -109,15 +113,15 @@ class _Heads:
         outputs = self.head(features[0]), self.head_dist(features[1])
         return outputs if self.training and self.distilled_training else (outputs[0] + outputs[1]) / 2
 
-    def set_distilled_training(self, enable: bool = True):
+    def set_distilled_training(self, enable: bool = True) -> None:
         """Whether a distilled model returns the tuple of both heads in training; it does by default."""
         self.distilled_training = enable
 
-    def get_classifier(self):
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """head, or (head, head_dist)."""
         return self.head if self.head_dist is None else (self.head, self.head_dist)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None):
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads, freshly initialised; 0 for none. ``global_pool`` can only be "token"."""
         arguments.one_of("deit", "global_pool", global_pool, (None, "token"))
         self.num_classes = arguments.integer("deit", "num_classes", num_classes, 0)
@@ -137,7 +141,7 @@ class _Heads:
 class DeiT(_Heads, VisionTransformer):
     """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, arguments and initialisation."""
 
-    def __init__(self, w, dd):
+    def __init__(self, w: dict[str, Any], dd: dict[str, Any]) -> None:
         rates = dict(
             pos_drop_rate=w["drop_ratio"], proj_drop_rate=w["drop_ratio"], attn_drop_rate=w["attn_drop_ratio"],
             drop_path_rate=w["drop_path_ratio"],
@@ -172,7 +176,7 @@ class DeiT(_Heads, VisionTransformer):
             self.init_weights(w["weight_init"])
 
     @torch.no_grad()
-    def init_weights(self, mode: str = ""):
+    def init_weights(self, mode: str = "") -> None:
         """Initialises the parameters: "" as DeiT, "wz" as the rewrite, timm's "jax" and "jax_nlhb", "moco"."""
         super().init_weights(mode)
         for token in (self.cls_token, self.dist_token):
@@ -213,11 +217,15 @@ class DeiT(_Heads, VisionTransformer):
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         return F.dropout(x, self.pos_drop_rate, self.training)
 
-    def forward_tokens(self, images, attn_mask=None, is_causal: bool = False):
+    def forward_tokens(
+        self, images: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
         """Images → normalised tokens [B, num_tokens + N, D]."""
         return super().forward_features(images, attn_mask, is_causal)
 
-    def forward_features(self, images, attn_mask=None, is_causal: bool = False):
+    def forward_features(
+        self, images: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
         x, bias = self._embed_masked(images, attn_mask, is_causal)
         x = plain.layer_norm(self.norm, self._run_blocks(x, bias=bias), slice(self.num_tokens))
@@ -234,7 +242,7 @@ class DeiT(_Heads, VisionTransformer):
 class LiteralDeiT(_Heads, nn.Module):
     """The page's arithmetic to the letter: post-norm ReLU layers whose attention runs over the batch; see the head."""
 
-    def __init__(self, w, dd):
+    def __init__(self, w: dict[str, Any], dd: dict[str, Any]) -> None:
         super().__init__()
         self.embed_dim, self.in_chans, self.img_size = w["embed_dim"], w["in_c"], w["img_size"]
         self.grid_size = tuple(size // patch for size, patch in zip(w["img_size"], w["patch_size"], strict=True))
@@ -255,7 +263,7 @@ class LiteralDeiT(_Heads, nn.Module):
             self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """trunc_normal 0.02 for tokens, table and linear weights, but xavier_uniform for the packed qkv projection."""
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None:
@@ -265,7 +273,7 @@ class LiteralDeiT(_Heads, nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, images):
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
         arguments.check_images("deit", images, self.in_chans)
         arguments.check_float("deit", images)
@@ -278,7 +286,7 @@ class LiteralDeiT(_Heads, nn.Module):
         x = self.norm(self.blocks(x).transpose(0, 1))
         return self.pre_logits(x[:, 0]) if self.dist_token is None else (x[:, 0], x[:, 1])
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return self.forward_head(self.forward_features(images))
 
 
@@ -324,12 +332,38 @@ def _check(w):
 
 
 def build(
-    img_size=224, patch_size=16, in_c=None, num_classes=1000, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-    qkv_bias=True, qk_scale=None, representation_size=None, distilled=False, drop_ratio=None, attn_drop_ratio=None,
-    drop_path_ratio=None, embed_layer=None, norm_layer=None, act_layer=None, *, in_chans=None, drop_rate=None,
-    attn_drop_rate=None, drop_path_rate=None, weight_init="", compat=None, dynamic_img_size=False,
-    pos_embed_policy="R4", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), device=None, dtype=None,
-) -> DeiT | LiteralDeiT:  # fmt: skip
+    img_size: arguments.Size = 224,
+    patch_size: arguments.Size = 16,
+    in_c: int | None = None,
+    num_classes: int = 1000,
+    embed_dim: int = 768,
+    depth: int = 12,
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = True,
+    qk_scale: float | None = None,
+    representation_size: int | None = None,
+    distilled: bool = False,
+    drop_ratio: float | None = None,
+    attn_drop_ratio: float | None = None,
+    drop_path_ratio: float | None = None,
+    embed_layer: arguments.Layer | None = None,
+    norm_layer: arguments.Layer | None = None,
+    act_layer: str | arguments.Layer | None = None,
+    *,
+    in_chans: int | None = None,
+    drop_rate: float | None = None,
+    attn_drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    weight_init: str = "",
+    compat: str | None = None,
+    dynamic_img_size: bool = False,
+    pos_embed_policy: str = "R4",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DeiT | LiteralDeiT:
     """A DeiT, with the arguments of the page (in_c, drop_ratio, ...) or of timm (in_chans, drop_rate, ...).
 
     Args:
@@ -361,9 +395,12 @@ def build(
     literal = arguments.one_of("deit", "compat", compat, (None, "literal")) == "literal"
     if in_c != 3 and mean == std == (0.5,) * 3:
         mean = std = (0.5,) * in_c
-    dd = {"device": device, "dtype": dtype}
+    dd: dict[str, Any] = {"device": device, "dtype": dtype}
     w = _check({name: value for name, value in locals().items() if name not in ("dd", "one")})
     return LiteralDeiT(w, dd) if literal else DeiT(w, dd)
+
+
+Family = TypeVar("Family", DeiT, LiteralDeiT)
 
 
 def _own_spelling(model, state):
@@ -379,7 +416,9 @@ def _own_spelling(model, state):
 
 
 @loads(DeiT, LiteralDeiT)
-def load(model, source, fine_tune: bool = False, old_grid=None):
+def load(
+    model: Family, source: arguments.Source, fine_tune: bool = False, old_grid: tuple[int, int] | None = None
+) -> Family:
     """Loads weights of DeiT, timm, the rewrite, the page (literal models) or Google (.npz), strictly.
 
     Args:

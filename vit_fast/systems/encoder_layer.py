@@ -7,8 +7,10 @@ Pre-norm: LN in front of each branch instead. Attention is over axis 1 of [B, N,
 Source: Vaswani et al., "Attention Is All You Need", 2017.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
+import torch
 from torch import nn
 
 from vit_fast import plain
@@ -30,7 +32,16 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
         dropout2=(nn.Dropout,),
     )
 
-    def __init__(self, dim, num_heads, hidden, dropout=0.1, activation="relu", eps=1e-5, pre_norm=False):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        pre_norm: bool = False,
+    ) -> None:
         super().__init__(
             dim, num_heads, hidden, dropout, partial(activate, activation=activation), eps,
             batch_first=True, norm_first=pre_norm,
@@ -41,7 +52,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
         attn = self.self_attn.dropout if self.self_attn.training else 0.0
         return attn, *map(drop_rate, (self.dropout1, self.dropout, self.dropout2))
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         if getattr(self.activation, "func", None) is not activate:
             return f"its activation is {self.activation}"
         drops = self._drops()
@@ -67,7 +78,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             activation=self.activation.keywords["activation"],
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_fused():
             # Not super().forward: in eval mode torch's own fast path reads past the calls of adapters.
             if self.norm_first:
@@ -88,11 +99,11 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
 class Encoder(nn.Module):
     """Layers and an optional final LayerNorm under the names of ``nn.TransformerEncoder``: [B, N, C] → [B, N, C]."""
 
-    def __init__(self, layers, norm=None):
+    def __init__(self, layers: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = run_blocks(self.layers, x)
         return x if self.norm is None else plain.layer_norm(self.norm, x)

@@ -24,6 +24,7 @@ google-research/vision_transformer (Apache-2.0).
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,19 @@ from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.reference import activate, attention_weights
 from vit_fast.kernels.tracing import untraced
 
-from .arguments import check_float, check_heads, check_images, fail, fail_images, integer, one_of, pair, rate, state_of
+from .arguments import (
+    Source,
+    check_float,
+    check_heads,
+    check_images,
+    fail,
+    fail_images,
+    integer,
+    one_of,
+    pair,
+    rate,
+    state_of,
+)
 from .hybrid_config import CONFIGS, Config, read
 from .resnetv2 import MODES, ResNetV2
 
@@ -66,14 +79,14 @@ PRESETS: dict[str, dict] = {
 class Attention(nn.Module):
     """Self-attention of normalised tokens: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
 
-    def __init__(self, dim, num_heads, attn_drop, out_drop, vis):
+    def __init__(self, dim: int, num_heads: int, attn_drop: float, out_drop: float, vis: bool) -> None:
         super().__init__()
         self.num_heads, self.scale, self.vis = num_heads, (dim // num_heads) ** -0.5, vis
         self.attn_drop, self.out_drop = attn_drop, out_drop
         for name in ("query", "key", "value", "out"):
             setattr(self, name, nn.Linear(dim, dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = self.query(x), self.key(x), self.value(x)
         probabilities = None
         if self.vis:
@@ -87,12 +100,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """fc2(act(fc1(x))): [B, N, C] → [B, N, C]."""
 
-    def __init__(self, dim, hidden, drop, activation):
+    def __init__(self, dim: int, hidden: int, drop: float, activation: str) -> None:
         super().__init__()
         self.drop, self.activation = drop, activation
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(activate(self.fc1(x), self.activation), self.drop, self.training)
         return F.dropout(self.fc2(x), self.drop, self.training)
 
@@ -113,7 +126,17 @@ class Block(plain.Fusible, nn.Module):
         ffn__fc2=plain.LINEAR,
     )
 
-    def __init__(self, dim, hidden, num_heads, attn_drop, out_drop, drop, activation, vis):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_heads: int,
+        attn_drop: float,
+        out_drop: float,
+        drop: float,
+        activation: str,
+        vis: bool,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -140,7 +163,7 @@ class Block(plain.Fusible, nn.Module):
             activation=ffn.activation,
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         attn, ffn = self.attn, self.ffn
         if not self.is_fused():
             y, probabilities = attn(plain.layer_norm(self.attention_norm, x))
@@ -157,7 +180,16 @@ class Block(plain.Fusible, nn.Module):
 class Embeddings(nn.Module):
     """Images [B, in, H, W] → tokens [B, K + N, C], K = 1 with a class token."""
 
-    def __init__(self, hybrid_model, in_chans, dim, patch_size, grid_size, class_token, drop):
+    def __init__(
+        self,
+        hybrid_model: ResNetV2 | None,
+        in_chans: int,
+        dim: int,
+        patch_size: tuple[int, int],
+        grid_size: tuple[int, int],
+        class_token: bool,
+        drop: float,
+    ) -> None:
         super().__init__()
         self.drop = drop
         self.hybrid = hybrid_model is not None
@@ -169,7 +201,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, tokens + class_token, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.hybrid_model(images) if self.hybrid else images
         table, prefix = self.position_embeddings, None
         if self.cls_token is not None:
@@ -181,12 +213,12 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """Blocks and the last LayerNorm: [B, N, C] → ([B, N, C], list of probabilities)."""
 
-    def __init__(self, dim, depth, **kwargs):
+    def __init__(self, dim: int, depth: int, **kwargs: Any) -> None:
         super().__init__()
         self.layer = nn.ModuleList([Block(dim, **kwargs) for _ in range(depth)])
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         maps = []
 
         def run(block, x):
@@ -207,11 +239,11 @@ class Encoder(nn.Module):
 class Transformer(nn.Module):
     """Embeddings and encoder: images → (normalised tokens, list of probabilities)."""
 
-    def __init__(self, embeddings, encoder):
+    def __init__(self, embeddings: Embeddings, encoder: Encoder) -> None:
         super().__init__()
         self.embeddings, self.encoder = embeddings, encoder
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         return self.encoder(self.embeddings(images))
 
 
@@ -245,7 +277,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        config,
+        config: Any,
         img_size: int | tuple[int, int] = 224,
         num_classes: int = 21843,
         zero_head: bool = False,
@@ -255,7 +287,7 @@ class VisionTransformer(nn.Module):
         hybrid_mode: str | None = None,
         activation: str | None = None,
         in_chans: int = 3,
-    ):
+    ) -> None:
         super().__init__()
         if isinstance(config, str):
             config = CONFIGS[one_of(_FAMILY, "config", config, tuple(CONFIGS))]
@@ -360,7 +392,7 @@ class VisionTransformer(nn.Module):
         """Arithmetic of the ResNet; None without one."""
         return self.transformer.embeddings.hybrid_model.mode if self._stem_layers is not None else None
 
-    def set_hybrid_mode(self, mode: str):
+    def set_hybrid_mode(self, mode: str) -> None:
         """Switches the arithmetic of the ResNet; the grid of tokens must stay."""
         one_of(_FAMILY, "hybrid_mode", mode, MODES)
         if self._stem_layers is None:
@@ -373,7 +405,7 @@ class VisionTransformer(nn.Module):
             )
         self.transformer.embeddings.hybrid_model.set_mode(mode)
 
-    def check_google_weights(self):
+    def check_google_weights(self) -> None:
         """Called before a Google .npz is loaded."""
         if self._follows_weights and self._feature_size("google") != self._feature_size("jeonsworld"):
             raise WeightsError(
@@ -381,12 +413,12 @@ class VisionTransformer(nn.Module):
                 "(its feature map has another size at this img_size)"
             )
 
-    def google_weights_loaded(self):
+    def google_weights_loaded(self) -> None:
         """Called after a Google .npz has been loaded."""
         if self._follows_weights and self._stem_layers is not None:
             self.set_hybrid_mode("google")
 
-    def load_from(self, weights):
+    def load_from(self, weights: Mapping[str, Any]) -> None:
         """The original's method: a Google checkpoint, as ``numpy.load`` gives it."""
         load(self, weights)
 
@@ -410,7 +442,7 @@ class VisionTransformer(nn.Module):
             )
         return F.cross_entropy(rows, labels.reshape(-1).long())
 
-    def forward(self, images, labels=None):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         self._check_images(images)
         x, maps = self.transformer(images)
         if self.classifier == "token":
@@ -426,12 +458,12 @@ class VisionTransformer(nn.Module):
 
 
 def build(
-    config="ViT-B_16",
+    config: Any = "ViT-B_16",
     img_size: int | tuple[int, int] = 224,
     num_classes: int = 21843,
     zero_head: bool = False,
     vis: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> VisionTransformer:
     """A ``VisionTransformer``, where the arguments are described; further ones: variant, hybrid_mode, activation,
     in_chans."""
@@ -439,7 +471,7 @@ def build(
 
 
 @loads(VisionTransformer)
-def load(model: VisionTransformer, source, old_grid=None) -> VisionTransformer:
+def load(model: VisionTransformer, source: Source, old_grid: tuple[int, int] | None = None) -> VisionTransformer:
     """Loads jeonsworld's or Google's weights.
 
     Args:

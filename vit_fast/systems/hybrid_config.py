@@ -5,24 +5,25 @@ patches of a size in cells of the feature map where jeonsworld's R50 has a grid.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class Config(dict):
     """A dict whose entries are attributes too, all the way down."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for key, value in self.items():
             if isinstance(value, dict) and not isinstance(value, Config):
                 self[key] = Config(value)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
 
@@ -70,7 +71,7 @@ CONFIGS: dict[str, Config] = {
 _REQUIRED = object()
 
 
-def read(config, path, default=_REQUIRED):
+def read(config: Any, path: str, default: Any = _REQUIRED) -> Any:
     """An entry of a config of dicts, objects or both; ``default`` where it is absent or None."""
     value = config
     for name in path.split("."):

@@ -12,6 +12,9 @@ fused branches while its norms are LayerNorm and its activation is one that the 
 Source: S. Callis, "Vision Transformers Explained", Los Alamos National Laboratory; Yuan et al., "Tokens-to-Token ViT".
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -85,7 +88,7 @@ class Patch_Tokenization(plain.Fusible, nn.Module):
     OPERATION = "patch_embed"
     SUBMODULES = plain.submodules(split=(nn.Unfold,), project=plain.LINEAR)
 
-    def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
+    def __init__(self, img_size: Sequence[int] = (1, 60, 100), patch_size: int = 50, token_len: int = 768) -> None:
         super().__init__()
         self.img_size = _sizes("img_size", img_size, "C, H, W")
         self.patch_size, self.token_len = _whole("patch_size", patch_size), _whole("token_len", token_len)
@@ -96,11 +99,11 @@ class Patch_Tokenization(plain.Fusible, nn.Module):
         self.split = nn.Unfold(kernel_size=self.patch_size, stride=self.patch_size)
         self.project = nn.Linear(self.patch_size**2 * self.img_size[0], self.token_len)
 
-    def kernel(self):
+    def kernel(self) -> torch.Tensor:
         """The projection as a convolution kernel [token_len, C, P, P]."""
         return self.project.weight.unflatten(1, (self.img_size[0], self.patch_size, self.patch_size))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_images(x, self.img_size)
         if self.is_fused():
             return ops.patch_embed(x, self.kernel(), self.project.bias, None, None, self.patch_size)
@@ -110,7 +113,9 @@ class Patch_Tokenization(plain.Fusible, nn.Module):
 class Attention(nn.Module):
     """v + proj(softmax(scale·q kᵀ) v): [B, N, dim] → [B, N, chan]; dim may differ from chan."""
 
-    def __init__(self, dim, chan, num_heads=1, qkv_bias=False, qk_scale=None):
+    def __init__(
+        self, dim: int, chan: int, num_heads: int = 1, qkv_bias: bool = False, qk_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.dim, self.chan = _whole("dim", dim), _whole("chan", chan)
         self.num_heads = _whole("num_heads", num_heads)
@@ -120,7 +125,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(self.dim, self.chan * 3, bias=qkv_bias)
         self.proj = nn.Linear(self.chan, self.chan)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_tokens(x, self.dim)
         qkv = self.qkv(x)
         out = ops.attention(qkv, self.num_heads, self.scale)
@@ -140,7 +145,13 @@ def _activation_name(act):
 class NeuralNet(nn.Module):
     """fc2(act(fc1(x))): [..., in_chan] → [..., out_chan]; hidden and out default to in_chan."""
 
-    def __init__(self, in_chan, hidden_chan=None, out_chan=None, act_layer=nn.GELU):
+    def __init__(
+        self,
+        in_chan: int,
+        hidden_chan: int | None = None,
+        out_chan: int | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+    ) -> None:
         super().__init__()
         in_chan = _whole("in_chan", in_chan)
         hidden_chan = _whole("hidden_chan", hidden_chan or in_chan)
@@ -148,7 +159,7 @@ class NeuralNet(nn.Module):
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_chan, _whole("out_chan", out_chan or in_chan))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -166,9 +177,19 @@ class _Layer(plain.Fusible, nn.Module):
         neuralnet__act=(nn.GELU, nn.ReLU),
         neuralnet__fc2=plain.LINEAR,
     )
-    value_skip = True
+    value_skip: bool | str = True
 
-    def __init__(self, dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer):
+    def __init__(
+        self,
+        dim: int,
+        chan: int,
+        num_heads: int,
+        hidden_chan_mul: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        act_layer: arguments.Layer,
+        norm_layer: arguments.Layer,
+    ) -> None:
         super().__init__()
         arguments.positive(FAMILY, "hidden_chan_mul", hidden_chan_mul)
         self.norm1 = norm_layer(dim)
@@ -186,7 +207,7 @@ class _Layer(plain.Fusible, nn.Module):
             value_skip=self.value_skip,
         )  # fmt: skip
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_tokens(x, self.attn.dim)
         if self.is_fused():
             p = self.params()
@@ -200,9 +221,15 @@ class Encoding(_Layer):
     """Transformer block with a value skip: [B, N, dim] → [B, N, dim]."""
 
     def __init__(
-        self, dim, num_heads=1, hidden_chan_mul=4.0, qkv_bias=False, qk_scale=None,
-        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        dim: int,
+        num_heads: int = 1,
+        hidden_chan_mul: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__(dim, dim, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
 
 
@@ -212,9 +239,16 @@ class TokenTransformer(_Layer):
     value_skip = "only"
 
     def __init__(
-        self, dim, chan, num_heads=1, hidden_chan_mul=1.0, qkv_bias=False, qk_scale=None,
-        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        dim: int,
+        chan: int,
+        num_heads: int = 1,
+        hidden_chan_mul: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__(dim, chan, num_heads, hidden_chan_mul, qkv_bias, qk_scale, act_layer, norm_layer)
 
 
@@ -222,9 +256,18 @@ class ViT_Backbone(nn.Module):
     """Tokens [B, num_tokens, token_len] → [B, preds], raw outputs (regression or logits)."""
 
     def __init__(
-        self, preds=1, token_len=768, num_tokens=500, num_heads=1, Encoding_hidden_chan_mul=4.0, depth=12,
-        qkv_bias=False, qk_scale=None, act_layer=nn.GELU, norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        preds: int = 1,
+        token_len: int = 768,
+        num_tokens: int = 500,
+        num_heads: int = 1,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.preds, self.token_len = _whole("preds", preds), _whole("token_len", token_len)
         self.num_tokens, self.num_heads = _whole("num_tokens", num_tokens), _whole("num_heads", num_heads)
@@ -247,13 +290,13 @@ class ViT_Backbone(nn.Module):
         """Names of parameters that take no weight decay."""
         return {"cls_token"}
 
-    def encode(self, x):
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens with the class token in front and positions added, [B, 1 + num_tokens, token_len] → [B, preds]."""
         for block in self.blocks:
             x = block(x)
         return self.head(plain.layer_norm(self.norm, x, 0))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_tokens(x, self.token_len, self.num_tokens)
         return self.encode(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed)
 
@@ -270,10 +313,19 @@ class ViT_Model(plain.Fusible, nn.Module):
     )
 
     def __init__(
-        self, img_size=(1, 400, 100), patch_size=50, token_len=768, preds=1, num_heads=1,
-        Encoding_hidden_chan_mul=4.0, depth=12, qkv_bias=False, qk_scale=None, act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        img_size: Sequence[int] = (1, 400, 100),
+        patch_size: int = 50,
+        token_len: int = 768,
+        preds: int = 1,
+        num_heads: int = 1,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.patch_tokens = Patch_Tokenization(img_size, patch_size, token_len)
         self.backbone = ViT_Backbone(
@@ -287,7 +339,7 @@ class ViT_Model(plain.Fusible, nn.Module):
         """Names of parameters that take no weight decay, less the prefix "backbone."."""
         return {"cls_token"}
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches, backbone = self.patch_tokens, self.backbone
         if not self.is_fused():
             return backbone(patches(x))
@@ -304,15 +356,24 @@ class Tokens2Token(nn.Module):
     """Three soft splits with two token transformers between them: [B, C, H, W] → [B, num_tokens, token_len]."""
 
     def __init__(
-        self, img_size=(1, 1700, 500), softsplit_kernels=(7, 3, 3), num_heads=1, token_chan=64, token_len=768,
-        hidden_chan_mul=1.0, qkv_bias=False, qk_scale=None, act_layer=nn.GELU, norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        img_size: Sequence[int] = (1, 1700, 500),
+        softsplit_kernels: Sequence[int] = (7, 3, 3),
+        num_heads: int = 1,
+        token_chan: int = 64,
+        token_len: int = 768,
+        hidden_chan_mul: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.img_size = _sizes("img_size", img_size, "C, H, W")
         kernels = _sizes("softsplit_kernels", softsplit_kernels, "first, second, third")
         token_chan, self.token_len = _whole("token_chan", token_chan), _whole("token_len", token_len)
         self.splits = [split_arguments(kernel) for kernel in kernels]
-        self.grids = []
+        self.grids: list[tuple[int, int]] = []
         for split in self.splits:
             self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size[1:], *split))
             if min(self.grids[-1]) < 1:
@@ -326,7 +387,7 @@ class Tokens2Token(nn.Module):
         self.transformer2 = TokenTransformer(token_chan * kernels[1] ** 2, *rest)
         self.project = nn.Linear(token_chan * kernels[2] ** 2, self.token_len)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_images(x, self.img_size)
         x = self.transformer1(soft_split(x.to(plain.dtype_of(self.project)), *self.splits[0]))
         x = self.transformer2(soft_split(as_image(x, self.grids[0]), *self.splits[1]))
@@ -337,10 +398,21 @@ class T2T_ViT(nn.Module):
     """Images [B, C, H, W] → [B, preds]; ``num_heads`` serves the token transformers and the backbone."""
 
     def __init__(
-        self, img_size=(1, 1700, 500), softsplit_kernels=(31, 3, 3), preds=1, token_len=768, token_chan=64,
-        num_heads=1, T2T_hidden_chan_mul=1.0, Encoding_hidden_chan_mul=4.0, depth=12, qkv_bias=False, qk_scale=None,
-        act_layer=nn.GELU, norm_layer=nn.LayerNorm,
-    ):  # fmt: skip
+        self,
+        img_size: Sequence[int] = (1, 1700, 500),
+        softsplit_kernels: Sequence[int] = (31, 3, 3),
+        preds: int = 1,
+        token_len: int = 768,
+        token_chan: int = 64,
+        num_heads: int = 1,
+        T2T_hidden_chan_mul: float = 1.0,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: arguments.Layer = nn.GELU,
+        norm_layer: arguments.Layer = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.tokens_to_token = Tokens2Token(
             img_size, softsplit_kernels, num_heads, token_chan, token_len, T2T_hidden_chan_mul,
@@ -357,7 +429,7 @@ class T2T_ViT(nn.Module):
         """Names of parameters that take no weight decay, less the prefix "vit_backbone."."""
         return {"cls_token"}
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.vit_backbone(self.tokens_to_token(x))
 
 
@@ -377,7 +449,7 @@ PRESETS = {
 }
 
 
-def build(variant: str = "ViT_Model", **options) -> nn.Module:
+def build(variant: str = "ViT_Model", **options: Any) -> nn.Module:
     """A class of this family by name, with its own arguments.
 
     Args:
@@ -392,7 +464,7 @@ def build(variant: str = "ViT_Model", **options) -> nn.Module:
 
 
 @loads(*_VARIANTS.values())
-def load(model: nn.Module, source, pos_embed: str = "strict") -> nn.Module:
+def load(model: nn.Module, source: arguments.Source, pos_embed: str = "strict") -> nn.Module:
     """Loads a state_dict or a file strictly.
 
     Args:

@@ -22,6 +22,7 @@ vision_transformer ("google") and jeonsworld's ViT-pytorch ("jeonsworld").
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ MODES = ("jeonsworld", "google")
 _EPS = 1e-5
 
 
-def standardise(weight, mode: str):
+def standardise(weight: torch.Tensor, mode: str) -> torch.Tensor:
     """Filters [out, in, kh, kw] with mean 0 and variance 1 each; 16-bit filters are standardised in float32."""
     exact = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     var, mean = torch.var_mean(exact, dim=(1, 2, 3), keepdim=True, correction=0)
@@ -54,11 +55,11 @@ def _pad_same(x, kernel, stride, value=0.0):
 class StdConv2d(nn.Conv2d):
     """Convolution without bias whose filters are standardised in the forward."""
 
-    def __init__(self, in_chans, out_chans, kernel, stride=1):
+    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> None:
         super().__init__(in_chans, out_chans, kernel, stride, padding=(kernel - 1) // 2, bias=False)
         self.mode = MODES[0]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = standardise(self.weight, self.mode)
         if self.mode == "google":
             return F.conv2d(_pad_same(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
@@ -68,12 +69,12 @@ class StdConv2d(nn.Conv2d):
 class Root(nn.Module):
     """The first convolution and max pool: [B, in, H, W] → [B, w, ~H/4, ~W/4]."""
 
-    def __init__(self, in_chans, width):
+    def __init__(self, in_chans: int, width: int) -> None:
         super().__init__()
         self.conv = StdConv2d(in_chans, width, 7, 2)
         self.gn = nn.GroupNorm(32, width, eps=1e-6)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.gn(self.conv(x)))
         if self.conv.mode == "google":
             x = _pad_same(x, 3, 2, float("-inf"))
@@ -83,7 +84,7 @@ class Root(nn.Module):
 class Unit(nn.Module):
     """Bottleneck: [B, c_in, h, w] → [B, 4·mid, h/stride, w/stride]."""
 
-    def __init__(self, c_in, mid, stride):
+    def __init__(self, c_in: int, mid: int, stride: int) -> None:
         super().__init__()
         out = 4 * mid
         self.conv1, self.gn1 = StdConv2d(c_in, mid, 1), nn.GroupNorm(32, mid, eps=1e-6)
@@ -93,7 +94,7 @@ class Unit(nn.Module):
         if stride != 1 or c_in != out:
             self.downsample, self.gn_proj = StdConv2d(c_in, out, 1, stride), nn.GroupNorm(out, out, eps=1e-5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         skip = x if self.downsample is None else self.gn_proj(self.downsample(x))
         x = F.relu(self.gn1(self.conv1(x)))
         x = F.relu(self.gn2(self.conv2(x)))
@@ -112,7 +113,13 @@ class ResNetV2(nn.Module):
         ValueError: bad arguments.
     """
 
-    def __init__(self, in_chans=3, num_layers=(3, 4, 9), width_factor=1, mode="jeonsworld"):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_layers: Sequence[int] = (3, 4, 9),
+        width_factor: float = 1,
+        mode: str = "jeonsworld",
+    ) -> None:
         super().__init__()
         width, num_layers = int(64 * width_factor), tuple(num_layers)
         if width < 32 or width % 32:
@@ -136,7 +143,7 @@ class ResNetV2(nn.Module):
         self.body = nn.Sequential(blocks)
         self.set_mode(mode)
 
-    def set_mode(self, mode: str):
+    def set_mode(self, mode: str) -> None:
         """Switches the arithmetic; the parameters stay."""
         if mode not in MODES:
             raise ValueError(f"vit_fast.systems.hybrid: hybrid_mode is {mode!r}, expected one of {', '.join(MODES)}")
@@ -149,13 +156,14 @@ class ResNetV2(nn.Module):
                 norm.num_groups, norm.eps = (32, 1e-6) if mode == "google" else (norm.num_channels, 1e-5)
 
     @staticmethod
-    def feature_size(size: tuple[int, int], num_layers, mode: str) -> tuple[int, int]:
+    def feature_size(size: tuple[int, int], num_layers: Sequence[int], mode: str) -> tuple[int, int]:
         """(rows, columns) of the feature map of an image size."""
         half = [-(-n // 2) for n in size]
         quarter = [-(-n // 2) if mode == "google" else (n - 3) // 2 + 1 for n in half]
         for _ in num_layers[1:]:
             quarter = [-(-n // 2) for n in quarter]
-        return tuple(max(n, 0) for n in quarter)
+        rows, columns = (max(n, 0) for n in quarter)
+        return rows, columns
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(self.root(x))

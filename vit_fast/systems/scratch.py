@@ -13,6 +13,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020; torch.nn.Tran
 import copy
 import math
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,13 @@ from .encoder_layer import Encoder, EncoderLayer
 FAMILY = "scratch"
 
 
-def image2emb_naive(image, patch_size: int, weight):
+def image2emb_naive(image: torch.Tensor, patch_size: int, weight: torch.Tensor) -> torch.Tensor:
     """Patches by unfold and one matrix product: [B, C, H, W], weight [C·P², D] → [B, n, D]."""
     patches = F.unfold(image, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
     return patches @ weight
 
 
-def image2emb_conv(image, kernel, stride: int):
+def image2emb_conv(image: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
     """Patches by convolution: [B, C, H, W], kernel [D, C, P, P] → [B, n, D]; equal to the naive way for
     kernel = weightᵀ.reshape(D, C, P, P)."""
     return ops.patch_embed(image, kernel, None, None, None, stride)
@@ -50,10 +51,28 @@ class ScratchViT(nn.Module):
     """
 
     def __init__(
-        self, image_h, image_w, ic, patch_size, model_dim, max_num_token, num_classes, nhead, num_layers,
-        dim_feedforward=2048, embed="conv", compat=None, bs=1, dropout=0.1, activation="relu", pre_norm=False,
-        patch_bias=False, final_norm=False, dynamic_img_size=False, pos_embed_policy="R4",
-    ):  # fmt: skip
+        self,
+        image_h: int,
+        image_w: int,
+        ic: int,
+        patch_size: int,
+        model_dim: int,
+        max_num_token: int,
+        num_classes: int,
+        nhead: int,
+        num_layers: int,
+        dim_feedforward: int = 2048,
+        embed: str = "conv",
+        compat: str | None = None,
+        bs: int = 1,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        pre_norm: bool = False,
+        patch_bias: bool = False,
+        final_norm: bool = False,
+        dynamic_img_size: bool = False,
+        pos_embed_policy: str = "R4",
+    ) -> None:
         super().__init__()
         given = dict(
             image_h=image_h, image_w=image_w, ic=ic, patch_size=patch_size, model_dim=model_dim,
@@ -113,7 +132,7 @@ class ScratchViT(nn.Module):
             )
         return tuple(side // self.patch_size for side in size)
 
-    def tokens(self, image):
+    def tokens(self, image: torch.Tensor) -> torch.Tensor:
         """Images → tokens with positions [B, 1 + n, D]."""
         grid = self._check(image)
         rows = self._position_rows(grid)[None]
@@ -125,7 +144,7 @@ class ScratchViT(nn.Module):
         x = (x if self.bias is None else x + self.bias) + rows[:, 1:]
         return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def forward(self, image, label=None):
+    def forward(self, image: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
         x = self.tokens(image)
         x = self.transformer_encoder(x.transpose(0, 1)).transpose(0, 1) if self.literal else self.transformer_encoder(x)
         logits = self.linear_layer(x[:, 0])
@@ -158,7 +177,7 @@ def build(
     embed: str = "conv",
     compat: str | None = None,
     bs: int = 1,
-    **options,
+    **options: Any,
 ) -> ScratchViT:
     """The from-scratch ViT; the defaults are the page's numbers.
 
@@ -184,7 +203,7 @@ def build(
 
 
 @loads(ScratchViT)
-def load(model: ScratchViT, source, old_grid: tuple[int, int] | None = None) -> ScratchViT:
+def load(model: ScratchViT, source: arguments.Source, old_grid: tuple[int, int] | None = None) -> ScratchViT:
     """Loads a state_dict or a file strictly; a position table of another image size is resized.
 
     Args:

@@ -23,7 +23,8 @@ def sinusoid_table(tokens: int, width: int) -> torch.Tensor:
 
 def split_grid(size: tuple[int, int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
     """(rows, columns) of windows: ⌊(size + 2·padding − kernel)/stride⌋ + 1 each; below 1 where none fits."""
-    return tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
+    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+    return rows, columns
 
 
 @untraced
@@ -40,7 +41,7 @@ def _gathered(padded, rows, columns):
     return pixels.reshape(*padded.shape[:2], *rows.shape, *columns.shape).transpose(3, 4)
 
 
-def soft_split(images, kernel: int, stride: int, padding: int):
+def soft_split(images: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """Zero-padded windows as tokens: [B, C, H, W] → [B, rows·columns, C·kernel²], contiguous.
 
     Tokens are row-major; inside a token the channel is outermost, then window row, then window column.
@@ -53,7 +54,7 @@ def soft_split(images, kernel: int, stride: int, padding: int):
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def as_image(tokens, grid: tuple[int, int]):
+def as_image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens back on their grid: [B, rows·columns, C] → [B, C, rows, columns], a view."""
     # unflatten would fix the batch size in ONNX
     return tokens.view(tokens.shape[0], *grid, tokens.shape[2]).permute(0, 3, 1, 2)

@@ -16,6 +16,7 @@ Source: Yuan et al., "Tokens-to-Token ViT", 2021; Choromanski et al., "Rethinkin
 import contextlib
 import logging
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,17 @@ class Token_transformer(plain.Fusible, nn.Module):
     )
 
     def __init__(
-        self, dim, in_dim, num_heads=1, mlp_ratio=1.0, qkv_bias=False, qk_scale=None, drop=0.0, attn_drop=0.0,
-        drop_path=0.0,
-    ):  # fmt: skip
+        self,
+        dim: int,
+        in_dim: int,
+        num_heads: int = 1,
+        mlp_ratio: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         dim, in_dim = arguments.integer(FAMILY, "dim", dim), arguments.integer(FAMILY, "in_dim", in_dim)
         if arguments.integer(FAMILY, "num_heads", num_heads) != 1:
@@ -91,7 +100,7 @@ class Token_transformer(plain.Fusible, nn.Module):
             num_heads=1, scale=attn.scale, value_skip="only",
         )  # fmt: skip
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_fused():
             x = self.attn(plain.layer_norm(self.norm1, x))
             branch = self.mlp(plain.layer_norm(self.norm2, x))
@@ -104,7 +113,7 @@ class Token_transformer(plain.Fusible, nn.Module):
         return mlp_branch(x, p, row_scale=row_scale, proj_drop=mlp.drop if mlp.training else 0.0)
 
 
-def performer_attention(q, k, v, w):
+def performer_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """φ(q) (φ(k)ᵀ v) / (φ(q)·Σ φ(k) + 1e-8) with φ(u) = exp(u wᵀ − ½|u|²)/√m: [B, N, e], w [m, e] → [B, N, e].
 
     In float32, or float64 for float64 inputs; the result has the dtype of v.
@@ -139,7 +148,9 @@ class Token_performer(plain.Fusible, nn.Module):
         mlp__2=plain.LINEAR,
     )
 
-    def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
+    def __init__(
+        self, dim: int, in_dim: int, head_cnt: int = 1, kernel_ratio: float = 0.5, dp1: float = 0.1, dp2: float = 0.1
+    ) -> None:
         super().__init__()
         dim, in_dim = arguments.integer(FAMILY, "dim", dim), arguments.integer(FAMILY, "in_dim", in_dim)
         self.emb = in_dim * arguments.integer(FAMILY, "head_cnt", head_cnt)
@@ -157,10 +168,10 @@ class Token_performer(plain.Fusible, nn.Module):
             nn.init.orthogonal_(self.w)
             self.w.mul_(math.sqrt(self.m))
 
-    def not_covered(self):
+    def not_covered(self) -> str | None:
         return None if self.mlp[1].approximate == "none" else "mlp.1 is another GELU"
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         dp1, dp2 = (self.dp1, self.dp2) if self.training else (0.0, 0.0)
         if not self.is_fused():
             k, q, v = self.kqv(plain.layer_norm(self.norm1, x)).chunk(3, dim=-1)
@@ -180,7 +191,14 @@ class Token_performer(plain.Fusible, nn.Module):
 class T2T_module(nn.Module):
     """Images [B, in_chans, H, W] → tokens [B, rows·columns, embed_dim], a sixteenth of each side."""
 
-    def __init__(self, img_size=224, tokens_type="performer", in_chans=3, embed_dim=768, token_dim=64):
+    def __init__(
+        self,
+        img_size: arguments.Size = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        token_dim: int = 64,
+    ) -> None:
         super().__init__()
         self.img_size = arguments.pair(FAMILY, "img_size", img_size)
         self.in_chans = arguments.integer(FAMILY, "in_chans", in_chans)
@@ -189,7 +207,7 @@ class T2T_module(nn.Module):
         )  # fmt: skip
         layer = {"performer": Token_performer, "transformer": Token_transformer}
         arguments.one_of(FAMILY, "tokens_type", tokens_type, tuple(layer))
-        self.grids = []
+        self.grids: list[tuple[int, int]] = []
         for split in _SPLITS:
             self.grids.append(split_grid(self.grids[-1] if self.grids else self.img_size, *split))
         if min(self.grids[0]) < 1:
@@ -200,7 +218,7 @@ class T2T_module(nn.Module):
         self.attention2 = layer[tokens_type](token_dim * 9, token_dim)
         self.project = nn.Linear(token_dim * 9, embed_dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         arguments.check_images(FAMILY, x, self.in_chans)
         arguments.check_float(FAMILY, x)
         if tuple(x.shape[2:]) != self.img_size:
@@ -221,10 +239,23 @@ class T2T_ViT(nn.Module):
     """Images [B, in_chans, H, W] → logits [B, num_classes]. Words: see ``build``."""
 
     def __init__(
-        self, img_size=224, tokens_type="performer", in_chans=3, num_classes=1000, embed_dim=768, depth=12,
-        num_heads=12, mlp_ratio=4.0, qkv_bias=False, qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0,
-        drop_path_rate=0.0, norm_layer=nn.LayerNorm, token_dim=64,
-    ):  # fmt: skip
+        self,
+        img_size: arguments.Size = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: arguments.Layer | None = nn.LayerNorm,
+        token_dim: int = 64,
+    ) -> None:
         super().__init__()
         embed_dim, depth = arguments.integer(FAMILY, "embed_dim", embed_dim), arguments.integer(FAMILY, "depth", depth)
         arguments.check_heads(
@@ -273,7 +304,7 @@ class T2T_ViT(nn.Module):
         """The head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int):
+    def reset_classifier(self, num_classes: int) -> None:
         """A new head, freshly initialised; 0 for none."""
         self.num_classes = arguments.integer(FAMILY, "num_classes", num_classes, 0)
         like = self.cls_token
@@ -281,14 +312,14 @@ class T2T_ViT(nn.Module):
         if num_classes:
             self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
 
-    def forward_features(self, x):
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images → the normalised class token [B, embed_dim]."""
         x = self.tokens_to_token(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = run_blocks(self.blocks, F.dropout(x, self.drop_rate, self.training))
         return plain.layer_norm(self.norm, x, 0)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.forward_features(x))
 
 
@@ -311,7 +342,7 @@ PRESETS = {
 }
 
 
-def build(**options) -> T2T_ViT:
+def build(**options: Any) -> T2T_ViT:
     """A T2T-ViT.
 
     Args:
@@ -331,7 +362,9 @@ def build(**options) -> T2T_ViT:
 
 
 @loads(T2T_ViT)
-def load(model: T2T_ViT, source, pos_embed: str = "R4", old_grid: tuple[int, int] | None = None) -> T2T_ViT:
+def load(
+    model: T2T_ViT, source: arguments.Source, pos_embed: str = "R4", old_grid: tuple[int, int] | None = None
+) -> T2T_ViT:
     """Loads a state_dict or a file; a head of another number of classes is left out, with a warning in the log.
 
     Args:
