@@ -12,16 +12,14 @@ v takes the place of x in the first line, so that x may have another width than 
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .block_params import BlockParams
 from .kernels.reference import activate, attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
@@ -29,19 +27,6 @@ from .plain import why_not_plain
 Stack = nn.Sequential | nn.ModuleList
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # calls a block
 PREPARED = "_vit_fast_prepared"  # the attribute of a stack of blocks that holds its prepared weights
-
-
-class Norm(NamedTuple):
-    """A LayerNorm: weight and bias [C] or None, eps."""
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.LayerNorm | nn.Identity) -> Norm | None:
-        """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
-        return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
 
 
 def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,29 +38,6 @@ def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor |
     else:
         bias = None
     return torch.cat([linear.weight for linear in projections]), bias
-
-
-class BlockParams(NamedTuple):
-    """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""
-
-    norm1: Norm | None
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    proj_weight: torch.Tensor
-    proj_bias: torch.Tensor | None
-    norm2: Norm | None
-    fc1_weight: torch.Tensor
-    fc1_bias: torch.Tensor | None
-    fc2_weight: torch.Tensor
-    fc2_bias: torch.Tensor | None
-    num_heads: int
-    scale: float
-    activation: str = "gelu"
-    gamma1: torch.Tensor | None = None
-    gamma2: torch.Tensor | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    value_skip: bool | str = False
 
 
 def drop_path_scale(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor | None:

@@ -16,15 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops, plain
-from .block import (
-    BlockParams,
-    Norm,
-    attention_branch,
-    attention_probabilities,
-    drop_path_scale,
-    mlp_branch,
-    project_qkv,
-)
+from .block import attention_branch, attention_probabilities, drop_path_scale, mlp_branch, project_qkv
+from .block_params import BlockParams, Norm
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
 from .patch_resize import resize_patch_embed

@@ -22,7 +22,8 @@ from open_clip.transformer import (
 )
 from torch import nn
 
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch, pass_over_prepared, run_blocks
+from vit_fast.block import attention_branch, mlp_branch, pass_over_prepared, run_blocks
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
 from . import GELU, Found, Fused, Swapped, given, instances, not_taken

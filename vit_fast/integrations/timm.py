@@ -15,15 +15,8 @@ from timm.models.vision_transformer import Attention, Block, DropPath, LayerScal
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import (
-    BlockParams,
-    Norm,
-    attention_branch,
-    drop_path_scale,
-    drop_rate,
-    drops_not_covered,
-    mlp_branch,
-)
+from vit_fast.block import attention_branch, drop_path_scale, drop_rate, drops_not_covered, mlp_branch
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, submodules
 
 from . import GELU, Found, Fused, autocasts, given, instances, not_dense, not_taken

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
-from vit_fast.block import BlockParams, Norm, attention_branch, drop_rate, drops_not_covered, mlp_branch
+from vit_fast.block import attention_branch, drop_rate, drops_not_covered, mlp_branch
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, multihead_not_covered, multihead_submodules, submodules
 
 from . import GELU, Found, Fused, instances, not_taken

@@ -29,7 +29,8 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 from transformers.utils import output_capturing
 
 from vit_fast import ops
-from vit_fast.block import BlockParams, Norm, drop_path_scale, drop_rate, pack, pass_over_prepared, run_blocks
+from vit_fast.block import drop_path_scale, drop_rate, pack, pass_over_prepared, run_blocks
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, submodules
 
 from . import GELU, Found, Fused, Swapped, given, instances, not_taken

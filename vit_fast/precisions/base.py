@@ -1,15 +1,12 @@
 """What a precision is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from vit_fast.block import BlockParams
-    from vit_fast.parity import Budget
+from vit_fast.block_params import BlockParams
+from vit_fast.parity import Budget
 
 # The module of timm's block that the fields of a record are made of, by the first word of their name. The scale of the
 # normalised x serves both LayerNorms, and belongs to no module.

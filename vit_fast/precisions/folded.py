@@ -4,16 +4,10 @@ Five launches a block (``kernels/prepared_blocks.py``). Outputs differ from the 
 the folded weights, and are held to the same budget.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
 
 from .base import Kernels, Precision, folding_arguments
-
-if TYPE_CHECKING:
-    from vit_fast.block import BlockParams
 
 
 class Folded(Precision):

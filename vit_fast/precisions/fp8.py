@@ -4,19 +4,13 @@ Seven launches a block (``kernels/fp8_blocks.py``). Every scale follows from the
 emulates the products, a GPU needs capability 8.9. Each product errs by some 5 % of its spread.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
+from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
 from vit_fast.parity import FLOAT8_BUDGET
 
 from .base import Kernels, Precision, folding_arguments
-
-if TYPE_CHECKING:
-    from vit_fast.block import BlockParams
 
 _CAPABILITY = (8, 9)
 

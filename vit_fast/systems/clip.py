@@ -30,7 +30,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import plain
-from vit_fast.block import BlockParams, Norm, attention_branch, call_blocks, mlp_branch, run_blocks
+from vit_fast.block import attention_branch, call_blocks, mlp_branch, run_blocks
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.checkpoints.clip import CLIP_SCALARS
 from vit_fast.checkpoints.errors import WeightsError
 from vit_fast.checkpoints.fitting import resized_table

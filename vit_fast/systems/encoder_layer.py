@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from vit_fast import plain
-from vit_fast.block import BlockParams, Norm, attention_branch, drop_rate, drops_not_covered, mlp_branch, run_blocks
+from vit_fast.block import attention_branch, drop_rate, drops_not_covered, mlp_branch, run_blocks
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.kernels.reference import activate
 
 

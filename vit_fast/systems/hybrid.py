@@ -32,8 +32,6 @@ from torch import nn
 
 from vit_fast import ops, plain
 from vit_fast.block import (
-    BlockParams,
-    Norm,
     attention_branch,
     attention_probabilities,
     mlp_branch,
@@ -42,6 +40,7 @@ from vit_fast.block import (
     project_qkv,
     run_blocks,
 )
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.checkpoints.errors import WeightsError
 from vit_fast.checkpoints.fitting import resized_table
 from vit_fast.checkpoints.loading import load_state_dict, loads

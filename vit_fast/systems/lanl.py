@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from vit_fast import ops, plain
-from vit_fast.block import BlockParams, Norm, attention_branch, mlp_branch
+from vit_fast.block import attention_branch, mlp_branch
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.kernels.tracing import untraced
 

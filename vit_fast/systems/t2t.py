@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops, plain
-from vit_fast.block import BlockParams, Norm, attention_branch, drop_path_scale, mlp_branch, run_blocks
+from vit_fast.block import attention_branch, drop_path_scale, mlp_branch, run_blocks
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.checkpoints.fitting import resized_table
 from vit_fast.checkpoints.loading import load_state_dict, loads
 from vit_fast.layers import Block, Mlp
