@@ -2,14 +2,14 @@
 
 from . import ops, systems
 from .backends import backend, status
-from .check import check
+from .certificate import check
 from .checkpoints import WeightsError
-from .explain import explain
-from .graphed import graphed
+from .class_swap import optimize, restore
+from .cuda_graphs import graphed
+from .explanation import explain
 from .kernels.arguments import UnsupportedError
-from .optimize import optimize, restore
 from .pos_embed import resize_pos_embed
-from .prepare import prepare, refresh, unprepare
+from .prepared import prepare, refresh, unprepare
 from .registry import create_model, list_models
 from .vit import VisionTransformer
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import vit_fast
 from vit_fast import UnsupportedError
-from vit_fast.graphed import CudaGraphs, graphed
+from vit_fast.cuda_graphs import CudaGraphs, graphed
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from vit_fast.graphed import Graphed
+from vit_fast.cuda_graphs import Graphed
 
 CAPTURES, REPLAYS = [], []
 

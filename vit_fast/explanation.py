@@ -2,7 +2,7 @@
 
 The model is run once on fake tensors (no memory, no kernels) and every choice of a backend (``select.choose``) is noted
 with the innermost module in whose forward it was made. So is every block that runs its library's own forward: a fast
-class tells why (``backends.note``), a block without one is found by ``optimize.survey``.
+class tells why (``backends.note``), a block without one is found by ``class_swap.survey``.
 """
 
 import inspect
@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import (
 
 from . import backends
 from .block import PREPARED
+from .class_swap import survey
 from .input_size import input_size
-from .optimize import survey
 from .precisions import of_operation
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from . import backends
-from .explain import call, map_tensors, own_input
-from .graphed import Graphed
+from .class_swap import restore
+from .cuda_graphs import Graphed
+from .explanation import call, map_tensors, own_input
 from .layer_args import library
-from .optimize import restore
 from .parity import Parity, compare
 from .plain import Fusible, why_not_plain
 from .precisions import PRECISIONS, of_operation
-from .prepare import unprepare
+from .prepared import unprepare
 
 
 @dataclass(frozen=True)
