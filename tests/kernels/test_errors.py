@@ -18,7 +18,7 @@ from vit_fast.kernels import folding
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
-from vit_fast import ops, weights
+from vit_fast import checkpoints, ops
 from vit_fast.backends import select
 
 GOOD = {
@@ -756,7 +756,7 @@ def test_weight_file(tmp_path, name, write, message):
         return f"vit_fast: weight file {str(path)!r} {came}"
 
     with _unchanged(model), raises(vit_fast.WeightsError, words):
-        weights.load_checkpoint(model, path)
+        checkpoints.load_checkpoint(model, path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -772,7 +772,7 @@ def test_weights_that_do_not_fit(tmp_path, changes, message):
     model = _small()
     _safetensors(**changes)(tmp_path / "weights.safetensors")
     with _unchanged(model), raises(vit_fast.WeightsError, f"vit_fast: weights do not fit VisionTransformer: {message}"):
-        weights.load_checkpoint(model, tmp_path / "weights.safetensors")
+        checkpoints.load_checkpoint(model, tmp_path / "weights.safetensors")
 
 
 def test_position_embedding_of_no_grid(tmp_path):
@@ -783,7 +783,7 @@ def test_position_embedding_of_no_grid(tmp_path):
         _unchanged(model),
         raises(vit_fast.WeightsError, message + "expected 1 prefix rows and a square, or old_grid=(rows, columns)"),
     ):
-        weights.load_checkpoint(model, path)
+        checkpoints.load_checkpoint(model, path)
 
 
 @pytest.mark.parametrize(
@@ -798,4 +798,4 @@ def test_position_embedding_of_no_grid(tmp_path):
 def test_state_dict_type(state, message):
     model = _small()
     with _unchanged(model), raises(TypeError, f"vit_fast: {message}"):
-        weights.load_state_dict(model, state)
+        checkpoints.load_state_dict(model, state)

@@ -47,7 +47,7 @@ class _Reader:
         self.used, self.log = set(), []
 
     def has(self, start):
-        """Whether the file has a key that starts so: a part that is there in part is asked for whole."""
+        """Whether a key begins so. Callers then ask for every key of that part, so that a missing one is named."""
         return any(key.startswith(self.prefix + start) for key in self.state)
 
     def get(self, key):
@@ -58,7 +58,7 @@ class _Reader:
         return self.state[key]
 
     def layers(self):
-        """How many blocks, and how many of them are stacked in one array."""
+        """(number of blocks, whether each of their weights is one array with a leading layer axis)."""
         if self.has("Transformer/encoderblock/"):
             return self.get("Transformer/encoderblock/LayerNorm_0/scale").shape[0], True
         pattern = re.compile(re.escape(self.prefix) + r"Transformer/encoderblock_(\d+)/")

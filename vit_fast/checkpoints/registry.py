@@ -7,8 +7,8 @@ from . import canonical, clip, dinov2, google_npz, huggingface, jeonsworld, lanl
 from .base import Format
 from .errors import WeightsError, prefix_remedy
 
-# In the order of texts. Formats are recognised from the last to the first: one whose keys are those of another and some
-# more comes after it.
+# In the order in which errors list them. They are recognised from the last to the first: a format that has the keys of
+# another and some more has to come after it.
 FORMATS: list[Format] = [
     timm.FORMAT,
     canonical.FORMAT,

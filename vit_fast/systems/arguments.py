@@ -137,7 +137,7 @@ def fail_images(family: str, images: Any, wanted: str) -> NoReturn:
 
 
 def state_of(family: str, source: Source, torchscript: bool = False) -> dict[str, torch.Tensor]:
-    """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``weights.read_state_dict``.
+    """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``read_state_dict``.
 
     Raises:
         TypeError: neither a mapping nor a path.
