@@ -13,14 +13,14 @@ import torch
 from vit_fast.kernels import folding, reference
 
 from vit_fast import ops
-from vit_fast.bench import measure
+from vit_fast.precisions import FP8
 
 
 @pytest.mark.parametrize("provider", ("vit_fast", "eager"))
 def bench_fp8_blocks(compare, shape, provider):
     s = shape
     device = s.random(1).device
-    if device.type == "cuda" and (missing := measure.float8_missing(device)):
+    if device.type == "cuda" and (missing := FP8.why_emulated(device)):
         pytest.skip(missing)
     providers = {
         "vit_fast": lambda x, *weights: ops.fp8_blocks(x, list(weights), *s.block_arguments),
@@ -30,4 +30,4 @@ def bench_fp8_blocks(compare, shape, provider):
     def make():
         return s.random(s.B, s.N, s.C).to(torch.bfloat16), *folding.fp8_block(*s.block(), "gelu")
 
-    compare(f"fp8_blocks {s}", providers, provider, make, s.block_flops, measure.E4M3)
+    compare(f"fp8_blocks {s}", providers, provider, make, s.block_flops, folding.E4M3)

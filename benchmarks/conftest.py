@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from vit_fast.kernels.folding import E4M3
 
 from vit_fast import backends, parity
 from vit_fast.bench import machine, measure
+from vit_fast.precisions import FP8
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
@@ -103,9 +105,9 @@ def peak():
 
     @functools.cache
     def run(dtype):
-        if dtype == measure.E4M3 and measure.float8_missing(DEVICE):
-            return None
-        return measure.matmul_peak(dtype, DEVICE)
+        if dtype != E4M3:
+            return measure.matmul_peak(dtype, DEVICE)
+        return None if FP8.why_emulated(DEVICE) else measure.matmul_peak(dtype, DEVICE, FP8.product)
 
     return run
 
@@ -143,7 +145,7 @@ def compare(benchmark, peak):
                 output = call(*inputs[0])
             golden = providers["eager"](*map(_double, inputs[0]))
             eager = providers["eager"](*inputs[0])
-            plain = eager if dtype == measure.E4M3 else None
+            plain = eager if dtype == E4M3 else None
             verdict = parity.compare(output, eager, golden, output.dtype, plain)
             assert verdict.passed, f"{provider} is out of budget, so it is not timed: {verdict}"
             turn = itertools.cycle(inputs)

@@ -198,7 +198,7 @@ def copy(clock: Clock, size: int) -> Figures:
 
 def float8_product(clock: Clock, form: str, rows: int, k: int, n: int) -> Callable[[], torch.Tensor]:
     """A call that multiplies numbers that are e4m3 already."""
-    x, weight = (clock.random(*shape).to(measure.E4M3) for shape in ((rows, k), (n, k)))
+    x, weight = (clock.random(*shape).to(folding.E4M3) for shape in ((rows, k), (n, k)))
     shapes = ((), ()) if form == "float8, a scale a tensor" else ((rows, 1), (1, n))
     scales = (0.5 + torch.rand(shape, device=clock.device) for shape in shapes)
     return functools.partial(torch._scaled_mm, x, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -56,7 +56,6 @@ class Float8Block(NamedTuple):
 
 Block = TypeVar("Block", bound=NamedTuple)
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # weight and bias of a layer
-TENSORS_PER_FP8_BLOCK = len(Float8Block._fields)  # for vit_fast/cli/operations.py alone
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 # What rounding adds to a bound: x̂ and the softmax's weights are rounded (2^-4, 2^-8), float32 sums are inexact.

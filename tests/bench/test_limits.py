@@ -13,7 +13,7 @@ import torch
 import typer
 from vit_fast.kernels import configs, folding
 
-from vit_fast.bench import measure
+from vit_fast.precisions import FP8
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "limits.py"
 
@@ -336,7 +336,7 @@ def test_the_command_on_a_gpu(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["items"]
-    float8 = not measure.float8_missing(torch.device("cuda", torch.cuda.current_device()))
+    float8 = not FP8.why_emulated(torch.device("cuda", torch.cuda.current_device()))
     for row in rows:
         if "float8" in row["name"]:
             assert ("us" in row) == float8, row

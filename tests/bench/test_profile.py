@@ -22,6 +22,7 @@ from vit_fast.bench import profile as profiling
 from vit_fast.bench.attribution import STEP, attribute, family
 from vit_fast.bench.operations import Call, Operation, forward_operations, moved_bytes, tensor_sizes
 from vit_fast.cli import options
+from vit_fast.precisions import FP8
 
 TINY = ["profile", "--model", "vit_tiny_patch16_224", "--img-size", "32", "--device", "cpu"]
 M = 256 * 197  # rows of ViT-B/16 at batch 256
@@ -108,12 +109,12 @@ FP8_B16 = [
 def test_operations_in_float8_by_hand(monkeypatch):
     calls = fp8(monkeypatch, 2)
     (call,) = (call for call in calls if call.operator == "vit_fast::fp8_blocks")
-    found = [((o.name, o.module), (o.flop, o.bytes, o.float8)) for o in call.operations]
+    found = [((o.name, o.module), (o.flop, o.bytes, o.narrow)) for o in call.operations]
     assert found == FP8_B16 * 2
     assert call.sizes[0] == (256, 197, 768) and len(call.sizes) == 1 + 2 * 14
     others = [operation for other in calls if other is not call for operation in other.operations]
     assert {o.name for o in others} == {"patch_embed", "add", "layer_norm", "linear"}
-    assert not any(o.float8 for o in others)
+    assert not any(o.narrow for o in others)
     product, bound = call.operations[1], call.operations[2]
     assert (
         product.roofline_seconds(1e12, 1e15, 2e12) == product.flop / 2e12
@@ -585,7 +586,7 @@ def test_profile_of_a_model_in_float8(quick, tmp_path, capsys):
         row = rows["linear", f"blocks.*.{name}"]
         assert row["calls"] == 1 and row["gflop"] == pytest.approx(2 * 5 * 192 * size * 192 / 1e9)
     assert rows["mul", "blocks.*.mlp.fc1"]["calls"] == 2 and rows["mul", "blocks.*.mlp.fc2"]["calls"] == 1
-    assert rows["layer_norm", "blocks.*"]["calls"] == 2 and told["facts"]["matmul_peak_float8_tflops"] is None
+    assert rows["layer_norm", "blocks.*"]["calls"] == 2 and told["facts"]["matmul_peak_narrow_tflops"] is None
     shown = capsys.readouterr().out
     assert "by fp8" in shown and "This device has no products in float8" in shown
     assert run(*TINY, *words, "--precision", "float32") == 1
@@ -667,11 +668,11 @@ def test_float8_on_a_gpu_has_its_own_ceiling(gpu, tmp_path, capsys, monkeypatch)
     words = ["--provider", "fp8", "--num-iter", "4", "--results-file", file]
     assert run(*GPU_WORDS, *words) == 0
     facts = json.loads(file.read_text())["facts"]
-    assert (facts["matmul_peak_tflops"], facts["matmul_peak_float8_tflops"]) == (700, 1300)
+    assert (facts["matmul_peak_tflops"], facts["matmul_peak_narrow_tflops"]) == (700, 1300)
     assert "FLOP of products in float8 at 1300 TFLOP/s" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert run(*GPU_WORDS, *words) == 0
-    assert json.loads(file.read_text())["facts"]["matmul_peak_float8_tflops"] is None
+    assert json.loads(file.read_text())["facts"]["matmul_peak_narrow_tflops"] is None
     assert "This device has no products in float8" in capsys.readouterr().out
     assert run(*GPU_WORDS, "--num-iter", "4") == 0
     assert "float8" not in capsys.readouterr().out
@@ -701,7 +702,7 @@ def test_out_of_memory_is_told(gpu, monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["vit_fast", "prepared", "fp8", "eager"])
 def test_profile_on_a_gpu(provider, tmp_path):
-    if provider == "fp8" and measure.float8_missing(torch.device("cuda", torch.cuda.current_device())):
+    if provider == "fp8" and FP8.why_emulated(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip(NO_FLOAT8)
     file = tmp_path / "rows.json"
     words = ["-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", "-b", "8", "--provider", provider]

@@ -39,6 +39,7 @@ from vit_fast.bench.settings import Settings
 from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
 from vit_fast.cli import report
+from vit_fast.precisions import FP8
 
 OUR_PREPARED, OUR_GRAPH = (providers.VARIANTS[name].provider for name in ("prepared", "graphed"))
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=2", "--device", "cpu"]
@@ -478,7 +479,7 @@ def test_float8_baseline_is_timed_where_there_is_float8_and_held_to_its_plain_fo
     """Pretended on a CPU, where torch._scaled_mm runs too; without torch.compile, which other baselines try."""
     assert providers.COMPILE_MODES["scaled-mm"] == "max-autotune"
     monkeypatch.delitem(providers.COMPILE_MODES, "scaled-mm")
-    monkeypatch.setattr(measure, "float8_missing", lambda device: None)
+    monkeypatch.setattr(FP8, "why_emulated", lambda device: None)
     for form in (scaled_mm._scaled_product, lambda *parts: 1.25 * scaled_mm._plain_product(*parts)):
         monkeypatch.setattr(scaled_mm, "_scaled_product", form)
         assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 0
@@ -500,7 +501,7 @@ def test_float8_baseline_is_of_16_bit_weights(monkeypatch):
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
     modules, absent = baselines.build(["scaled-mm"], model, torch.device("cpu"))
     assert not modules and "capability 8.9" in absent["scaled-mm"]
-    monkeypatch.setattr(measure, "float8_missing", lambda device: None)
+    monkeypatch.setattr(FP8, "why_emulated", lambda device: None)
     modules, absent = baselines.build(["scaled-mm"], model, torch.device("cpu"))
     assert not modules and "float32" in absent["scaled-mm"]
     modules, _ = baselines.build(["scaled-mm"], model.bfloat16(), torch.device("cpu"))
@@ -513,10 +514,10 @@ def test_capabilities_with_float8(monkeypatch):
     device = torch.device("cuda", 1)
     for capability, missing in (((8, 6), True), ((8, 9), False), ((9, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert bool(measure.float8_missing(device)) is missing
+        assert bool(FP8.why_emulated(device)) is missing
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert measure.float8_missing(device) == "float8 products need capability 8.9, cuda:1 has 8.0"
-    assert "a GPU of capability 8.9" in measure.float8_missing(torch.device("cpu"))
+    assert FP8.why_emulated(device) == "float8 products need capability 8.9, cuda:1 has 8.0"
+    assert "a GPU of capability 8.9" in FP8.why_emulated(torch.device("cpu"))
 
 
 def test_the_best_baseline_multiplies_in_no_lower_precision():
@@ -524,7 +525,7 @@ def test_the_best_baseline_multiplies_in_no_lower_precision():
     seconds = {"vit_fast": 4, "vit_fast-fp8": 2, "vit_fast-fp8-graphed": 8, "eager": 6, "compile": 5, "scaled-mm": 1}
     rows = {}
     for name, step in seconds.items():
-        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in providers.FLOAT8_PROVIDERS else 100.0}
+        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in providers.NARROW else 100.0}
         ours = name.startswith("vit_fast")
         rows[name] = rounds.Provider(name, None, row, ours=ours, rounds=[[step]] * 3, latencies=[step] * 3)
     contest = SimpleNamespace(flops=1e12)
@@ -743,7 +744,7 @@ def test_bench_on_a_gpu(json_file):
     words = ["--device", "cuda", "-b", "8", "--num-bench-iter", "12", "--results-file", json_file]
     code = run("bench", "-m", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", *words)
     rows = json.loads(json_file.read_text())
-    float8 = not measure.float8_missing(torch.device("cuda", torch.cuda.current_device()))
+    float8 = not FP8.why_emulated(torch.device("cuda", torch.cuda.current_device()))
     names = [variant.provider for variant in providers.VARIANTS.values()][: 5 if float8 else 3]
     ours, theirs = rows[: len(names)], rows[len(names) :]
     assert [row["provider"] for row in ours] == names
@@ -1094,14 +1095,15 @@ def test_matmul_peak_is_the_fastest_product_or_the_sustained_rate(lasting, peak,
 
 def test_matmul_peak_of_float8_is_of_products_in_float8():
     """Two e4m3 matrices, one transposed, scales of 1: what torch takes on a GPU, and here as well."""
-    product = measure._product(torch.float8_e4m3fn, 64, torch.device("cpu"))
-    a, b, *_ = product.args
-    assert product.func is torch._scaled_mm and a.dtype == b.dtype == torch.float8_e4m3fn
+    a, b = (torch.randn(64, 64).to(torch.float8_e4m3fn) for _ in range(2))
+    product = FP8.product(a, b)
+    assert product.func is torch._scaled_mm
     out = product()
     assert out.dtype == torch.bfloat16 and out.shape == (64, 64)
-    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(out.double(), a.double() @ b.double().T, rtol=2**-7, atol=2**-7)
     with FakeTensorMode():
-        out = measure._product(torch.float8_e4m3fn, 8192, torch.device("cuda", 0))()
+        large = torch.randn(8192, 8192, device=torch.device("cuda", 0)).to(torch.float8_e4m3fn)
+        out = FP8.product(large, large)()
     assert out.shape == (8192, 8192) and out.device.type == "cuda"
 
 

@@ -262,17 +262,17 @@ def attribute(
     on_gpu: bool,
     flop_rate: float,
     byte_rate: float,
-    float8_rate: float | None = None,
+    narrow_rate: float | None = None,
 ) -> Attribution:
     """``Attribution`` of the complete events of a trace that holds ``steps`` forward passes, each inside ``STEP``.
 
     Args:
         events: the list ``traceEvents`` of a Chrome trace.
         calls: of one forward pass, from ``forward_operations``.
-        flop_rate, byte_rate, float8_rate: what the device reaches a second, for the roofline bounds.
+        flop_rate, byte_rate, narrow_rate: what the device reaches a second, for the roofline bounds.
     """
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    table = _Table(calls, steps, flop_rate, byte_rate, float8_rate)
+    table = _Table(calls, steps, flop_rate, byte_rate, narrow_rate)
     known = _Calls(calls)
     nodes = _host_tree([e for e in events if e.get("cat") in _HOST + _LAUNCH], known)
     unseen = known.settle(steps)

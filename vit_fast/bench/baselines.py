@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vit_fast.precisions import FP8
+
 from . import measure, scaled_mm
 from .providers import SCALED_MM
 
@@ -187,7 +189,7 @@ def transformers_model(model: nn.Module) -> nn.Module:
 def float8_model(model: nn.Module) -> nn.Module:
     """timm's model in float8, where its device and dtype allow it."""
     weight = next(model.parameters())
-    if missing := measure.float8_missing(weight.device):
+    if missing := FP8.why_emulated(weight.device):
         raise NoSuchModel(missing)
     if weight.dtype == torch.float32:
         raise NoSuchModel("float8 is compared with 16-bit weights, not with float32")

@@ -21,7 +21,7 @@ from . import contest as contests
 from . import measure, scaled_mm, time_budget
 from .baselines import best_attention
 from .contest import caller, graphed, provider_names
-from .providers import COMPILE_MODES, FLOAT8_PROVIDERS, GRAPHED, OUR_GRAPHS, PLAIN
+from .providers import COMPILE_MODES, GRAPHED, NARROW, OUR_GRAPHS, PLAIN
 from .recorders import AttentionOps, Operators
 from .rounds import Provider, attempt, fill_in, outcome, release, time_rounds
 from .settings import Settings
@@ -88,8 +88,7 @@ def _providers(settings, contest, batch, plan):
         if name in COMPILE_MODES:
             model = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
         row = dict(contest.facts, provider=name, infer_batch_size=batch, status="ok")
-        if name in FLOAT8_PROVIDERS:
-            row |= contest.float8_facts
+        row |= contest.narrow_facts.get(name, {})
         if name in contest.absent:
             row["status"] = f"not timed: {contest.absent[name]}"
         elif batch not in plan.batches or name not in plan.providers:
@@ -158,13 +157,17 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
 
 
 def _plain_logits(provider, contest, pixels, settings):
-    """Logits of the plain PyTorch form of a model in float8; None of a model in the dtype of its weights."""
-    if not provider.in_float8:
+    """Logits of the plain PyTorch form of a model with narrower products; None of a model in its weights' dtype."""
+    if provider.products is None:
         return None
     if not provider.ours:
         return caller(scaled_mm.plain(contest.baselines[provider.name]), pixels, settings)().clone()
     with vit_fast.backend("torch"):
         return caller(contest.ours[provider.name], pixels, settings)().clone()
+
+
+def _budget(provider):
+    return NARROW[provider.name].budget if provider.products else None
 
 
 def _judge(ours, golden, eager, contest, pixels, settings):
@@ -188,7 +191,7 @@ def _judge(ours, golden, eager, contest, pixels, settings):
             caller(contest.ours[ours.name], pixels, settings, torch.no_grad)()
         ours.operators = operators.calls
     plain = _plain_logits(ours, contest, pixels, settings)
-    verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain)
+    verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain, _budget(ours))
     ours.row.update(
         verdict.columns(),
         first_call_s=first,
@@ -199,8 +202,8 @@ def _judge(ours, golden, eager, contest, pixels, settings):
     )
     if not verdict.passed:
         ours.row["status"] = "parity failed"
-    elif ours.in_float8 and all(op != "fp8_blocks" for op, *_ in choices):
-        ours.row["status"] = "failed: no block ran in float8"
+    elif ours.products and all(op != NARROW[ours.name].operation for op, *_ in choices):
+        ours.row["status"] = f"failed: no block ran in {ours.products}"
 
 
 def _attention(module, pixels, settings):
@@ -227,7 +230,7 @@ def _first_call(baseline, golden, eager, contest, pixels, settings, budget, seco
             baseline.row.update(first_call_s=seconds, cold_cache=cold)
         baseline.logits = logits = logits.clone()
         plain = _plain_logits(baseline, contest, pixels, settings)
-        verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain)
+        verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain, _budget(baseline))
         baseline.row.update(verdict.columns())
         if not verdict.passed:
             baseline.row["status"] = "not timed: parity failed"

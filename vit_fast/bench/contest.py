@@ -20,7 +20,7 @@ import vit_fast
 from vit_fast import parity
 
 from . import baselines, machine, measure, models, photographs
-from .providers import FLOAT8_PROVIDERS, PLAIN, VARIANTS
+from .providers import NARROW, PLAIN, VARIANTS
 from .settings import Settings
 
 PEAK_SECONDS = 2.0  # what measuring the peak of a matrix product takes
@@ -34,7 +34,7 @@ class Contest:
         reference: what parity is with.
         ours, baselines: {provider: module}; ``absent``: {provider of either that has none: the reason}.
         flops: of one image.
-        facts: columns that all rows share; ``float8_facts``: those that differ where products are in float8.
+        facts: columns that all rows share; ``narrow_facts``: {provider: those that differ where products are narrower}.
         kernel_cache: folder of Triton's compiled kernels.
     """
 
@@ -45,7 +45,7 @@ class Contest:
     pixels: torch.Tensor
     flops: int
     facts: dict[str, Any]
-    float8_facts: dict[str, Any]
+    narrow_facts: dict[str, dict[str, Any]]
     kernel_cache: Path
 
 
@@ -107,7 +107,7 @@ def _models(settings):
     settle(our_model)
     others, absent = baselines.build(settings.baselines, timm_model, settings.device)
     for name, model in others.items():
-        if name not in FLOAT8_PROVIDERS:  # .to() would turn float8 weights into the dtype of the other baselines
+        if name not in NARROW:  # .to() would turn its weights into the dtype of the other baselines
             settle(model)
     ours, unsupported = _variants(settings.variants, our_model)
     return timm_model, ours, others, absent | unsupported
@@ -121,8 +121,10 @@ def _variants(names, model):
     ours, absent = {}, {}
     for variant in map(VARIANTS.get, names):
         try:
-            made = vit_fast.prepare(copy.deepcopy(model), precision=variant.precision) if variant.prepared else model
-            ours[variant.provider] = made
+            if variant.precision is None:
+                ours[variant.provider] = model
+            else:
+                ours[variant.provider] = vit_fast.prepare(copy.deepcopy(model), precision=variant.precision.name)
         except vit_fast.UnsupportedError as error:
             absent[variant.provider] = str(error)
     return ours, absent
@@ -180,14 +182,23 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    in_float8 = any(name in FLOAT8_PROVIDERS for name in (*ours, *others))
-    missing = not in_float8 or measure.float8_missing(settings.device)
-    float8_facts = _product_facts(measure.E4M3, None if missing else peak_of)
-    return Contest(reference, ours, others, absent, pixels, flops, facts, float8_facts, kernel_cache)
+    narrow_facts = {}
+    for precision in dict.fromkeys(NARROW.values()):
+        names = [name for name, of_name in NARROW.items() if of_name is precision]
+        runs = any(name in ours or name in others for name in names)
+        narrow_facts |= dict.fromkeys(names, _narrow_facts(precision, settings, peak_of if runs else None))
+    return Contest(reference, ours, others, absent, pixels, flops, facts, narrow_facts, kernel_cache)
 
 
-def _product_facts(dtype, device):
+def _narrow_facts(precision, settings, device):
+    """``_product_facts`` of a precision; where its products are emulated there is no peak."""
+    if precision.why_emulated(settings.device):
+        device = None
+    return _product_facts(precision.product_dtype(settings.compute_dtype), device, precision.product)
+
+
+def _product_facts(dtype, device, *product):
     """Columns of the dtype that products multiply and of their peak; without a device that is not measured."""
-    peak, sustained = measure.matmul_peaks(dtype, device) if device else (None, None)
+    peak, sustained = measure.matmul_peaks(dtype, device, *product) if device else (None, None)
     name = str(dtype).removeprefix("torch.").removesuffix("fn")
     return {"product_dtype": name, "matmul_peak_tflops": peak, "matmul_peak_sustained_tflops": sustained}

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vit_fast.kernels.folding import E4M3
-
 _flush = {}
 
 
@@ -144,44 +142,37 @@ def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> 
     return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
 
 
-def float8_missing(device: torch.device) -> str | None:
-    """Why a device has no matrix product of float8 e4m3 numbers, or None."""
-    if device.type != "cuda":
-        return "float8 products need a GPU of capability 8.9"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if (major, minor) >= (8, 9) else f"float8 products need capability 8.9, {device} has {major}.{minor}"
-
-
-def _product(dtype, size, device):
-    """A call that multiplies two square matrices of random numbers."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    if dtype != E4M3:
-        return partial(F.linear, a, b)
-    one = torch.ones((), device=device)
-    return partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+def _product(a, b):
+    return partial(F.linear, a, b)
 
 
 def matmul_peaks(
-    dtype: torch.dtype, device: torch.device, budget: float = 1.0, sustained: float = 0.5
+    dtype: torch.dtype,
+    device: torch.device,
+    product: Callable[[torch.Tensor, torch.Tensor], Callable[[], torch.Tensor]] = _product,
+    budget: float = 1.0,
+    sustained: float = 0.5,
 ) -> tuple[float, float]:
-    """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers; e4m3 with bfloat16 results.
+    """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers.
+
+    product: makes the call that multiplies a bᵀ; a precision has its own (``vit_fast.precisions``).
 
     sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
     keeps. peak: the fastest single product seen in about ``budget`` s, or the sustained figure where that is higher.
     The second factor lies transposed, as in a linear layer: some libraries are slow on the other layout.
     """
-    best, product = 0.0, None
+    best, fastest_product = 0.0, None
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
-        call = _product(dtype, size, device)
+        call = product(*(torch.randn(size, size, device=device).to(dtype) for _ in range(2)))
         first, _ = seconds(call, device)
         again, _ = seconds(call, device)
         count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))
         fastest = min(step_times(call, count, device))
         if 2 * size**3 / fastest > best:
-            best, product = 2 * size**3 / fastest, (size, fastest, call)
+            best, fastest_product = 2 * size**3 / fastest, (size, fastest, call)
         if again > budget:
             break
-    size, fastest, call = product
+    size, fastest, call = fastest_product
     count = max(1, math.ceil(sustained / fastest))
 
     def work():
@@ -192,9 +183,13 @@ def matmul_peaks(
     return max(best, lasting) / 1e12, lasting / 1e12
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float = 1.0) -> float:
+def matmul_peak(
+    dtype: torch.dtype,
+    device: torch.device,
+    product: Callable[[torch.Tensor, torch.Tensor], Callable[[], torch.Tensor]] = _product,
+) -> float:
     """The first of ``matmul_peaks``."""
-    return matmul_peaks(dtype, device, budget)[0]
+    return matmul_peaks(dtype, device, product)[0]
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None) -> float:

@@ -5,7 +5,7 @@ does is one operation, except for vit_fast's own, which launch a kernel for each
 (2 a multiply-add). Bytes counts every input read once and the result written once, also what passes between the kernels
 of one operator. A tensor expanded along an axis counts once along it. An operation carries the name of the module
 whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a block. Tensors that
-``vit_fast.prepare`` made for float8 carry the names of the parameters that they were made of.
+``vit_fast.prepare`` made carry the names of the parameters that they were made of.
 """
 
 import math
@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vit_fast.block import PREPARED
-from vit_fast.kernels.folding import E4M3, TENSORS_PER_FP8_BLOCK
+from vit_fast.kernels.folding import Float8Block, unflatten
+from vit_fast.precisions import PRECISIONS
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
 _ATTENTION = "scaled_dot_product_attention"
 _LISTED = 30  # torch.profiler writes no sizes of a longer list of tensors
-# The module whose parameters each tensor of a float8 block was made of; the first, a LayerNorm scale, has no module.
-_FP8_MODULES = ("",) + ("attn.qkv",) * 3 + ("attn.proj",) * 3 + ("mlp.fc1",) * 4 + ("mlp.fc2",) * 3
+_NARROW_DTYPES = {precision.product_dtype(torch.bfloat16) for precision in PRECISIONS.values() if precision.products}
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Operation:
         name, module: the kind of operation, and the module whose parameters it reads.
         flop: of matrix products.
         bytes: that must move to and from memory.
-        float8: whether the matrix products are in float8.
+        narrow: whether the matrix products are narrower than the model's weights.
     """
 
     name: str
     module: str
     flop: int
     bytes: int
-    float8: bool = False
+    narrow: bool = False
 
-    def roofline_seconds(self, flop_rate: float, byte_rate: float, float8_rate: float | None = None) -> float:
+    def roofline_seconds(self, flop_rate: float, byte_rate: float, narrow_rate: float | None = None) -> float:
         """The roofline bound: seconds that it takes at least on a device of so many FLOP and bytes a second."""
-        rate = float8_rate if self.float8 and float8_rate else flop_rate
+        rate = narrow_rate if self.narrow and narrow_rate else flop_rate
         return max(self.flop / rate, self.bytes / byte_rate)
 
 
@@ -141,25 +141,23 @@ def _patch_embed(a, out):
 
 def _fp8_blocks(a, out):
     """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: one an element of what passes as e4m3."""
-    weights, wide = a["weights"], moved_bytes(out)
+    wide = moved_bytes(out)
     rows, tokens, width = out.numel() // out.shape[-1], *out.shape[1:]
     narrow = rows * width
-    for start in range(0, len(weights), TENSORS_PER_FP8_BLOCK):
-        norm_scale, *linears = weights[start : start + TENSORS_PER_FP8_BLOCK]
-        qkv, proj, fc1, fc2 = linears[:3], linears[3:6], linears[6:10], linears[10:]
-        hidden = rows * fc2[0].shape[1]
 
-        def linear(tensors, moved):
-            return "linear", tensors[0], 2 * rows * tensors[0].numel(), moved_bytes(*tensors) + moved
+    def linear(moved, weight, *vectors):
+        return "linear", weight, 2 * rows * weight.numel(), moved_bytes(weight, *vectors) + moved
 
-        norm = ("layer_norm", norm_scale, 0, wide + moved_bytes(norm_scale) + narrow)
+    for b in unflatten(Float8Block, a["weights"]):
+        hidden = rows * b.fc2_weight.shape[1]
+        norm = ("layer_norm", b.norm_scale, 0, wide + moved_bytes(b.norm_scale) + narrow)
         yield norm
-        yield linear(qkv, narrow + 3 * wide)
-        yield "attention", norm_scale, 4 * rows * tokens * width, 3 * wide + narrow
-        yield linear(proj, narrow + 2 * wide)
+        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_scale, b.qkv_bias)
+        yield "attention", b.norm_scale, 4 * rows * tokens * width, 3 * wide + narrow
+        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_scale, b.proj_bias)
         yield norm
-        yield linear(fc1, narrow + hidden)
-        yield linear(fc2, hidden + 2 * wide)
+        yield linear(narrow + hidden, b.fc1_weight, b.fc1_scale, b.fc1_bias, b.hidden_scale)
+        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_bias)
 
 
 # Each yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in their order.
@@ -178,15 +176,14 @@ def _label(path):
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
-def _fp8_names(model):
-    """{id of a tensor: label} of what ``vit_fast.prepare`` made for float8."""
+def _prepared_names(model):
+    """{id of a tensor: label} of what ``vit_fast.prepare`` made, by the modules that it was made of."""
     names = {}
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
-        if getattr(prepared, "precision", None) == "fp8" and hasattr(prepared, "weights"):
-            for index, tensor in enumerate(prepared.weights):
-                parts = (name, "*", _FP8_MODULES[index % TENSORS_PER_FP8_BLOCK])
-                names[id(tensor)] = ".".join(filter(None, parts))
+        for record in getattr(prepared, "records", ()):
+            for part, tensor in zip(PRECISIONS[prepared.precision].modules(), record, strict=True):
+                names[id(tensor)] = ".".join(filter(None, (name, "*", part)))
     return names
 
 
@@ -208,7 +205,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls, self.module = [], ""
         self.names = {id(p): _label(name.rpartition(".")[0] or name) for name, p in model.named_parameters()}
-        self.names |= _fp8_names(model)
+        self.names |= _prepared_names(model)
         self.kept = []  # references: the id of a freed tensor may be given to another
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -234,8 +231,8 @@ class _Recorder(TorchDispatchMode):
     def _operations(self, operator, arguments, inputs, out, named):
         if operator in _VIT_FAST:
             for name, parameter, flop, moved in _VIT_FAST[operator](arguments, out):
-                float8 = parameter is not None and parameter.dtype == E4M3
-                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved, float8)
+                narrow = parameter is not None and parameter.dtype in _NARROW_DTYPES
+                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved, narrow)
         elif operator.startswith("aten::"):
             name = operator_name(operator).removeprefix("aten::").rstrip("_")
             shown = "attention" if name == _ATTENTION else _NAMES.get(name, name)

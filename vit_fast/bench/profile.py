@@ -1,8 +1,8 @@
 """Where the time of one forward pass goes, operation by operation, beside the least that it can take.
 
-The roofline bound of an operation is the greater of its FLOP at the speed of a large matrix product, in float8 where it
-is, and its bytes at the speed of a copy, all measured in the same run. ``operations`` says what there is to compute,
-torch.profiler when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
+The roofline bound of an operation is the greater of its FLOP at the speed of a large matrix product in the dtype that
+it multiplies, and its bytes at the speed of a copy, all measured in the same run. ``operations`` says what there is to
+compute, torch.profiler when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, record_function
 import vit_fast
 from vit_fast import backends
 from vit_fast.input_size import input_size
+from vit_fast.precisions import Precision
 
 from . import attribution, machine, measure, models, operations
 from .errors import BenchError, reason
@@ -44,9 +45,10 @@ class Settings:
     iterations: int
 
     @property
-    def in_float8(self) -> bool:
-        """Whether products are in float8."""
-        return self.provider in OURS and OURS[self.provider].float8
+    def narrow(self) -> Precision | None:
+        """The precision of a model whose products are narrower than its weights, else None."""
+        variant = OURS.get(self.provider)
+        return variant.precision if variant and variant.products else None
 
     def constructor_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the model's constructor."""
@@ -66,11 +68,11 @@ def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[st
         with forced:
             tell(f"{settings.model}: model", 0.0)
             model, pixels = _model_and_pixels(settings)
-            in_float8 = settings.in_float8
-            if in_float8:  # other bytes flow than in the model as it is
+            narrow = settings.narrow
+            if narrow:  # other bytes flow than in the model as it is
                 model = _provide(model, settings.provider)
             calls = operations.forward_operations(model, pixels)
-            if not in_float8:
+            if not narrow:
                 model = _provide(model, settings.provider)
 
             def call():
@@ -89,21 +91,22 @@ def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[st
             trace, events = _trace(call, settings)
         tell("ceilings", 0.8)
         flop_rate = 1e12 * measure.matmul_peak(getattr(torch, settings.precision), device)
-        float8_rate = None
-        if in_float8 and not measure.float8_missing(device):
-            float8_rate = 1e12 * measure.matmul_peak(measure.E4M3, device)
+        narrow_rate = None
+        if narrow and not narrow.why_emulated(device):
+            dtype = narrow.product_dtype(getattr(torch, settings.precision))
+            narrow_rate = 1e12 * measure.matmul_peak(dtype, device, narrow.product)
         byte_rate = measure.copy_bandwidth(device)
     except torch.OutOfMemoryError as error:
         raise BenchError(f"out of memory at --batch-size {settings.batch}: {error}") from error
     except vit_fast.UnsupportedError as error:
         raise BenchError(reason(error)) from error
-    found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate, float8_rate)
+    found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate, narrow_rate)
     if on_gpu and not found.rows:
         raise BenchError(
             "torch.profiler recorded no GPU kernel: CUPTI is missing or may not be used here (another profiler is "
             "attached, or the driver restricts it to administrators); nothing can be attributed"
         )
-    facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate, float8_rate)
+    facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate, narrow_rate)
     return facts, _rows(found, facts), trace
 
 
@@ -123,9 +126,9 @@ def _model_and_pixels(settings):
 
 def _provide(model, provider):
     """The model as the provider runs it."""
-    if provider in OURS and OURS[provider].prepared:
+    if provider in OURS and (precision := OURS[provider].precision):
         try:
-            return vit_fast.prepare(model, precision=OURS[provider].precision)
+            return vit_fast.prepare(model, precision=precision.name)
         except (ValueError, TypeError, vit_fast.UnsupportedError) as error:
             raise BenchError(f"--provider {provider}: {error}") from error
     if provider in COMPILE_MODES:
@@ -154,7 +157,7 @@ def _trace(call, settings):
     return text, json.loads(text)["traceEvents"]
 
 
-def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate, float8_rate):
+def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate, narrow_rate):
     return {
         "model": settings.model,
         "provider": settings.provider,
@@ -170,7 +173,7 @@ def _facts(settings, pixels, choices, step, host, flop_rate, byte_rate, float8_r
         "host_ms": 1e3 * host,
         "images_per_second": settings.batch / step,
         "matmul_peak_tflops": flop_rate / 1e12,
-        "matmul_peak_float8_tflops": float8_rate and float8_rate / 1e12,
+        "matmul_peak_narrow_tflops": narrow_rate and narrow_rate / 1e12,
         "copy_tb_per_s": byte_rate / 1e12,
         "torch": torch.__version__,
         "triton": vit_fast.status(settings.device).versions.get("triton"),

@@ -17,7 +17,7 @@ import torch
 
 from . import machine, measure, speedup
 from .contest import Contest
-from .providers import FLOAT8_PROVIDERS
+from .providers import NARROW
 from .results import speedup_column
 from .settings import Settings
 from .time_budget import MIN_ROUNDS
@@ -50,9 +50,9 @@ class Provider:
     operators: list[Any] | None = None
 
     @property
-    def in_float8(self) -> bool:
-        """Whether its products are in float8."""
-        return self.name in FLOAT8_PROVIDERS
+    def products(self) -> str | None:
+        """What its matrix products multiply, in words; None where it is the dtype of the weights."""
+        return NARROW[self.name].products if self.name in NARROW else None
 
     @property
     def steps(self) -> list[float]:
@@ -162,7 +162,7 @@ def fill_in(providers: Iterable[Provider], settings: Settings, contest: Contest,
             provider.row[speedup_column(baseline.name)] = ratio
     ours = [provider for provider in timed if provider.ours]
     for provider in ours:
-        comparable = [baseline for baseline in baselines if provider.in_float8 or not baseline.in_float8]
+        comparable = [baseline for baseline in baselines if baseline.products in (None, provider.products)]
         if comparable:
             best = max(comparable, key=lambda baseline: baseline.row["infer_samples_per_sec"])
             ratio = provider.row["infer_samples_per_sec"] / best.row["infer_samples_per_sec"]

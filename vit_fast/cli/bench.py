@@ -10,7 +10,7 @@ import typer
 
 from vit_fast.bench import machine, photographs
 from vit_fast.bench.errors import require
-from vit_fast.bench.providers import BASELINES, SCALED_MM, VARIANTS
+from vit_fast.bench.providers import BASELINES, NARROW, SCALED_MM, VARIANTS
 
 from . import options
 from .errors import INTERRUPTED
@@ -20,8 +20,6 @@ FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 DEFAULT_BASELINES = {"cuda": BASELINES[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
 # Of 16-bit weights; vit_fast.prepare folds no others.
 DEFAULT_VARIANTS = {"cuda": ("plain", "prepared", "graphed"), "cpu": ("plain", "prepared")}
-# Timed by default where the device multiplies float8, and the float8 baseline with them.
-FLOAT8_VARIANTS = tuple(name for name, variant in VARIANTS.items() if variant.float8)
 CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
 FORMATS = ("csv", "json")
 AMP_PRECISIONS = {"amp": "float16", "amp_bfloat16": "bfloat16"}
@@ -168,7 +166,7 @@ def bench(
         require(module, "bench")
     options.output_files({"--results-file": results_file, "--plot": plot})
 
-    from vit_fast.bench import compare, measure, results
+    from vit_fast.bench import compare, results
     from vit_fast.bench.settings import Settings
     from vit_fast.bench.time_budget import TimeBudget
 
@@ -176,11 +174,12 @@ def bench(
 
     if variants is None:
         variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
-        if precision != "float32" and family is None and not measure.float8_missing(target):
-            variants += FLOAT8_VARIANTS
+        if precision != "float32" and family is None:  # those with narrower products, where the device multiplies them
+            narrow = ((name, variant.precision) for name, variant in VARIANTS.items() if variant.products)
+            variants += tuple(name for name, its in narrow if its.why_emulated(target) is None)
     if baselines is None:
-        float8 = on_gpu and any(name in FLOAT8_VARIANTS for name in variants)
-        baselines = DEFAULT_BASELINES[target.type] + (SCALED_MM,) * float8
+        products = {VARIANTS[name].products for name in variants}
+        baselines = DEFAULT_BASELINES[target.type] + (SCALED_MM,) * (on_gpu and NARROW[SCALED_MM].products in products)
     variants = tuple(name for name in VARIANTS if name in variants)
 
     settings = Settings(

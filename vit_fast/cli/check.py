@@ -95,8 +95,8 @@ def check(
     pixels = photos.pixels.to(next(made.parameters()))
     try:
         with vit_fast.backend(backend) if backend else contextlib.nullcontext():
-            if VARIANTS[variant].prepared:
-                vit_fast.prepare(made, precision=VARIANTS[variant].precision)
+            if precision_of := VARIANTS[variant].precision:
+                vit_fast.prepare(made, precision=precision_of.name)
             if VARIANTS[variant].graphed:
                 made = vit_fast.graphed(made, batch_sizes=[batch_size])
             found = vit_fast.check(made, pixels)

@@ -63,7 +63,7 @@ def profile(
     kwargs = options.keyword_arguments(model_kwargs)
     target = options.target_device(device)
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
-    if provider in PROFILED_VARIANTS and PROFILED_VARIANTS[provider].prepared and precision == "float32":
+    if provider in PROFILED_VARIANTS and PROFILED_VARIANTS[provider].precision and precision == "float32":
         raise CommandError(
             f"--provider {provider}: vit_fast.prepare folds float16 and bfloat16, --precision is float32"
         )
@@ -153,11 +153,13 @@ def _sentences(facts, rows, settings):
         f"{facts['copy_tb_per_s']:.3g} TB/s (a copy, read and write), both measured in this run; % of roofline is that "
         "bound / time, above 100 where data stay in a cache."
     )
-    if facts["matmul_peak_float8_tflops"]:
-        rate = facts["matmul_peak_float8_tflops"]
-        yield f"FLOP of products in float8 at {rate:.4g} TFLOP/s, likewise measured (torch._scaled_mm)."
-    elif settings.in_float8:
-        yield "This device has no products in float8: their emulation ran, and the bounds are those of the emulation."
+    if settings.narrow and (rate := facts["matmul_peak_narrow_tflops"]):
+        yield f"FLOP of products in {settings.narrow.products} at {rate:.4g} TFLOP/s, likewise measured."
+    elif settings.narrow:
+        yield (
+            f"This device has no products in {settings.narrow.products}: their emulation ran, and the bounds are those "
+            "of the emulation."
+        )
     if not gpu and (small := [row for row in rows if _is_small(row)]):
         share = sum(row["percent_of_step"] for row in small)
         names = ", ".join(row["operation"] for row in small)

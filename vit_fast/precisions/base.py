@@ -1,9 +1,11 @@
 """What a precision is."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from vit_fast.block_params import BlockParams
 from vit_fast.parity import Budget
@@ -70,6 +72,10 @@ class Precision:
     def product_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """What the matrix products of a model with such weights multiply: the roofline peak that it is held against."""
         return weight_dtype
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A call that multiplies a bᵀ of matrices in ``product_dtype`` by PyTorch: the roofline is measured with it."""
+        return partial(F.linear, a, b)
 
     def why_emulated(self, device: torch.device) -> str | None:
         """Why a device has no matrix product of ``product_dtype``, so that PyTorch emulates it, or None."""
