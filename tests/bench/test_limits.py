@@ -13,6 +13,7 @@ import torch
 import typer
 from vit_fast.kernels import configs, folding
 
+from vit_fast.bench import measure
 from vit_fast.precisions import FP8
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "limits.py"

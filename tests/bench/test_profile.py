@@ -489,7 +489,7 @@ def test_families_of_kernels(kernel, kind):
 @pytest.fixture
 def quick(monkeypatch):
     """The ceilings take a second of every run on a CPU, and have a test of their own."""
-    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: 0.25)
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device, *product: 0.25)
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 2e10)
 
 
@@ -612,7 +612,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(profiling, "_trace", lambda call, settings: ("", trace.events))
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 4e12)
     peaks = {torch.float32: 50.0, torch.bfloat16: 700.0, torch.float8_e4m3fn: 1300.0}
-    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: peaks[dtype])
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device, *product: peaks[dtype])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(measure, "step_times", lambda call, count, device: [0.002] * count)
     monkeypatch.setattr(measure, "synchronize", lambda device: None)

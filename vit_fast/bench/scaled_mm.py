@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .measure import E4M3
+from vit_fast.kernels.folding import E4M3
 
 _LINEARS = ("qkv", "proj", "fc1", "fc2")
 _LARGEST = torch.finfo(E4M3).max

@@ -64,7 +64,7 @@ def check(
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
     if VARIANTS[variant].graphed and target.type != "cuda":
         raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
-    if VARIANTS[variant].prepared and precision == "float32":
+    if VARIANTS[variant].precision and precision == "float32":
         raise options.wrong(
             "--variant",
             variant,
