@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vit_fast
 from vit_fast import cli, parity
-from vit_fast.backends.torch import TORCH
 from vit_fast.bench import (
     baselines,
     compare,
@@ -449,7 +448,7 @@ def test_float8_that_is_not_supported_is_told(words, told, json_file):
 @pytest.mark.parametrize("fault", ["quantised weights", "kernel", "not in float8"])
 def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, monkeypatch):
     """A fault of the quantised weights is one of their plain form too; a fault of a kernel is not."""
-    shipped, run_plainly = vit_fast.prepare, TORCH.forward["fp8_blocks"]
+    shipped, run_plainly = vit_fast.prepare, FP8.reference
 
     def prepare(model, precision=None):
         if precision == "fp8" and fault == "not in float8":
@@ -465,7 +464,7 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
 
     monkeypatch.setattr(vit_fast, "prepare", prepare)
     if fault == "kernel":
-        monkeypatch.setitem(TORCH.forward, "fp8_blocks", fp8_blocks)
+        monkeypatch.setattr(FP8, "reference", fp8_blocks)
     assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 1
     plain, prepared, float8, eager, _ = json.loads(json_file.read_text())
     told = {"not in float8": "failed: no block ran in float8"}.get(fault, "parity failed")
