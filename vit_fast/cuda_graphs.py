@@ -17,7 +17,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -399,7 +399,7 @@ class Graphed(nn.Module):
 
 def graphed(
     model: nn.Module,
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8),
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
     *,
     example: torch.Tensor | None = None,
     clone: bool = True,

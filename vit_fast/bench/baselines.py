@@ -118,7 +118,7 @@ def _refuse(library, model, pools, activations):
         raise NoSuchModel(f"{library} has no such model (activation {activation})")
 
 
-def torchvision_model(model: nn.Module) -> nn.Module:
+def torchvision_model(model: Any) -> nn.Module:
     """torchvision's module with the weights of a timm model."""
     _import("torchvision")
     from torchvision.models.vision_transformer import VisionTransformer
@@ -154,7 +154,7 @@ class Logits(nn.Module):
         return getattr(self.model(pixel_values=pixels), self.field)
 
 
-def transformers_model(model: nn.Module) -> nn.Module:
+def transformers_model(model: Any) -> nn.Module:
     """transformers' module, attending by scaled_dot_product_attention, with the weights of a timm model."""
     transformers = _import("transformers")
     _refuse("transformers", model, ("token", "map"), _HIDDEN_ACTS)
@@ -175,7 +175,8 @@ def transformers_model(model: nn.Module) -> nn.Module:
             raise NoSuchModel("transformers has no such model (its SigLIP images are square)")
         config = transformers.SiglipVisionConfig(image_size=height, **kwargs)
         module = transformers.AutoModel.from_config(config, attn_implementation="sdpa")
-        rules, field = _TRANSFORMERS_SIGLIP, "pooler_output"
+        rules: tuple[tuple[str, str], ...] = _TRANSFORMERS_SIGLIP
+        field = "pooler_output"
     else:
         config = transformers.ViTConfig(
             image_size=(height, width), qkv_bias=block.attn.qkv.bias is not None, num_labels=model.num_classes, **kwargs
@@ -257,13 +258,14 @@ def best_attention(
     Only a GPU has several; nn.MultiheadAttention's fast path may be switched off, where it cannot use the backend.
     """
     ways = _attentions(module, device)
-    times, own = {}, next(iter(ways))
+    times: dict[str, float] = {}
+    own = next(iter(ways))
     for name, way in ways.items() if len(ways) > 1 else ():
         # A backend that cannot run this module on this device raises, and warns of each reason.
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), way():
             call()
             times[name] = statistics.median(measure.step_times(call, 5, device))
-    best = min(times, key=times.get, default=own)
+    best = min(times, key=lambda name: times[name], default=own)
     if own in times and times[best] > 0.98 * times[own]:
         best = own
     return best, ways[best]

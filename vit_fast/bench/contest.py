@@ -182,7 +182,7 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    narrow_facts = {}
+    narrow_facts: dict[str, dict[str, Any]] = {}
     for precision in dict.fromkeys(NARROW.values()):
         names = [name for name, of_name in NARROW.items() if of_name is precision]
         runs = any(name in ours or name in others for name in names)

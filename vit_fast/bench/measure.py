@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_flush = {}
+_flush: dict[torch.device, torch.Tensor] = {}
 
 
 def synchronize(device: torch.device) -> None:
@@ -156,12 +156,11 @@ def matmul_peaks(
     """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers.
 
     product: makes the call that multiplies a bᵀ; a precision has its own (``vit_fast.precisions``).
-
     sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
     keeps. peak: the fastest single product seen in about ``budget`` s, or the sustained figure where that is higher.
     The second factor lies transposed, as in a linear layer: some libraries are slow on the other layout.
     """
-    best, fastest_product = 0.0, None
+    best = 0.0
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
         call = product(*(torch.randn(size, size, device=device).to(dtype) for _ in range(2)))
         first, _ = seconds(call, device)
@@ -169,17 +168,16 @@ def matmul_peaks(
         count = max(3, min(20, int(budget / 2 / max(min(first, again), 1e-6))))
         fastest = min(step_times(call, count, device))
         if 2 * size**3 / fastest > best:
-            best, fastest_product = 2 * size**3 / fastest, (size, fastest, call)
+            best, best_size, shortest, best_call = 2 * size**3 / fastest, size, fastest, call
         if again > budget:
             break
-    size, fastest, call = fastest_product
-    count = max(1, math.ceil(sustained / fastest))
+    count = max(1, math.ceil(sustained / shortest))
 
     def work():
         for _ in range(count):
-            call()
+            best_call()
 
-    lasting = count * 2 * size**3 / seconds(work, device)[0]
+    lasting = count * 2 * best_size**3 / seconds(work, device)[0]
     return max(best, lasting) / 1e12, lasting / 1e12
 
 

@@ -69,7 +69,7 @@ def operator_name(name: str) -> str:
 
 def tensor_sizes(sizes: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
     """Sizes of the tensors in a profiler's list of arguments: what has no size is dropped, lists are flattened."""
-    flat = []
+    flat: list[Any] = []
     for size in sizes:
         if size and isinstance(size[0], (list, tuple)):
             flat += tensor_sizes(size)
@@ -142,7 +142,8 @@ def _patch_embed(a, out):
 def _fp8_blocks(a, out):
     """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: one an element of what passes as e4m3."""
     wide = moved_bytes(out)
-    rows, tokens, width = out.numel() // out.shape[-1], *out.shape[1:]
+    _, tokens, width = out.shape
+    rows = out.numel() // width
     narrow = rows * width
 
     def linear(moved, weight, *vectors):

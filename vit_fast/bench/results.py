@@ -93,9 +93,9 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["status"] == "ok"] or None
+    rows = [row for row in rows if row["status"] == "ok"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if rows is None:
+    if not rows:
         axes.text(0.5, 0.5, "no row was timed", ha="center")
         figure.savefig(path, dpi=150)
         return

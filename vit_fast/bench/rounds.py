@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ class Provider:
 
     def same_as(self, other: "Provider") -> bool:
         """Whether both run the same operators and give the same bits."""
-        return bool(self.operators) and self.operators == other.operators and torch.equal(self.logits, other.logits)
+        if not self.operators or self.operators != other.operators or self.logits is None or other.logits is None:
+            return False
+        return torch.equal(self.logits, other.logits)
 
 
 def release(device: torch.device) -> None:
@@ -115,7 +118,7 @@ def time_rounds(
     end = time.perf_counter() + seconds
     for provider in providers:
         warm = seconds / 5 / len(providers)
-        attempt(provider, lambda p=provider, s=warm: _warm_up(p, settings.warm_iterations, s, device), device)
+        attempt(provider, partial(_warm_up, provider, settings.warm_iterations, warm, device), device)
     on_gpu = device.type == "cuda"
     rounds = min(wanted, 10) if on_gpu else wanted
     order, draw = list(providers), random.Random(0)

@@ -4,7 +4,7 @@ import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,23 @@ def _results_format(path, name):
             raise options.wrong("--results-file", str(path), "a name that ends in .csv or .json, or --results-format")
         return suffix
     return None
+
+
+def _default_variants(target, precision, family):
+    """Those of the device, and those with narrower products where it multiplies these."""
+    if precision == "float32":
+        return ("plain",)
+    found = DEFAULT_VARIANTS[target.type]
+    if family is None:
+        narrow = ((name, variant.precision) for name, variant in VARIANTS.items() if variant.products)
+        found += tuple(name for name, precision in narrow if precision.why_emulated(target) is None)
+    return found
+
+
+def _default_baselines(target, variants):
+    """Those of the device, and timm in float8 where one of our variants is."""
+    float8 = NARROW[SCALED_MM].products in {VARIANTS[name].products for name in variants}
+    return DEFAULT_BASELINES[target.type] + (SCALED_MM,) * (target.type == "cuda" and float8)
 
 
 def bench(
@@ -142,22 +159,22 @@ def bench(
                 raise options.wrong(flag, given, "it without --family")
     if images is not None and not images.is_dir():
         raise options.wrong("--images", str(images), "a folder of photographs")
+    our_variants = None if variants is None else options.list_of("--variants", variants, tuple(VARIANTS))
+    others: tuple[str, ...] | None = None
     if baselines is not None:
-        baselines = () if baselines == "none" else options.list_of("--baselines", baselines, BASELINES)
-    if variants is not None:
-        variants = options.list_of("--variants", variants, tuple(VARIANTS))
+        others = () if baselines == "none" else options.list_of("--baselines", baselines, BASELINES)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
     kwargs = options.keyword_arguments(model_kwargs)
     target = options.target_device(device)
     on_gpu = target.type == "cuda"
-    for flag, chosen in (("--baselines", baselines), ("--variants", variants)):
+    for flag, chosen in (("--baselines", others), ("--variants", our_variants)):
         for name in CUDA_GRAPHS:
             if not on_gpu and name in (chosen or ()):
                 raise options.wrong(flag, name, "it on a CUDA device only: CUDA graphs need one")
     precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
-    if precision == "float32" and variants and "plain" not in variants:
+    if precision == "float32" and our_variants and "plain" not in our_variants:
         told = "plain among them: the others fold float16 or bfloat16 weights, see --precision"
-        raise options.wrong("--variants", ",".join(variants), told)
+        raise options.wrong("--variants", ",".join(our_variants), told)
     options.backend(backend, target)
     if family is None:
         options.check_buildable(model, kwargs, img_size)
@@ -172,15 +189,10 @@ def bench(
 
     from . import report
 
-    if variants is None:
-        variants = DEFAULT_VARIANTS[target.type] if precision != "float32" else ("plain",)
-        if precision != "float32" and family is None:  # those with narrower products, where the device multiplies them
-            narrow = ((name, variant.precision) for name, variant in VARIANTS.items() if variant.products)
-            variants += tuple(name for name, its in narrow if its.why_emulated(target) is None)
-    if baselines is None:
-        products = {VARIANTS[name].products for name in variants}
-        baselines = DEFAULT_BASELINES[target.type] + (SCALED_MM,) * (on_gpu and NARROW[SCALED_MM].products in products)
-    variants = tuple(name for name in VARIANTS if name in variants)
+    if our_variants is None:
+        our_variants = _default_variants(target, precision, family)
+    if others is None:
+        others = _default_baselines(target, our_variants)
 
     settings = Settings(
         model=model,
@@ -190,8 +202,8 @@ def bench(
         amp_dtype=(amp_dtype or ("float16" if on_gpu else "bfloat16")) if amp else None,
         img_size=img_size,
         model_kwargs=kwargs,
-        variants=variants,
-        baselines=baselines,
+        variants=tuple(name for name in VARIANTS if name in our_variants),
+        baselines=others,
         warm_iterations=num_warm_iter,
         bench_iterations=num_bench_iter,
         channels_last=channels_last,
@@ -205,7 +217,8 @@ def bench(
     if family is not None:
         names = FAMILIES if family == "all" else (family,)
         contests = [replace(settings, family=name, model=name, model_kwargs={}) for name in names]
-    rows, failed, interrupted, budgeted = [], False, False, seconds > 0
+    rows: list[dict[str, Any]] = []
+    failed, interrupted, budgeted = False, False, seconds > 0
 
     def write_rows(path):
         results.write_rows(rows, path, file_format)
@@ -213,7 +226,7 @@ def bench(
     for index, contest in enumerate(contests):
         began = start if index == 0 else time.perf_counter()
         limit = max(seconds / (len(contests) - index), 1e-3) if budgeted else 0.0
-        its_rows = []
+        its_rows: list[dict[str, Any]] = []
         with report.progress() as tell:
 
             def keep(batch_rows, contest=contest, its_rows=its_rows, tell=tell):

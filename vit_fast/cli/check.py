@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,11 +83,13 @@ def check(
     from vit_fast.input_size import input_size
 
     torch.manual_seed(0)
-    made = models.vit_fast_model(model, pretrained, **kwargs)
+    made: Any = models.vit_fast_model(model, pretrained, **kwargs)
     if not pretrained:
         parity.perturb(made)
     made.to(target, getattr(torch, precision))
-    channels, height, width = input_size(made)
+    size = input_size(made)
+    assert size is not None  # every model of the registry tells it
+    channels, height, width = size
     mean, std = (made.default_cfg.get(key, (0.5,) * channels) for key in ("mean", "std"))
     if len(mean) != channels:
         mean = std = (0.5,) * channels
@@ -105,7 +107,7 @@ def check(
     _print_certificate(found)
     weights = "pretrained" if pretrained else "random"
     say(f"{model}, variant {variant}, {weights} weights; pixels: {photos.source}.")
-    facts = {"name": model, "variant": variant, "weights": weights, "images": photos.source}
+    facts: dict[str, Any] = {"name": model, "variant": variant, "weights": weights, "images": photos.source}
     facts |= {"vit_fast": vit_fast.__version__, "commit": machine.commit(), **machine.gpu_state(target)}
     text = json.dumps(facts | found.as_dict(), indent=1, ensure_ascii=False) + "\n"
     written = save("certificate", results_file, lambda path: path.write_text(text, encoding="utf-8"))

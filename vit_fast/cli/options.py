@@ -124,9 +124,9 @@ def check_buildable(name: str, kwargs: dict[str, Any], img_size: int | None = No
 
 def output_files(files: dict[str, Path | None]) -> None:
     """Opens every output of a verb before its work, {flag: path or None}, and leaves what is there as it is."""
-    flags = {}
+    flags: dict[Path, str] = {}
     for flag, path in files.items():
-        if output_file(flag, path) is not None:
+        if path is not None and output_file(flag, path) is not None:
             first = flags.setdefault(path.resolve(), flag)
             if first != flag:
                 raise wrong(flag, str(path), f"another file than {first}")

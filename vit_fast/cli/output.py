@@ -53,7 +53,8 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Collec
     if sum(widths) + gap * (len(widths) - 1) > console.width:
         widths[0] = _longest_word(columns[0])
     room = max(console.width - widths[0] - gap, 1)
-    blocks, used = [[]], 0
+    blocks: list[list[int]] = [[]]
+    used = 0
     for index in range(1, len(columns)):
         widths[index] = min(widths[index], max(room, _longest_word([heads[index]])))
         used += widths[index] + gap * bool(blocks[-1])

@@ -26,7 +26,7 @@ def progress() -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=1.0)
 
-        def tell(text, fraction):
+        def update(text, fraction):
             bar.update(task, description=text, completed=fraction)
 
         def warn(text):
@@ -40,6 +40,7 @@ def progress() -> Iterator[Any]:
             if sys.stderr.isatty():
                 bar.start()
 
+        tell: Any = update
         tell.warn, tell.paused = warn, paused
         yield tell
 
