@@ -15,7 +15,6 @@ Stacks of prepared blocks, ``prepared_blocks`` and ``fp8_blocks``, one operation
 ``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,16 +79,15 @@ def _register(
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def fwd(*inputs):
-        *inputs, word = inputs
-        _refuse_transforms(name, word)
-        backend, wanted = select.loaded(word, name), inputs.pop() if flag else True
+        _refuse_transforms(name, inputs[-1])
+        backend = select.loaded(inputs[-1], name)
         with backend.launching(inputs[0].device):
-            if wanted:
-                outputs = forward(backend.forward[name], *inputs)
-            else:
-                out = forward(functools.partial(backend.output, name), *inputs)
-                outputs = out, *(out.new_empty(0, dtype=_stat(inputs[0])) for _ in range(statistics))
-        return tuple(t.contiguous() for t in outputs) if statistics else outputs.contiguous()
+            if not flag:
+                return forward(backend.forward[name], *inputs[:-1]).contiguous()
+            if inputs[-2]:
+                return tuple(t.contiguous() for t in forward(backend.forward[name], *inputs[:-2]))
+            out, stat = forward(backend.output(name), *inputs[:-2]).contiguous(), _stat(inputs[0])
+            return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
     def bwd(grad, *inputs):
         *inputs, needs, word = inputs

@@ -57,10 +57,9 @@ class Backend:
         """What surrounds each call of a function of ``forward``, ``inference`` or ``backward``."""
         return _nothing
 
-    def output(self, operation: str, *arguments: Any, **options: Any) -> torch.Tensor:
-        """The output of an operation that has statistics, without them."""
+    def output(self, operation: str) -> Callable[..., torch.Tensor]:
+        """The function of an operation that has statistics, for its output alone."""
         if operation in self.inference:
-            out: torch.Tensor = self.inference[operation](*arguments, **options)
-        else:
-            out, *_ = self.forward[operation](*arguments, **options)
-        return out
+            return self.inference[operation]
+        forward = self.forward[operation]
+        return lambda *arguments, **options: forward(*arguments, **options)[0]
