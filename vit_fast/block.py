@@ -12,7 +12,8 @@ v takes the place of x in the first line, so that x may have another width than 
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,9 @@ def attend(qkv: torch.Tensor, p: BlockParams, attn_drop: float = 0.0, bias: torc
     return ops.attention(qkv, p.num_heads, p.scale, bias=bias, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
 
 
-def attention_probabilities(qkv: torch.Tensor, p: BlockParams, queries: slice | None = None) -> torch.Tensor:
+def attention_probabilities(
+    qkv: torch.Tensor, p: BlockParams, queries: slice | torch.Tensor | None = None
+) -> torch.Tensor:
     """Softmax probabilities [B, H, N, N] of a packed projection; ``queries`` selects query tokens."""
     q, k, _ = split_heads(qkv, None, None, p.num_heads)
     if p.q_norm is not None:
@@ -133,7 +136,7 @@ def pass_over_prepared(blocks: nn.Module, reason: str) -> None:
         prepared.pass_over(reason)
 
 
-def _prepared(blocks):
+def _prepared(blocks: nn.Module) -> Any:
     """The prepared weights of a stack, or None: what is recorded or compiled holds the model's own."""
     if torch.compiler.is_compiling() or is_recording():
         return None
@@ -164,7 +167,7 @@ def run_blocks(
     prepared = _prepared(blocks)
     if prepared is not None and prepared.serves(x):
         return prepared.run(x, first, last)
-    chosen = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
+    chosen: Iterable[nn.Module] = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
     for block in chosen:
         x = block(x) if run is None else run(block, x)
     return x

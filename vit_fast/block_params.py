@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -15,8 +15,14 @@ class Norm(NamedTuple):
     bias: torch.Tensor | None
     eps: float
 
+    @overload
     @classmethod
-    def of(cls, module: nn.LayerNorm | nn.Identity) -> Norm | None:
+    def of(cls, module: nn.LayerNorm) -> Norm: ...
+    @overload
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm | None: ...
+    @classmethod
+    def of(cls, module: Any) -> Norm | None:
         """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
         return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
 

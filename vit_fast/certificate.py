@@ -28,6 +28,8 @@ from .plain import Fusible, why_not_plain
 from .precisions import PRECISIONS, of_operation
 from .prepared import unprepare
 
+_Outputs = dict[str, torch.Tensor]  # of a model or of its layers, by name
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -97,7 +99,7 @@ class Certificate:
         return "\n".join(lines)
 
 
-def _tensors(value, name):
+def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
     """(name, tensor) of what can be compared in an output: floating, with a batch axis and more."""
     if isinstance(value, torch.Tensor):
         return [(name, value)] if value.is_floating_point() and value.dim() > 1 else []
@@ -108,7 +110,7 @@ def _tensors(value, name):
     return []
 
 
-def _is_layer(name, module, model):
+def _is_layer(name: str, module: nn.Module, model: nn.Module) -> bool:
     """Whether a module is a child of the model or of a stack of modules, no part of a layer, and computes something."""
     if not name or isinstance(module, (nn.Identity, nn.Dropout)):
         return False
@@ -116,15 +118,16 @@ def _is_layer(name, module, model):
     return not parent or isinstance(model.get_submodule(parent), (nn.Sequential, nn.ModuleList))
 
 
-def _run(model, example):
+def _run(model: nn.Module, example: Any) -> tuple[_Outputs, _Outputs, set[str | None]]:
     """(outputs, layers, called) of a call: {name: tensor} twice, and the names of the modules whose ``__call__`` ran.
 
     The hook is global: a module that carries one is not fused.
     """
     names = {module: name for name, module in model.named_modules()}
-    layers, called = {}, set()
+    layers: _Outputs = {}
+    called: set[str | None] = set()
 
-    def note(module, inputs, output):
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
         name = names.get(module)
         called.add(name)
         if name is not None and _is_layer(name, module, model):
@@ -139,7 +142,7 @@ def _run(model, example):
     return {name: t.clone() for name, t in _tensors(output, "output")}, layers, called
 
 
-def _plain_form(model):
+def _plain_form(model: nn.Module) -> nn.Module:
     """A copy of a model in which nothing is fused: each of its modules carries a hook, and so runs in its own call."""
     plain = unprepare(restore(copy.deepcopy(model)))
     for module in plain.modules():
@@ -147,16 +150,16 @@ def _plain_form(model):
     return plain
 
 
-def _look(module, inputs, output):
+def _look(module: nn.Module, inputs: Any, output: Any) -> None:
     """A hook that changes nothing."""
 
 
-def _chain(model, name):
+def _chain(model: nn.Module, name: str) -> list[nn.Module]:
     """The model and its modules down to the one of a name."""
     return [model, *(model.get_submodule(name[: m.start()]) for m in re.finditer(r"\.|$", name) if name)]
 
 
-def _carries(model, name):
+def _carries(model: nn.Module, name: str) -> bool:
     """Whether a module does more than its own library wrote: a hook, a forward or a weight of its own, an adapter."""
     *above, module = _chain(model, name)
     # A fast class stands in front of the library's own.
@@ -164,26 +167,26 @@ def _carries(model, name):
     if library(type(module)) not in wrote | {"torch"}:
         return True
 
-    def ignores(hook):
+    def ignores(hook: Any) -> bool:
         return any(block.ignores(hook) for block in above if isinstance(block, Fusible))
 
     return why_not_plain(module, (type(module),), ignores) is not None
 
 
-def _read_past(plain, called, example):
+def _read_past(plain: nn.Module, called: set[str | None], example: Any) -> tuple[str, ...]:
     """Names of modules of the plain form that were not called and whose weights count in its output all the same.
 
     Asked of this library's modules alone: what others read past a call is what eager PyTorch does. ``plain`` is spoilt.
     """
 
-    def owner(name):
-        return next(m for m in reversed(_chain(plain, name)) if m in called)
+    def owner(name: str) -> nn.Module:
+        return next(m for m in reversed(_chain(plain, name)) if m in ran)
 
-    called = {plain.get_submodule(name) for name in called if name is not None}
+    ran = {plain.get_submodule(name) for name in called if name is not None}
     silent = {
         name: module
         for name, module in plain.named_modules()
-        if module._parameters and module not in called and library(type(owner(name))) == __package__
+        if module._parameters and module not in ran and library(type(owner(name))) == __package__
     }
     with torch.no_grad():
         for module in silent.values():
@@ -194,15 +197,15 @@ def _read_past(plain, called, example):
     return tuple(silent)
 
 
-def _double(tensor):
+def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _shapes(outputs):
+def _shapes(outputs: _Outputs) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in outputs.items()}
 
 
-def _device_name(device):
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -246,7 +249,8 @@ def check(model: nn.Module, example: Any = None) -> Certificate:
     used = {operation for operation, *_ in choices}
     budgets = [p.budget for p in PRECISIONS.values() if p.operation in used and p.budget is not None]
     budget = max(budgets, key=lambda budget: budget.roundoff, default=None)  # that of the widest errors
-    plain_outputs, plain_layers = {}, {}
+    plain_outputs: _Outputs = {}
+    plain_layers: _Outputs = {}
     with backends.backend("torch"):
         if budget is not None:
             plain_outputs, plain_layers, _ = _run(inner, example)
@@ -264,7 +268,7 @@ def check(model: nn.Module, example: Any = None) -> Certificate:
             f"vit_fast.check: model puts out {_shapes(outputs)}, expected {_shapes(golden_outputs)} as in plain PyTorch"
         )
 
-    def compared(ours, eager, golden, plain):
+    def compared(ours: _Outputs, eager: _Outputs, golden: _Outputs, plain: _Outputs) -> tuple[Layer, ...]:
         return tuple(
             Layer(name, compare(ours[name], eager[name], truth, ours[name].dtype, plain.get(name), budget))
             for name, truth in golden.items()

@@ -7,7 +7,9 @@ Each block's class is swapped for a subclass that computes the same with the wei
 import importlib
 import logging
 import sys
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -28,9 +30,10 @@ _LIBRARIES = {
 }
 
 
-def _integrations():
+def _integrations() -> tuple[list[ModuleType], list[str]]:
     """The files of the libraries that this process has loaded, and why there is none for a version of a library."""
-    loaded, unknown = [], []
+    loaded: list[ModuleType] = []
+    unknown: list[str] = []
     for name, (module, _) in _LIBRARIES.items():
         if module in sys.modules:
             try:
@@ -40,15 +43,15 @@ def _integrations():
     return loaded, unknown
 
 
-def _stacks(loaded):
+def _stacks(loaded: Iterable[ModuleType]) -> dict[type[nn.Module], Any]:
     """Class of what holds a stack of blocks → its fast class."""
-    stacks = {nn.Sequential: integrations.BlockStack}
+    stacks: dict[type[nn.Module], Any] = {nn.Sequential: integrations.BlockStack}
     for integration in loaded:
         stacks |= getattr(integration, "STACKS", {})
     return stacks
 
 
-def _why_not(module, cls, fast):
+def _why_not(module: nn.Module, cls: type[nn.Module], fast: type[integrations.Fused]) -> str | None:
     """Why a module stays as it is, or None."""
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, a subclass of {cls.__name__}"
@@ -95,21 +98,21 @@ def survey(model: nn.Module) -> Survey:
     return Survey(swaps, left, done, own, unknown)
 
 
-def _parents(name):
+def _parents(name: str) -> Iterator[str]:
     while name := name.rpartition(".")[0]:
         yield name
 
 
-def _told(model, left):
+def _told(model: nn.Module, left: dict[str, tuple[str, str]]) -> str:
     """What stays and why, the names that have one reason together, consecutive ones as first–last."""
-    names = {}
+    names: dict[str, list[str]] = {}
     for name, (_, reason) in left.items():
         names.setdefault(reason, []).append(name or type(model).__name__)
     return "; ".join(f"{', '.join(_ranges(group))}: {reason}" for reason, group in names.items())
 
 
-def _ranges(names):
-    ranges = []
+def _ranges(names: Iterable[str]) -> list[str]:
+    ranges: list[list[str]] = []
     for name in names:
         stack, _, index = name.rpartition(".")
         if ranges and index.isdigit() and ranges[-1][1] == f"{stack}.{int(index) - 1}".removeprefix("."):
@@ -119,7 +122,7 @@ def _ranges(names):
     return [first if first == last else f"{first}–{last.rpartition('.')[2]}" for first, last in ranges]
 
 
-def _check(function, model):
+def _check(function: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{function}: model is {type(model).__name__}, expected an nn.Module")
 

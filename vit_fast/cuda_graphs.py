@@ -32,6 +32,7 @@ from .snapshot import Snapshot
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _logger = logging.getLogger("vit_fast")
+_Storages = dict[int, torch.UntypedStorage]  # by address
 
 
 class CudaGraphs:
@@ -69,7 +70,7 @@ class CudaGraphs:
                     torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, output
 
-    def _recover(self):
+    def _recover(self) -> None:
         """After a capture that CUDA refused, torch's allocator (up to 2.12) and random generator may believe that it
         goes on, and fail from then on; the generator leaves that state at the end of the next capture."""
         with contextlib.suppress(RuntimeError):
@@ -94,11 +95,14 @@ class CudaGraphs:
 class _Reads(TorchDispatchMode):
     """Collects the storages that operations read and did not make, and refuses operations that no graph can hold."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.storages, self._made = {}, set()
+        self.storages: _Storages = {}
+        self._made: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         aten, kwargs = torch.ops.aten, kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if function is not aten.lift_fresh.default:  # its input is a constant that the call has made
@@ -120,7 +124,7 @@ class _Reads(TorchDispatchMode):
         return result
 
 
-def _address(tensor):
+def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -134,7 +138,7 @@ class _Layout(NamedTuple):
 class _Bucket(NamedTuple):
     input: torch.Tensor
     replay: Callable[[], None]
-    leaves: list
+    leaves: list[Any]
 
 
 class _Captured(NamedTuple):
@@ -142,25 +146,25 @@ class _Captured(NamedTuple):
     buckets: list[_Bucket]  # the smallest first
     layout: _Layout
     watch: Snapshot
-    settings: tuple
-    kept: list  # the storages that the graphs read
+    settings: tuple[Any, ...]
+    kept: list[torch.UntypedStorage]  # the storages that the graphs read
 
-    def changed(self):
+    def changed(self) -> bool:
         return self.settings != _settings(self.graphs.device.type) or self.watch.changed() is not None
 
-    def fits(self, images):
+    def fits(self, images: torch.Tensor) -> bool:
         like = self.buckets[0].input
         return images.shape[1:] == like.shape[1:] and images.dtype == like.dtype and images.device == like.device
 
 
-def _settings(device_type):
+def _settings(device_type: str) -> tuple[Any, ...]:
     """What decides, beside the weights, which kernels a model launches."""
     autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     return autocast, torch.get_float32_matmul_precision(), backends.requested()
 
 
 @contextlib.contextmanager
-def _capturing():
+def _capturing() -> Iterator[None]:
     """No gradients, ordinary tensors, and no weights kept by autocast: their memory ends with its ``with`` block."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -171,7 +175,7 @@ def _capturing():
         torch.set_autocast_cache_enabled(cached)
 
 
-def _watched(model, images):
+def _watched(model: nn.Module, images: torch.Tensor) -> tuple[Any, _Storages]:
     """The output of a call and the storages that it read; compiled parts run as they are written."""
     compiled = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
@@ -181,7 +185,7 @@ def _watched(model, images):
     return output, reads.storages
 
 
-def _random(count, sizes, dtype, device):
+def _random(count: int, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Images by a generator of their own, so that a capture does not move the random numbers of others."""
     generator = torch.Generator(device).manual_seed(count)
     if dtype.is_floating_point:
@@ -189,7 +193,7 @@ def _random(count, sizes, dtype, device):
     return torch.randint(0, 2, (count, *sizes), dtype=dtype, device=device, generator=generator)
 
 
-def _layout_of(two, three):
+def _layout_of(two: Any, three: Any) -> _Layout:
     """The layout of an output, from what came of two and of three images."""
     (two, spec), (three, other) = tree_flatten(two), tree_flatten(three)
     if spec != other:
@@ -214,14 +218,14 @@ def _layout_of(two, three):
     return _Layout(spec, batched)
 
 
-def _causes(error, outer):
+def _causes(error: BaseException, outer: BaseException | None) -> str:
     """The first line of an error, after those of the errors that it was raised on top of, up to ``outer``."""
-    before = error.__context__
-    before = "" if before is None or before is outer else f"{_causes(before, outer)}; then "
+    context = error.__context__
+    before = "" if context is None or context is outer else f"{_causes(context, outer)}; then "
     return f"{before}{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _capture_bucket(graphs, model, static_input, layout):
+def _capture_bucket(graphs: CudaGraphs, model: nn.Module, static_input: torch.Tensor, layout: _Layout) -> _Bucket:
     size, outer = len(static_input), sys.exception()
     try:
         replay, output = graphs.capture(model, static_input)
@@ -236,14 +240,14 @@ def _capture_bucket(graphs, model, static_input, layout):
     return _Bucket(static_input, replay, leaves)
 
 
-def _first_parameter(model):
+def _first_parameter(model: nn.Module) -> nn.Parameter:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter
     raise ValueError("vit_fast.graphed: model has no floating-point parameters, expected some to tell its device")
 
 
-def _check_batch_sizes(batch_sizes):
+def _check_batch_sizes(batch_sizes: Any) -> tuple[int, ...]:
     if not isinstance(batch_sizes, (tuple, list)):
         raise TypeError(f"vit_fast.graphed: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
     for size in batch_sizes:
@@ -256,7 +260,7 @@ def _check_batch_sizes(batch_sizes):
     return tuple(sorted(set(batch_sizes)))
 
 
-def _words(batch, like):
+def _words(batch: int | str, like: torch.Tensor) -> str:
     """A batch of images in words; ``like`` is a tensor of its sizes, dtype and device."""
     sizes = ", ".join(map(str, (batch, *like.shape[1:])))
     return f"[{sizes}] {str(like.dtype).removeprefix('torch.')} on {like.device}"
@@ -284,8 +288,10 @@ class Graphed(nn.Module):
                 "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
             )
         # None where it is the dtype of the weights, which may change.
-        own = example is None or example.dtype == _first_parameter(model).dtype
-        self._dtype = None if own else example.dtype
+        if example is None or example.dtype == _first_parameter(model).dtype:
+            self._dtype = None
+        else:
+            self._dtype = example.dtype
         self.model, self.clone, self.training = model, clone, False
         self._lock = threading.Lock()
         self._captured = None
@@ -298,7 +304,9 @@ class Graphed(nn.Module):
         super().__setstate__(state)
         self._lock = threading.Lock()
 
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]  # of the overloads of nn.Module, what both have
+        self, *args: Any, destination: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         if args or destination is not None:  # for a module around this one, which loads by the names of attributes
             return super().state_dict(*args, destination=destination, **kwargs)
         return self.model.state_dict(**kwargs)
@@ -306,7 +314,7 @@ class Graphed(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.load_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Graphed:
         self._captured = None  # graphs would keep the old weights until the next call
         return super()._apply(*args, **kwargs)
 
@@ -327,7 +335,7 @@ class Graphed(nn.Module):
                 result = self._run(self._capture(), images)
         return result
 
-    def _capture(self):
+    def _capture(self) -> _Captured:
         self._captured = None  # the memory of the old graphs goes first
         model = self.model
         if training := [name for name, module in model.named_modules() if module.training]:
@@ -361,7 +369,7 @@ class Graphed(nn.Module):
         self._captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
         return self._captured
 
-    def _run(self, captured, images):
+    def _run(self, captured: _Captured, images: torch.Tensor) -> Any:
         if not captured.fits(images):
             like = captured.buckets[0].input
             raise ValueError(
@@ -385,7 +393,7 @@ class Graphed(nn.Module):
             ]
         return tree_unflatten(leaves, captured.layout.spec)
 
-    def _replay(self, captured, images, clone):
+    def _replay(self, captured: _Captured, images: torch.Tensor, clone: bool) -> list[Any]:
         count = len(images)
         bucket = next(bucket for bucket in captured.buckets if len(bucket.input) >= count)
         bucket.input[:count].copy_(images)

@@ -160,7 +160,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     return rows
 
 
-def _explain(model, example, inference):
+def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
     """The rows of one call; ``inference``: whether the caller's own calls are of inference."""
     names = {module: name for name, module in model.named_modules()}
     swaps, library, *_ = survey(model)
@@ -168,7 +168,7 @@ def _explain(model, example, inference):
     stack, rows = [""], Explanation(type(model).__name__)
     with backends.recording() as choices:
 
-        def flush():
+        def flush() -> None:
             for operation, chosen, reasons in choices:
                 if not inference and of_operation(operation) is not None:
                     reasons = (*reasons, _NOT_HERE)
@@ -176,14 +176,14 @@ def _explain(model, example, inference):
                 rows.append(OperationRow(stack[-1], operation, chosen, reasons, backward))
             choices.clear()
 
-        def enter(module, inputs):
+        def enter(module: nn.Module, inputs: Any) -> None:
             flush()
             stack.append(names.get(module, stack[-1]))
             if module in names and stack[-1] in library:
                 operation, reason = library[stack[-1]]
                 rows.append(OperationRow(stack[-1], operation, "library", (reason,)))
 
-        def leave(module, inputs, output):
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             flush()
             stack.pop()
 

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .vit import VisionTransformer
+
 
 class FeatureInfo:
     """Channels, reduction and module of every block; by default told of the chosen ones. timm's interface."""
 
-    def __init__(self, info: list[dict], out_indices: list[int]) -> None:
+    def __init__(self, info: list[dict[str, Any]], out_indices: list[int]) -> None:
         self.info = [{"index": i, **block} for i, block in enumerate(info)]
         self.out_indices = tuple(out_indices)
 
@@ -22,7 +24,7 @@ class FeatureInfo:
     def get_dicts(self, keys: list[str] | None = None, idx: int | list[int] | None = None) -> Any:
         """The entries of the chosen blocks, of block ``idx``, or of the blocks in a list; ``keys`` selects."""
 
-        def entry(i):
+        def entry(i: int) -> dict[str, Any]:
             return self.info[i] if keys is None else {key: self.info[i][key] for key in keys}
 
         return entry(idx) if isinstance(idx, int) else [entry(i) for i in (self.out_indices if idx is None else idx)]
@@ -54,7 +56,7 @@ class FeatureGetterNet(nn.Module):
         out_indices: the last n blocks, or a list (negative counts from the end).
     """
 
-    def __init__(self, model: nn.Module, out_indices: int | list[int]) -> None:
+    def __init__(self, model: VisionTransformer, out_indices: int | list[int]) -> None:
         super().__init__()
         self.out_indices = model.prune_intermediate_layers(out_indices, prune_norm=True)
         self.feature_info = FeatureInfo(model.feature_info, self.out_indices)

@@ -1,5 +1,7 @@
 """The size of the images that a model was built for, as models of vit_fast, timm, torchvision, transformers tell it."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -17,5 +19,5 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     return None
 
 
-def _pair(size):
+def _pair(size: Any) -> tuple[int, int]:
     return size if isinstance(size, (tuple, list)) else (size, size)

@@ -54,7 +54,7 @@ def norm_maker(
     Raises:
         ValueError: another layer.
     """
-    dd = {"device": device, "dtype": dtype}
+    dd: dict[str, Any] = {"device": device, "dtype": dtype}
     if norm_layer is None:
         return partial(nn.LayerNorm, eps=eps, **dd)
     norm = built(norm_layer, 1)

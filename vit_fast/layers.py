@@ -128,7 +128,7 @@ class Attention(nn.Module):
         qkv, drop = self.qkv(x), self.attn_drop if self.training else 0.0
         bias = attention_bias(x, attn_mask, is_causal)
         if all(plain.may_read("attention", norm, plain.NORM) for norm in (self.q_norm, self.k_norm)):
-            norms = dict(q_norm=Norm.of(self.q_norm), k_norm=Norm.of(self.k_norm))
+            norms: dict[str, Any] = dict(q_norm=Norm.of(self.q_norm), k_norm=Norm.of(self.k_norm))
         else:
             q, k, v = qkv.chunk(3, dim=-1)
             qkv, norms = self._norm_heads(q, self.q_norm), dict(k=self._norm_heads(k, self.k_norm), v=v)

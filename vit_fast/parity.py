@@ -80,7 +80,7 @@ def golden_logits(model: nn.Module, pixels: torch.Tensor, chunk: int = 8) -> tor
         return torch.cat([model(part.double()) for part in pixels.split(chunk)])
 
 
-def _ulp(dtype, value):
+def _ulp(dtype: torch.dtype, value: float) -> float:
     info = torch.finfo(dtype)
     return info.eps * 2.0 ** (math.frexp(max(value, info.smallest_normal))[1] - 1)
 

@@ -132,10 +132,11 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
 
 def not_fused_reason(module: nn.Module, cls: type[Fusible]) -> str | None:
     """Why a module cannot run as ``cls``, a ``Fusible``, runs fused, or None."""
-    return not_plain_reason(module, cls.SUBMODULES, cls.ignores) or cls.not_covered(module)
+    reason = not_plain_reason(module, cls.SUBMODULES, cls.ignores)
+    return reason or cls.not_covered(module)  # type: ignore[arg-type]  # of the library's class before ``optimize``
 
 
-class Fusible:
+class Fusible(nn.Module):
     """Base of what runs fused while its parts are plain, and module by module otherwise."""
 
     OPERATION = "block"  # what ``explain`` calls the fused form
@@ -181,7 +182,8 @@ def layer_norm(module: nn.Module, x: torch.Tensor, tokens: slice | int | None = 
         y = module(x.to(dtype_of(module, x.dtype))).to(x.dtype)  # a LayerNorm in float32 may stand among 16-bit layers
         return y if tokens is None else y[:, tokens]
     x = x if tokens is None else x[:, tokens]
-    return x if type(module) is nn.Identity else ops.layer_norm(x, module.weight, module.bias, module.eps)
+    norm: Any = module
+    return x if type(module) is nn.Identity else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def patch_embed(
@@ -200,7 +202,7 @@ def patch_embed(
         images, table, prefix, mean, std: as in ``ops.patch_embed``.
         cls: its class, ``nn.Conv2d`` or one that returns the tokens of an ``nn.Conv2d`` named ``proj``.
     """
-    conv = module if cls is nn.Conv2d else module._modules.get("proj")
+    conv: Any = module if cls is nn.Conv2d else module._modules.get("proj")
     if may_read("patch_embed", module, (cls,)) and (conv is module or may_read("patch_embed", conv, CONVOLUTION)):
         return ops.patch_embed(images, conv.weight, conv.bias, table, prefix, conv.stride, mean, std)
     dtype = dtype_of(module)

@@ -35,7 +35,7 @@ def check_policy(policy: str) -> str:
     return policy
 
 
-def _check_grid(name, grid):
+def _check_grid(name: str, grid: Any) -> tuple[int, ...]:
     pair = isinstance(grid, (tuple, list, torch.Size)) and len(grid) == 2
     if not pair or not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in grid):
         raise TypeError(f"vit_fast.resize_pos_embed: {name} is {grid!r}, expected a pair of ints")
@@ -95,7 +95,9 @@ def resize_pos_embed(
     return _resize(table, old_grid, new_grid, policy, num_prefix_tokens)
 
 
-def _resize(table, old_grid, new_grid, policy, num_prefix_tokens):
+def _resize(
+    table: torch.Tensor, old_grid: Sequence[int], new_grid: Sequence[int], policy: str, num_prefix_tokens: int
+) -> torch.Tensor:
     prefix, grid = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
     grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if grid.dtype in (torch.float16, torch.bfloat16):

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .block import PREPARED, Stack
+from .block_params import BlockParams
 from .kernels.arguments import UnsupportedError
 from .kernels.folding import flatten
 from .plain import why_not_plain
@@ -31,6 +32,10 @@ _logger = logging.getLogger("vit_fast")
 _GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
 _folded = WeakTensorKeyDictionary()  # the parameters that weights were folded from
 _COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(model) folds anew"
+
+
+def _params(blocks: Iterable[Any]) -> list[BlockParams]:
+    return [block.params() for block in blocks]
 
 
 class Stale:
@@ -64,7 +69,7 @@ class Stale:
             self._told.add(reason)
             _logger.warning("prepared weights of %s are not used: %s", self.name or "the blocks", reason)
 
-    def _why_unused(self, x):
+    def _why_unused(self, x: torch.Tensor) -> str | None:
         return self._gone
 
 
@@ -82,8 +87,9 @@ class Prepared(Stale):
     def __init__(self, name: str, blocks: Stack, precision: Precision) -> None:
         super().__init__(name, precision.name, None)
         self.blocks, self._precision = blocks, precision
-        params = [block.params() for block in blocks]
+        params = _params(blocks)
         first = params[0]
+        assert first.norm1 is not None and first.norm2 is not None  # told by _not_supported_reasons
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
         with torch.no_grad():
@@ -96,7 +102,7 @@ class Prepared(Stale):
         _folded.update(dict.fromkeys(self._snapshot.tensors, True))
         _count_steps()
 
-    def _why_unused(self, x):
+    def _why_unused(self, x: torch.Tensor) -> str | None:
         """Why the blocks have to run one by one, or None. Where what was folded has changed, drops the weights."""
         if torch.is_grad_enabled():
             return _GRADIENTS
@@ -115,7 +121,7 @@ class Prepared(Stale):
             return f"tokens are {x.dtype} on {x.device}; they are {self.dtype} on {self.device}"
         return None
 
-    def _steps_aside(self):
+    def _steps_aside(self) -> str | None:
         """What in the blocks has to run by itself for as long as it is there, or None."""
         for name, module in self._parts.items():
             if module.training:
@@ -133,11 +139,11 @@ class Prepared(Stale):
 
 
 @functools.cache
-def _count_steps():
+def _count_steps() -> None:
     """From now on each step of an optimizer raises the version of the parameters that weights were folded from: torch's
     fused optimizers, and those of other libraries, write without doing so."""
 
-    def count(optimizer, args, kwargs):
+    def count(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter in _folded:
@@ -146,13 +152,13 @@ def _count_steps():
     register_optimizer_step_post_hook(count)
 
 
-def _runs_its_params(cls):
+def _runs_its_params(cls: type[Any]) -> bool:
     """Whether a class of blocks computes what its ``params`` say: a subclass may have a forward that does more."""
     owner = next((base for base in cls.__mro__ if "params" in vars(base)), None)
     return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
 
 
-def _not_supported_reasons(blocks, precision: Precision):
+def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
     """Why a stack of blocks cannot be prepared."""
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
@@ -160,7 +166,8 @@ def _not_supported_reasons(blocks, precision: Precision):
         return ["a block carries a hook or has a forward of its own"]
     if any(module.training for block in blocks for module in block.modules()):
         return ["a part of the blocks is in training mode"]
-    params, reasons = [block.params() for block in blocks], []
+    params = _params(blocks)
+    reasons: list[str] = []
     if any(p.norm1 is None or p.norm2 is None for p in params):
         return ["the blocks are not pre-norm"]
     if any(p.value_skip for p in params):
@@ -184,7 +191,7 @@ def _not_supported_reasons(blocks, precision: Precision):
     return reasons + precision.not_supported_reasons(tensors)
 
 
-def _stacks_of_blocks(model) -> Iterator[tuple[str, Stack]]:
+def _stacks_of_blocks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
     """(name, container) of every stack of blocks in a model."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
@@ -247,7 +254,7 @@ def unprepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _named(caller, name: str | None) -> Precision:
+def _named(caller: str, name: str | None) -> Precision:
     """The precision of a name."""
     if name not in tuple(PRECISIONS):
         *others, last = map(repr, PRECISIONS)
@@ -255,7 +262,7 @@ def _named(caller, name: str | None) -> Precision:
     return PRECISIONS[name]
 
 
-def _prepare(caller, model, precision_of: Callable[[nn.Module], str | None]):
+def _prepare(caller: str, model: nn.Module, precision_of: Callable[[nn.Module], str | None]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:

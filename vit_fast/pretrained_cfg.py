@@ -11,13 +11,14 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _KEPT_NULL = ("pool_size", "first_conv", "classifier")  # timm leaves out every other field that is None
 _SOURCES = ("file", "url", "hf_hub_id", "hf_hub_filename")
 
 
 @functools.cache
-def _data():
+def _data() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("pretrained_cfgs.json").read_text(encoding="utf-8"))
 
 
@@ -26,12 +27,12 @@ def tags(name: str) -> list[str]:
     return list(_data()["models"].get(name, ()))
 
 
-def has_source(cfg: Mapping) -> bool:
+def has_source(cfg: Mapping[str, Any]) -> bool:
     """Whether a ``pretrained_cfg`` tells where weights are, or holds them."""
     return any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict"))
 
 
-def _from_table(name, tag):
+def _from_table(name: str, tag: str | None) -> dict[str, Any]:
     known = _data()["models"].get(name)
     if known is None:
         if tag:
@@ -50,7 +51,7 @@ def _from_table(name, tag):
     return cfg
 
 
-def _check_fields(argument, cfg):
+def _check_fields(argument: str, cfg: Mapping[str, Any]) -> None:
     for field in cfg:
         if field not in _data()["fields"]:
             near = difflib.get_close_matches(str(field), _data()["fields"], n=3)
@@ -58,7 +59,9 @@ def _check_fields(argument, cfg):
             raise ValueError(f"vit_fast.create_model: unknown field {field!r} of {argument}{hint}")
 
 
-def resolve(name: str, cfg: str | Mapping | None = None, overlay: Mapping | None = None) -> dict:
+def resolve(
+    name: str, cfg: str | Mapping[str, Any] | None = None, overlay: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The ``pretrained_cfg`` of a model name, equal to timm's.
 
     Args:
@@ -73,9 +76,9 @@ def resolve(name: str, cfg: str | Mapping | None = None, overlay: Mapping | None
     """
     if isinstance(cfg, Mapping):
         _check_fields("pretrained_cfg", cfg)
-        cfg = {"architecture": name, **cfg}
+        fields = {"architecture": name, **cfg}
     elif cfg is None or isinstance(cfg, str):
-        cfg = _from_table(name, cfg)
+        fields = _from_table(name, cfg)
     else:
         raise TypeError(f"vit_fast.create_model: pretrained_cfg is {type(cfg).__name__}, expected a tag or a dict")
     if overlay is not None:
@@ -87,12 +90,12 @@ def resolve(name: str, cfg: str | Mapping | None = None, overlay: Mapping | None
         if any(overlay.get(source) for source in _SOURCES):
             # custom_load tells the format of the file that is replaced here.
             overlay = {"custom_load": False, **overlay}
-        cfg = {**cfg, **overlay}
-    if not cfg:
+        fields = {**fields, **overlay}
+    if not fields:
         return {}
-    cfg = {**_data()["defaults"], **cfg}
+    fields = {**_data()["defaults"], **fields}
     return {
         field: tuple(value) if isinstance(value, list) else value
-        for field, value in cfg.items()
+        for field, value in fields.items()
         if value is not None or field in _KEPT_NULL
     }

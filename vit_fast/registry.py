@@ -42,7 +42,7 @@ _WIDTHS = {
 class Preset:
     """A name's keyword arguments, and how to build it: ``build(**arguments)``."""
 
-    arguments: dict = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     build: Callable[..., nn.Module] = VisionTransformer
 
 
@@ -54,7 +54,7 @@ def register(name: str, build: Callable[..., nn.Module] = VisionTransformer, **a
     PRESETS[name] = Preset(arguments, build)
 
 
-def _register_plain():
+def _register_plain() -> None:
     """vit_<width>_patch<P>_<image>."""
     sizes = {
         "tiny": ((16, 224), (16, 384)),
@@ -70,7 +70,7 @@ def _register_plain():
             register(f"vit_{width}_patch{patch}_{image}", patch_size=patch, **_WIDTHS[width])
 
 
-def _register_clip():
+def _register_clip() -> None:
     """vit_<width>_patch<P>_clip_[quickgelu_]<image>: pre-norm towers."""
     sizes = {
         "xsmall": ((16, 224),),
@@ -94,7 +94,7 @@ def _register_clip():
     register("vit_base_patch16_plus_clip_240", **common, patch_size=16, **_WIDTHS["base_plus"])
 
 
-def _register_dinov2():
+def _register_dinov2() -> None:
     """vit_<width>_patch14[_reg4]_dinov2."""
     giant = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
     for width in ("small", "base", "large", "giant"):
@@ -104,7 +104,7 @@ def _register_dinov2():
         register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **kwargs)
 
 
-def _register_siglip():
+def _register_siglip() -> None:
     """vit_<width>_patch<P>_siglip_[gap_]<image>: no class token, MAP or average pooling."""
     sizes = {
         "base": ((16, 224), (16, 256), (16, 384), (16, 512), (32, 256)),
@@ -126,7 +126,7 @@ def _register_siglip():
             register(f"vit_{width}_patch{patch}_siglip_gap_{image}", **kwargs)
 
 
-def _register_pooled():
+def _register_pooled() -> None:
     """Towers without a class token that average their tokens, with and without registers."""
     gap = dict(class_token=False, global_pool="avg")
     plain_gap = dict(gap, fc_norm=False)
@@ -149,7 +149,7 @@ for _family in (_register_plain, _register_clip, _register_dinov2, _register_sig
     _family()
 
 
-def _patterns(argument, value):
+def _patterns(argument: str, value: str | Iterable[str]) -> list[str]:
     """A shell pattern or several, as a list."""
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -157,12 +157,12 @@ def _patterns(argument, value):
     return [pattern for pattern in patterns if pattern]
 
 
-def _natural(name):
+def _natural(name: str) -> list[int | str]:
     """A sort key by which patch8 stands before patch16."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _module(name):
+def _module(name: str) -> str:
     """timm's module of a name: "vision_transformer", or the family of ``vit_fast.systems``."""
     build = PRESETS[name].build
     return "vision_transformer" if build is VisionTransformer else build.__module__.rsplit(".", 1)[-1]
@@ -198,7 +198,7 @@ def list_models(
             chosen = (cfgs.tags(name) or [""]) if include_tags else [""]
             pairs += [(name, tag, f"{name}.{tag}" if tag else name) for tag in chosen]
 
-    def matches(patterns, full):
+    def matches(patterns: Iterable[str], full: str) -> bool:
         return any(
             fnmatch.fnmatchcase(full, pattern)
             or (include_tags and "." not in pattern and fnmatch.fnmatchcase(full, f"{pattern}.*"))
@@ -218,7 +218,7 @@ def list_models(
     )
 
 
-def _check_arguments(name, build, arguments):
+def _check_arguments(name: str, build: Callable[..., nn.Module], arguments: Iterable[str]) -> None:
     """``TypeError`` for an argument that a preset's function does not take."""
     parameters = inspect.signature(build).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -230,7 +230,7 @@ def _check_arguments(name, build, arguments):
             raise TypeError(f"vit_fast.create_model: unknown argument {argument!r} for {name!r}{hint}")
 
 
-def _known(name, asked_for):
+def _known(name: str, asked_for: str) -> Preset:
     """The preset of a name without a tag."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.5)
@@ -243,7 +243,7 @@ def _known(name, asked_for):
     return PRESETS[name]
 
 
-def _arguments_of(cfg, given):
+def _arguments_of(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a ``pretrained_cfg`` decides; ``given`` are the caller's."""
     if not cfg:
         return {}
@@ -263,8 +263,8 @@ def create_model(
     pretrained: bool = False,
     checkpoint_path: str | None = None,
     *,
-    pretrained_cfg: str | Mapping | None = None,
-    pretrained_cfg_overlay: Mapping | None = None,
+    pretrained_cfg: str | Mapping[str, Any] | None = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     cache_dir: str | None = None,
     features_only: bool = False,
     out_indices: int | list[int] | None = None,
@@ -340,5 +340,6 @@ def create_model(
     elif pretrained:
         hub.load_pretrained(model, name, base, cfg, arguments, cache_dir)
     if features_only:
+        assert isinstance(model, VisionTransformer)  # other presets were refused above
         model = FeatureGetterNet(model, 3 if out_indices is None else out_indices)
     return model

@@ -4,9 +4,11 @@
 compared in a few passes of C code over flat lists.
 """
 
+from collections.abc import Iterable
 from itertools import chain, compress, count
 from operator import attrgetter, is_, is_not, ne
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,8 +46,14 @@ class Snapshot:
     def __init__(self, modules: dict[str, nn.Module], versions: bool = True) -> None:
         self._names, self._modules = list(modules), list(modules.values())
         self._classes = [*map(type, self._modules)]
-        self._owners, self._dicts = [], []  # the dicts that hold entries, by the name of their module
-        self._paths, self._holders, self._keys, self._values = [], [], [], []  # the entries
+        # The dicts that hold entries, and the name of the module of each.
+        self._owners: list[str] = []
+        self._dicts: list[dict[str, Any]] = []
+        # The entries: their path, the dict that holds them, their key there, their value.
+        self._paths: list[str] = []
+        self._holders: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._values: list[Any] = []
         for name, module in modules.items():
             attributes = vars(module)
             constants = ((key, value) for key, value in attributes.items() if _is_seen(key, value))
@@ -85,13 +93,14 @@ class Snapshot:
                 self._values[index] = value  # an equal constant
         if sum(map(len, self._dicts)) != self._size:
             return next(compress(self._owners, map(ne, self._sizes, map(len, self._dicts)))) or "the model"
-        for names, was, now in (
+        compared: tuple[tuple[list[str], list[Any], Iterable[Any]], ...] = (
             (self._parents, self._order, chain.from_iterable(map(dict.values, self._children))),
             (self._names, self._classes, map(type, self._modules)),
             (self._held, self._pointers, map(_pointer, self.tensors)),
             (self._counted, self._versions, map(_version, self._versioned)),
-        ):
-            now = [*now]
+        )
+        for names, was, values in compared:
+            now = [*values]
             if was != now:
                 return next(compress(names, map(ne, was, now))) or "the model"
         return None

@@ -16,7 +16,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Name → module of every transformer block of a model that does not read text, in the order of the model."""
-    found, text = {}, {}
+    found: dict[str, nn.Module] = {}
+    text: dict[str, bool] = {}
     _search(model, "", False, found)
     for name in found:
         stack = name.rpartition(".")[0]

@@ -580,15 +580,16 @@ class VisionTransformer(nn.Module):
             rows, columns = self.patch_embed.feat_size(*images.shape[2:])
             features = [y.transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for y in features]
         if output_dict:
-            result = {"image_intermediates": features}
+            result: dict[str, Any] = {"image_intermediates": features}
             if prefix is not None and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
                 result["image_features"] = plain.layer_norm(self.norm, x)
             return result
+        intermediates: list[Any] = features
         if return_prefix_tokens and prefix is not None:
-            features = list(zip(features, prefix, strict=True))
-        return features if intermediates_only else (plain.layer_norm(self.norm, x), features)
+            intermediates = list(zip(features, prefix, strict=True))
+        return intermediates if intermediates_only else (plain.layer_norm(self.norm, x), intermediates)
 
     def get_intermediate_layers(
         self,

@@ -30,7 +30,7 @@ Found = tuple[str, nn.Module, type]  # name, module, class of the library
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the word of nn.GELU
 
 
-class Swapped:
+class Swapped(nn.Module):
     """Base of every class that ``vit_fast.optimize`` gives a module, in front of the library's class."""
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -116,7 +116,6 @@ def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | Non
 
 def instances(model: nn.Module, classes: Iterable[type]) -> Iterator[Found]:
     """(name, module, class) of every module of the classes, of subclasses too."""
+    module: nn.Module
     for name, module in model.named_modules():
-        for cls in classes:
-            if isinstance(module, cls):
-                yield name, module, cls
+        yield from ((name, module, cls) for cls in classes if isinstance(module, cls))

@@ -51,6 +51,10 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         mlp__c_proj=LINEAR,
         ls_2=(LayerScale, *NOTHING),
     )
+    ln_1: nn.LayerNorm
+    attn: nn.MultiheadAttention
+    ln_2: nn.LayerNorm
+    mlp: Any  # an nn.Sequential of c_fc, gelu, c_proj
 
     def not_covered(self) -> str | None:
         return multihead_not_covered(self.attn)
@@ -91,6 +95,8 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
 class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
+    resblocks: nn.ModuleList
+
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             reason = "grad_checkpointing recomputes the blocks"
@@ -106,7 +112,7 @@ class FastTransformer(Swapped, Transformer):
     @staticmethod
     def stack(module: nn.Module) -> nn.Module:
         """The blocks of a module that may become this class."""
-        return module.resblocks
+        return module.get_submodule("resblocks")
 
 
 FAST = {ResidualAttentionBlock: FastResidualAttentionBlock}

@@ -21,7 +21,9 @@ from vit_fast.plain import LINEAR, NOTHING, submodules
 
 from . import GELU, Found, Fused, autocasts, given, instances, not_dense, not_taken
 
-_NORMS = (nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", None))  # older timm has no LayerNormFp32
+_NORMS: tuple[type, ...] = (nn.LayerNorm, layers.LayerNorm)
+if hasattr(layers, "LayerNormFp32"):  # older timm has none
+    _NORMS += (layers.LayerNormFp32,)
 _DROPOUTS = (nn.Dropout, *NOTHING)
 _ACTIVATIONS = {
     layers.GELU: "gelu",
@@ -73,6 +75,8 @@ class FastBlock(Fused, Block):
         ls2=(LayerScale, *NOTHING),
         drop_path2=(DropPath, *NOTHING),
     )
+    attn: Any
+    mlp: Any
 
     def not_covered(self) -> str | None:
         if _activation(self.mlp) is None:
@@ -127,6 +131,7 @@ class FastPatchEmbed(Fused, PatchEmbed):
     """timm's PatchEmbed in one operation: [B, in_chans, H, W] → [B, N, C] or [B, rows, columns, C]."""
 
     SUBMODULES = submodules(proj=(nn.Conv2d,), norm=NOTHING)
+    proj: Any
 
     def not_covered(self) -> str | None:
         proj = self.proj

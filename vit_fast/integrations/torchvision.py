@@ -7,6 +7,7 @@ Source: torchvision/models/vision_transformer.py.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,11 @@ class FastEncoderBlock(Fused, EncoderBlock):
         mlp__3=LINEAR,
         mlp__4=_DROPOUT,
     )
+    ln_1: nn.LayerNorm
+    self_attention: nn.MultiheadAttention
+    dropout: nn.Dropout
+    ln_2: nn.LayerNorm
+    mlp: Any  # an nn.Sequential of Linear, GELU, Dropout, Linear, Dropout
 
     def not_covered(self) -> str | None:
         return multihead_not_covered(self.self_attention)

@@ -59,7 +59,8 @@ class _FastLayer(Fused):
 
     ATTENTION, NORMS, OUT = "attention", ("norm1", "norm2"), "o_proj"
     HEADS, SCALE, DROPOUT = "num_attention_heads", "scaling", "attention_dropout"
-    SCALES = (None, None)
+    SCALES: tuple[str | None, str | None] = (None, None)
+    mlp: Any
 
     def __init_subclass__(cls, **words):
         super().__init_subclass__(**words)
@@ -74,8 +75,8 @@ class _FastLayer(Fused):
         collected = output_capturing._active_collector.get()
         return collected is None or "attentions" not in collected
 
-    @classmethod
-    def not_covered(cls, self: nn.Module) -> str | None:
+    @classmethod  # asked of the library's instance too, which has no ATTENTION
+    def not_covered(cls, self: Any) -> str | None:  # type: ignore[override]
         attn = getattr(self, cls.ATTENTION)
         if attn.is_causal:
             return f"{cls.ATTENTION} is causal"
@@ -101,6 +102,8 @@ class _FastLayer(Fused):
             reason = "it drops the output of its MLP" if dropout else "a drop rate is 1"
         if reason is not None:
             return self.run_library(reason, hidden_states, *masks, **options)
+        norm1: Any
+        norm2: Any
         norm1, norm2 = (Norm.of(getattr(self, name)) for name in self.NORMS)
         normal, out = ops.layer_norm(x, *norm1), getattr(attn, self.OUT)
         q, k, v = (F.linear(normal, m.weight, m.bias) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -181,6 +184,9 @@ class FastDinov2WithRegistersLayer(_FastLayer, registers.Dinov2WithRegistersLaye
 class _FastCLIPLayer(_FastLayer):
     ATTENTION, NORMS, OUT = "self_attn", ("layer_norm1", "layer_norm2"), "out_proj"
     HEADS, SCALE, DROPOUT = "num_heads", "scale", "dropout"
+    self_attn: Any
+    layer_norm1: nn.LayerNorm
+    layer_norm2: nn.LayerNorm
 
     def params(self) -> BlockParams:
         """The weights as they are folded, q, k and v packed."""
@@ -214,6 +220,8 @@ class FastSiglipEncoderLayer(_FastCLIPLayer, SiglipEncoderLayer):
 class _FastEncoder(Swapped):
     """Layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
+    layers: nn.ModuleList
+
     def forward(self, inputs_embeds: torch.Tensor, *masks: Any, **options: Any) -> Any:
         reason = given(masks, options)
         if recorded := output_capturing._active_collector.get():  # asked for by the config too
@@ -227,7 +235,7 @@ class _FastEncoder(Swapped):
     @staticmethod
     def stack(module: nn.Module) -> nn.Module:
         """The blocks of a module that may become this class."""
-        return module.layers
+        return module.get_submodule("layers")
 
 
 class FastCLIPEncoder(_FastEncoder, CLIPEncoder):
@@ -252,5 +260,5 @@ _VISION = {CLIPEncoderLayer: CLIPVisionConfig, SiglipEncoderLayer: SiglipVisionC
 
 def find(model: nn.Module) -> Iterator[Found]:
     for name, module, cls in instances(model, FAST):
-        if cls not in _VISION or isinstance(module.self_attn.config, _VISION[cls]):
+        if cls not in _VISION or isinstance(module.get_submodule("self_attn").config, _VISION[cls]):
             yield name, module, cls

@@ -52,18 +52,20 @@ def rate(family: str, name: str, value: Any) -> float:
     """A drop rate, 0 ≤ rate < 1."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a float")
-    if not 0.0 <= value < 1.0:
+    number: Any = value
+    if not 0.0 <= number < 1.0:
         fail(family, name, value, "0 ≤ rate < 1")
-    return float(value)
+    return float(number)
 
 
 def positive(family: str, name: str, value: Any) -> float:
     """A finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.systems.{family}: {name} is {value!r}, expected a number")
-    if not 0.0 < value < math.inf:
+    number: Any = value
+    if not 0.0 < number < math.inf:
         fail(family, name, value, "a finite number above 0")
-    return value
+    return number
 
 
 def one_of(family: str, name: str, value: Any, choices: Sequence[Any]) -> Any:

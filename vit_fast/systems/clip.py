@@ -107,6 +107,7 @@ class ResidualAttentionBlock(plain.Fusible, nn.Module):
         mlp__c_proj=plain.LINEAR,
         ls_2=(LayerScale, nn.Identity),
     )
+    mlp: Any  # an nn.Sequential of c_fc, gelu, c_proj
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class ReID(nn.Module):
     ) -> None:
         super().__init__()
         self.neck_feat = arguments.one_of("clip_reid", "neck_feat", neck_feat, ("before", "after"))
-        if tower.variant != "clip_reid" or tower.proj is None:
+        if tower.variant != "clip_reid" or tower.proj is None or tower.output_dim is None:
             arguments.fail("clip_reid", "tower", tower.variant, "'clip_reid' with an output_dim")
         num_classes = arguments.integer("clip_reid", "num_classes", num_classes)
         self.camera_num = arguments.integer("clip_reid", "camera_num", camera_num, 0)
@@ -55,7 +55,7 @@ class ReID(nn.Module):
         self.image_encoder = tower
         rows = max(self.camera_num, 1) * max(self.view_num, 1) if self.camera_num or self.view_num else 0
         self.cv_embed = nn.Parameter(torch.empty(rows, tower.width, **like)) if rows else None
-        if rows:
+        if self.cv_embed is not None:
             nn.init.trunc_normal_(self.cv_embed, std=0.02)
 
     def _side_information(self, cam_label, view_label, batch):

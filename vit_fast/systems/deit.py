@@ -81,9 +81,12 @@ class OpenMlp(nn.Module):
         return F.dropout(self.fc2(hidden), self.drop, self.training)
 
 
-class _Heads:
+class _Heads(nn.Module):
     """Heads and outputs, which both classes share."""
 
+    pos_embed: nn.Parameter
+    cls_token: nn.Parameter
+    dist_token: nn.Parameter | None
     distilled_training = True
 
     def _make_heads(self, w, dd):
@@ -138,15 +141,17 @@ class _Heads:
         return self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
 
 
-class DeiT(_Heads, VisionTransformer):
+class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled, it returns pairs where that returns tensors
     """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, arguments and initialisation."""
+
+    cls_token: nn.Parameter
 
     def __init__(self, w: dict[str, Any], dd: dict[str, Any]) -> None:
         rates = dict(
             pos_drop_rate=w["drop_ratio"], proj_drop_rate=w["drop_ratio"], attn_drop_rate=w["attn_drop_ratio"],
             drop_path_rate=w["drop_path_ratio"],
         )  # fmt: skip
-        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+        names: tuple[str, ...] = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
         names += ("mean", "std", "dynamic_img_size", "pos_embed_policy")
         act = w["act_layer"]
         activation = arguments.activation_name("deit", "act_layer", "gelu" if act is None else act)
@@ -161,6 +166,7 @@ class DeiT(_Heads, VisionTransformer):
         self._make_heads(w, dd)
         self.num_prefix_tokens = self.num_tokens
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens + self.patch_embed.num_patches, width, **dd))
+        block: Any
         for block in self.blocks:
             block.attn.scale = w["qk_scale"] or block.attn.head_dim**-0.5
             if activation is None:
@@ -223,7 +229,7 @@ class DeiT(_Heads, VisionTransformer):
         """Images → normalised tokens [B, num_tokens + N, D]."""
         return super().forward_features(images, attn_mask, is_causal)
 
-    def forward_features(
+    def forward_features(  # type: ignore[override]  # a pair of a distilled model
         self, images: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""
@@ -279,7 +285,7 @@ class LiteralDeiT(_Heads, nn.Module):
         arguments.check_float("deit", images)
         if tuple(images.shape[2:]) != self.img_size:
             arguments.fail_images("deit", images, f"{self.img_size[0]}×{self.img_size[1]}")
-        table = self.pos_embed
+        table: torch.Tensor = self.pos_embed
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
         x = plain.patch_embed(self.patch_embed, images, table, prefix)
         x = F.dropout(x, self.drop, self.training).transpose(0, 1)

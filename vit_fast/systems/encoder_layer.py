@@ -9,6 +9,7 @@ Source: Vaswani et al., "Attention Is All You Need", 2017.
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
         norm2=(nn.LayerNorm,),
         dropout2=(nn.Dropout,),
     )
+    activation: Any  # a partial of ``activate``, until somebody puts another function there
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             activation=self.activation.keywords["activation"],
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # without masks
         if not self.is_fused():
             # Not super().forward: in eval mode torch's own fast path reads past the calls of adapters.
             if self.norm_first:

@@ -78,6 +78,11 @@ PRESETS: dict[str, dict] = {
 class Attention(nn.Module):
     """Self-attention of normalised tokens: [B, N, C] → ([B, N, C], probabilities [B, H, N, N] or None)."""
 
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+
     def __init__(self, dim: int, num_heads: int, attn_drop: float, out_drop: float, vis: bool) -> None:
         super().__init__()
         self.num_heads, self.scale, self.vis = num_heads, (dim // num_heads) ** -0.5, vis
@@ -192,7 +197,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.drop = drop
         self.hybrid = hybrid_model is not None
-        if self.hybrid:
+        if hybrid_model is not None:
             self.hybrid_model = hybrid_model
             in_chans = hybrid_model.out_chans
         self.patch_embeddings = nn.Conv2d(in_chans, dim, patch_size, patch_size)
@@ -202,7 +207,8 @@ class Embeddings(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.hybrid_model(images) if self.hybrid else images
-        table, prefix = self.position_embeddings, None
+        table: torch.Tensor = self.position_embeddings
+        prefix = None
         if self.cls_token is not None:
             prefix, table = self.cls_token + table[:, :1], table[:, 1:]
         x = plain.patch_embed(self.patch_embeddings, x, table, prefix)
@@ -226,12 +232,13 @@ class Encoder(nn.Module):
                 maps.append(probabilities)
             return x
 
-        if any(block.attn.vis for block in self.layer):
-            pass_over_prepared(self.layer, "attention probabilities are asked for (vis)")
-            for block in self.layer:
+        blocks: Any = self.layer
+        if any(block.attn.vis for block in blocks):
+            pass_over_prepared(blocks, "attention probabilities are asked for (vis)")
+            for block in blocks:
                 x = run(block, x)
         else:
-            x = run_blocks(self.layer, x, run=run)
+            x = run_blocks(blocks, x, run=run)
         return plain.layer_norm(self.encoder_norm, x), maps
 
 

@@ -23,6 +23,7 @@ vision_transformer ("google") and jeonsworld's ViT-pytorch ("jeonsworld").
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,9 @@ class Root(nn.Module):
 class Unit(nn.Module):
     """Bottleneck: [B, c_in, h, w] → [B, 4·mid, h/stride, w/stride]."""
 
+    downsample: StdConv2d | None
+    gn_proj: Any  # an nn.GroupNorm with downsample, None without
+
     def __init__(self, c_in: int, mid: int, stride: int) -> None:
         super().__init__()
         out = 4 * mid
@@ -133,9 +137,10 @@ class ResNetV2(nn.Module):
             )
         self.num_layers, self.out_chans = num_layers, width
         self.root = Root(in_chans, width)
-        blocks = OrderedDict()
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
         for index, units in enumerate(num_layers):
-            mid, block = width * 2**index, OrderedDict()
+            mid = width * 2**index
+            block: OrderedDict[str, nn.Module] = OrderedDict()
             for unit in range(units):
                 block[f"unit{unit + 1}"] = Unit(self.out_chans, mid, 2 if index and not unit else 1)
                 self.out_chans = 4 * mid

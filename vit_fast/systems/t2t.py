@@ -148,6 +148,7 @@ class Token_performer(plain.Fusible, nn.Module):
         mlp__1=(nn.GELU,),
         mlp__2=plain.LINEAR,
     )
+    mlp: Any  # an nn.Sequential of Linear, GELU, Linear
 
     def __init__(
         self, dim: int, in_dim: int, head_cnt: int = 1, kernel_ratio: float = 0.5, dp1: float = 0.1, dp2: float = 0.1
@@ -282,6 +283,7 @@ class T2T_ViT(nn.Module):
             )
             for rate in rates
         )  # fmt: skip
+        block: Any
         for block in self.blocks:
             block.attn.scale = float(qk_scale or block.attn.scale)
         self.norm = make_norm(embed_dim)
