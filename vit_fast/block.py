@@ -12,7 +12,7 @@ v takes the place of x in the first line, so that x may have another width than 
 Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def run_blocks(
     prepared = _prepared(blocks)
     if prepared is not None and prepared.serves(x):
         return prepared.run(x, first, last)
-    chosen: Iterable[nn.Module] = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
+    chosen: Any = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
     for block in chosen:
         x = block(x) if run is None else run(block, x)
     return x

@@ -66,7 +66,7 @@ def _why_not(module: nn.Module, cls: type[nn.Module], fast: type[integrations.Fu
 class Survey(NamedTuple):
     """What ``optimize`` finds in a model; the names are those of ``named_modules``."""
 
-    swaps: dict[str, tuple[nn.Module, type[nn.Module]]]  # name → (module, fast class) of what can be fused
+    swaps: dict[str, tuple[nn.Module, type[integrations.Fused]]]  # name → (module, fast class) of what can be fused
     left: dict[str, tuple[str, str]]  # name → (operation, reason) of what stays
     done: int  # how many modules are optimised already
     own: int  # how many blocks are those of vit_fast's own models
@@ -171,9 +171,9 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
         module.__class__ = fast
     stacks = _stacks(_integrations()[0])
     for module in model.modules():
-        fast = stacks.get(type(module))
-        if fast and len(blocks := fast.stack(module)) and all(isinstance(b, integrations.Fused) for b in blocks):
-            module.__class__ = fast
+        holder = stacks.get(type(module))
+        if holder and len(blocks := holder.stack(module)) and all(isinstance(b, integrations.Fused) for b in blocks):
+            module.__class__ = holder
     return model
 
 
@@ -193,9 +193,9 @@ def restore(model: nn.Module) -> nn.Module:
     for integration in loaded:
         classes |= {fast: cls for cls, fast in integration.FAST.items()}
     for module in model.modules():
-        fast = type(module)
-        if fast in classes:
-            if hasattr(fast, "stack"):
-                fast.stack(module).__dict__.pop(PREPARED, None)
-            module.__class__ = classes[fast]
+        cls: Any = type(module)
+        if cls in classes:
+            if hasattr(cls, "stack"):
+                cls.stack(module).__dict__.pop(PREPARED, None)
+            module.__class__ = classes[cls]
     return model

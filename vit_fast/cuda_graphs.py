@@ -18,7 +18,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -282,19 +282,20 @@ class Graphed(nn.Module):
             raise TypeError(f"vit_fast.graphed: example is {type(example).__name__}, expected a torch.Tensor")
         if example is not None and example.dim() < 2:
             raise ValueError(f"vit_fast.graphed: example has {example.dim()} dimensions, expected a batch of images")
-        self._sizes = input_size(model) if example is None else tuple(example.shape[1:])
-        if self._sizes is None:
+        sizes = input_size(model) if example is None else tuple(example.shape[1:])
+        if sizes is None:
             raise ValueError(
                 "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
             )
+        self._sizes: tuple[int, ...] = sizes
         # None where it is the dtype of the weights, which may change.
         if example is None or example.dtype == _first_parameter(model).dtype:
-            self._dtype = None
+            self._dtype: torch.dtype | None = None
         else:
             self._dtype = example.dtype
         self.model, self.clone, self.training = model, clone, False
         self._lock = threading.Lock()
-        self._captured = None
+        self._captured: _Captured | None = None
         self._capture()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,7 +315,7 @@ class Graphed(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.load_state_dict(*args, **kwargs)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Graphed:
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._captured = None  # graphs would keep the old weights until the next call
         return super()._apply(*args, **kwargs)
 
@@ -358,7 +359,7 @@ class Graphed(nn.Module):
             two = model(_random(2, self._sizes, dtype, device))
             three, read = _watched(model, _random(3, self._sizes, dtype, device))
             layout = _layout_of(two, three)
-            buckets = []
+            buckets: list[_Bucket] = []
             for size in reversed(self.batch_sizes):
                 static_input = torch.zeros(size, *self._sizes, dtype=dtype, device=device)
                 buckets.insert(0, _capture_bucket(graphs, model, static_input, layout))
@@ -366,8 +367,9 @@ class Graphed(nn.Module):
         made_of_weights = any(read[address].device == device for address in read.keys() - weights.keys())
         watch = Snapshot(dict(model.named_modules()), versions=made_of_weights)
         kept = [*(read | weights).values()]
-        self._captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
-        return self._captured
+        captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
+        self._captured = captured
+        return captured
 
     def _run(self, captured: _Captured, images: torch.Tensor) -> Any:
         if not captured.fits(images):

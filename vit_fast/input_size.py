@@ -20,4 +20,5 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return size if isinstance(size, (tuple, list)) else (size, size)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height, width

@@ -17,7 +17,7 @@ Stacks of prepared blocks, ``prepared_blocks`` and ``fp8_blocks``, one operation
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -78,7 +78,7 @@ def _register(
     _library.define(f"{name}_fwd({signature}, str backend) -> {results}", tags=tags)
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
-    def fwd(*inputs):
+    def fwd(*inputs: Any) -> Any:
         _refuse_transforms(name, inputs[-1])
         backend = select.loaded(inputs[-1], name)
         with backend.launching(inputs[0].device):
@@ -89,8 +89,8 @@ def _register(
             out, stat = forward(backend.output(name), *inputs[:-2]).contiguous(), _stat(inputs[0])
             return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
-    def bwd(grad, *inputs):
-        *inputs, needs, word = inputs
+    def bwd(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
+        *inputs, needs, word = values
         inputs, saved = inputs[: len(inputs) - kept], inputs[len(inputs) - kept :]
         if flag:
             *inputs, wanted = inputs
@@ -98,15 +98,15 @@ def _register(
                 raise RuntimeError(f"vit_fast.{name}: {flag} is False, expected True where gradients are wanted")
         backend = select.of_backward(word, name)
         with backend.launching(grad.device):
-            grads = backward(backend.backward[name], grad, inputs, saved, needs)
+            grads: Sequence[Any] = backward(backend.backward[name], grad, inputs, saved, needs)
         return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
-    def bwd_fake(grad, *inputs):
-        *inputs, needs, _ = inputs
+    def bwd_fake(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
+        *inputs, needs, _ = values
         wanted = (inputs[position] for position, need in zip(differentiable, needs, strict=True) if need)
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if statistics else (output,)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         ctx.constants = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
@@ -117,8 +117,8 @@ def _register(
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
 
-    def autograd(ctx, grad, *_):
-        result = [None] * len(ctx.is_tensor)
+    def autograd(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        result: list[torch.Tensor | None] = [None] * len(ctx.is_tensor)
         if grad is None:
             return tuple(result)
         tensors = iter(ctx.saved_tensors)
@@ -131,7 +131,7 @@ def _register(
                 result[position] = next(grads)
         return tuple(result)
 
-    def no_double_backward(ctx, *_):
+    def no_double_backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
             f"vit_fast.{name}: the backward of a fused kernel cannot be differentiated again; "
             "run the forward inside `with vit_fast.backend('torch')` for second derivatives"
@@ -147,32 +147,32 @@ def _register(
     register_flop_formula(getattr(torch.ops.vit_fast, f"{name}_bwd"))(lambda grad, *inputs, **_: 2 * flops(*inputs))
 
 
-def _rows(shape):
+def _rows(shape: Sequence[int]) -> int:
     rows = 1
     for size in shape[:-1]:
         rows *= size
     return rows
 
 
-def _stat(x):
+def _stat(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_stats(x, wanted):
+def _row_stats(x: torch.Tensor, wanted: bool) -> list[torch.Tensor]:
     return [x.new_empty(_rows(x.shape) if wanted else 0, dtype=_stat(x)) for _ in range(2)]
 
 
-def _by_position(run, *inputs):
+def _by_position(run: Callable[..., Any], *inputs: Any) -> Any:
     """Calls a function of a backend's table with an operator's inputs as they come."""
     return run(*inputs)
 
 
-def _needs_grad(*tensors):
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward may follow a call, for which its statistics have to be stored."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(device_type, *tensors):
+def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, as eager casts the arguments of a matrix product."""
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -224,11 +224,21 @@ def layer_norm(
 # layer_norm_linear
 
 
-def _linear_flops(x_shape, weight_shape):
+def _linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
     return 2 * _rows(x_shape) * weight_shape[0] * weight_shape[1]
 
 
-def _layer_norm_linear_fake(x, ln_weight, ln_bias, eps, weight, bias, activation, with_stats, backend):
+def _layer_norm_linear_fake(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    with_stats: bool,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
     features = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
     return weight.new_empty((*x.shape[:-1], features)), *_row_stats(x, with_stats)
 
@@ -283,12 +293,14 @@ def layer_norm_linear(
 # linear_residual
 
 
-def _row_scale_by_name(run, *inputs):
+def _row_scale_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
     """Calls a function of a backend's table, which takes row_scale, an operator's last input, by name."""
     return run(*inputs[:-1], row_scale=inputs[-1])
 
 
-def _linear_residual_backward(run, grad, inputs, saved, needs):
+def _linear_residual_backward(
+    run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, gamma, residual, row_scale = inputs
     dx, dweight, dbias, dgamma, drow_scale = run(grad, x, weight, bias, gamma, row_scale)
     return dx, dweight, dbias, dgamma, grad.to(residual.dtype, copy=True), drow_scale
@@ -420,22 +432,39 @@ def layernorm_mlp(
 # attention
 
 
-def _attention_forward(run, qkv, k, v, num_heads, scale):
+def _attention_forward(
+    run: Callable[..., Any],
+    qkv: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+) -> Any:
     return run(qkv, num_heads, scale, k=k, v=v)
 
 
-def _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend):
+def _attention_fake(
+    qkv: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+    with_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, width = qkv.shape
     out = qkv.new_empty((batch, tokens, width // 3 if k is None else width))
     return out, qkv.new_empty((batch, num_heads, tokens) if with_lse else 0, dtype=_stat(qkv))
 
 
-def _attention_backward(run, grad, inputs, saved, needs):
+def _attention_backward(
+    run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
+) -> Any:
     qkv, k, v, num_heads, scale = inputs
     return run(grad, qkv, num_heads, scale, k, v, *saved)
 
 
-def _attention_flops(qkv, k, v, num_heads, scale, *_, **__):
+def _attention_flops(qkv: Any, k: Any, v: Any, num_heads: int, scale: float, *_: Any, **__: Any) -> int:
     batch, tokens, width = qkv
     keys, width = (tokens, width // 3) if k is None else (k[1], width)
     return 4 * batch * tokens * keys * width
@@ -455,7 +484,7 @@ _register(
 )
 
 
-def _normalise_heads(x, num_heads, norm):
+def _normalise_heads(x: torch.Tensor, num_heads: int, norm: HeadNorm | None) -> torch.Tensor:
     return x if norm is None else layer_norm(x.unflatten(2, (num_heads, -1)), *norm).flatten(2)
 
 
@@ -529,14 +558,14 @@ def _register_blocks(precision: Precision) -> None:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def run(x, weights, *arguments):
-        *arguments, word = arguments
+    def run(x: torch.Tensor, weights: Sequence[torch.Tensor], *values: Any) -> torch.Tensor:
+        *arguments, word = values
         _refuse_transforms(name, word)
         backend = select.loaded(word, name)
         with backend.launching(x.device):
             return backend.forward[name](x, weights, *arguments).contiguous()
 
-    def flops(x, weights, *_, **__):
+    def flops(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
         batch, tokens, width = x
         matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
         return matrices + len(weights) // tensors_per_block * 4 * batch * tokens * tokens * width
@@ -625,17 +654,30 @@ def fp8_blocks(
 # patch_embed
 
 
-def _grid(images, weight, stride):
-    return tuple((images[2 + i] - weight[2 + i]) // stride[i] + 1 for i in range(2))
+def _grid(images: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
+    rows, columns = ((images[2 + i] - weight[2 + i]) // stride[i] + 1 for i in range(2))
+    return rows, columns
 
 
-def _patch_embed_fake(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std, backend):
+def _patch_embed_fake(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix_tokens: torch.Tensor | None,
+    stride: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    backend: str,
+) -> torch.Tensor:
     rows, columns = _grid(images.shape, weight.shape, stride)
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     return weight.new_empty((images.shape[0], prefix + rows * columns, weight.shape[0]))
 
 
-def _patch_embed_backward(run, grad, inputs, saved, needs):
+def _patch_embed_backward(
+    run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
     images, weight, bias, pos_embed, prefix_tokens, stride, mean, std = inputs
     normalised = images.dtype == torch.uint8 or mean is not None or std is not None
     pixels = reference.normalise_pixels(images, mean, std, weight.dtype) if normalised else images
@@ -645,7 +687,9 @@ def _patch_embed_backward(run, grad, inputs, saved, needs):
     return None if dpixels is None else dpixels.to(images.dtype), *grads
 
 
-def _patch_embed_flops(images, weight, bias, pos_embed, prefix_tokens, stride, *_, **__):
+def _patch_embed_flops(
+    images: Any, weight: Any, bias: Any, pos_embed: Any, prefix_tokens: Any, stride: Any, *_: Any, **__: Any
+) -> int:
     rows, columns = _grid(images, weight, stride)
     return 2 * images[0] * rows * columns * weight[0] * weight[1] * weight[2] * weight[3]
 

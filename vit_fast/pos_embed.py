@@ -13,13 +13,14 @@ R5    open_clip, timm ≥ 0.8                      bicubic, antialiased
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .kernels.tracing import untraced
 
-_POLICIES = {
+_POLICIES: dict[str, dict[str, Any]] = {
     "R1": dict(mode="bilinear", align_corners=True),
     "R2": dict(mode="bilinear", align_corners=False),
     "R3": dict(mode="bilinear", align_corners=False),

@@ -152,7 +152,7 @@ def _count_steps() -> None:
     register_optimizer_step_post_hook(count)
 
 
-def _runs_its_params(cls: type[Any]) -> bool:
+def _runs_its_params(cls: Any) -> bool:
     """Whether a class of blocks computes what its ``params`` say: a subclass may have a forward that does more."""
     owner = next((base for base in cls.__mro__ if "params" in vars(base)), None)
     return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
@@ -168,15 +168,16 @@ def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
         return ["a part of the blocks is in training mode"]
     params = _params(blocks)
     reasons: list[str] = []
-    if any(p.norm1 is None or p.norm2 is None for p in params):
+    eps = [(p.norm1.eps, p.norm2.eps) for p in params if p.norm1 is not None and p.norm2 is not None]
+    if len(eps) < len(params):
         return ["the blocks are not pre-norm"]
     if any(p.value_skip for p in params):
         reasons.append("the blocks add the values to the branch (value_skip)")
     if any(p.q_norm is not None or p.k_norm is not None for p in params):
         reasons.append("the blocks normalise q and k (qk_norm)")
     shared = [
-        (p.num_heads, p.scale, p.activation, p.norm1.eps, p.norm2.eps, p.qkv_weight.shape, p.qkv_weight.device)
-        for p in params
+        (p.num_heads, p.scale, p.activation, *its_eps, p.qkv_weight.shape, p.qkv_weight.device)
+        for p, its_eps in zip(params, eps, strict=True)
     ]
     if any(values != shared[0] for values in shared):
         reasons.append("the blocks differ in heads, scale, activation, eps, width or device")

@@ -21,7 +21,7 @@ from .features import FeatureGetterNet
 from .kernels.arguments import UnsupportedError
 from .vit import VisionTransformer
 
-_WIDTHS = {
+_WIDTHS: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "xsmall": dict(embed_dim=256, depth=10, num_heads=4),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
@@ -82,9 +82,9 @@ def _register_clip() -> None:
         "giant": ((14, 224),),
         "gigantic": ((14, 224), (14, 378)),
     }
-    quick = ("base_patch16_224", "base_patch32_224", "large_patch14_224", "large_patch14_336")
+    quick: tuple[str, ...] = ("base_patch16_224", "base_patch32_224", "large_patch14_224", "large_patch14_336")
     quick += ("huge_patch14_224", "huge_patch14_378", "gigantic_patch14_224")
-    common = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    common: dict[str, Any] = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     for width, pairs in sizes.items():
         for patch, image in pairs:
             kwargs = dict(common, patch_size=patch, **_WIDTHS[width])
@@ -96,9 +96,9 @@ def _register_clip() -> None:
 
 def _register_dinov2() -> None:
     """vit_<width>_patch14[_reg4]_dinov2."""
-    giant = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
+    giant: dict[str, Any] = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
     for width in ("small", "base", "large", "giant"):
-        kwargs = dict(patch_size=14, init_values=1e-5)
+        kwargs: dict[str, Any] = dict(patch_size=14, init_values=1e-5)
         kwargs |= giant if width == "giant" else _WIDTHS[width]
         register(f"vit_{width}_patch14_dinov2", **kwargs)
         register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **kwargs)
@@ -117,7 +117,7 @@ def _register_siglip() -> None:
     gap_only = {"so400m": ((14, 448), (14, 896))}
     for width, pairs in sizes.items():
         for patch, image in pairs + gap_only.get(width, ()):
-            kwargs = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
+            kwargs: dict[str, Any] = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
             if f"{width}_patch{patch}_{image}" in tanh:
                 kwargs["act_layer"] = "gelu_tanh"
             if (patch, image) in pairs:
@@ -128,7 +128,7 @@ def _register_siglip() -> None:
 
 def _register_pooled() -> None:
     """Towers without a class token that average their tokens, with and without registers."""
-    gap = dict(class_token=False, global_pool="avg")
+    gap: dict[str, Any] = dict(class_token=False, global_pool="avg")
     plain_gap = dict(gap, fc_norm=False)
     for name, patch, width in (
         ("base_patch16_gap_224", 16, dict(_WIDTHS["base"], num_heads=16)),
@@ -140,7 +140,7 @@ def _register_pooled() -> None:
     register(
         "vit_base_patch16_reg4_gap_256", patch_size=16, reg_tokens=4, no_embed_class=True, **gap, **_WIDTHS["base"]
     )
-    so150m = dict(embed_dim=896, depth=18, num_heads=14, mlp_ratio=2.572)
+    so150m: dict[str, Any] = dict(embed_dim=896, depth=18, num_heads=14, mlp_ratio=2.572)
     for image in (256, 384):
         register(f"vit_so150m_patch16_reg4_gap_{image}", patch_size=16, reg_tokens=4, **plain_gap, **so150m)
 
@@ -330,7 +330,7 @@ def create_model(
             f"vit_fast.create_model: pretrained is True, expected False, as timm has no weights of {name!r}{hint}; "
             "checkpoint_path takes a file"
         )
-    model = preset.build(**{**preset.arguments, **(_arguments_of(cfg, arguments) if of_vit else {}), **arguments})
+    model: Any = preset.build(**{**preset.arguments, **(_arguments_of(cfg, arguments) if of_vit else {}), **arguments})
     if of_vit:
         cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in arguments}
         model.default_cfg = cfg
@@ -340,6 +340,5 @@ def create_model(
     elif pretrained:
         hub.load_pretrained(model, name, base, cfg, arguments, cache_dir)
     if features_only:
-        assert isinstance(model, VisionTransformer)  # other presets were refused above
         model = FeatureGetterNet(model, 3 if out_indices is None else out_indices)
     return model

@@ -136,6 +136,9 @@ class VisionTransformer(nn.Module):
         TypeError, ValueError: bad arguments or sizes, naming what came and what is wanted.
     """
 
+    pretrained_cfg: dict[str, Any]  # these two are set by ``create_model``
+    default_cfg: dict[str, Any]
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

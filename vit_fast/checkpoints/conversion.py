@@ -82,7 +82,7 @@ def convert_state_dict(
     return {key: value.contiguous() for key, value in out.items()}, report_of(log, second, out, dropped, resized)
 
 
-def _check_block(target, subject, source):
+def _check_block(target: Format, subject: str, source: Format) -> None:
     """``ValueError`` where a format of timm's block is asked to hold another."""
     if source.unlike_timm and not target.any_block:
         able = " or ".join(repr(known.name) for known in registry.FORMATS if known.is_target and known.any_block)

@@ -25,9 +25,10 @@ _AVERAGED = ("state_dict_ema", "model_ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model")
 _UPDATES = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts its updates beside "module."
 _LOGGER = logging.getLogger("vit_fast")
+_Path = str | os.PathLike[str]
 
 
-def _read_npz(path):
+def _read_npz(path: _Path) -> dict[str, torch.Tensor]:
     """Arrays by name; bfloat16, which numpy holds as raw two-byte values, becomes float32."""
     import numpy as np
 
@@ -44,10 +45,10 @@ def _read_npz(path):
     return state
 
 
-def _read_shards(index):
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     """The tensors of all files that Hugging Face's index of a sharded checkpoint names; they lie beside it."""
     files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name in files:
         shard = index.parent / name
         if not shard.is_file():
@@ -56,13 +57,13 @@ def _read_shards(index):
     return state
 
 
-def _read_safetensors(path):
+def _read_safetensors(path: _Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-def _is_torchscript(path):
+def _is_torchscript(path: _Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -70,13 +71,13 @@ def _is_torchscript(path):
         return False
 
 
-def _read_torchscript(path):
+def _read_torchscript(path: _Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.load(path, map_location="cpu").state_dict()
 
 
-def _classes_in(path):
+def _classes_in(path: _Path) -> list[str]:
     """The classes and functions that a pickle names beyond tensors and containers; none where it cannot be told."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -84,7 +85,7 @@ def _classes_in(path):
         return []
 
 
-def _read_pickle(path):
+def _read_pickle(path: _Path) -> Any:
     try:
         # timm's training checkpoints hold their options in a Namespace: a container, whose unpickling runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -200,5 +201,5 @@ def why_unusable(tensor: torch.Tensor) -> str | None:
     return "on the meta device" if tensor.is_meta else None
 
 
-def _clean(key):
+def _clean(key: str) -> str:
     return _AROUND_MODULES.sub(r"\1", _AROUND_MODULES.sub(r"\1", key).removeprefix("module."))

@@ -13,7 +13,7 @@ Hybrids become timm's hybrid keys (patch_embed.backbone.…).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from vit_fast.pos_embed import resize_pos_embed
 
 from . import jeonsworld
-from .base import Format, Translation
+from .base import Format, Log, Translation
 from .errors import MissingKeyError, WeightsError
 from .fitting import FIRST_CONVOLUTIONS, adapt_in_chans
 from .report import log_left_out
@@ -30,6 +30,8 @@ _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _MARKS = tuple(f"{prefix}{name}" for prefix in _PREFIXES for name in ("embedding/kernel", "Transformer/encoder"))
 _OPTIONAL = ("head.", "pre_logits.", "attn_pool.", "cls_token", "pos_embed")  # of timm's keys: a model may be without
 _HEADS_IN = re.compile(r"MultiHeadDotProductAttention_\d/(?:query|key|value)/(?:kernel|bias)$")
+
+_Put = Callable[..., None]  # (target, source, ...): writes arrays under timm's keys
 
 
 def recognise(state: Mapping[str, Any]) -> bool:
@@ -40,24 +42,25 @@ def recognise(state: Mapping[str, Any]) -> bool:
 class _Reader:
     """Reads keys under the file's prefix and notes which were used."""
 
-    def __init__(self, state):
+    def __init__(self, state: Mapping[str, Any]) -> None:
         names = ("embedding/kernel", "Transformer/encoder")
         self.prefix = next(p for p in _PREFIXES if any(key.startswith((p + names[0], p + names[1])) for key in state))
         self.state = {key: torch.as_tensor(value) for key, value in state.items() if key.startswith(self.prefix)}
-        self.used, self.log = set(), []
+        self.used: set[str] = set()
+        self.log: Log = []
 
-    def has(self, start):
+    def has(self, start: str) -> bool:
         """Whether a key begins so. Callers then ask for every key of that part, so that a missing one is named."""
         return any(key.startswith(self.prefix + start) for key in self.state)
 
-    def get(self, key):
+    def get(self, key: str) -> torch.Tensor:
         key = self.prefix + key
         if key not in self.state:
             raise MissingKeyError(f"vit_fast: Google checkpoint lacks {key!r}")
         self.used.add(key)
         return self.state[key]
 
-    def layers(self):
+    def layers(self) -> tuple[int, bool]:
         """(number of blocks, whether each of their weights is one array with a leading layer axis)."""
         if self.has("Transformer/encoderblock/"):
             return self.get("Transformer/encoderblock/LayerNorm_0/scale").shape[0], True
@@ -65,25 +68,25 @@ class _Reader:
         found = [int(match[1]) for match in map(pattern.match, self.state) if match]
         return max(found, default=-1) + 1, False
 
-    def units(self):
+    def units(self) -> list[tuple[int, int]]:
         """(block, unit) of every unit of a hybrid's ResNet."""
         pattern = re.compile(re.escape(self.prefix) + r"block(\d+)/unit(\d+)/")
         return sorted({(int(match[1]), int(match[2])) for match in map(pattern.match, self.state) if match})
 
 
-def _dense(kernel):
+def _dense(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.t()
 
 
-def _conv(kernel):
+def _conv(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.permute(3, 2, 0, 1)
 
 
-def _heads_in(kernel):
+def _heads_in(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.reshape(kernel.shape[0], -1).t()
 
 
-def _heads_out(kernel):
+def _heads_out(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.reshape(-1, kernel.shape[-1]).t()
 
 
@@ -95,9 +98,15 @@ def to_timm(state: Mapping[str, Any]) -> Translation:
     Raises:
         MissingKeyError: a block or the stem lacks a key (named).
     """
-    read, out = _Reader(state), {}
+    read = _Reader(state)
+    out: dict[str, torch.Tensor] = {}
 
-    def put(target, sources, *convert, layer=None):
+    def put(
+        target: str,
+        sources: str | list[str],
+        *convert: Callable[[torch.Tensor], torch.Tensor],
+        layer: int | None = None,
+    ) -> None:
         """target = the sources, converted one by one and stacked along the rows."""
         sources = [sources] if isinstance(sources, str) else sources
         parts = [read.get(source) for source in sources]
@@ -108,11 +117,11 @@ def to_timm(state: Mapping[str, Any]) -> Translation:
         out[target] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
         read.log.append((tuple(read.prefix + source for source in sources), target))
 
-    def norm(target, source, layer=None):
+    def norm(target: str, source: str, layer: int | None = None) -> None:
         put(f"{target}.weight", f"{source}/scale", torch.flatten, layer=layer)
         put(f"{target}.bias", f"{source}/bias", torch.flatten, layer=layer)
 
-    def dense(target, source, layer=None):
+    def dense(target: str, source: str, layer: int | None = None) -> None:
         put(f"{target}.weight", f"{source}/kernel", _dense, layer=layer)
         put(f"{target}.bias", f"{source}/bias", layer=layer)
 
@@ -128,8 +137,8 @@ def to_timm(state: Mapping[str, Any]) -> Translation:
     put("pos_embed", table)
     depth, stacked = read.layers()
     for i in range(depth):
-        source, layer = ("Transformer/encoderblock", i) if stacked else (f"Transformer/encoderblock_{i}", None)
-        _block(read, put, norm, dense, f"blocks.{i}", source, layer)
+        source = "Transformer/encoderblock" if stacked else f"Transformer/encoderblock_{i}"
+        _block(read, put, norm, dense, f"blocks.{i}", source, i if stacked else None)
     norm("norm", "Transformer/encoder_norm")
     if read.has("MAPHead_0/"):
         _map_head(read, put, norm, dense)
@@ -153,7 +162,9 @@ def num_heads(state: Mapping[str, Any]) -> int | None:
     return next(iter(heads.values()), None)
 
 
-def _attention(put, target, source, layer, projections):
+def _attention(
+    put: _Put, target: str, source: str, layer: int | None, projections: Mapping[str, Sequence[str]]
+) -> None:
     for key, names in projections.items():
         kernels = [f"{source}/{name}/kernel" for name in names]
         put(f"{target}.{key}.weight", kernels, _heads_in, layer=layer)
@@ -162,7 +173,7 @@ def _attention(put, target, source, layer, projections):
     put(f"{target}.proj.bias", f"{source}/out/bias", layer=layer)
 
 
-def _block(read, put, norm, dense, target, source, layer):
+def _block(read: _Reader, put: _Put, norm: _Put, dense: _Put, target: str, source: str, layer: int | None) -> None:
     old = any(read.has(f"{source}/{part}/") for part in ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"))
     attention, norm2, mlp = (
         ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
@@ -176,7 +187,7 @@ def _block(read, put, norm, dense, target, source, layer):
     dense(f"{target}.mlp.fc2", f"{source}/{mlp}/Dense_1", layer)
 
 
-def _map_head(read, put, norm, dense):
+def _map_head(read: _Reader, put: _Put, norm: _Put, dense: _Put) -> None:
     """big_vision's attention pooling (SigLIP)."""
     source = "MAPHead_0/MultiHeadDotProductAttention_0"
     put("attn_pool.latent", "MAPHead_0/probe")
@@ -186,7 +197,7 @@ def _map_head(read, put, norm, dense):
     dense("attn_pool.mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1")
 
 
-def _stem(read, put, norm):
+def _stem(read: _Reader, put: _Put, norm: _Put) -> None:
     backbone = "patch_embed.backbone"
     units = read.units()
     stem = f"{backbone}.stem" if units else backbone
@@ -202,11 +213,11 @@ def _stem(read, put, norm):
             norm(f"{target}.downsample.norm", f"{source}/gn_proj")
 
 
-def _square(count):
+def _square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
-def _fit_table(state, num_prefix, grid, policy):
+def _fit_table(state: dict[str, torch.Tensor], num_prefix: int, grid: tuple[int, int], policy: str) -> None:
     """pos_embed of a state in timm's keys for a grid, in place; num_prefix rows stand for prefix tokens.
 
     A class row that the model has no place for is added to the class token, one that the file lacks is a row of zeros:

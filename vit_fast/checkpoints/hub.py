@@ -16,7 +16,7 @@ _SHAPING_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _import_timm(what):
+def _import_timm(what: str) -> Any:
     try:
         import timm
     except ImportError as error:

@@ -7,7 +7,7 @@ Source: transformers/models/{vit,deit,vit_mae,dinov2,dinov2_with_registers,clip,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ _DROPPED = (
 )
 
 
-def _prefix(state):
+def _prefix(state: Iterable[str]) -> str | None:
     """What stands before the image tower's keys, or None where there is no such tower."""
     return next((match[1] for match in map(_PATCHES.match, state) if match), None)
 
@@ -103,6 +103,7 @@ def to_timm(state: Mapping[str, torch.Tensor]) -> Translation:
         WeightsError: a query, key, value, gate or up projection is missing (named).
     """
     prefix = _prefix(state)
+    assert prefix is not None  # recognise
     out: dict[str, torch.Tensor] = {}
     log: Log = []
     dropped = []

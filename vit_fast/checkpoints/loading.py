@@ -25,7 +25,7 @@ _ABSENT = {
 }
 
 
-def _prefix_hint(state, own):
+def _prefix_hint(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
     """``prefix_remedy`` where most of the model's keys stand under a prefix in the file; the head may be another."""
     first = next(iter(own))
     for key in state:
@@ -134,12 +134,14 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str], old_grid: tuple[
     if load is not None:
         return load(model, path, **({} if old_grid is None else {"old_grid": old_grid}))
 
-    def fit(state):
-        table, own = state.get("pos_embed"), model.pos_embed
+    vit: Any = model
+
+    def fit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table, own = state.get("pos_embed"), vit.pos_embed
         if table is None or own is None or table.dim() != 3 or (old_grid is None and table.shape == own.shape):
             return state
-        grid, subject = model.patch_embed.grid_size, f"vit_fast: pos_embed of {str(path)!r}"
-        table = resized_table(subject, table, old_grid, grid, model.pos_embed_policy, model._pos_prefix)
+        grid, subject = vit.patch_embed.grid_size, f"vit_fast: pos_embed of {str(path)!r}"
+        table = resized_table(subject, table, old_grid, grid, vit.pos_embed_policy, vit._pos_prefix)
         return {**state, "pos_embed": table}
 
     return load_state_dict(model, read_state_dict(path), fit)

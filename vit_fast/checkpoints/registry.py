@@ -1,6 +1,6 @@
 """The formats that checkpoints may have. A new one is a file of this folder and an entry of ``FORMATS``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import canonical, clip, dinov2, google_npz, huggingface, jeonsworld, lanl, mae, timm, torch_layers
@@ -83,7 +83,7 @@ def family_of(state: Mapping[str, Any]) -> str:
     return format_of(state).name
 
 
-def _prefix_hint(state):
+def _prefix_hint(state: Iterable[str]) -> str:
     """``prefix_remedy`` where keys of a known format stand under a prefix of at most three names."""
     parts = [key.split(".") for key in state]
     for count in (1, 2, 3):

@@ -65,7 +65,7 @@ def report_of(
     return report
 
 
-def _joined(first, second):
+def _joined(first: Log, second: Log) -> Log:
     """The log of two translations, one after the other."""
     origin = {target: sources for sources, target in first}
     return [(tuple(name for source in sources for name in origin[source]), target) for sources, target in second]

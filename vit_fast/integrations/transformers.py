@@ -102,8 +102,8 @@ class _FastLayer(Fused):
             reason = "it drops the output of its MLP" if dropout else "a drop rate is 1"
         if reason is not None:
             return self.run_library(reason, hidden_states, *masks, **options)
-        norm1: Any
-        norm2: Any
+        norm1: Norm
+        norm2: Norm
         norm1, norm2 = (Norm.of(getattr(self, name)) for name in self.NORMS)
         normal, out = ops.layer_norm(x, *norm1), getattr(attn, self.OUT)
         q, k, v = (F.linear(normal, m.weight, m.bias) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
