@@ -272,7 +272,7 @@ class Graphed(nn.Module):
     graphs = CudaGraphs  # what captures and replays, made anew with the device at each capture
 
     def __init__(
-        self, model: nn.Module, batch_sizes: tuple[int, ...], example: torch.Tensor | None, clone: bool
+        self, model: nn.Module, batch_sizes: Sequence[int], example: torch.Tensor | None, clone: bool
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
