@@ -305,7 +305,7 @@ class Graphed(nn.Module):
         super().__setstate__(state)
         self._lock = threading.Lock()
 
-    def state_dict(  # type: ignore[override]  # of the overloads of nn.Module, what both have
+    def state_dict(  # type: ignore[override]  # one signature for both overloads
         self, *args: Any, destination: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         if args or destination is not None:  # for a module around this one, which loads by the names of attributes

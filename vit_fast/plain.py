@@ -133,7 +133,8 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
 def not_fused_reason(module: nn.Module, cls: type[Fusible]) -> str | None:
     """Why a module cannot run as ``cls``, a ``Fusible``, runs fused, or None."""
     reason = not_plain_reason(module, cls.SUBMODULES, cls.ignores)
-    return reason or cls.not_covered(module)  # type: ignore[arg-type]  # of the library's class before ``optimize``
+    # A module is asked before its class is swapped too, when it is no instance of ``cls`` yet.
+    return reason or cls.not_covered(module)  # type: ignore[arg-type]
 
 
 class Fusible(nn.Module):

@@ -35,6 +35,7 @@ _COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(mode
 
 
 def _params(blocks: Iterable[Any]) -> list[BlockParams]:
+    """The weights of every block of a stack."""
     return [block.params() for block in blocks]
 
 
@@ -89,7 +90,7 @@ class Prepared(Stale):
         self.blocks, self._precision = blocks, precision
         params = _params(blocks)
         first = params[0]
-        assert first.norm1 is not None and first.norm2 is not None  # told by _not_supported_reasons
+        assert first.norm1 is not None and first.norm2 is not None  # _not_supported_reasons refuses others
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
         with torch.no_grad():

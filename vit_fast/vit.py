@@ -136,7 +136,8 @@ class VisionTransformer(nn.Module):
         TypeError, ValueError: bad arguments or sizes, naming what came and what is wanted.
     """
 
-    pretrained_cfg: dict[str, Any]  # these two are set by ``create_model``
+    # Facts about the weights; ``create_model`` sets both.
+    pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
 
     def __init__(

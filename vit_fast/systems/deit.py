@@ -141,7 +141,7 @@ class _Heads(nn.Module):
         return self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
 
 
-class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled, it returns pairs where that returns tensors
+class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models return pairs of tensors
     """``vit_fast.VisionTransformer`` with DeiT's tokens, heads, arguments and initialisation."""
 
     cls_token: nn.Parameter
@@ -229,7 +229,7 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled, it re
         """Images → normalised tokens [B, num_tokens + N, D]."""
         return super().forward_features(images, attn_mask, is_causal)
 
-    def forward_features(  # type: ignore[override]  # a pair of a distilled model
+    def forward_features(  # type: ignore[override]  # distilled models return a pair
         self, images: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images → f [B, num_features], or (x[:, 0], x[:, 1]) of a distilled model."""

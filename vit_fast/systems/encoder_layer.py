@@ -81,7 +81,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             activation=self.activation.keywords["activation"],
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # without masks
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # takes no masks
         if not self.is_fused():
             # Not super().forward: in eval mode torch's own fast path reads past the calls of adapters.
             if self.norm_first:
