@@ -271,9 +271,7 @@ class Graphed(nn.Module):
 
     graphs = CudaGraphs  # what captures and replays, made anew with the device at each capture
 
-    def __init__(
-        self, model: nn.Module, batch_sizes: Sequence[int], example: torch.Tensor | None, clone: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, batch_sizes: Sequence[int], example: torch.Tensor | None, clone: bool) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit_fast.graphed: model is {type(model).__name__}, expected an nn.Module")

@@ -19,7 +19,7 @@ from .guarded import Guarded
 from .problems import BATCHES, OPERATIONS, VITS, Maker, Problem, problems
 from .ranking import run
 from .report import config_dict, one_line, save, table
-from .timing import NO_TIME, step_times
+from .timing import NO_TIME, kernel_seconds
 
 
 def _listed(option, text, known):
@@ -101,7 +101,7 @@ def main(
             with contextlib.suppress(Exception):  # tuning it will say the same
                 compilers.submit(problem, plan(problem, chip))
         try:
-            run(wanted, chip, make, compilers, step_times, end, keep, guarded)
+            run(wanted, chip, make, compilers, kernel_seconds, end, keep, guarded)
         except Exception as error:  # the device is lost; what was timed stays
             content["lost"] = one_line(error)
             save(out, content)

@@ -8,7 +8,7 @@ import torch
 
 from .problems import VITS, WORKS, Maker, Problem
 from .report import one_line
-from .timing import NO_TIME, Reference, check_and_time, step_times
+from .timing import NO_TIME, Reference, check_and_time, kernel_seconds
 
 START_SECONDS, RUN_SECONDS = 60, 20  # until the process is ready, until it answers
 
@@ -29,7 +29,7 @@ def _serve(connection, device, dtype):
                     torch.manual_seed(0)
                     work = WORKS[problem.operation](problem, VITS[problem.model], make)
                     known = problem, work, Reference.of(work)
-                answer = check_and_time(*known, config, steps, device, dtype, step_times)
+                answer = check_and_time(*known, config, steps, device, dtype, kernel_seconds)
         except Exception as error:
             answer = None, one_line(error)
         connection.send(answer)

@@ -18,7 +18,7 @@ NO_TIME = "no time left"
 Timer = Callable[[Callable[[], Any], int, torch.device], list[float]]
 
 
-def step_times(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+def kernel_seconds(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
     """``count`` step times in seconds, without the host's time to launch: the device pauses before each step."""
     return measure.step_times(call, count, device, pause=PAUSE)
 
