@@ -259,7 +259,7 @@ def test_the_device_pauses_before_each_step(tune, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    times = tune.timing.step_times(lambda: log.append("call"), 2, torch.device("cuda", 0))
+    times = tune.timing.kernel_seconds(lambda: log.append("call"), 2, torch.device("cuda", 0))
     assert times == [0.002, 0.002] and log == 2 * ["flush", "pause", "event", "call", "event"] + ["wait"]
 
 
@@ -452,7 +452,7 @@ def test_the_program_from_the_plan_to_the_table(tune, made_up, monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune.candidates.Chip, "of", lambda device: chip)
     monkeypatch.setattr(tune.command, "Maker", lambda device, dtype, filled: make)
-    monkeypatch.setattr(tune.command, "step_times", made_up)
+    monkeypatch.setattr(tune.command, "kernel_seconds", made_up)
     words = dict(only="layer_norm", models="base", batches="2,1", jobs=0, arch=90, dry_run=False, compile_=False)
     with pytest.raises(tune.command.typer.Exit) as ended:
         tune.command.main(tmp_path / "tune.json", 100.0, **words)
