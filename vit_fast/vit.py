@@ -367,8 +367,11 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(table.clone(), requires_grad=self.pos_embed.requires_grad)
 
     def _pos_table(self, grid: tuple[int, int]) -> torch.Tensor | None:
-        """pos_embed for a grid, resized where the grid is not the model's. In each call: a write through ``.data``, as
-        teachers are updated, leaves no version by which a kept table could be known to be stale."""
+        """The position table of a grid, resized where the grid is not the model's.
+
+        It is resized in each call and not kept: a write through ``.data``, by which DINO updates its teacher, changes no
+        version counter, so a kept table could be stale without a sign of it.
+        """
         if self.pos_embed is None or grid == self.patch_embed.grid_size:
             return self.pos_embed
         return resize_pos_embed(

@@ -26,8 +26,8 @@ CLIP = dict(patch_size=8, width=16, layers=1, heads=2, output_dim=6)
 T2T = dict(img_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3, token_dim=4)
 
 
-def vit(**words):
-    return vit_fast.VisionTransformer(**SMALL | words)
+def vit(**kwargs):
+    return vit_fast.VisionTransformer(**SMALL | kwargs)
 
 
 # name → (a small model, the shape of an image)

@@ -37,13 +37,13 @@ class Fp8BlocksCase(PreparedBlocksCase):
     def kernel(self, x, *weights):
         from vit_fast.kernels import fp8_blocks
 
-        return [fp8_blocks.fp8_blocks(x, weights, *self.words)]
+        return [fp8_blocks.fp8_blocks(x, weights, *self.arguments)]
 
     def eager(self, x, *weights):
-        return [reference.fp8_blocks(x, weights, *self.words)]
+        return [reference.fp8_blocks(x, weights, *self.arguments)]
 
     def golden(self, x, *weights):
-        return [unrounded(x, weights, *self.words)]
+        return [unrounded(x, weights, *self.arguments)]
 
     def within_budget(self, inputs, results):
         """The kernels round to e4m3 where the formula does, and differ where a sum falls on the other side of it."""

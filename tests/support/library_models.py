@@ -32,31 +32,31 @@ def moved(model, dtype=torch.float32):
     return model.eval().to(dtype)
 
 
-def timm_vit(**words):
-    return moved(TimmViT(**SMALL | words))
+def timm_vit(**kwargs):
+    return moved(TimmViT(**SMALL | kwargs))
 
 
-def torchvision_vit(**words):
-    return moved(TorchvisionViT(32, 8, 2, 3, 48, 96, num_classes=10, **words))
+def torchvision_vit(**kwargs):
+    return moved(TorchvisionViT(32, 8, 2, 3, 48, 96, num_classes=10, **kwargs))
 
 
 TRANSFORMERS = Version(transformers.__version__)
 
 
 def hugging_face(name):
-    def build(**words):
+    def build(**kwargs):
         if name.startswith("Dinov2") and TRANSFORMERS < Version("5.23"):
             pytest.skip("transformers before 5.23 makes DINOv2 of other parts")
-        return moved(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONFIG | words)))
+        return moved(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONFIG | kwargs)))
 
     return build
 
 
-def open_clip_tower(**words):
+def open_clip_tower(**kwargs):
     import open_clip
 
-    words = dict(layers=2, ls_init_value=0.5) | words
-    return moved(open_clip.transformer.VisionTransformer(32, 8, 48, heads=3, mlp_ratio=2.0, output_dim=16, **words))
+    kwargs = dict(layers=2, ls_init_value=0.5) | kwargs
+    return moved(open_clip.transformer.VisionTransformer(32, 8, 48, heads=3, mlp_ratio=2.0, output_dim=16, **kwargs))
 
 
 class Case(NamedTuple):
@@ -87,15 +87,15 @@ CASES = {
 PREPARABLE = ("timm", "torchvision", "open_clip", "CLIPVision", "SiglipVision")
 
 
-def output(model, x, **words):
-    result = model(x, **words)
+def output(model, x, **kwargs):
+    result = model(x, **kwargs)
     return result if isinstance(result, torch.Tensor) else result.last_hidden_state
 
 
-def operations(model, x, **words):
+def operations(model, x, **kwargs):
     """(output, names of the operations that ran)."""
     with vit_fast.backends.recording() as choices:
-        result = output(model, x, **words)
+        result = output(model, x, **kwargs)
     return result, fused(choices)
 
 

@@ -88,19 +88,19 @@ class PreparedBlocksCase(properties.Case):
         return prepared(blocks)
 
     @property
-    def words(self):
+    def arguments(self):
         return self.num_heads, self.head_size**-0.5, self.activation, 1e-6, 1e-5
 
     def kernel(self, x, *weights):
         from vit_fast.kernels import prepared_blocks
 
-        return [prepared_blocks.prepared_blocks(x, weights, *self.words)]
+        return [prepared_blocks.prepared_blocks(x, weights, *self.arguments)]
 
     def eager(self, x, *weights):
-        return [reference.prepared_blocks(x, weights, *self.words)]
+        return [reference.prepared_blocks(x, weights, *self.arguments)]
 
     def golden(self, x, *weights):
-        return [reference.prepared_blocks(x.double(), [weight.double() for weight in weights], *self.words)]
+        return [reference.prepared_blocks(x.double(), [weight.double() for weight in weights], *self.arguments)]
 
     def order(self, x, *weights):
         return [3 * torch.finfo(x.dtype).eps * self.golden(x, *weights)[0].abs().max().item()]

@@ -10,16 +10,16 @@
 ============  =======================================================================================
 """
 
-from .select import Status, backend, backward_name, note, recording, requested, status, unavailable, words
+from .select import Status, backend, backward_name, names, note, recording, requested, status, unavailable
 
 __all__ = [
     "Status",
     "backend",
     "backward_name",
+    "names",
     "note",
     "recording",
     "requested",
     "status",
     "unavailable",
-    "words",
 ]

@@ -37,14 +37,14 @@ _forced_when_compiling: str | None = None
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("vit_fast_recorder", default=None)
 
 
-def words() -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
     """What ``backend`` and ``VIT_FAST_BACKEND`` may say."""
     return ("auto", *BACKENDS)
 
 
 def _check_word(source: str, word: str) -> None:
-    if word not in words():
-        raise ValueError(f"{source}: backend is {word!r}, expected one of {', '.join(words())}")
+    if word not in names():
+        raise ValueError(f"{source}: backend is {word!r}, expected one of {', '.join(names())}")
 
 
 def _strict() -> bool:

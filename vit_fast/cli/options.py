@@ -96,7 +96,7 @@ def backend_name(name: str) -> str:
     """The name, which must be that of a backend."""
     from vit_fast import backends
 
-    return one_of("--backend", name, backends.words())
+    return one_of("--backend", name, backends.names())
 
 
 def backend(name: str | None, device: "torch.device") -> None:

@@ -38,7 +38,7 @@ from . import GELU, Found, Fused, Swapped, given, instances, not_taken
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # all of them softmax(scale · q kᵀ) v
-_IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # words that no attention looks at
+_IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # arguments that no attention reads
 
 
 def _activation(module):
@@ -62,8 +62,8 @@ class _FastLayer(Fused):
     SCALES: tuple[str | None, str | None] = (None, None)
     mlp: Any
 
-    def __init_subclass__(cls, **words):
-        super().__init_subclass__(**words)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
         if len(cls.__bases__) > 1:
             cls.__name__ = cls.__bases__[-1].__name__  # accelerate wraps layers by the name of their class
 
@@ -87,8 +87,8 @@ class _FastLayer(Fused):
         return None
 
     def forward(self, hidden_states: torch.Tensor, *masks: Any, **options: Any) -> Any:
-        words = {word: value for word, value in options.items() if word not in _IGNORED}
-        if reason := given(masks, words) or self.not_fused():
+        read = {name: value for name, value in options.items() if name not in _IGNORED}
+        if reason := given(masks, read) or self.not_fused():
             return self.run_library(reason, hidden_states, *masks, **options)
         x, attn, mlp = hidden_states, getattr(self, self.ATTENTION), self.mlp
         gammas = [getattr(self, name).lambda1 if name else None for name in self.SCALES]
