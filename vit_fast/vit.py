@@ -369,8 +369,8 @@ class VisionTransformer(nn.Module):
     def _pos_table(self, grid: tuple[int, int]) -> torch.Tensor | None:
         """The position table of a grid, resized where the grid is not the model's.
 
-        It is resized in each call and not kept: a write through ``.data``, by which DINO updates its teacher, changes no
-        version counter, so a kept table could be stale without a sign of it.
+        It is resized in each call and not kept: a write through ``.data``, by which DINO updates its teacher, changes
+        no version counter, so a kept table could be stale without a sign of it.
         """
         if self.pos_embed is None or grid == self.patch_embed.grid_size:
             return self.pos_embed
