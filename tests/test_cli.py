@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vit_fast
 from vit_fast import cli, parity
-from vit_fast.backends.torch import TORCH
 from vit_fast.block import PREPARED
 from vit_fast.cli import bench as flags_of_bench
 from vit_fast.cli import compare, measure, photographs, report, rivals, scaled_mm
+from vit_fast.precisions import FP8
 
 TINY = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=2", "--device", "cpu"]
 QUICK = ["bench", *TINY, "--num-bench-iter", "3", "--num-warm-iter", "1"]
@@ -433,14 +433,14 @@ def test_float8_that_is_not_supported_is_told(words, told, json_file):
 @pytest.mark.parametrize("fault", ["quantised weights", "kernel", "not in float8"])
 def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, monkeypatch):
     """A fault of the quantised weights is one of their plain form too; a fault of a kernel is not."""
-    shipped, run_plainly = vit_fast.prepare, TORCH.forward["fp8_blocks"]
+    shipped, run_plainly = vit_fast.prepare, FP8.reference
 
     def prepare(model, precision=None):
         if precision == "fp8" and fault == "not in float8":
             return shipped(model)
         prepared = shipped(model, precision=precision)
         if precision == "fp8" and fault == "quantised weights":
-            prepared.blocks.__dict__[PREPARED].weights[2] *= 2  # the scale of qkv
+            prepared.blocks.__dict__[PREPARED].records[0].qkv_scale.mul_(2)
         return prepared
 
     def fp8_blocks(*arguments):
@@ -449,7 +449,7 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
 
     monkeypatch.setattr(vit_fast, "prepare", prepare)
     if fault == "kernel":
-        monkeypatch.setitem(TORCH.forward, "fp8_blocks", fp8_blocks)
+        monkeypatch.setattr(FP8, "reference", fp8_blocks)
     assert run(*QUICK, *FLOAT8, "--results-file", json_file) == 1
     plain, prepared, float8, eager, _ = json.loads(json_file.read_text())
     told = {"not in float8": "failed: no block ran in float8"}.get(fault, "parity failed")
