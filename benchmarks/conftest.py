@@ -146,7 +146,7 @@ def compare(benchmark, peak):
             golden = providers["eager"](*map(_double, inputs[0]))
             eager = providers["eager"](*inputs[0])
             plain = eager if dtype == E4M3 else None
-            verdict = parity.compare(output, eager, golden, output.dtype, plain)
+            verdict = parity.compare(output, eager, golden, output.dtype, plain, FP8.budget)
             assert verdict.passed, f"{provider} is out of budget, so it is not timed: {verdict}"
             turn = itertools.cycle(inputs)
             benchmark.group = title

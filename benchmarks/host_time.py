@@ -28,6 +28,7 @@ from vit_fast.backends.triton import TRITON
 from vit_fast.bench import machine
 from vit_fast.bench.errors import WrongValueError
 from vit_fast.bench.results import check_writable
+from vit_fast.precisions import PRECISIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "aot"))
 
@@ -79,9 +80,9 @@ def main(
     pretend()
     module = vit_fast.create_model(model).eval().bfloat16()
     images, rows = torch.randn(batch_size, *module.default_cfg["input_size"]).bfloat16(), []
-    for form in ("plain", "prepared", "fp8"):
-        if form != "plain":
-            vit_fast.prepare(module, precision="fp8" if form == "fp8" else None)
+    for form, precision in (("plain", None), *((precision.variant, precision) for precision in PRECISIONS.values())):
+        if precision is not None:
+            vit_fast.prepare(module, precision=precision.name)
         with torch.inference_mode(), vit_fast.backend("triton"):
             fastest, median, launches = host_time(lambda: module(images), calls)
         rows.append({"form": form, "launches": launches, "fastest_ms": fastest, "median_ms": median})

@@ -455,7 +455,7 @@ def test_float8_out_of_parity_is_not_timed_and_the_run_fails(fault, json_file, m
             return shipped(model)
         prepared = shipped(model, precision=precision)
         if precision == "fp8" and fault == "quantised weights":
-            prepared.blocks.__dict__[PREPARED].weights[2] *= 2  # the scale of qkv
+            prepared.blocks.__dict__[PREPARED].records[0].qkv_scale.mul_(2)
         return prepared
 
     def fp8_blocks(*arguments):

@@ -4,6 +4,10 @@ Five launches a block (``kernels/prepared_blocks.py``). Outputs differ from the 
 the folded weights, and are held to the same budget.
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
 
@@ -17,11 +21,25 @@ class Folded(Precision):
     operation = "prepared_blocks"
     record = folding.FoldedBlock
     variant, graphed_variant = "prepared", "graphed"
-    check = staticmethod(arguments.check_prepared_blocks)
-    reference = staticmethod(reference.prepared_blocks)
 
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
         return folding.prepare_block(*folding_arguments(params))
+
+    def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        arguments.check_prepared_blocks(x, weights)
+
+    def reference(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        num_heads: int,
+        scale: float,
+        activation: str,
+        eps1: float,
+        eps2: float,
+    ) -> torch.Tensor:
+        out: torch.Tensor = reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        return out
 
     def kernels(self) -> Kernels:
         from vit_fast.kernels import prepared_blocks

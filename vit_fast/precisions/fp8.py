@@ -4,7 +4,7 @@ Seven launches a block (``kernels/fp8_blocks.py``). Every scale follows from the
 emulates the products, a GPU needs capability 8.9. Each product errs by some 5 % of its spread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -27,11 +27,25 @@ class Float8(Precision):
     products = "float8"
     budget = FLOAT8_BUDGET
     variant, graphed_variant = "fp8", "fp8-graphed"
-    check = staticmethod(arguments.check_fp8_blocks)
-    reference = staticmethod(reference.fp8_blocks)
 
     def fold(self, params: BlockParams) -> folding.Float8Block:
         return folding.fp8_block(*folding_arguments(params), params.activation)
+
+    def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        arguments.check_fp8_blocks(x, weights)
+
+    def reference(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        num_heads: int,
+        scale: float,
+        activation: str,
+        eps1: float,
+        eps2: float,
+    ) -> torch.Tensor:
+        out: torch.Tensor = reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        return out
 
     def kernels(self) -> Kernels:
         from vit_fast.kernels import fp8_blocks
