@@ -3,9 +3,9 @@
 One file is one operation: head comment, device code, launch, public function.
 
 ===================  ==========================================================
-``arguments``        what every backend demands of its arguments, and the errors
+``arguments``        checks of the arguments, the same for every backend, and the errors
 ``reference``        the same operations in plain PyTorch: truth and last fallback
-``tracing``          which tracers and transforms of PyTorch watch a call
+``tracing``          which tracers and transforms of PyTorch a call runs under
 ``folding``          weights folded and quantised for inference
 ``configs``          launch configurations as data
 ``launch``           what all launches share: PDL, row layouts, dtypes, device guard
@@ -13,7 +13,7 @@ One file is one operation: head comment, device code, launch, public function.
 ``activations``      activations on a tile
 ``gemm``             the GEMM kernel with its epilogue and tile order
 ``linear``           linear layers on it: activation, LayerScale, residual, folded LayerNorm
-``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune.py
+``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune
 ``layernorm_mlp``    LayerNorm + MLP + residual
 ``attention``        attention on packed or separate q, k, v
 ``patch_embed``      patch embedding as an implicit GEMM

@@ -1,7 +1,7 @@
 """Elementwise activations on a tile, for the epilogues of ``gemm`` and ``linear_hopper``.
 
-EXACT: with the precision of float32 (float64 for float64); otherwise with that of fp16, in fewer instructions. There,
-gelu takes Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c·|z|), with p fitted to a relative error of 3e-5: the error stays
+EXACT: float32 precision (float64 for float64); otherwise fp16 precision in fewer instructions. Without EXACT,
+gelu uses Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c·|z|), with p fitted to a relative error of 3e-5: the error stays
 relative in the negative tail, and it costs one exp2 and one rsqrt where erf costs 33 instructions.
 Source: form of t after Abramowitz and Stegun 7.1.26; the coefficients are our own fit.
 """

@@ -1,8 +1,8 @@
-"""What the operations demand of their arguments, on every backend.
+"""Checks of the arguments of every operation, the same for all backends.
 
 Each ``check_<op>`` reads shapes, dtypes and devices and nothing else; it raises before anything is
-allocated or launched, and no tensor is printed. The words are those of the signature: which operation,
-which argument, what came, what is wanted. Callers' mistakes are ``TypeError`` (wrong Python type) or
+allocated or launched, and no tensor is printed. A message uses the names of the signature and tells the operation,
+the argument, what was given and what is expected. Callers' mistakes are ``TypeError`` (wrong Python type) or
 ``ValueError`` (rank, shape, dtype, layout, device, value). The checks run on every call, so the usual types
 are recognised first.
 """
@@ -25,7 +25,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 
 
 class UnsupportedError(RuntimeError):
-    """The operation, option or backend that was asked for cannot do this."""
+    """The requested operation, option or backend cannot run this call."""
 
 
 def _shape(tensor):
@@ -382,6 +382,6 @@ def _check_blocks(op, x, weight, dtypes):
 
 
 def check_rows(op: str, rows: int) -> None:
-    """What the kernels count in int32: a tile more than the rows. Called with a launch, where sizes are numbers."""
+    """Raises where the rows plus one tile exceed int32. Called only at a launch, where sizes are plain ints."""
     if rows > MAX_ROWS:
         raise UnsupportedError(f"vit_fast.{op}: {rows} rows, expected at most {MAX_ROWS} in one call; split the batch")

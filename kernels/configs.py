@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 
-# Triton's own serve device code too and unwrap constants in every call, several times a launch.
+# Triton's own helpers also run in device code, so each call unwraps constexprs; a launch makes several such calls.
 def cdiv(a: int, b: int) -> int:
     """⌈a/b⌉."""
     return -(-a // b)
@@ -116,7 +116,7 @@ def split_k_config(
 def use_pdl(rows: int, arch: int) -> bool:
     """Whether the kernels of a stack of blocks are launched with PDL (``launch``), which needs capability 9.0.
 
-    Worth a try where kernels are short; not measured.
+    Expected to help where kernels are short; not measured.
     """
     return arch >= 90 and rows <= 8192
 
@@ -163,9 +163,9 @@ def multiprocessors_of(device: torch.device) -> int:
 def pick_attention_config(
     num_queries: int, num_keys: int, head_size: int, dtype: torch.dtype, tf32: bool, arch: int, fp8_out: bool = False
 ) -> AttentionConfig:
-    """Does not see the batch, so that the bits of an image cannot depend on its batch mates.
+    """Ignores the batch size, so that the bits of an image cannot depend on its batch mates.
 
-    An e4m3 out takes no tiles of 128 queries: with a head of two parts (72 = 64 + 16) ptxas serialises their wgmma.
+    An e4m3 out gets no tiles of 128 queries: for a head of two slices (72 = 64 + 16) ptxas serialises their wgmma.
     """
     width = cdiv(head_size, 16) * 16
     if dtype in (torch.float32, torch.float64):

@@ -81,7 +81,7 @@ def first_block(record: type[Block], tensors: Sequence[torch.Tensor]) -> Block:
 def _without_layer_norm(weight, bias, ln_weight, ln_bias):
     """(weight, bias) in float64 such that LN(x) weightᵀ + bias becomes that of an LN without parameters.
 
-    Each row of weight · ln_weight is centred, which a normalised x does not see.
+    Each row of weight · ln_weight is centred, which does not change its product with a normalised x.
     """
     wide = weight.double()
     folded = wide if ln_weight is None else wide * ln_weight.double()
@@ -99,7 +99,7 @@ def _without_layer_scale(weight, bias, gamma):
 def fold_layer_norm(
     weight: torch.Tensor, bias: torch.Tensor | None, ln_weight: torch.Tensor | None, ln_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, its row sums [out], bias [out]) that take an LN without parameters.
+    """(weight, its row sums [out], bias [out]) for an x normalised by an LN without parameters.
 
     The weight is rounded to its dtype after its rows are centred, the sums are those of the rounded weight. Sums and
     bias are float32 (float64 for float64), computed in float64.
@@ -174,7 +174,7 @@ def fp8_block(
     norm_scale = power_of_two_scale(qkv[0].new_tensor(math.sqrt(max(width - 1, 1)), dtype=torch.float64))
 
     def after_norm(linear, norm):
-        """Quantised weight, its scale without that of x̂, the bias, and what bounds each output."""
+        """Quantised weight, its scale without that of x̂, the bias, and a bound of each output."""
         folded, shift = _without_layer_norm(*linear, *norm)
         weight, scale = quantise_rows(folded)
         bound = longest * (weight.double() * scale[:, None]).norm(dim=1) + shift.abs()

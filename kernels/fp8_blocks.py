@@ -17,8 +17,8 @@ no input exceeds), so that nothing saturates, nothing is calibrated, and no imag
     fc1: GEMM, activation, rounded                  rows·C, rows·F
     fc2: GEMM + residual                            rows·(F + 2C), rows·2C
 
-LayerNorm is not folded into the products here (as ``prepared_blocks`` does): x would be rounded before its mean is
-gone. Every product errs by about 2^-5 of its spread, ten times as much as in bfloat16; attention and the residual stay
+Unlike in ``prepared_blocks``, LayerNorm is not folded into the products: x would be rounded to e4m3 with its mean still
+in it. Every product errs by about 2^-5 of its spread, ten times as much as in bfloat16; attention and the residual stay
 as they are. Limits: those of the parts; capability 8.9 and later; no dropout, no drop path.
 Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433); the bounds are ours.
 """

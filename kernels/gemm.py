@@ -1,4 +1,4 @@
-"""The GEMM kernel: one tile of x Wᵀ, and all that is done to it before it is stored. ``linear`` has its public forms.
+"""The GEMM kernel: a tile of x Wᵀ and its epilogue. ``linear`` has the public functions that launch it.
 
     out = residual + row_scale[b] · gamma · act(weight_scale · LN(x Wᵀ) + bias)      every part but x Wᵀ optional
 
@@ -238,7 +238,7 @@ def _linear_fwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     launch.pdl_wait(PDL)
-    # Triton specialises on sizes and strides that are multiples of 16; this shows it multiples of 2, 4 and 8.
+    # Triton specialises on sizes and strides that are multiples of 16; this tells it of multiples of 2, 4 and 8.
     if ALIGN_K > 1 and ALIGN_K < 16:
         in_features = in_features // ALIGN_K * ALIGN_K
         stride_xo, stride_xi = stride_xo // ALIGN_K * ALIGN_K, stride_xi // ALIGN_K * ALIGN_K
@@ -383,9 +383,9 @@ def gemm(
     """(out, its ``RowPartials`` or None): the formula of the head comment for x [B, ..., K] and residual [B, ..., N].
 
     ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm; ``out_dtype``: that of out without a
-    residual, the weight's by default; ``semaphore``: int32 zeros that this call alone may count in, made where they are
-    None or too few. Split-K, which costs bits that depend on the number of rows, is allowed where a semaphore is given
-    or partials are asked for.
+    residual, the weight's by default; ``semaphore``: int32 zeros that only this call uses as counters, allocated
+    where None or too few. Split-K, which makes the bits depend on the number of rows, is allowed where a semaphore is
+    given or partials are requested.
     """
     swiglu = activation == "swiglu"
     out_features = weight.shape[0] // 2 if swiglu else weight.shape[0]

@@ -12,8 +12,8 @@ program normalises one row in blocks, and reads it four times (from L2 after the
 x may have rows at two strides (``launch.row_layout``), as x[:, 1:] of a [B, N, C] tensor has, and is read in place; an
 x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
-``row_partials`` computes what a GEMM with a folded LayerNorm (``linear.folded_linear``) needs to know of its x, where
-no GEMM has written that x: ``RowPartials`` of one partial per row, C ≤ 16384.
+``row_partials`` computes the ``RowPartials`` that a GEMM with a folded LayerNorm (``linear.folded_linear``) reads, for
+an x that no GEMM epilogue has written: one partial per row, C ≤ 16384.
 Limits: C ≤ 65536; float64 in the interpreter only.
 Source: Ba, Kiros, Hinton, "Layer Normalization" (2016).
 """

@@ -17,7 +17,7 @@ contiguous.
 folded_linear: x Wᵀ − mean · colsum(W) cancels where a row is far from zero, and loses 2^-22 · |mean|/spread of its
 digits; the rows of W should be centred, which keeps colsum(W) small.
 e4m3: weight_scale [N] undoes the scales of x and of the rows of W; out may be e4m3 too, with out_scale its scale;
-capability 8.9 and later. On sm_90 the tensor cores then add with less than float32 has: about 2^-13 of a long sum.
+capability 8.9 and later. On sm_90 the tensor cores accumulate e4m3 only to about 2^-13 of a long sum.
 Limits: float64 in the interpreter only; dropout is not fused; loads narrower than 16 bytes (K not a multiple of 8 in
 16-bit types, x transposed) are slow.
 """
@@ -57,7 +57,7 @@ def linear_with_partials(
 ) -> tuple[Tensor, ln.RowPartials]:
     """(residual + x Wᵀ + bias in the residual's dtype, the ``RowPartials`` of its rows).
 
-    semaphore: zeros for split-K, int32, which this call alone may count in; made where they are None or too few.
+    semaphore: int32 zeros that only this call uses as split-K counters; allocated where None or too few.
     """
     return gemm(x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, pdl=pdl, config=config)
 
@@ -100,7 +100,7 @@ def fp8_linear(
     """residual + out_scale · act(weight_scale · (x Wᵀ) + bias) in the residual's dtype, else in ``out_dtype``.
 
     x [..., K] and weight [N, K] float8 e4m3; weight_scale [N], bias [N] or None, out_scale [width of out] or None,
-    float32. semaphore: zeros for split-K, int32, which this call alone may count in; None: no split-K.
+    float32. semaphore: int32 zeros that only this call uses as split-K counters; None: no split-K.
     """
     return gemm(
         x, weight, bias, activation, weight_scale=weight_scale, gamma=out_scale, residual=residual,

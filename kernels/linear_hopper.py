@@ -57,7 +57,7 @@ from .gemm import partials_per_step, tile_position
 from .layer_norm import RowPartials
 
 BLOCK_M, BLOCK_K = 128, 64
-# Registers a thread: 168 in each of the launch's 12 warps, which the partitions then share out anew (setmaxnreg).
+# Registers a thread: 168 in each of the launch's 12 warps, which setmaxnreg then redistributes among the partitions.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
 
@@ -305,9 +305,9 @@ def _linear_hopper_fwd_kernel(
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
-    fence_async_shared()  # TMA sees the barriers as they are now
+    fence_async_shared()  # makes the initialised barriers visible to TMA
     tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(out_features, BLOCK_N)
-    # The constants, and a None, keep being constants only in the call itself.
+    # Constexprs and None stay constexprs only where they are written in the call itself.
     gl.warp_specialize(
         [
             (_consume, (
@@ -351,7 +351,7 @@ def linear_hopper_not_supported_reasons(
     norm: Any = None,
     with_partials: bool = False,
 ) -> list[str]:
-    """Why these arguments cannot go to ``linear_hopper``; ``linear`` takes them."""
+    """Why ``linear_hopper`` cannot take these arguments, which ``linear`` can."""
     if launch.INTERPRETED:
         return ["Triton's interpreter has no Gluon"]
     reasons = launch.device_reasons(x, weight, bias, residual)
@@ -389,7 +389,7 @@ def linear_hopper(
     """(out, its ``RowPartials`` or None).
 
     ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm.
-    For arguments that ``linear_hopper_not_supported_reasons`` does not refuse.
+    Only for arguments for which ``linear_hopper_not_supported_reasons`` is empty.
     """
     out_features, in_features = weight.shape
     rows = x.numel() // in_features

@@ -6,7 +6,7 @@ N = gh·gw, gh = (H − P) // stride[0] + 1. Pixels are cast to the weight's dty
 (float64 for float64, interpreted only), bias and pos_embed are added there, and the sum is rounded once.
 mean and std: a pixel x becomes (x − mean)/std, of uint8 (x/255 − mean)/std, in float32 before that cast. Folding them
 into the weight instead would cost a pass over the weight per call, and rounds raw pixels where they are wider than the
-weight; a caller that has folded them already passes uint8 pixels with std = 1/255, and nothing is computed.
+weight; a caller that has folded them already passes uint8 pixels with std = 1/255, and pixels are only cast.
 
 Row m of the GEMM is a patch (b, gy, gx), column k of its left side the pixel (c, i, j) of that patch, found by index
 arithmetic: no im2col in memory, patches may overlap (stride < P) or leave gaps. Images whose channels lie innermost are
@@ -150,8 +150,8 @@ def not_supported_reasons(
 
 @functools.lru_cache(maxsize=64)
 def _pixel_table(channels, mean, std, unit, dtype, device):
-    """[2, in]: shift and scale with (x/unit − mean)/std = (x − shift)·scale; None for the identity. Kept, because a
-    copy from the host cannot be captured in a CUDA graph."""
+    """[2, in]: shift and scale with (x/unit − mean)/std = (x − shift)·scale; None for the identity. Cached,
+    because a copy from the host cannot be captured in a CUDA graph."""
     shift = [value * unit for value in mean or [0.0] * channels]
     scale = [1.0 / (value * unit) for value in std or [1.0] * channels]
     if set(shift) == {0.0} and set(scale) == {1.0}:

@@ -95,7 +95,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 @untraced
 def _width(x):
-    """The last axis as an int: ONNX takes no other."""
+    """The size of the last axis as an int, which ONNX export requires."""
     return x.shape[-1]
 
 
@@ -111,7 +111,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def _plain_layer_norm(x, weight, bias, eps):
-    """``F.layer_norm``, whose tangent torch itself differentiates wrongly (torch 2.13), in plain arithmetic."""
+    """``F.layer_norm`` in plain arithmetic: torch (2.13) differentiates its forward-mode derivative wrongly."""
     wide = x.to(_stat_dtype(x))
     centred = wide - wide.mean(-1, keepdim=True)
     y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -350,7 +350,7 @@ def attention(
     if key_lengths is not None:
         padding = torch.arange(k.shape[2], device=q.device) >= key_lengths[:, None, None, None]
         mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
-    # torch's fused attention on a CPU has no tangent, no second derivative and no rule for vmap.
+    # torch's fused attention on a CPU has no forward-mode derivative, no second derivative and no vmap rule.
     if is_transformed() or (dropout_p and seed is not None):
         out = dropout(attention_weights(q, k, scale, mask), dropout_p, seed) @ v
     else:

@@ -1,7 +1,7 @@
-"""What of PyTorch may be watching a call: tracers, exporters, function transforms, forward-mode differentiation.
+"""Whether a call runs under a tracer, exporter, function transform or forward-mode differentiation of PyTorch.
 
-They follow plain PyTorch operations. The registered operators have a backward and no more: no rule for vmap, no
-tangent, nothing that ONNX knows.
+These handle plain PyTorch operations. The registered operators have a backward only: no vmap rule, no forward-mode
+derivative, no ONNX translation.
 """
 
 import functools
@@ -25,13 +25,13 @@ def transform_reasons() -> tuple[str, ...]:
 
 
 def is_recording() -> bool:
-    """Whether torch.jit.trace or torch.fx turns a model into a graph that is to run whatever the mode and the size of
-    the batch then are."""
+    """Whether torch.jit.trace or torch.fx records a graph, which may later run in another mode and with another batch
+    size."""
     return torch.jit.is_tracing() or is_fx_symbolic_tracing()
 
 
 def is_transformed() -> bool:
-    """Whether the call stands inside a transform of torch.func (grad, vmap, jvp, ...) or a level of dual tensors."""
+    """Whether the call runs inside a transform of torch.func (grad, vmap, jvp, ...) or a level of dual tensors."""
     return forward_ad._current_level >= 0 or _in_torch_func()
 
 
@@ -43,15 +43,15 @@ def _in_onnx_export():
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-# Dynamo cannot read these two; it enters torch.func's transforms while it traces, and guards their stack. The attribute
+# Dynamo cannot trace these two; it enters torch.func's transforms itself and guards their stack. The attribute
 # is what torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s).
 _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: torch.jit's tracer, if there is one, does not see the function.
+    """Decorator: hides the function from an active torch.jit tracer.
 
-    Sizes are ints in there, and not tensors of the graph; a tensor that it makes becomes a constant of the graph.
+    Inside it sizes are ints instead of traced tensors; a tensor that it creates becomes a constant of the graph.
     """
 
     @functools.wraps(function)

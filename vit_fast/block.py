@@ -1,7 +1,7 @@
 """The two fused branches of a transformer block, as functions over a tuple of parameters.
 
-Our own ViT, the model families and the integrations hold their weights under their own names; here they only supply
-a ``BlockParams``, where their modules are plain (``plain.py``). The canonical block is
+Our own ViT, the model families and the integrations hold their weights under their own names and pass them here as a
+``BlockParams``, provided that their modules are plain (``plain.py``). The canonical block is
 
     x = x + drop_path(gamma1 · proj(attention(qkv(LN1(x)))))        [+ v where value_skip]
     x = x + drop_path(gamma2 · fc2(act(fc1(LN2(x)))))
@@ -9,7 +9,8 @@ a ``BlockParams``, where their modules are plain (``plain.py``). The canonical b
 A norm that is None is left out (post-norm layers, which normalise what a branch returns). With value_skip "only",
 v takes the place of x in the first line, so that x may have another width than v.
 ``run_blocks`` takes x through a stack of blocks, all at once where ``vit_fast.prepare`` has prepared them.
-Every operation below goes through ``ops``; dropout inside a fused span splits it where eager drops.
+Every operation below goes through ``ops``; dropout inside a fused operation splits it at the place where eager PyTorch
+applies dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ PREPARED = "_vit_fast_prepared"  # the attribute of a stack of blocks that holds
 
 
 def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) of linear layers of one input as those of one layer, biases of 0 where only some have one."""
+    """(weight, bias) of one linear layer that computes several layers of the same input at once. Where only some layers
+    have a bias, the others get 0."""
     biases = [linear.bias for linear in projections]
     if any(bias is not None for bias in biases):
         zeros = (linear.weight.new_zeros(len(linear.weight)) for linear in projections)
@@ -53,15 +55,15 @@ def drop_path_scale(x: torch.Tensor, rate: float, training: bool) -> torch.Tenso
 
 
 def drops_not_covered(rates: Sequence[float], hidden: float, out: float) -> str | None:
-    """What the formula does not cover of the rates at which a block drops now, or None; ``hidden`` and ``out`` are the
-    MLP's."""
+    """Why the fused branches do not cover a block's current drop rates, or None; ``hidden`` and ``out`` are the dropout
+    rates of the MLP."""
     if max(rates) >= 1:
         return "a drop rate is 1"
     return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
 
 
 def drop_rate(module: nn.Module | None) -> float:
-    """The rate at which an ``nn.Dropout`` or a module that stands for none drops now."""
+    """The current rate of an ``nn.Dropout``: 0 in eval mode, and for any other module."""
     return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
@@ -99,8 +101,8 @@ def attention_branch(
     qkv: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x plus the attention branch; ``qkv`` may be handed in where the caller has projected already. ``bias``, added to
-    the scores, broadcasts to [B, H, N, N]."""
+    """x plus the attention branch; ``qkv``: the projection, where the caller has computed it already; ``bias``:
+    added to the scores, broadcasts to [B, H, N, N]."""
     if qkv is None:
         qkv = project_qkv(x, p)
     out = attend(qkv, p, attn_drop, bias)
@@ -130,22 +132,23 @@ def mlp_branch(
 
 
 def pass_over_prepared(blocks: nn.Module, reason: str) -> None:
-    """Tells that a call runs the blocks of a stack one by one: where they are prepared, a warning says why, once."""
+    """Records that a call runs the blocks of a stack one by one. If the stack is prepared, a warning gives the reason,
+    once."""
     prepared = _prepared(blocks)
     if prepared is not None:
         prepared.pass_over(reason)
 
 
 def _prepared(blocks: nn.Module) -> Any:
-    """The prepared weights of a stack, or None: what is recorded or compiled holds the model's own."""
+    """The prepared weights of a stack, or None. A graph that is recorded or compiled uses the model's own weights."""
     if torch.compiler.is_compiling() or is_recording():
         return None
     return blocks.__dict__.get(PREPARED)
 
 
 def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
-    """``run_blocks`` over a whole ``nn.Sequential``, as the originals call it: where it carries a hook or is of another
-    class, it is called itself, unless its blocks are recomputed in the backward (``recomputes``)."""
+    """``run_blocks`` over a whole ``nn.Sequential``. If the stack carries a hook or is of another class, its own
+    ``__call__`` runs instead, unless its blocks are recomputed in the backward (``recomputes``)."""
     if not recomputes and (reason := why_not_plain(blocks, (nn.Sequential,))):
         pass_over_prepared(blocks, f"the stack {reason}")
         return blocks(x)
@@ -161,13 +164,13 @@ def run_blocks(
 ) -> torch.Tensor:
     """x through blocks[first:last] of an ``nn.Sequential`` or ``nn.ModuleList``.
 
-    Prepared weights (``vit_fast.prepare``) serve where they are there and may; otherwise ``run(block, x)`` is called
-    for each block, by default block(x).
+    Prepared weights (``vit_fast.prepare``) are used where they exist and apply to this call; otherwise
+    ``run(block, x)``, by default ``block(x)``, is called for each block.
     """
     prepared = _prepared(blocks)
     if prepared is not None and prepared.serves(x):
         return prepared.run(x, first, last)
-    chosen: Any = blocks if (first, last) == (0, None) else blocks[first:last]  # a slice makes a module
+    chosen: Any = blocks if (first, last) == (0, None) else blocks[first:last]  # slicing builds a new module
     for block in chosen:
         x = block(x) if run is None else run(block, x)
     return x

@@ -1,4 +1,4 @@
-"""The weights of a transformer block under one set of names: what fused branches and the folding of weights read."""
+"""The weights of a transformer block under one set of names, read by the fused branches and by weight folding."""
 
 from __future__ import annotations
 

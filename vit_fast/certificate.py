@@ -1,10 +1,10 @@
-"""check(model, example): a parity certificate. Does a model compute, here and now, what plain PyTorch computes?
+"""check(model, example): a parity certificate. Does a model, as it is now, compute what plain PyTorch computes?
 
 Three forms of the same weights take the same input: the model as it stands (prepared, graphed, optimized), plain
-PyTorch in the same dtype ("eager"), and plain PyTorch in float64, the truth. ``parity`` holds the rule. The plain forms
-are made of a copy of the parameters as they are now, so that folded weights that are out of date show. In the copy
-every module carries a hook, so that nothing in it is fused and every module runs in its own call: a hook, an adapter or
-a quantised weight that a fused form passes over shows in the numbers or is named in ``ignored``.
+PyTorch in the same dtype ("eager"), and plain PyTorch in float64, the truth. ``parity`` holds the rule. The plain
+forms use a copy of the current parameters, so that stale folded weights show up as an error. In the copy every module
+carries a hook, so that nothing in it is fused and every module runs in its own call: a hook, an adapter or a quantised
+weight that the fused form skips shows up as an error or is named in ``ignored``.
 """
 
 import copy
@@ -33,7 +33,7 @@ _Outputs = dict[str, torch.Tensor]  # of a model or of its layers, by name
 
 @dataclass(frozen=True)
 class Layer:
-    """What is compared: an output of the model, or of one of its modules after all that ran before it."""
+    """The errors of one output of the model, or of one of its modules, which include those of all modules before it."""
 
     name: str
     parity: Parity
@@ -44,8 +44,8 @@ class Certificate:
     """What ``check`` found; its text is the table.
 
     ``outputs`` decide whether the model passed. ``layers``, in the order of execution, tell where an error comes from;
-    modules that a fused stretch passes over are not among them. ``ignored`` names modules with hooks, adapters or
-    changed weights whose own call plain PyTorch makes and the model does not; with one of them it does not pass.
+    modules whose own call a fused operation replaces are not among them. ``ignored`` names modules with hooks, adapters
+    or changed weights that plain PyTorch calls and the model does not; a model with any of them does not pass.
     """
 
     model: str
@@ -62,11 +62,11 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every output keeps the rule, and no module is ignored."""
+        """Whether every output keeps the parity rule and no module is ignored."""
         return not self.ignored and all(output.parity.passed for output in self.outputs)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in numbers and words, for JSON."""
+        """All findings as numbers and strings, for JSON."""
         return asdict(self) | {"passed": self.passed}
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Certificate:
 
 
 def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what can be compared in an output: floating, with a batch axis and more."""
+    """(name, tensor) of the comparable tensors in an output: floating, with a batch axis and at least one more."""
     if isinstance(value, torch.Tensor):
         return [(name, value)] if value.is_floating_point() and value.dim() > 1 else []
     if isinstance(value, Mapping):
@@ -111,7 +111,7 @@ def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
 
 
 def _is_layer(name: str, module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module is a child of the model or of a stack of modules, no part of a layer, and computes something."""
+    """Whether a module counts as a layer: a child of the model or of a stack of modules that computes something."""
     if not name or isinstance(module, (nn.Identity, nn.Dropout)):
         return False
     parent = name.rpartition(".")[0]
@@ -160,9 +160,10 @@ def _chain(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _carries(model: nn.Module, name: str) -> bool:
-    """Whether a module does more than its own library wrote: a hook, a forward or a weight of its own, an adapter."""
+    """Whether a module carries something that its library did not put there: a hook, a forward or weight of the
+    instance, an adapter."""
     *above, module = _chain(model, name)
-    # A fast class stands in front of the library's own.
+    # A fast class precedes the library's own class in the MRO.
     wrote = {library(cls) for block in above for cls in type(block).__mro__ if issubclass(cls, nn.Module)}
     if library(type(module)) not in wrote | {"torch"}:
         return True
@@ -174,9 +175,10 @@ def _carries(model: nn.Module, name: str) -> bool:
 
 
 def _read_past(plain: nn.Module, called: set[str | None], example: Any) -> tuple[str, ...]:
-    """Names of modules of the plain form that were not called and whose weights count in its output all the same.
+    """Names of modules of the plain form that were not called although its output depends on their weights.
 
-    Asked of this library's modules alone: what others read past a call is what eager PyTorch does. ``plain`` is spoilt.
+    Only modules inside this library's own count: where other libraries read a weight without calling its module, eager
+    PyTorch does the same. ``plain`` cannot be used afterwards.
     """
 
     def owner(name: str) -> nn.Module:

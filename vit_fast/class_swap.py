@@ -21,7 +21,7 @@ from .structure import transformer_blocks
 
 _logger = logging.getLogger("vit_fast")
 
-# library → the module that defines its blocks, and what of it is optimised
+# library → the module that defines its blocks, and which of its models are optimised
 _LIBRARIES = {
     "timm": ("timm.models.vision_transformer", "Block and PatchEmbed"),
     "torchvision": ("torchvision.models.vision_transformer", "EncoderBlock"),
@@ -31,7 +31,7 @@ _LIBRARIES = {
 
 
 def _integrations() -> tuple[list[ModuleType], list[str]]:
-    """The files of the libraries that this process has loaded, and why there is none for a version of a library."""
+    """The integrations of the libraries that this process has loaded, and why a library's version has none."""
     loaded: list[ModuleType] = []
     unknown: list[str] = []
     for name, (module, _) in _LIBRARIES.items():
@@ -44,7 +44,7 @@ def _integrations() -> tuple[list[ModuleType], list[str]]:
 
 
 def _stacks(loaded: Iterable[ModuleType]) -> dict[type[nn.Module], Any]:
-    """Class of what holds a stack of blocks → its fast class."""
+    """Class of a container of blocks → its fast class."""
     stacks: dict[type[nn.Module], Any] = {nn.Sequential: integrations.BlockStack}
     for integration in loaded:
         stacks |= getattr(integration, "STACKS", {})
@@ -89,7 +89,7 @@ def survey(model: nn.Module) -> Survey:
     wrapped = {parent for name in (*swaps, *left) for parent in _parents(name)}
     for name, block in transformer_blocks(model).items():
         if isinstance(block, known) or name in wrapped:
-            continue  # found above, or a text tower's
+            continue  # found above, or part of a text tower
         if type(block).forward.__module__.startswith(f"{__package__}."):
             own += 1
         else:
@@ -104,7 +104,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _told(model: nn.Module, left: dict[str, tuple[str, str]]) -> str:
-    """What stays and why, the names that have one reason together, consecutive ones as first–last."""
+    """Text about the modules that stay and why: names with the same reason together, consecutive ones as first–last."""
     names: dict[str, list[str]] = {}
     for name, (_, reason) in left.items():
         names.setdefault(reason, []).append(name or type(model).__name__)

@@ -4,13 +4,14 @@ One graph is captured a batch size (bucket), the largest first, all in one pool 
 the static input of the smallest bucket that holds them, replays that graph on the current stream and returns clones of
 the first rows. The other rows keep what they held: an image's result must not depend on its batch mates.
 
-A graph knows addresses and no Python. So in every call, while the device works, the host looks whether parameters,
+A graph holds addresses and no Python. So in every call, while the device works, the host checks whether parameters,
 buffers, sub-modules, their classes, hooks and constant attributes, and settings are still those of the capture
 (``snapshot``); where they are not, all graphs are captured anew and the call is repeated. Weights that are written in
-place need no new capture: a graph reads them at their address. Tensors that were made from weights ahead of the call
-(prepared weights) do not follow such a write; of a model that computes with them, a new version of a weight makes a new
-capture. PyTorch counts no version for a write through ``param.data``, so prepared weights stay as they were after one.
-What an operation reads stays alive as long as the graphs. Hooks of the model run when it is captured, not at replays.
+place need no new capture: a graph reads them at their address. Prepared weights,
+which were computed from the weights before the call, do not follow such a write; for a model that uses them, a new
+version of a weight causes a new capture. A write through ``param.data`` raises no version, so prepared weights stay
+stale after it. Every tensor that a captured operation reads is kept alive as long as the graphs. Hooks of the model run
+when it is captured, not at replays.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _Storages = dict[int, torch.UntypedStorage]  # by address
 
 
 class CudaGraphs:
-    """Makes graphs of calls on one device. They share a pool of memory, so one is replayed at a time: ``turn``."""
+    """Captures calls on one device. Their graphs share a pool of memory, so ``turn`` lets only one replay at a time."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -53,7 +54,7 @@ class CudaGraphs:
         """(replay, output): ``replay()`` queues ``call(static_input)`` on the current stream, to write ``output``."""
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
-            # torch.cuda.graph does not leave its stream where a capture fails; this does.
+            # torch.cuda.graph does not restore the current stream where a capture fails; this context does.
             with torch.cuda.stream(self.stream):
                 for _ in range(3):
                     call(static_input)
@@ -71,8 +72,8 @@ class CudaGraphs:
         return graph.replay, output
 
     def _recover(self) -> None:
-        """After a capture that CUDA refused, torch's allocator (up to 2.12) and random generator may believe that it
-        goes on, and fail from then on; the generator leaves that state at the end of the next capture."""
+        """Cleans up after a failed capture, which may leave torch's allocator (up to 2.12) and random generator in
+        capture mode, so that later calls fail. The generator leaves that mode at the end of the next capture."""
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
         with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
@@ -80,7 +81,7 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """What is queued inside waits for the turn before, on whatever stream that was."""
+        """Work queued inside waits for the work of the previous ``turn``, on whichever stream that was."""
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError("vit_fast.graphed: called while a CUDA graph is captured; capture its model")
@@ -93,7 +94,7 @@ class CudaGraphs:
 
 
 class _Reads(TorchDispatchMode):
-    """Collects the storages that operations read and did not make, and refuses operations that no graph can hold."""
+    """Collects the storages that operations read and did not create, and refuses operations that cannot be captured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class _Reads(TorchDispatchMode):
     ) -> Any:
         aten, kwargs = torch.ops.aten, kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if function is not aten.lift_fresh.default:  # its input is a constant that the call has made
+        if function is not aten.lift_fresh.default:  # its input is a constant created by the call
             found = {_address(tensor): tensor.untyped_storage() for tensor in inputs}
             self.storages |= {address: found[address] for address in found.keys() - self._made}
         masked = function is aten.index.Tensor and any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
@@ -129,7 +130,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 class _Layout(NamedTuple):
-    """How an output is made of its leaves, and which of these are tensors with a row an image."""
+    """The pytree structure of an output, and which of its leaves are tensors with one row per image."""
 
     spec: TreeSpec
     batched: list[bool]
@@ -158,14 +159,14 @@ class _Captured(NamedTuple):
 
 
 def _settings(device_type: str) -> tuple[Any, ...]:
-    """What decides, beside the weights, which kernels a model launches."""
+    """The global settings that, beside the weights, decide which kernels a model launches."""
     autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     return autocast, torch.get_float32_matmul_precision(), backends.requested()
 
 
 @contextlib.contextmanager
 def _capturing() -> Iterator[None]:
-    """No gradients, ordinary tensors, and no weights kept by autocast: their memory ends with its ``with`` block."""
+    """No gradients, no inference tensors, and no weight cache of autocast: autocast frees it when its block ends."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -176,7 +177,7 @@ def _capturing() -> Iterator[None]:
 
 
 def _watched(model: nn.Module, images: torch.Tensor) -> tuple[Any, _Storages]:
-    """The output of a call and the storages that it read; compiled parts run as they are written."""
+    """The output of a call and the storages that it read; ``torch.compile`` is off, so that every operation is seen."""
     compiled = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with stance, _Reads() as reads:
@@ -186,7 +187,7 @@ def _watched(model: nn.Module, images: torch.Tensor) -> tuple[Any, _Storages]:
 
 
 def _random(count: int, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Images by a generator of their own, so that a capture does not move the random numbers of others."""
+    """Images from a generator of their own, so that a capture leaves the state of the global generator unchanged."""
     generator = torch.Generator(device).manual_seed(count)
     if dtype.is_floating_point:
         return torch.randn(count, *sizes, dtype=dtype, device=device, generator=generator)
@@ -194,7 +195,7 @@ def _random(count: int, sizes: Sequence[int], dtype: torch.dtype, device: torch.
 
 
 def _layout_of(two: Any, three: Any) -> _Layout:
-    """The layout of an output, from what came of two and of three images."""
+    """The layout of an output, from the outputs for two and for three images."""
     (two, spec), (three, other) = tree_flatten(two), tree_flatten(three)
     if spec != other:
         raise UnsupportedError("vit_fast.graphed: the output of 2 images has another structure than that of 3")
@@ -219,7 +220,7 @@ def _layout_of(two: Any, three: Any) -> _Layout:
 
 
 def _causes(error: BaseException, outer: BaseException | None) -> str:
-    """The first line of an error, after those of the errors that it was raised on top of, up to ``outer``."""
+    """The first line of an error, preceded by those of the chain of errors that caused it, up to ``outer``."""
     context = error.__context__
     before = "" if context is None or context is outer else f"{_causes(context, outer)}; then "
     return f"{before}{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -269,7 +270,7 @@ def _words(batch: int | str, like: torch.Tensor) -> str:
 class Graphed(nn.Module):
     """What ``graphed`` returns. ``model`` is the model; the ``state_dict`` is the model's own."""
 
-    graphs = CudaGraphs  # what captures and replays, made anew with the device at each capture
+    graphs = CudaGraphs  # captures and replays; a new one, on the model's device, at each capture
 
     def __init__(self, model: nn.Module, batch_sizes: Sequence[int], example: torch.Tensor | None, clone: bool) -> None:
         super().__init__()
@@ -286,7 +287,7 @@ class Graphed(nn.Module):
                 "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
             )
         self._sizes: tuple[int, ...] = sizes
-        # None where it is the dtype of the weights, which may change.
+        # None: images have the dtype of the weights, which may change later.
         if example is None or example.dtype == _first_parameter(model).dtype:
             self._dtype: torch.dtype | None = None
         else:
@@ -306,7 +307,7 @@ class Graphed(nn.Module):
     def state_dict(  # type: ignore[override]  # one signature for both overloads
         self, *args: Any, destination: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        if args or destination is not None:  # for a module around this one, which loads by the names of attributes
+        if args or destination is not None:  # called by a parent module, which loads by attribute names
             return super().state_dict(*args, destination=destination, **kwargs)
         return self.model.state_dict(**kwargs)
 
@@ -325,17 +326,17 @@ class Graphed(nn.Module):
         with self._lock:
             captured = self._captured
             if captured is None or (not captured.fits(images) and captured.changed()):
-                del captured  # or its memory would stay
+                del captured  # frees its memory before the new capture
                 captured = self._capture()
             result = self._run(captured, images)
-            if captured.changed():  # asked while the device works: it costs no latency
+            if captured.changed():  # checked while the device works, so it adds no latency
                 _logger.info("vit_fast.graphed: weights, sub-modules or settings changed, so graphs are captured anew")
                 del captured, result
                 result = self._run(self._capture(), images)
         return result
 
     def _capture(self) -> _Captured:
-        self._captured = None  # the memory of the old graphs goes first
+        self._captured = None  # frees the memory of the old graphs first
         model = self.model
         if training := [name for name, module in model.named_modules() if module.training]:
             raise UnsupportedError(

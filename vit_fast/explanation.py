@@ -1,8 +1,9 @@
 """explain(model): which backend runs each operation of each module, or the reason why not.
 
 The model is run once on fake tensors (no memory, no kernels) and every choice of a backend (``select.choose``) is noted
-with the innermost module in whose forward it was made. So is every block that runs its library's own forward: a fast
-class tells why (``backends.note``), a block without one is found by ``class_swap.survey``.
+with the innermost module in whose forward it was made. Every block that runs its library's own
+forward is noted too: a fast class gives the reason (``backends.note``), a block without a fast class is found by
+``class_swap.survey``.
 """
 
 import inspect
@@ -70,7 +71,7 @@ class Explanation(list[OperationRow]):
         return "\n".join([*lines, *self._backward_lines()])
 
     def _backward_lines(self) -> list[str]:
-        """A line for each backend that leaves the backward of its operations to another."""
+        """A line for each backend whose operations run their backward on another backend."""
         elsewhere: dict[tuple[str, str], dict[str, None]] = {}
         for row in self:
             if row.backward not in (None, row.backend):
@@ -91,8 +92,8 @@ def own_input(model: nn.Module, caller: str, batch: int = 1) -> torch.Tensor:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """What a model puts out for an example: a tuple or list holds its arguments, a dict its keyword arguments, or, if
-    ``forward`` does not have these (timm's NaFlexVit), is the input itself."""
+    """The output of a model for an example: a tuple or list holds its arguments, a dict its keyword arguments. A dict
+    whose keys ``forward`` does not have (timm's NaFlexVit) is the input itself."""
     if isinstance(example, Mapping):
         try:
             inspect.signature(model.forward).bind(**example)
@@ -119,10 +120,10 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
 
     A transformer block or patch embedding that runs its library's own forward has a row too, of the backend "library".
     A model whose steps depend on values, as timm's NaFlexVit on the coordinates of its patches, is run for real.
-    The run is one of inference: in eval mode and without gradients. Where the caller's model trains or gradients are
-    enabled, rows also have the backend of the backward pass, which the text names where it is not that of the forward,
-    and rows of prepared weights (``vit_fast.prepare``) say that they serve in inference alone; where such weights are
-    not used, a row of the operation "prepared weights" says why.
+    The model is run in eval mode and without gradients. If the caller's model is in training mode or gradients are
+    enabled, rows also have the backend of the backward pass, which the text names where it differs from that of the
+    forward, and rows of prepared weights (``vit_fast.prepare``) say that these are used in inference only. Where
+    prepared weights are not used, a row of the operation "prepared weights" says why.
 
     Args:
         model: any module: one of vit_fast, one that ``optimize`` has changed or may change, one that calls
@@ -161,7 +162,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
 
 
 def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
-    """The rows of one call; ``inference``: whether the caller's own calls are of inference."""
+    """The rows of one call; ``inference``: whether the caller's own calls are inference (eval mode, no gradients)."""
     names = {module: name for name, module in model.named_modules()}
     swaps, library, *_ = survey(model)
     library = library | {name: (fast.OPERATION, _NOT_OPTIMISED) for name, (_, fast) in swaps.items()}

@@ -9,7 +9,7 @@ from .vit import VisionTransformer
 
 
 class FeatureInfo:
-    """Channels, reduction and module of every block; by default told of the chosen ones. timm's interface."""
+    """Channels, reduction and module of every block, timm's interface; methods report the chosen blocks by default."""
 
     def __init__(self, info: list[dict[str, Any]], out_indices: list[int]) -> None:
         self.info = [{"index": i, **block} for i, block in enumerate(info)]
@@ -34,7 +34,7 @@ class FeatureInfo:
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | list[int] | None = None) -> Any:
-        """Pixels of the image for each of the feature map, along a side."""
+        """Image pixels per feature-map pixel, along a side."""
         return self.get("reduction", idx)
 
     def module_name(self, idx: int | list[int] | None = None) -> Any:
@@ -68,7 +68,7 @@ class FeatureGetterNet(nn.Module):
 
     @property
     def patch_embed(self) -> nn.Module:
-        """The model's, which tells the size of its images."""
+        """The patch embedding of the model, which holds the image size."""
         return self.model.patch_embed
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -6,10 +6,10 @@ from torch import nn
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """(channels, height, width), or None of a model that does not tell."""
+    """(channels, height, width), or None for a model that does not hold its image size."""
     config, default = getattr(model, "config", None), getattr(model, "default_cfg", None)
     embed, channels = getattr(model, "patch_embed", None), getattr(model, "in_chans", 3)
-    if size := getattr(embed, "img_size", None):  # set_input_size changes this, and not default_cfg
+    if size := getattr(embed, "img_size", None):  # timm's set_input_size updates this and not default_cfg
         return (channels, *_pair(size))
     if isinstance(default, dict) and "input_size" in default:
         return tuple(default["input_size"])

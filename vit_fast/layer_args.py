@@ -1,6 +1,6 @@
 """Arguments that are classes: what a ``norm_layer`` builds, and which activation an ``act_layer`` computes.
 
-What is given is built, or is replaced by a layer of this library that computes the same, or is refused by name.
+A given class is built, replaced by a layer of this library that computes the same, or refused with its name.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .kernels.reference import activate
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
-_LAYER_NORMS = {  # compute what nn.LayerNorm does, which statistics in float32 make the same in 16 bits too
+_LAYER_NORMS = {  # compute the same as nn.LayerNorm, in 16 bits too because its statistics are float32
     ("timm", "LayerNorm"), ("timm", "LayerNormFp32"), ("open_clip", "LayerNorm"), ("open_clip", "LayerNormFp32"),
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def norm_maker(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Callable[[int], nn.Module]:
-    """What makes the LayerNorms of a model: a function of the width.
+    """A function that makes the LayerNorms of a model from their width.
 
     Args:
         message: beginning of the error, as "vit_fast.VisionTransformer: norm_layer".
@@ -67,11 +67,11 @@ def norm_maker(
 
 
 def activation_of(act_layer: Any) -> str | None:
-    """The word of the activation that a class, partial or function builds, found by what it computes, or None."""
+    """The name of the activation that a class, partial or function builds, found from its values, or None."""
     module = built(act_layer)
     if module is None or module.state_dict():
         return None
-    with _disable_current_modes():  # numbers are compared: no fake tensors
+    with _disable_current_modes():  # values are compared, so no fake tensors
         x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
         x = torch.cat([x, 10 * x, 1000 * x])
         y, wanted = module(x.clone()), {word: activate(x, word) for word in _ACTIVATIONS} | {"silu": F.silu(x)}

@@ -1,7 +1,7 @@
 """The layers of ``VisionTransformer``: patch embedding, transformer block, MAP pooling; timm's parameter names.
 
-A block is two fused branches (``block.py``) whenever its sub-modules are plain (``plain.py``); where one carries a
-hook, a parametrization or another class, its block runs module by module.
+A block runs as two fused branches (``block.py``) if its sub-modules are plain (``plain.py``); if one carries a hook or
+a parametrization, or is of another class, the block runs module by module.
 
 Shapes: images [B, in_chans, H, W]; tokens [B, N, C].
 """
@@ -54,7 +54,7 @@ class LayerScale(nn.Module):
 
 
 def check_mask(tokens: int, attn_mask: torch.Tensor | None, is_causal: bool) -> None:
-    """``TypeError`` or ``ValueError`` for what ``attention_bias`` does not take."""
+    """Raises ``TypeError`` or ``ValueError`` for a mask that ``attention_bias`` does not accept."""
     if attn_mask is None:
         return
     if is_causal:
@@ -74,8 +74,8 @@ def check_mask(tokens: int, attn_mask: torch.Tensor | None, is_causal: bool) -> 
 def attention_bias(
     x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
 ) -> torch.Tensor | None:
-    """What is added to the attention scores of tokens x [B, N, C] for a mask: a float [B or 1, H or 1, N or 1, N or 1],
-    or None without one.
+    """The mask of tokens x [B, N, C] as a float bias [B or 1, H or 1, N or 1, N or 1] that is added to the attention
+    scores; None without a mask.
 
     Args:
         attn_mask: broadcasts to [B, H, N, N]; bool, True where a query may attend to a key, or a float that is added.
@@ -230,7 +230,7 @@ class Block(plain.Fusible, nn.Module):
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         bias = attention_bias(x, attn_mask, is_causal)
         if not self.is_fused():
-            masks = {} if bias is None else {"attn_mask": bias}  # another attention may know no masks
+            masks = {} if bias is None else {"attn_mask": bias}  # a user's attention class may take no mask
             x = x + self._drop_path(self.ls1(self.attn(plain.layer_norm(self.norm1, x), **masks)))
             return x + self._drop_path(self.ls2(self.mlp(plain.layer_norm(self.norm2, x))))
         return self._fused(x, self.params(), bias=bias)
@@ -251,7 +251,7 @@ class Block(plain.Fusible, nn.Module):
     def forward_with_attention(
         self, x: torch.Tensor, queries: slice | torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, probabilities [B, H, N, N]); the output comes from the fused path all the same.
+        """(output, probabilities [B, H, N, N]); the output still comes from the fused path.
 
         Raises:
             UnsupportedError: an attention of another class, which may have no probabilities.
@@ -309,7 +309,7 @@ class PatchEmbed(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Changes the sizes, None keeps one; the projection is resized to its patch (``patch_resize``)."""
+        """Changes the sizes (None keeps one); the projection is resized to its patch (``patch_resize``)."""
         old_patch, proj = self.patch_size, self.proj
         new_patch = old_patch if patch_size is None else _pair("patch_size", patch_size)
         new_image = self.img_size if img_size is None else _pair("img_size", img_size)
@@ -379,7 +379,7 @@ class AttentionPool(plain.Fusible, nn.Module):
         x = self.proj(ops.attention(q, self.num_heads, self.scale, k=k, v=v))
         if self.is_fused():
             norm, fc1, fc2 = Norm.of(self.norm), self.mlp.fc1, self.mlp.fc2
-            assert norm is not None  # is_fused
+            assert norm is not None  # implied by is_fused()
             x = ops.layernorm_mlp(
                 x,
                 norm.weight,

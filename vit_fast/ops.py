@@ -42,7 +42,8 @@ _library = torch.library.Library("vit_fast", "DEF")
 
 
 def _refuse_transforms(name: str, backend: str) -> None:
-    """Raises in a transform, where only a graph recorded outside of it calls an operator: these have no tangent."""
+    """Raises inside a torch.func transform or dual level: the operators have no forward-mode derivative. Only a graph
+    that was recorded outside of the transform reaches an operator there."""
     if is_transformed():
         raise UnsupportedError(
             f"vit_fast.{name}: a recorded graph of the {backend} backend cannot run under torch.func's transforms or "
@@ -358,7 +359,7 @@ def linear_residual(
 
 
 def _not_fused(dropout_p: float, **options: torch.Tensor | None) -> list[str]:
-    """Which options of a call no operator has an argument for."""
+    """The options of a call for which no registered operator has an argument."""
     reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
     return [*reasons, "dropout_p is not fused"] if dropout_p else reasons
 
@@ -589,7 +590,7 @@ def blocks(
     eps1: float,
     eps2: float,
 ) -> torch.Tensor:
-    """x [B, N, C] through a stack of blocks that ``precision`` has folded: its operation, ``prepared_blocks`` say."""
+    """x [B, N, C] through blocks that ``precision`` has folded, by the operation of that precision."""
     precision.check(x, weights)
     name = precision.operation
     backend = select.choose(name, x.device, (), x, weights, num_heads)
@@ -724,7 +725,7 @@ def patch_embed(
         images: [B, in, H, W], any strides; float, or uint8 (pixel/255 is what mean and std refer to).
         weight: [C, in, P, P'], bias [C] or None.
         pos_embed: [1, N, C], patch rows only, or None; N = ⌊(H − P)/s + 1⌋·⌊(W − P')/s' + 1⌋, row-major.
-        prefix_tokens: [1 or B, K, C] as they shall stand (position embedding included), or None.
+        prefix_tokens: [1 or B, K, C], written unchanged (position embedding already added), or None.
         stride: s or (s, s').
         mean, std: a float a channel, or None: (pixel − mean)/std before the convolution.
     Returns:

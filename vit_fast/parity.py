@@ -1,16 +1,16 @@
-"""Do two models with the same weights say the same? The rule that must hold before anything is timed.
+"""Do two models with the same weights give the same logits? The rule that must hold before anything is timed.
 
 golden: timm in float64 on the same rounded weights and pixels. The model passes if its largest error against golden
 is at most 1.25 times that of timm eager at the same precision, plus half a unit in the last place of the largest
 golden logit; in float32 at most 2 times, plus 4 units; in float64, where eager is golden, 1024 units. Not finite, or
 golden all zero, does not pass.
 
-A model whose products are float8 is held to the plain PyTorch form of the same quantised model in the place of eager;
+A model whose products are float8 is held to the plain PyTorch form of the same quantised model instead of to eager;
 golden stays the unquantised model. Numbers near a tie round to one or the other neighbour, 6 % apart, so that two
 correct forms differ by whole roundings: the largest error of one image moves by a quarter, the norm of all errors by a
 twelfth (ViT-S and ViT-Ti on a CPU). Hence the norm is held to 1.25 times, the largest error to 2 times that form's. As
-that form shares the quantised weights, a second limit holds them to account: the norm stays below eager's times the
-ratio of the unit roundoffs, 16 for bfloat16 and 128 for float16.
+that form shares the quantised weights, a second limit bounds what quantising them costs: the norm stays below eager's
+times the ratio of the unit roundoffs, 16 for bfloat16 and 128 for float16.
 """
 
 import copy
@@ -24,14 +24,14 @@ from torch import nn
 
 
 class Budget(NamedTuple):
-    """How far from float64 a model may be whose products are narrower than its weights.
+    """The error allowed against float64 for a model whose products are narrower than its weights.
 
-    It is held to the plain PyTorch form of the same quantised model. As that form shares the quantised weights, the
-    norm of all errors must also stay below eager's times the ratio of the unit roundoffs.
+    The model is held to the plain PyTorch form of the same quantised model. As that form shares the quantised weights,
+    the norm of all errors must also stay below eager's times the ratio of the unit roundoffs.
     """
 
-    largest: float  # times the largest error of that form
-    norm: float  # times the norm of its errors
+    largest: float  # factor on the largest error of that form
+    norm: float  # factor on the norm of its errors
     roundoff: float  # the unit roundoff of a product's operands
 
 
@@ -95,8 +95,8 @@ def compare(
 ) -> Parity:
     """Parity of logits [B, classes] computed at ``dtype``, under the rule at the head of this file.
 
-    ``plain``: of a model with products narrower than its weights, the logits of its plain PyTorch form; ``budget`` says
-    how near to it they must be, and is not asked for other models.
+    ``plain``: for a model with products narrower than its weights, the logits of its plain PyTorch form; ``budget`` is
+    the error allowed against it, and is unused for other models.
     """
     reference = eager if plain is None else plain
     logits, eager, reference, golden = (t.detach().double().flatten(1) for t in (logits, eager, reference, golden))
@@ -112,7 +112,7 @@ def compare(
     if dtype == torch.float32:
         factor, units = 2.0, 4.0
     if dtype == torch.float64:
-        units = 2.0**10  # eager is golden itself, and a sum in another order is no error
+        units = 2.0**10  # eager is golden itself; summing in another order is allowed
     allowed = factor * reference_error + units * _ulp(dtype, largest)
     trusted = math.isfinite(largest) and math.isfinite(reference_error) and largest > 0
     return Parity(

@@ -1,15 +1,15 @@
 """Which modules are plain, so that their weights may be read past their ``__call__``.
 
-A fused operation takes the weights of several modules and calls none of them. That computes the same only while each is
-what its class says: a LoRA wrapper, a hook, pruning, a parametrization, a quantised weight or an offloaded one act in
-the module's own call, or in the tensor itself. A module is plain where
+A fused operation reads the weights of several modules and calls none of them. That computes the same only while each
+module computes what its class says: a LoRA wrapper, a hook, pruning, a parametrization, a quantised weight or an
+offloaded one act in the module's own call, or in the tensor itself. A module is plain where
 
     its class is exactly the one expected at its place, and its forward that of the class;
     no hook of its own runs around its forward or its backward (global hooks do not count);
     its weights are its registered parameters, and these are no tensor subclass (DTensor, torchao, ...).
 
-Where a module is not plain the caller runs the modules one by one; of our own models ``explain`` shows the reason. Our
-own blocks, ``systems`` and ``integrations`` all ask here.
+Where a module is not plain the caller runs the modules one by one; for our own models ``explain`` shows the reason. Our
+own blocks, ``systems`` and ``integrations`` all use these checks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from . import backends, ops
 from .kernels.reference import normalise_pixels
 from .kernels.tracing import is_fx_symbolic_tracing
 
-# Of each sub-module that a fused operation reads: its path, the keys of that, its classes, its children (or None).
+# For each sub-module that a fused operation reads: its path, the path's keys, allowed classes, children (or None).
 Submodules = tuple[tuple[str, tuple[str, ...], tuple[type, ...], tuple[str, ...] | None], ...]
-Ignores = Callable[[Any], bool]  # of a forward hook: whether it may be passed over
+Ignores = Callable[[Any], bool]  # takes a forward hook: whether it may be skipped
 
 LINEAR = (nn.Linear,)
 CONVOLUTION = (nn.Conv2d,)
@@ -38,15 +38,15 @@ NORM = (nn.LayerNorm, nn.Identity)
 TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _PARAMETERS = TENSORS | {NoneType}
 _TRACED = "is a node of the graph that torch.fx traces"
-# Instance attributes that stand in front of a class's forward or of registered parameters.
+# Instance attributes that shadow the forward of the class or registered parameters.
 _SHADOWS = frozenset(("forward", "weight", "bias", "in_proj_weight", "in_proj_bias", "gamma", "lambda1"))
 
 
 def submodules(**classes: tuple[type, ...]) -> Submodules:
     """The sub-modules that a fused operation reads: (path, its keys, the classes that each may have, its children).
 
-    ``__`` in a word stands for the dot of a path; ``NoneType`` among the classes for a module that may be absent. The
-    children are those of an ``nn.Sequential``, which runs whatever it holds; None for other classes.
+    ``__`` in a keyword stands for the dot of a path; ``NoneType`` among the classes means that the module may be
+    absent. Children are listed for an ``nn.Sequential``, which runs all that it holds; None for other classes.
     """
     paths = {name: tuple(name.split("__")) for name in classes}
 
@@ -82,7 +82,7 @@ def why_not_plain(module: nn.Module | None, classes: tuple[type, ...], ignores: 
 
     Args:
         classes: the exact classes that it may have.
-        ignores: function of a forward hook: whether it may be passed over.
+        ignores: function of a forward hook: whether it may be skipped.
     """
     if is_fx_symbolic_tracing() and module is not None:
         return _TRACED
@@ -90,7 +90,7 @@ def why_not_plain(module: nn.Module | None, classes: tuple[type, ...], ignores: 
 
 
 def _why_not_plain(module, classes, ignores):
-    """``why_not_plain`` where torch.fx does not trace; a forward asks it of every module."""
+    """``why_not_plain`` without the check for torch.fx; called in every forward for every module."""
     if type(module) not in classes:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if module is None:
@@ -133,23 +133,22 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
 def not_fused_reason(module: nn.Module, cls: type[Fusible]) -> str | None:
     """Why a module cannot run as ``cls``, a ``Fusible``, runs fused, or None."""
     reason = not_plain_reason(module, cls.SUBMODULES, cls.ignores)
-    # A module is asked before its class is swapped too, when it is no instance of ``cls`` yet.
-    return reason or cls.not_covered(module)  # type: ignore[arg-type]
+    return reason or cls.not_covered(module)  # type: ignore[arg-type]  # possibly the library's class
 
 
 class Fusible(nn.Module):
-    """Base of what runs fused while its parts are plain, and module by module otherwise."""
+    """Base of modules that run fused while their sub-modules are plain, and module by module otherwise."""
 
-    OPERATION = "block"  # what ``explain`` calls the fused form
+    OPERATION = "block"  # name of the fused form in ``explain``
     SUBMODULES: Submodules = ()  # every sub-module whose weights or arithmetic the fused form takes over
 
     def not_covered(self) -> str | None:
-        """What else the fused form does not cover, or None."""
+        """Any further reason why the fused form does not cover this module, or None."""
         return None
 
     @staticmethod
     def ignores(hook: Any) -> bool:
-        """Whether a forward hook of a part may be passed over."""
+        """Whether a forward hook of a sub-module may be skipped."""
         return False
 
     def not_fused(self) -> str | None:
@@ -180,7 +179,7 @@ def dtype_of(module: nn.Module, default: torch.dtype | None = None) -> torch.dty
 def layer_norm(module: nn.Module, x: torch.Tensor, tokens: slice | int | None = None) -> torch.Tensor:
     """``module(x)``, or its ``[:, tokens]``: a plain ``nn.LayerNorm`` normalises the chosen tokens alone."""
     if not may_read("layer_norm", module, NORM):
-        y = module(x.to(dtype_of(module, x.dtype))).to(x.dtype)  # a LayerNorm in float32 may stand among 16-bit layers
+        y = module(x.to(dtype_of(module, x.dtype))).to(x.dtype)  # a float32 LayerNorm may follow 16-bit layers
         return y if tokens is None else y[:, tokens]
     x = x if tokens is None else x[:, tokens]
     norm: Any = module

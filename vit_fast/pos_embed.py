@@ -61,7 +61,7 @@ def resize_pos_embed(
         policy: "R1" … "R5".
         num_prefix_tokens: K.
     Returns:
-        the table in the rank and dtype that came; the very tensor where the grids are equal.
+        the table in its own rank and dtype; the same tensor where the grids are equal.
     Raises:
         TypeError: a table that is no tensor, a grid that is no pair of ints.
         ValueError: unknown policy, or a table that does not hold the old grid.
@@ -91,7 +91,7 @@ def resize_pos_embed(
     if old_grid == new_grid:
         return table
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
-        # That exporter knows no antialiased bicubic interpolation: the resized table is a constant of its graph.
+        # The TorchScript ONNX exporter has no antialiased bicubic interpolation: the resized table becomes a constant.
         return untraced(_resize)(table.detach(), old_grid, new_grid, policy, num_prefix_tokens)
     return _resize(table, old_grid, new_grid, policy, num_prefix_tokens)
 

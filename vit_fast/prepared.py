@@ -1,11 +1,11 @@
 """prepare(model): weights folded once for inference, so that a transformer block is five launches, or runs in float8.
 
-LayerNorm's weight and bias go into the projection that follows it (its statistics stay, in that projection's epilogue),
-LayerScale into the projection that ends the branch; what else is done to the weights is the precision's matter
-(``precisions``). The folded copies are an attribute of the stack of blocks they were made of (``nn.Sequential``,
-``nn.ModuleList``): no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them out.
-``block.run_blocks`` asks in each call whether they may serve it; where not, a warning says why, once. They are dropped
-as soon as anything has changed that the blocks compute with (``snapshot``).
+LayerNorm's weight and bias are folded into the projection that follows it (its statistics are applied in the epilogue
+of that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what
+else is done to the weights. The folded copies are an attribute of the stack of blocks they were made of
+(``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them
+out. ``block.run_blocks`` checks in each call whether they may be used; where not, a warning says why, once. They are
+dropped as soon as anything that the blocks compute with has changed (``snapshot``).
 """
 
 import functools
@@ -40,7 +40,7 @@ def _params(blocks: Iterable[Any]) -> list[BlockParams]:
 
 
 class Stale:
-    """Stands where prepared weights stood that were dropped: it keeps their precision, for ``refresh``, and the reason.
+    """Replaces prepared weights that were dropped: keeps their precision, for ``refresh``, and the reason.
 
     Attributes:
         name: of the stack in its model.
@@ -57,14 +57,14 @@ class Stale:
         return Stale, (self.name, self.precision, _COPIED)
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether prepared weights may take x [B, N, C]. The first time that they may not, a warning says why."""
-        self.unused = reason = self._why_unused(x)  # another thread may set it meanwhile
+        """Whether prepared weights may be used for x [B, N, C]. The first time they may not, a warning says why."""
+        self.unused = reason = self._why_unused(x)  # a local, because another thread may set self.unused meanwhile
         if reason is not None:
             self.pass_over(reason)
         return reason is None
 
     def pass_over(self, reason: str) -> None:
-        """Notes why a call does without prepared weights; a warning tells each reason once."""
+        """Records why a call does not use prepared weights; each reason is warned about once."""
         self.unused = reason
         if reason not in self._told:
             self._told.add(reason)
@@ -79,7 +79,7 @@ class Prepared(Stale):
 
     Attributes:
         blocks: the stack.
-        dtype, device: of the tokens that they serve.
+        dtype, device: of the tokens that they accept.
         records: the folded weights, one record of the precision for each block.
         weights: the tensors of all records in one list, as the operator takes them.
         arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
@@ -90,7 +90,7 @@ class Prepared(Stale):
         self.blocks, self._precision = blocks, precision
         params = _params(blocks)
         first = params[0]
-        assert first.norm1 is not None and first.norm2 is not None  # _not_supported_reasons refuses others
+        assert first.norm1 is not None and first.norm2 is not None  # ensured by _not_supported_reasons
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
         with torch.no_grad():
@@ -98,7 +98,7 @@ class Prepared(Stale):
         self.weights = flatten(self.records)
         self._stack = tuple(blocks)
         self._parts = dict(blocks.named_modules(prefix=name))
-        del self._parts[name]  # the stack only holds the blocks, its own forward does not run
+        del self._parts[name]  # the stack is only a container: its own forward does not run
         self._snapshot = Snapshot(self._parts)
         _folded.update(dict.fromkeys(self._snapshot.tensors, True))
         _count_steps()
@@ -123,7 +123,8 @@ class Prepared(Stale):
         return None
 
     def _steps_aside(self) -> str | None:
-        """What in the blocks has to run by itself for as long as it is there, or None."""
+        """Why the weights are passed over for now but not dropped (training mode, a hook, a forward of an instance), or
+        None."""
         for name, module in self._parts.items():
             if module.training:
                 return f"{name} is in training mode; they serve after model.eval()"
@@ -141,8 +142,8 @@ class Prepared(Stale):
 
 @functools.cache
 def _count_steps() -> None:
-    """From now on each step of an optimizer raises the version of the parameters that weights were folded from: torch's
-    fused optimizers, and those of other libraries, write without doing so."""
+    """Makes every optimizer step raise the version of the parameters that weights were folded from: torch's fused
+    optimizers, and those of other libraries, write in place without doing so."""
 
     def count(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
@@ -154,7 +155,7 @@ def _count_steps() -> None:
 
 
 def _runs_its_params(cls: Any) -> bool:
-    """Whether a class of blocks computes what its ``params`` say: a subclass may have a forward that does more."""
+    """Whether a block class computes what its ``params`` describe: a subclass may override ``forward`` alone."""
     owner = next((base for base in cls.__mro__ if "params" in vars(base)), None)
     return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
 
@@ -206,12 +207,13 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
 
     Used in ``eval`` without gradients (``torch.no_grad``, ``torch.inference_mode``), outside ``torch.compile`` and
     autocast; in other calls, and with hooks in the blocks, the blocks run as they were, and the logger "vit_fast" warns
-    once of each reason. ``explain(model)`` shows ``prepared_blocks`` where they serve. Any change of what the blocks
-    compute (parameters trained, moved, loaded or replaced, modules, ``.to()``, attributes such as ``num_heads``,
-    ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes ``prepare``. Writes
-    through ``parameter.data`` cannot be seen: call ``refresh`` after them; ``check`` sees them. Copies and pickles of
-    the model do not hold the folded weights. These take as much memory as the blocks (in float8 half of it). Results
-    differ from the unprepared model's by the rounding of the folded weights, within the error budget of a whole model.
+    once of each reason. ``explain(model)`` shows ``prepared_blocks`` where the folded weights are used. Any change of
+    what the blocks compute (parameters trained, moved, loaded or replaced, modules, ``.to()``, attributes such as
+    ``num_heads``, ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes
+    ``prepare``. Writes through ``parameter.data`` go unnoticed: call ``refresh`` after them; ``check`` finds them.
+    Copies and pickles of the model do not hold the folded weights, which take as much memory as the blocks (in float8
+    half of it). Results differ from the unprepared model's by the rounding of the folded weights, within the error
+    budget of a whole model.
 
     ``precision="fp8"`` quantises the weights of the four projections, and what they multiply, to float8 e4m3. No data
     is needed for it: all scales follow from the weights, and no value saturates. Each product then errs by some 5 % of
@@ -230,7 +232,7 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     Source: numeric rules of the fold: statistics of the rounded activations, merged from centred sums; weight rows
         centred before rounding; their sums taken after it. e4m3: Micikevicius et al., "FP8 Formats for Deep Learning".
     """
-    _named("prepare", precision)  # a wrong name is told before a wrong model
+    _named("prepare", precision)  # a wrong name is reported before a wrong model
     return _prepare("prepare", model, lambda blocks: precision)
 
 

@@ -1,5 +1,5 @@
-"""What timm knows of published weights: sizes, normalisation, crop, classes, where they are. Kept here as data, so that
-a model has it where timm is not installed. ``tests/support/pretrained_cfgs.py`` writes the file from timm.
+"""timm's facts about published weights: sizes, normalisation, crop, classes, location. Kept here as data, so that they
+are there without timm installed. ``tests/support/pretrained_cfgs.py`` writes the file from timm.
 
 ``pretrained_cfgs.json``: "timm", the version it was made from; "fields", the names an entry may have; "defaults", the
 values of fields that an entry leaves out; "common", what all entries of "models" share; "models", name → tag → the
@@ -28,7 +28,7 @@ def tags(name: str) -> list[str]:
 
 
 def has_source(cfg: Mapping[str, Any]) -> bool:
-    """Whether a ``pretrained_cfg`` tells where weights are, or holds them."""
+    """Whether a ``pretrained_cfg`` names a source of weights or holds them."""
     return any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict"))
 
 
@@ -88,7 +88,7 @@ def resolve(
             )
         _check_fields("pretrained_cfg_overlay", overlay)
         if any(overlay.get(source) for source in _SOURCES):
-            # custom_load tells the format of the file that is replaced here.
+            # custom_load describes the format of the default file, which the overlay replaces.
             overlay = {"custom_load": False, **overlay}
         fields = {**fields, **overlay}
     if not fields:

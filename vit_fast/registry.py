@@ -192,7 +192,7 @@ def list_models(
     include, exclude = _patterns("filter", filter), _patterns("exclude_filters", exclude_filters)
     modules = _patterns("module", module)
     include_tags = pretrained if include_tags is None else include_tags
-    pairs = []  # (name, tag or "", what the patterns see)
+    pairs = []  # (name, tag or "", the text that patterns are matched against)
     for name in PRESETS:
         if not modules or _module(name) in modules:
             chosen = (cfgs.tags(name) or [""]) if include_tags else [""]
@@ -286,7 +286,7 @@ def create_model(
         features_only: the model as a ``FeatureGetterNet``, whose output is the list of feature maps after chosen
             blocks; the blocks behind the last one, the norm and the head are left out.
         out_indices: those blocks: the last n or a list; default the last 3.
-        kwargs: arguments of ``VisionTransformer``, or of the family; they stand over the preset's. None
+        kwargs: arguments of ``VisionTransformer``, or of the family; they override the preset's. None
             counts as not given.
     Returns:
         the model, in training mode as timm's, with timm's ``pretrained_cfg``, also as ``default_cfg``.

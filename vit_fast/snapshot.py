@@ -1,7 +1,7 @@
-"""Snapshot: what modules were made of when something was derived from them, and whether they still are.
+"""Snapshot: the state of modules when something was derived from them, and whether it has changed since.
 
-``prepare`` derives folded weights and ``graphed`` derives CUDA graphs. Both ask in every call, so an unchanged model is
-compared in a few passes of C code over flat lists.
+``prepare`` derives folded weights and ``graphed`` derives CUDA graphs. Both check for changes in every call, so the
+comparison is a few passes of C code over flat lists.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from .block import PREPARED
 _CONSTANTS = (NoneType, bool, int, float, complex, str, torch.dtype, torch.device)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DICTS = ("_parameters", "_buffers", *HOOKS)
-_TORCHS = vars(nn.Module()).keys() - {"training"}  # what every module has; of this, the dicts above decide
+_TORCHS = vars(nn.Module()).keys() - {"training"}  # every module has these; only _DICTS are compared
 _pointer, _version = torch.Tensor.data_ptr, attrgetter("_version")
 
 
@@ -27,7 +27,7 @@ def _is_constant(value):
 
 
 def _is_seen(key, attribute):
-    """Whether an attribute is one that decides what its module computes and that its forward does not keep writing."""
+    """Whether an attribute is compared: it decides what its module computes and is no state that forward updates."""
     return key not in _TORCHS and (_is_constant(attribute) or callable(attribute) or key == PREPARED)
 
 
@@ -35,8 +35,8 @@ class Snapshot:
     """Classes, sub-modules, parameters, buffers, hooks, training mode and constant attributes of modules.
 
     A tensor counts as changed when it is another object, lies elsewhere or, with ``versions``, has a new version. Not
-    seen: writes that torch gives no version (through ``parameter.data``, into inference tensors), and what happens
-    inside attributes that are lists, dicts or other objects.
+    detected: writes that raise no version (through ``parameter.data``, into inference tensors), and changes inside
+    attributes that are lists, dicts or other objects.
 
     Args:
         modules: name → module; sub-modules of these count only where they are named themselves.
@@ -83,14 +83,14 @@ class Snapshot:
             self._values.append(value)
 
     def changed(self) -> str | None:
-        """The path of something that is no longer what it was, or None."""
+        """The path of the first change found, or None."""
         if not all(map(is_, self._values, map(dict.get, self._holders, self._keys))):
             now = [*map(dict.get, self._holders, self._keys)]
             for index in compress(count(), map(is_not, self._values, now)):
                 was, value = self._values[index], now[index]
                 if type(was) is not type(value) or not _is_constant(was) or was != value:
                     return self._paths[index]
-                self._values[index] = value  # an equal constant
+                self._values[index] = value  # a new object with an equal value
         if sum(map(len, self._dicts)) != self._size:
             return next(compress(self._owners, map(ne, self._sizes, map(len, self._dicts)))) or "the model"
         compared: tuple[tuple[list[str], list[Any], Iterable[Any]], ...] = (

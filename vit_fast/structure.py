@@ -1,14 +1,14 @@
-"""The transformer blocks of a model, found by what they are made of and not by their class.
+"""The transformer blocks of a model, found by their sub-modules and not by their class.
 
 A block is a child of an ``nn.Sequential`` or ``nn.ModuleList`` that holds a normalisation and mixes tokens: by
-attention, or, as in MLP-Mixer, by a linear layer beside the two of an MLP. Of such children within one another (the
-stages of a hierarchical model hold blocks) the innermost are the blocks. Blocks of text towers are left out.
+attention, or, as in MLP-Mixer, by a linear layer beside the two of an MLP. Where such children are nested (the stages
+of a hierarchical model hold blocks), the innermost are the blocks. Blocks of text towers are left out.
 """
 
 from torch import nn
 
 _STACKS = (nn.Sequential, nn.ModuleList)
-_NORMS = ("norm", "affine")  # ResMLP normalises by its Affine
+_NORMS = ("norm", "affine")  # ResMLP has Affine in the place of a norm
 _HEADS = ("num_heads", "n_heads", "heads", "nhead", "num_head", "num_attention_heads")
 _MIXER_LINEARS = 3
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,7 +27,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _search(module, name, in_stack, found):
-    """Adds the blocks within a module, or the module itself where it is one and none is within."""
+    """Adds the blocks inside a module, or the module itself where it is a block that contains no other."""
     known, is_stack = len(found), isinstance(module, _STACKS)
     for key, child in module.named_children():
         _search(child, f"{name}.{key}".removeprefix("."), is_stack, found)
@@ -45,7 +45,7 @@ def _is_block(module):
 
 
 def _outside_stacks(module):
-    """The modules within a module, without those of a stack: a stage of a convolutional network has one."""
+    """The modules inside a module, except inside nested stacks, such as those of a convolutional stage."""
     for child in module.children():
         if not isinstance(child, _STACKS):
             yield child

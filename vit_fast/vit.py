@@ -53,7 +53,7 @@ def _check_integer(name: str, value: Any, minimum: int) -> None:
 def _check_number(name: str, value: Any, wanted: str = "a float") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected {wanted}")
-    if not -math.inf < value < math.inf:  # type: ignore[operator]  # Real has no order for mypy
+    if not -math.inf < value < math.inf:  # type: ignore[operator]  # for mypy, Real has no comparison operators
         raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected a finite number")
 
 
@@ -79,7 +79,7 @@ def _is_swiglu(mlp_layer: Any) -> bool:
             raise ValueError(f"vit_fast.VisionTransformer: mlp_layer is {mlp_layer!r}, expected 'mlp' or 'swiglu'")
         return mlp_layer in ("swiglu", "SwiGLUPacked")
     cls, keywords = (mlp_layer.func, mlp_layer.keywords) if isinstance(mlp_layer, partial) else (mlp_layer, {})
-    given = ("act_layer", "norm_layer", "bias", "drop")  # a block of timm passes these itself, whatever a partial holds
+    given = ("act_layer", "norm_layer", "bias", "drop")  # timm's block passes these itself and so overrides the partial
     left = {name: value for name, value in keywords.items() if name not in given}
     if isinstance(cls, type) and library(cls) in ("timm", __package__):
         if cls.__name__ == "Mlp" and not left:
@@ -90,14 +90,14 @@ def _is_swiglu(mlp_layer: Any) -> bool:
 
 
 def lecun_normal_(weight: torch.Tensor) -> None:
-    """A normal distribution cut off at twice its width, of variance 1/fan_in."""
+    """Truncated normal initialisation, cut at two standard deviations, with variance 1/fan_in."""
     std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 @torch.fx.wrap
 def _without_masks(images: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
-    """The images, in a graph of torch.fx, which was traced without masks."""
+    """Returns the images; a leaf of torch.fx's trace that raises where a graph traced without masks is given one."""
     if attn_mask is not None or is_causal:
         raise ValueError("vit_fast.VisionTransformer: a graph of torch.fx takes no attn_mask and no is_causal")
     return images
@@ -355,7 +355,7 @@ class VisionTransformer(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Changes the sizes for good, None keeps one; resizes the position embedding and the patch projection."""
+        """Changes the sizes permanently (None keeps one); resizes the position embedding and the patch projection."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         for info in self.feature_info:
@@ -380,7 +380,7 @@ class VisionTransformer(nn.Module):
 
     @untraced
     def _check_images(self, images: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(rows, columns of pixels to pad; the grid) of images; a graph of torch.fx has the size of the model."""
+        """((rows, columns) of pixels to pad, the grid) of images; a torch.fx graph asserts the model's own size."""
         if isinstance(images, torch.fx.Proxy):
             shape: Any = images.shape
             for side, wanted in zip((2, 3), self.patch_embed.img_size, strict=True):
@@ -422,7 +422,7 @@ class VisionTransformer(nn.Module):
         return (0, 0), grid
 
     def _fit(self, images: torch.Tensor) -> tuple[Any, ...]:
-        """Images, checked and padded where the model pads; their grid; mean and std where they are uint8."""
+        """(images, checked and perhaps padded; their grid; mean and std, for uint8 images)."""
         pad, grid = self._check_images(images)
         if pad != (0, 0):
             images = F.pad(images, (0, pad[1], 0, pad[0]))
@@ -446,11 +446,11 @@ class VisionTransformer(nn.Module):
     def _embed_masked(
         self, images: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(tokens, bias of their attention); a bad mask is refused before anything runs."""
+        """(tokens, attention bias of the mask); a bad mask is refused before anything runs."""
         if is_fx_symbolic_tracing():
             return self._embed(_without_masks(images, attn_mask, is_causal)), None
         tells = isinstance(self.patch_embed, PatchEmbed) and not (self.training and self.patch_drop_rate)
-        if attn_mask is not None and tells:  # the number of tokens, from the images alone
+        if attn_mask is not None and tells:  # the image size alone gives the number of tokens
             rows, columns = self._check_images(images)[1]
             check_mask(self.num_prefix_tokens + rows * columns, attn_mask, is_causal)
         x = self._embed(images)
@@ -472,7 +472,7 @@ class VisionTransformer(nn.Module):
     def _run_blocks(
         self, x: torch.Tensor, first: int = 0, last: int | None = None, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x through blocks[first:last]. Prepared weights know no bias: with one, the blocks run one by one."""
+        """x through blocks[first:last]; one by one where there is an attention bias, which prepared weights lack."""
         if bias is None and (first, last) == (0, None):
             return call_blocks(self.blocks, x, self._run_block, self.grad_checkpointing)
         if bias is None:
@@ -612,8 +612,8 @@ class VisionTransformer(nn.Module):
 
         Args:
             reshape: [B, C, rows, columns] instead of [B, N, C].
-            return_prefix_tokens: each becomes (patches, prefix tokens [B, K, C]), timm's word.
-            return_class_token: each becomes (patches, class token [B, C]), DINOv2's word.
+            return_prefix_tokens: each becomes (patches, prefix tokens [B, K, C]), timm's name.
+            return_class_token: each becomes (patches, class token [B, C]), DINOv2's name.
             norm: applies the final norm to each; by default not, as in timm (DINOv2 does).
             attn_mask: as in ``forward``.
         """

@@ -1,8 +1,8 @@
 """The implementations of the operations: one file a backend, and ``select``, which chooses one for a call.
 
 ============  =======================================================================================
-``base``      what a backend is: why it cannot run here, why not this call, its functions by operation
-``select``    the order, the word in force, the choice, who is told of it
+``base``      the base class: why a backend cannot run here, why not this call, its functions by operation
+``select``    the order, the requested backend, the choice, and recording it for ``explain``
 ``triton``    the Triton kernels of ``vit_fast.kernels``
 ``cuda``      the CUDA extension, which is not built yet
 ``cpu``       the CPU extension, which is not built yet

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The base class of the backends."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ class Backend:
     forward of another.
 
     Attributes:
-        name: the word that forces it.
-        forward: the output, and the statistics that the backward needs; every operation that the backend has.
+        name: as ``vit_fast.backend`` and ``VIT_FAST_BACKEND`` take it.
+        forward: the output, and the statistics that the backward needs; holds every operation of the backend.
         inference: the output alone, where leaving out the statistics is cheaper than ``forward``.
         backward: the gradients; where an operation is missing, the reference's backward runs.
-        not_supported: why the forward cannot run a call, a list of reasons; operations without limits are missing.
+        not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
     """
 
     name: str
@@ -35,30 +35,30 @@ class Backend:
         self.not_supported: Table = {}
 
     def load(self) -> tuple[str, ...]:
-        """Makes the tables ready, once; returns why that is impossible in this process, or nothing."""
+        """Fills the tables, once; returns why that is impossible in this process, empty if it is done."""
         return ()
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
-        """Why it runs nothing on a device; empty where it does."""
+        """Why the backend runs nothing on a device; empty where it does."""
         return self.load()
 
     def version(self) -> str | None:
-        """The version of the library underneath, for ``status``; None where there is none."""
+        """The version of the underlying library, for ``status``; None without one."""
         return None
 
     def reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
-        """Why it cannot run an operation on these arguments, on a device where it is available; empty where it can."""
+        """Why an available backend cannot run an operation on these arguments; empty where it can."""
         if operation not in self.forward:
             return [f"{self.name} has no {operation}"]
         not_supported = self.not_supported.get(operation)
         return list(not_supported(*arguments, **options)) if not_supported else []
 
     def launching(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """What surrounds each call of a function of ``forward``, ``inference`` or ``backward``."""
+        """The context around each call of a function of ``forward``, ``inference`` or ``backward``."""
         return _nothing
 
     def output(self, operation: str) -> Callable[..., torch.Tensor]:
-        """The function of an operation that has statistics, for its output alone."""
+        """The function that computes only the output of an operation with statistics."""
         if operation in self.inference:
             return self.inference[operation]
         forward = self.forward[operation]

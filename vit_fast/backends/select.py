@@ -1,4 +1,4 @@
-"""Which backend runs an operation: the order, the word in force, the choice for a call, and who is told of it.
+"""Which backend runs an operation: the order, the requested backend, the choice for a call, and its recording.
 
 Order: ``triton`` → ``cuda`` → ``cpu`` (extensions) → ``torch`` (the reference). The choice is made ahead of a
 launch from capability, never by catching an exception around one. ``VIT_FAST_BACKEND`` or
@@ -24,7 +24,7 @@ from .cuda import CUDA
 from .torch import TORCH
 from .triton import TRITON
 
-# In the order in which they are asked. A further backend is a file of its own and a place here.
+# In the order in which they are tried. A new backend is a file of its own and an entry here.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CUDA, CPU, TORCH)}
 
 Choice = tuple[str, str, tuple[str, ...]]  # operation, backend, reasons
@@ -38,7 +38,7 @@ _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
 
 
 def names() -> tuple[str, ...]:
-    """What ``backend`` and ``VIT_FAST_BACKEND`` may say."""
+    """The names that ``backend`` and ``VIT_FAST_BACKEND`` accept."""
     return ("auto", *BACKENDS)
 
 
@@ -63,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
         name: "auto", "triton", "cuda", "cpu" or "torch".
 
     Raises:
-        ValueError: another word.
+        ValueError: another name.
         UnsupportedError: from the operation, where the forced backend cannot run it.
     """
     global _forced_when_compiling
@@ -78,7 +78,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend word in force: the innermost ``with``, else ``VIT_FAST_BACKEND``, else "auto"."""
+    """The requested backend: that of the innermost ``with``, else ``VIT_FAST_BACKEND``, else "auto"."""
     word = _forced_when_compiling if torch.compiler.is_compiling() else _forced.get()
     if word is None:
         word = _ENVIRONMENT
@@ -92,12 +92,12 @@ def unavailable(name: str, device: torch.device) -> tuple[str, ...]:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s). Dynamo could not trace
-# the import of Triton in there.
+# the import of Triton inside.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def note(operation: str, chosen: str, reasons: Sequence[str]) -> None:
-    """Tells ``recording`` what runs an operation, and why nothing faster does.
+    """Adds to the innermost ``recording`` what runs an operation, and why nothing faster does.
 
     Args:
         operation: an operation of ``ops``, or "block" for a transformer block as a whole.
@@ -117,7 +117,7 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
     Where a tracer or transform wants plain PyTorch operations, only ``torch`` can.
 
     Args:
-        not_fused: what the call asks for and no registered operator does: only ``torch`` can.
+        not_fused: options of the call that no registered operator has, so that only ``torch`` can run it.
         arguments, options: of the call, as the backends' ``not_supported`` take them.
 
     Raises:
@@ -127,8 +127,8 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
     if word == "torch":
         note(operation, word, ("forced",))
         return word
-    absent: tuple[str, ...] = ()  # why the first backend asked does not run on the device
-    refused: dict[str, tuple[str, ...]] = {}  # those that do, and why they cannot run this call
+    absent: tuple[str, ...] = ()  # why the first backend tried does not run on the device
+    refused: dict[str, tuple[str, ...]] = {}  # backends that run on the device → why not this call
     for name in BACKENDS if word == "auto" else (word,):
         if name == "torch":
             break
@@ -160,7 +160,7 @@ def _joined(refused: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def loaded(name: str, operation: str) -> Backend:
-    """The backend that an operator of ``torch.ops.vit_fast`` names. A recorded graph may name one that is not here.
+    """The backend that an operator of ``torch.ops.vit_fast`` names. A recorded graph may name a missing one.
 
     Raises:
         ValueError: no backend has that name.
@@ -182,14 +182,14 @@ def of_backward(name: str, operation: str) -> Backend:
 
 
 def backward_name(chosen: str, operation: str) -> str | None:
-    """The name of the backend of a backward, for what ``note`` tells of; None for an operation without one."""
+    """The name of the backend that runs the backward of a noted operation; None for an operation without a backward."""
     known = chosen in BACKENDS and operation in TORCH.backward
     return of_backward(chosen, operation).name if known else None
 
 
 @dataclass(frozen=True)
 class Status:
-    """What ``status()`` found; its text is the table."""
+    """The result of ``status()``; its text is the table."""
 
     device: str
     requested: str
@@ -212,7 +212,7 @@ class Status:
 
 
 def _present(device: torch.device | str) -> torch.device:
-    """A device of this machine, as ``torch.device``."""
+    """The ``torch.device``, checked to exist on this machine."""
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"vit_fast.status: device is {type(device).__name__}, expected a torch.device or its name")
     try:

@@ -1,8 +1,8 @@
 """The backend ``torch``: the reference, in plain PyTorch, on every device and for every call.
 
 ``ops`` calls the differentiable functions of ``kernels.reference`` directly where this backend is chosen. The forward
-functions here run in an operator that names it; the backward functions also follow the forward of a backend that has
-none of its own.
+functions here run inside a registered operator that is called with this backend's name; the backward functions also
+follow the forward of a backend that has none of its own.
 """
 
 import torch

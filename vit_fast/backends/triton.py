@@ -30,7 +30,7 @@ class Triton(Backend):
         return self._failure
 
     def _load(self) -> tuple[str, ...]:
-        """Why the kernels cannot be imported; a broken install is told once, plain absence of Triton is not."""
+        """Why the kernels cannot be imported. A broken install gets one warning, a missing Triton none."""
         if importlib.util.find_spec("triton") is None:
             return ("triton is not installed",)
         try:

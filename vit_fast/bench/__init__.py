@@ -3,23 +3,23 @@
 It needs the packages of the extra ``bench`` and imports nothing of the command line. The files:
 
 ``providers``      our variants and the baselines by name
-``settings``       what a benchmark was asked for
+``settings``       the checked settings of a benchmark
 ``models``         making a model of vit_fast or timm by name
 ``baselines``      the same network by timm, torch.compile, torchvision and transformers
-``scaled_mm``      the float8 baseline, by PyTorch alone
+``scaled_mm``      the float8 baseline, in plain PyTorch
 ``families``       the model families against their plain PyTorch form
-``photographs``    real pixels
+``photographs``    photographs as input
 ``contest``        the models with the same weights, and their pixels
-``time_budget``    what fits into a number of seconds, and deadlines
+``time_budget``    which parts of a benchmark fit into a time limit, and deadlines
 ``compare``        parity first, then timing: a row for each provider and batch size
 ``rounds``         timing in rounds, and the figures of a row
 ``speedup``        the statistics of every verdict
 ``measure``        how time, memory and FLOPs are taken
-``recorders``      which operators a call runs
+``recorders``      recording which operators a call runs
 ``operations``     the operations of a forward pass, their FLOPs and bytes
 ``attribution``    a profiler's trace, by operation
 ``profile``        the time of each operation of a forward pass beside its roofline bound
 ``machine``        facts about this machine
 ``results``        files of rows, and their plot
-``errors``         what a user can mend
+``errors``         errors that the user can fix
 """

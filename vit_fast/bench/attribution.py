@@ -3,7 +3,7 @@
 On a GPU the work is kernels, copies and fills. Each belongs to the host event that launched it (found by the
 correlation number of the launch, or by its external id), and so to the outermost operator call around it that the
 forward pass is known to make (``operations.forward_operations``); equal calls are told apart by their order. On a CPU
-the work is the operators themselves: a known call with all that it calls, of any other operator its own time.
+the work is the operators themselves: a known call counts with all that it calls, any other operator with its own time.
 Where one call has several operations, each gets the next kernel of its family ("linear", "attention" and so on). So do
 operations whose calls are not in the trace, because one operator or one CUDA graph runs them all, if there are as many
 kernels of a family as operations. A kernel that belongs to no operation has a row under its own name.
@@ -21,7 +21,7 @@ STEP = "vit_fast profile step"  # the record_function around each forward pass
 _HOST, _LAUNCH = ("cpu_op", "user_annotation"), ("cuda_runtime", "cuda_driver")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
-# What a kernel's name says that it computes, the first that fits. Kernels that inductor generates from several
+# Operation families by pattern in a kernel's name; the first match counts. Kernels that inductor generates from several
 # pointwise operations carry the names of all around them and have no family; nor have the reductions of split-K.
 _FAMILIES = (
     (None, r"^triton_(poi|per|red)_|splitk.?reduce"),
@@ -41,11 +41,11 @@ def family(kernel: str) -> str | None:
 
 @dataclass
 class KernelRow:
-    """One operation, or one kernel or operator without an operation; figures are of one step, times in seconds.
+    """One operation, or one kernel or operator without an operation; figures are per step, times in seconds.
 
     Attributes:
-        seconds: what it took; ``roofline``: the least it can take.
-        kernels: how often each kernel, on a CPU operator, ran for it.
+        seconds: the measured time; ``roofline``: the roofline bound.
+        kernels: kernel (on a CPU: operator) → how often it ran for this operation.
     """
 
     operation: str
@@ -60,8 +60,8 @@ class KernelRow:
 
 @dataclass
 class Attribution:
-    """Rows in the order of the forward pass, those without an operation after them, and the step: ``span`` seconds from
-    the first to the last work, of them ``gaps`` without any; ``overlap`` is what ran beside other work."""
+    """Rows in the order of the forward pass, then those without an operation; and seconds of the step: ``span`` from
+    the first work to the last, ``gaps`` the part of it without any work, ``overlap`` of works that ran in parallel."""
 
     rows: list[KernelRow]
     span: float
@@ -70,7 +70,7 @@ class Attribution:
 
 
 class _Host:
-    """A host event in the tree of those around it."""
+    """A host event as a node of the tree of nested host events."""
 
     def __init__(self, event, parent):
         self.event, self.parent = event, parent
@@ -81,7 +81,7 @@ class _Host:
         self.claim = None
 
     def operator(self):
-        """Name of the nearest operator."""
+        """Name of the nearest enclosing operator."""
         node = self
         while node and (node.event["cat"] in _LAUNCH or node.name == STEP):
             node = node.parent
@@ -99,14 +99,14 @@ class _Work:
 
 @dataclass(eq=False)
 class _Claim:
-    """One known call as it happened."""
+    """One occurrence of a known call in the trace."""
 
     operations: tuple[Operation, ...] = ()
     works: list[_Work] = field(default_factory=list)
 
 
 class _Calls:
-    """Knows the calls of a forward pass by operator and sizes, and tells equal ones apart by their order."""
+    """The calls of a forward pass by operator and sizes; equal ones are told apart by their order."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -115,7 +115,7 @@ class _Calls:
             self.known[call.operator, call.sizes].append(call)
 
     def claim(self, event):
-        """A claim if an event is a known call, or None; outputs that stand behind the inputs do not count."""
+        """A claim if an event is a known call, else None; ignores outputs that the profiler lists after the inputs."""
         sizes = tensor_sizes(event.get("args", {}).get("Input Dims", ()))
         for length in range(len(sizes), 0, -1):
             key = operator_name(event["name"]), sizes[:length]
@@ -125,7 +125,7 @@ class _Calls:
         return None
 
     def settle(self, steps):
-        """Gives every claim its operations; returns those of calls that nobody claimed, or not as often as they are."""
+        """Gives every claim its operations; returns the operations of calls that were not claimed in every step."""
         complete = {key for key, calls in self.known.items() if len(self.claims[key]) == steps * len(calls)}
         for key, calls in self.known.items():
             operations = [call.operations for call in calls] if key in complete else [_any_of(calls)]
@@ -136,7 +136,7 @@ class _Calls:
 
 
 def _any_of(calls):
-    """The operations of one of several equal calls, with the names of all modules that it may be."""
+    """The operations of one of several equal calls that cannot be told apart, with the names of all their modules."""
     places = zip(*(call.operations for call in calls), strict=True)
     return tuple(replace(same[0], module=" or ".join(dict.fromkeys(o.module for o in same))) for same in places)
 
@@ -180,7 +180,7 @@ def _host_works(nodes):
 
 
 def _share_out(works, operations):
-    """(work, operation or None): each operation the next work of its family."""
+    """Pairs (work, operation or None): each operation gets the next work of its family."""
     waiting = defaultdict(list)
     for operation in operations:
         waiting[_FAMILY_OF_OPERATION.get(operation.name, operation.name)].append(operation)
@@ -190,9 +190,9 @@ def _share_out(works, operations):
 
 
 def _align(works, operations, steps):
-    """(work, operation or None) where calls are not in the trace: works belong to operations by family and order.
+    """Pairs (work, operation or None) for calls that are not in the trace: matches works by family and order.
 
-    Only where a family has as many kernels as operations in each step.
+    Matched only where a family has as many kernels as operations in each step.
     """
     by_family = defaultdict(list)
     for operation in operations:
@@ -269,7 +269,7 @@ def attribute(
     Args:
         events: the list ``traceEvents`` of a Chrome trace.
         calls: of one forward pass, from ``forward_operations``.
-        flop_rate, byte_rate, narrow_rate: what the device reaches a second, for the roofline bounds.
+        flop_rate, byte_rate, narrow_rate: rates that the device reaches, for the roofline bounds.
     """
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
     table = _Table(calls, steps, flop_rate, byte_rate, narrow_rate)
@@ -307,7 +307,7 @@ def attribute(
 
 
 def _times(works, nodes, on_gpu):
-    """(span, gaps, overlap) in microseconds, of all steps."""
+    """(span, gaps, overlap) in microseconds, summed over all steps."""
     total = sum(work.duration for work in works)
     if not on_gpu:
         span = sum(node.event["dur"] for node in nodes if node.name == STEP)

@@ -1,9 +1,9 @@
-"""What a baseline is: timm's own module, in its dtype or in float8, or the same network built by another library.
+"""The baselines: timm's own module, in its dtype or in float8, and the same network built by another library.
 
 All have the same weights. torchvision computes attention in nn.MultiheadAttention, transformers in
 scaled_dot_product_attention. Their parameters are timm's under other names: a network in which a tensor of one library
-has no counterpart in the other is not the same, and the library then has no such model. ``best_attention`` finds the
-attention kernel that serves a module best on a device.
+has no counterpart in the other is not the same, and the library then has no such model. ``best_attention`` finds
+the attention kernel with which a module is fastest on a device.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from vit_fast.precisions import FP8
 from . import measure, scaled_mm
 from .providers import SCALED_MM
 
-# (pattern of a library's name of a tensor, timm's name); attn.q, attn.k and attn.v are the thirds of attn.qkv.
+# (pattern of a tensor's name in the library, timm's name); attn.q, attn.k and attn.v are the thirds of attn.qkv.
 _TORCHVISION = (
     (r"class_token", "cls_token"),
     (r"conv_proj\.(.+)", r"patch_embed.proj.\1"),
@@ -38,7 +38,7 @@ _TORCHVISION = (
     (r"encoder\.ln\.(.+)", r"norm.\1"),
     (r"heads\.head\.(.+)", r"head.\1"),
 )
-# Its releases name the same tensors differently: each rule takes the older and the newer name.
+# Releases of transformers name the same tensors differently: each rule takes the older and the newer name.
 _TRANSFORMERS_VIT = (
     (r"vit\.embeddings\.cls_token", "cls_token"),
     (r"vit\.embeddings\.position_embeddings", "pos_embed"),
@@ -75,7 +75,8 @@ class NoSuchModel(Exception):
 
 
 def _parts(state):
-    """timm's state with the pieces that other libraries keep: {name: (tensor, timm's names that it is made of)}."""
+    """timm's state_dict and the slices of its tensors that other libraries hold: {name: (tensor, timm's names of its
+    sources)}."""
     parts = {name: (tensor, (name,)) for name, tensor in state.items()}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
@@ -110,7 +111,7 @@ def _import(library):
 
 
 def _refuse(library, model, pools, activations):
-    """What differs though no tensor tells of it: pooling and activation."""
+    """Raises where the networks differ in what no tensor shows: pooling and activation."""
     pool, activation = getattr(model, "global_pool", None), type(model.blocks[0].mlp.act).__name__
     if pool not in pools:
         raise NoSuchModel(f"{library} has no such model (pooling {pool!r})")
@@ -144,7 +145,7 @@ def torchvision_model(model: Any) -> nn.Module:
 
 
 class Logits(nn.Module):
-    """One tensor out of a transformers model."""
+    """Returns the logits of a transformers model as a tensor."""
 
     def __init__(self, model: nn.Module, field: str) -> None:
         super().__init__()
@@ -205,9 +206,9 @@ LIBRARIES = {
 
 
 def build(names: Iterable[str], model: nn.Module, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """({baseline: module}, {baseline: why it has none}) of a timm model; libraries build on ``device``.
+    """({baseline: module}, {baseline: why it has none}) of a timm model; modules of libraries are built on ``device``.
 
-    Names that are not in ``LIBRARIES`` are the timm model itself.
+    Names that are not in ``LIBRARIES`` get the timm model itself.
     """
     modules, absent = {}, {}
     for name in names:
@@ -234,7 +235,7 @@ def _attention(backend, fast_path):
 
 
 def _attentions(module, device):
-    """{name: function that makes a context} of the ways in which a module may attend, torch's own choice first."""
+    """{name: function that makes a context} of a module's possible attention kernels, torch's own choice first."""
     ways = {"torch's choice": partial(_attention, None, True)}
     if device.type != "cuda":
         return ways
@@ -253,9 +254,9 @@ def _attentions(module, device):
 def best_attention(
     module: nn.Module, call: Callable[[], Any], device: torch.device
 ) -> tuple[str, Callable[[], AbstractContextManager[None]]]:
-    """(name, function that makes a context) of the fastest way to attend; torch's own choice unless 2 % are gained.
+    """(name, function that makes a context) of the fastest attention kernel; torch's own choice unless 2 % are gained.
 
-    Only a GPU has several; nn.MultiheadAttention's fast path may be switched off, where it cannot use the backend.
+    Only a GPU has several. With nn.MultiheadAttention each is also tried without its fast path, which cannot use all.
     """
     ways = _attentions(module, device)
     times: dict[str, float] = {}

@@ -42,9 +42,9 @@ def run(
     tell: Any,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> bool:
-    """Measures all batch sizes; whether vit_fast failed on any of them.
+    """Measures all batch sizes; returns whether vit_fast failed on any of them.
 
-    After Ctrl-C the rows of a batch size that has enough rounds are kept too, then KeyboardInterrupt goes on.
+    After Ctrl-C the rows of a batch size that has enough rounds are kept too, then KeyboardInterrupt is raised.
 
     Args:
         tell: called with a text and the done fraction as the work goes on; ``tell.warn`` prints a line.
@@ -78,7 +78,7 @@ def run(
 
 
 def _providers(settings, contest, batch, plan):
-    """Ours before the baselines; what has no module, or no time, has a row that says so."""
+    """Our variants, then the baselines; a provider without a module or without time gets a row that says so."""
     our_names, baseline_names = provider_names(settings, contest)
     pixels, providers = contest.pixels[:batch], []
     for name in (*our_names, *baseline_names):
@@ -98,12 +98,12 @@ def _providers(settings, contest, batch, plan):
 
 
 def _bench_batch(settings, contest, batch, providers, budget, later, tell):
-    """Fills in the rows of one batch size; whether vit_fast failed on it.
+    """Fills in the rows of one batch size; returns whether vit_fast failed on it.
 
-    later: {batch size: the least seconds that it takes} of those that follow.
+    later: {batch size: the least seconds that it takes} of the batch sizes that follow.
     """
     pixels = contest.pixels[:batch]
-    # torch.compile gives up on a function after a number of shapes, silently: each batch size starts afresh.
+    # torch.compile silently stops compiling a function after a number of shapes, so it is reset for each batch size.
     torch._dynamo.reset()
     ours = [provider for provider in providers if provider.ours]
     baselines = [provider for provider in providers if not provider.ours and provider.row["status"] == "ok"]
@@ -136,7 +136,7 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
         columns, operators, baseline.context = attention[id(module)]
         baseline.row.update(columns)
         if baseline.name in COMPILE_MODES:
-            # A mode that stands earlier is compiled at every batch size before a later one at any: its time is kept.
+            # An earlier mode takes precedence at all batch sizes over a later one at any: time is reserved for it.
             before = compiled[: compiled.index(baseline.name)]
             kept_back = sum(least + sum(map(budget.compile_seconds, before)) for least in later.values())
             seconds_left = budget.left() - timing - kept_back
@@ -157,7 +157,7 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
 
 
 def _plain_logits(provider, contest, pixels, settings):
-    """Logits of the plain PyTorch form of a model with narrower products; None of a model in its weights' dtype."""
+    """Logits of the plain PyTorch form of a model with narrower products; None if products have the weights' dtype."""
     if provider.products is None:
         return None
     if not provider.ours:
@@ -207,10 +207,10 @@ def _judge(ours, golden, eager, contest, pixels, settings):
 
 
 def _attention(module, pixels, settings):
-    """The fastest way for a module to attend: (columns of its row, its operators, function that makes a context)."""
+    """The fastest attention kernel of a module: (columns of its row, its operators, function that makes a context)."""
     way, context = best_attention(module, caller(module, pixels, settings), settings.device)
     ops, operators = AttentionOps(), Operators()
-    with contextlib.suppress(Exception), context(), ops, operators:  # its first call will tell of the failure
+    with contextlib.suppress(Exception), context(), ops, operators:  # the first call of the provider reports a failure
         caller(module, pixels, settings, torch.no_grad)()
     return {"attention": way, "attention_operators": ", ".join(sorted(ops.names))}, operators.calls, context
 

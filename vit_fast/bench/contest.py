@@ -1,6 +1,6 @@
-"""The models of one benchmark, ours and the baselines, with the same weights; their pixels; what all rows share.
+"""The models of one benchmark, ours and the baselines, with the same weights; their pixels; columns of all rows.
 
-timm's model is the reference of parity, for a family (``families``) its plain PyTorch form.
+Parity is with timm's model, for a family (``families``) with its plain PyTorch form.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from . import baselines, machine, measure, models, photographs
 from .providers import NARROW, PLAIN, VARIANTS
 from .settings import Settings
 
-PEAK_SECONDS = 2.0  # what measuring the peak of a matrix product takes
+PEAK_SECONDS = 2.0  # time that measuring the peak of a matrix product takes
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Contest:
     """Models with the same weights, and their pixels.
 
     Attributes:
-        reference: what parity is with.
-        ours, baselines: {provider: module}; ``absent``: {provider of either that has none: the reason}.
-        flops: of one image.
-        facts: columns that all rows share; ``narrow_facts``: {provider: those that differ where products are narrower}.
+        reference: the model that parity is with.
+        ours, baselines: {provider: module}; ``absent``: {provider without a module: the reason}.
+        flops: per image.
+        facts: columns that all rows share; ``narrow_facts``: {provider with narrower products: columns that differ}.
         kernel_cache: folder of Triton's compiled kernels.
     """
 
@@ -61,7 +61,7 @@ def caller(
     settings: Settings,
     no_grad: Callable[[], Any] = torch.inference_mode,
 ) -> Callable[[], Any]:
-    """A function that runs the model on the pixels, without gradients and under the autocast that was asked for."""
+    """A function that runs the model on the pixels, without gradients and under the autocast of the settings."""
 
     def call():
         cast = contextlib.nullcontext()
@@ -99,7 +99,7 @@ def _models(settings):
         parity.perturb(timm_model)
     our_model.load_state_dict(timm_model.state_dict(), strict=True)
 
-    # Parameters keep requires_grad, as in a program that only infers: without it, torch makes batched products of some.
+    # Parameters keep requires_grad, as in usual inference code: without it, torch runs some products as batched ones.
     def settle(model):
         model.to(settings.device, getattr(torch, settings.precision), memory_format=settings.memory_format)
 
@@ -107,7 +107,7 @@ def _models(settings):
     settle(our_model)
     others, absent = baselines.build(settings.baselines, timm_model, settings.device)
     for name, model in others.items():
-        if name not in NARROW:  # .to() would turn its weights into the dtype of the other baselines
+        if name not in NARROW:  # .to() would cast its float8 weights to the dtype of the other baselines
             settle(model)
     ours, unsupported = _variants(settings.variants, our_model)
     return timm_model, ours, others, absent | unsupported
@@ -116,7 +116,7 @@ def _models(settings):
 def _variants(names, model):
     """({provider: module}, {provider: why it has none}) of our model's variants, each with its own copy of it.
 
-    A graphed one is here the prepared model: a graph is of one batch size, and captured by its first call.
+    For a graphed variant this is the prepared model; its graph is captured later, by the first call at a batch size.
     """
     ours, absent = {}, {}
     for variant in map(VARIANTS.get, names):
@@ -148,7 +148,7 @@ def _input_of(reference, settings):
 
 
 def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) -> Contest:
-    """Makes the models and loads the pixels; the peak of a matrix product is measured where there is time for it."""
+    """Makes the models and loads the pixels; measures the peak of a matrix product if there is time for it."""
     kernel_cache = measure.kernel_cache()
     reference, ours, others, absent = (_family_models if settings.family else _models)(settings)
     height, width, mean, std = _input_of(reference, settings)
@@ -191,14 +191,14 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
 
 
 def _narrow_facts(precision, settings, device):
-    """``_product_facts`` of a precision; where its products are emulated there is no peak."""
+    """``_product_facts`` of a precision; without a peak where its products are emulated."""
     if precision.why_emulated(settings.device):
         device = None
     return _product_facts(precision.product_dtype(settings.compute_dtype), device, precision.product)
 
 
 def _product_facts(dtype, device, *product):
-    """Columns of the dtype that products multiply and of their peak; without a device that is not measured."""
+    """Columns for the dtype of the products' operands and for their peak, which is not measured without a device."""
     peak, sustained = measure.matmul_peaks(dtype, device, *product) if device else (None, None)
     name = str(dtype).removeprefix("torch.").removesuffix("fn")
     return {"product_dtype": name, "matmul_peak_tflops": peak, "matmul_peak_sustained_tflops": sustained}

@@ -1,4 +1,4 @@
-"""What stops a benchmark and can be mended by its user: a wrong value, a missing package, a model that nobody knows.
+"""Errors that stop a benchmark and that its user can fix: a wrong value, a missing package, an unknown model.
 
 The text of such an error is all that the command line prints.
 """
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class BenchError(Exception):
-    """A failure that the user can mend; its text says how."""
+    """A failure that the user can fix; its text says how."""
 
 
 class WrongValueError(BenchError):
@@ -21,7 +21,7 @@ class WrongValueError(BenchError):
 
 
 def reason(error: object) -> str:
-    """The text of one of the library's errors, without the function that raised it: the command line names a flag."""
+    """The text of a library error without the function's name, in whose place the command line names a flag."""
     return re.sub(r"^vit_fast(\.\w+)*: ", "", str(error))
 
 
@@ -33,5 +33,5 @@ def require(module: str, extra: str) -> ModuleType:
         name = (error.name or module).split(".")[0]
         cause = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails to import ({error})"
         raise BenchError(f"{name} {cause}; pip install 'vit-fast[{extra}]' brings it") from error
-    except RuntimeError as error:  # torchvision, whose operators are built for one torch
+    except RuntimeError as error:  # torchvision, if its operators were built for another torch
         raise BenchError(f"{module} fails to import ({error}); install torch and torchvision in one step") from error

@@ -19,7 +19,7 @@ from vit_fast.checkpoints import convert_state_dict
 
 @dataclass(frozen=True)
 class Family:
-    """A preset, its input and what else runs it."""
+    """A preset, its input and its baselines from other libraries."""
 
     preset: str
     input_size: tuple[int, int, int] = (3, 224, 224)

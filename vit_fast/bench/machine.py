@@ -1,4 +1,4 @@
-"""Facts about this machine that stand in every row of a result, and the choice of its device."""
+"""Facts about this machine, which every row of a result contains, and the choice of its device."""
 
 import os
 import platform
@@ -21,8 +21,8 @@ def _run(*words, timeout=10):
 
 
 def commit() -> str | None:
-    """Short hash of the checkout that this package runs from, "+" appended when it holds changes; where there is no
-    checkout (a copy of it, an installed package), what the variable VIT_FAST_COMMIT says, or None."""
+    """Short hash of the checkout that this package runs from, with "+" if it has uncommitted changes; without a
+    checkout (a copy of it, an installed package) the value of the variable VIT_FAST_COMMIT, or None."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("VIT_FAST_COMMIT")
@@ -32,7 +32,7 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's model name where the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def target_device(text: str | None) -> torch.device:
 
 
 def load_average() -> float | None:
-    """How many programs wanted to run on this machine in the last minute, or None where the system does not tell it."""
+    """The load average of the last minute, or None where the system does not have one."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -88,7 +88,7 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """The current CUDA device, versions and commit; "missing" says why nothing of ours can be measured, if so."""
+    """The current CUDA device, versions and commit; "missing" says why vit_fast cannot be measured, if so."""
     known: dict[str, Any] = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     known["torch"] = torch.__version__
     if not torch.cuda.is_available():

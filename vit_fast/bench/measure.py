@@ -50,8 +50,8 @@ def step_times(call: Callable[[], Any], count: int, device: torch.device, pause:
     """``count`` step times in seconds.
 
     Args:
-        pause: clock cycles for which a GPU waits before each step. Longer than the host takes to queue a step, it keeps
-            the host's time out of the step's.
+        pause: clock cycles for which a GPU waits before each step. If longer than the host takes to queue a step,
+            the step time contains no host time.
     """
     if device.type != "cuda":
         return [seconds(call, device)[0] for _ in range(count)]
@@ -70,7 +70,7 @@ def step_times(call: Callable[[], Any], count: int, device: torch.device, pause:
 
 
 def host_seconds(call: Callable[[], Any], count: int, device: torch.device) -> Iterator[float]:
-    """Seconds until a call returns on an idle device, which on a GPU is not when its work is done."""
+    """Seconds until a call returns; the device is idle before it. On a GPU its work is then still running."""
     for _ in range(count):
         synchronize(device)
         start = time.perf_counter()
@@ -119,7 +119,7 @@ def _cpu_growth(call):
 
 
 def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> tuple[int | None, str]:
-    """Peak bytes of one call, the model's own weights included, and how that was found.
+    """Peak bytes of one call, the model's own weights included, and the method.
 
     Args:
         weights: bytes of the model's parameters and buffers.
@@ -155,10 +155,10 @@ def matmul_peaks(
 ) -> tuple[float, float]:
     """(peak, sustained) TFLOP/s of square matrix products of this dtype, on random numbers.
 
-    product: makes the call that multiplies a bᵀ; a precision has its own (``vit_fast.precisions``).
+    product: function that makes the call computing a bᵀ; each precision has one (``vit_fast.precisions``).
     sustained: products of the fastest size one after the other for that many seconds, at the clock that the chip then
     keeps. peak: the fastest single product seen in about ``budget`` s, or the sustained figure where that is higher.
-    The second factor lies transposed, as in a linear layer: some libraries are slow on the other layout.
+    The second factor is stored transposed, as in a linear layer: some libraries are slow on the other layout.
     """
     best = 0.0
     for size in (8192, 4096) if device.type == "cuda" else (1024, 2048):
@@ -186,7 +186,7 @@ def matmul_peak(
     device: torch.device,
     product: Callable[[torch.Tensor, torch.Tensor], Callable[[], torch.Tensor]] = _product,
 ) -> float:
-    """The first of ``matmul_peaks``."""
+    """The peak of ``matmul_peaks`` alone."""
     return matmul_peaks(dtype, device, product)[0]
 
 
@@ -199,7 +199,7 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
 
 
 def kernel_cache() -> Path:
-    """The folder in which Triton keeps compiled kernels. torch.compile moves it, so ask before."""
+    """The folder in which Triton keeps compiled kernels. torch.compile changes it, so call this before."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
@@ -222,7 +222,7 @@ def flops_per_image(model: torch.nn.Module, pixels: torch.Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = copy.deepcopy(model).requires_grad_(False)  # requires_grad fails in the counter under inference mode
-    # Attention as matrix products: the counter has no formula for the CPU's fused attention and would count it as 0.
+    # MATH computes attention by matrix products: the counter has no formula for the CPU's fused attention (counts 0).
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels[:1])
     return counter.get_total_flops()

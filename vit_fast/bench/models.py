@@ -1,4 +1,4 @@
-"""Models by name, of vit_fast and of timm; a name or an argument that they refuse is an error of one line."""
+"""Models of vit_fast and of timm by name; an unknown name or a bad argument becomes a one-line error."""
 
 import difflib
 from typing import Any
@@ -24,7 +24,7 @@ def vit_fast_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
 
 
 def check_buildable(name: str, **kwargs: Any) -> None:
-    """BenchError for a model that vit_fast cannot make, at no cost: it is made without memory."""
+    """Raises BenchError for a model that vit_fast cannot make. Cheap: the model is built on the meta device."""
     with torch.device("meta"):
         vit_fast_model(name, **kwargs)
 

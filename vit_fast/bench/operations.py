@@ -1,11 +1,11 @@
 """The operations of one forward pass, each with its FLOP and its compulsory traffic, found by a run on fake tensors.
 
-Nothing is computed and no memory is taken: a dispatch mode sees every operator call with its shapes. What an operator
-does is one operation, except for vit_fast's own, which launch a kernel for each of several. FLOP counts matrix products
-(2 a multiply-add). Bytes counts every input read once and the result written once, also what passes between the kernels
-of one operator. A tensor expanded along an axis counts once along it. An operation carries the name of the module
-whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a block. Tensors that
-``vit_fast.prepare`` made carry the names of the parameters that they were made of.
+Nothing is computed and no memory is taken: a dispatch mode sees every operator call with its shapes. A call is one
+operation, except a call of vit_fast's own operators, which launch several kernels, one for each operation. FLOP counts
+matrix products (2 a multiply-add). Bytes counts every input read once and the result written once, also tensors that
+pass between the kernels of one operator. A tensor expanded along an axis counts once along it. An operation carries the
+name of the module whose parameters it reads, or else of the module in whose forward it ran, with * for the number of a
+block. Tensors that ``vit_fast.prepare`` made carry the names of the parameters that they were made of.
 """
 
 import math
@@ -26,13 +26,13 @@ from vit_fast.precisions import PRECISIONS
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
 _ATTENTION = "scaled_dot_product_attention"
-_LISTED = 30  # torch.profiler writes no sizes of a longer list of tensors
+_LISTED = 30  # torch.profiler records no sizes for longer lists of tensors
 _NARROW_DTYPES = {precision.product_dtype(torch.bfloat16) for precision in PRECISIONS.values() if precision.products}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What has to be computed once.
+    """One operation of a forward pass.
 
     Attributes:
         name, module: the kind of operation, and the module whose parameters it reads.
@@ -48,7 +48,7 @@ class Operation:
     narrow: bool = False
 
     def roofline_seconds(self, flop_rate: float, byte_rate: float, narrow_rate: float | None = None) -> float:
-        """The roofline bound: seconds that it takes at least on a device of so many FLOP and bytes a second."""
+        """The roofline bound: least seconds on a device that reaches these FLOP and bytes a second."""
         rate = narrow_rate if self.narrow and narrow_rate else flop_rate
         return max(self.flop / rate, self.bytes / byte_rate)
 
@@ -63,12 +63,12 @@ class Call:
 
 
 def operator_name(name: str) -> str:
-    """One name for the operator and all forms of it that a backend may choose."""
+    """The operator's name, the same for all forms of it that a backend may choose."""
     return f"aten::{_ATTENTION}" if "scaled_dot_product" in name else name
 
 
 def tensor_sizes(sizes: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
-    """Sizes of the tensors in a profiler's list of arguments: what has no size is dropped, lists are flattened."""
+    """Sizes of the tensors in a profiler's list of arguments; drops arguments without a size, flattens lists."""
     flat: list[Any] = []
     for size in sizes:
         if size and isinstance(size[0], (list, tuple)):
@@ -79,7 +79,7 @@ def tensor_sizes(sizes: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def moved_bytes(*tensors: torch.Tensor | None) -> int:
-    """Bytes of tensors, each element once though a stride of 0 repeats it; None counts nothing."""
+    """Bytes of tensors; elements repeated by a stride of 0 count once, None counts 0."""
     total = 0
     for t in {id(t): t for t in tensors if t is not None}.values():
         kept = (size for size, stride in zip(t.shape, t.stride(), strict=True) if stride or size == 0)
@@ -140,7 +140,7 @@ def _patch_embed(a, out):
 
 
 def _fp8_blocks(a, out):
-    """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: one an element of what passes as e4m3."""
+    """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: 1 an element for e4m3 tensors."""
     wide = moved_bytes(out)
     _, tokens, width = out.shape
     rows = out.numel() // width
@@ -161,7 +161,7 @@ def _fp8_blocks(a, out):
         yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_bias)
 
 
-# Each yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in their order.
+# Each function yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in order.
 _VIT_FAST = {
     "vit_fast::attention_fwd": _attention,
     "vit_fast::layer_norm_fwd": _layer_norm,
@@ -178,7 +178,7 @@ def _label(path):
 
 
 def _prepared_names(model):
-    """{id of a tensor: label} of what ``vit_fast.prepare`` made, by the modules that it was made of."""
+    """{id of a tensor: label} of the tensors that ``vit_fast.prepare`` made, labelled by their source modules."""
     names = {}
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
@@ -193,14 +193,14 @@ def _storages(tensors):
 
 
 def _moves_nothing(func, inputs, outputs):
-    """A view, or fresh memory."""
+    """Whether a call moves no data: a view, or an allocation."""
     if func.is_view or "empty" in func._schema.name:
         return True
     return bool(inputs) and not func._schema.is_mutable and _storages(outputs) <= _storages(inputs)
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operator call; knows parameters, and what is computed from them alone, by their names."""
+    """Records every operator call; names parameters, and tensors computed from parameters alone."""
 
     def __init__(self, model):
         super().__init__()
@@ -261,7 +261,7 @@ def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
     ]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        # Under inference_mode a dispatch mode sees F.linear and its like whole; the profiler sees what they call.
+        # Under inference_mode a dispatch mode sees composite operators such as F.linear, the profiler what they call.
         with torch.inference_mode(False), torch.no_grad(), fake, recorder:
             model(fake.from_tensor(pixels))
     finally:

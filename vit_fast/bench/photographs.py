@@ -34,7 +34,7 @@ def _folder(folder, count, mode):
     if not folder.is_dir():
         raise BenchError(f"--images: {folder} is not a folder; wanted a folder of photographs")
     try:
-        os.listdir(folder)  # rglob passes over what it may not read
+        os.listdir(folder)  # raises if unreadable; rglob would skip it silently
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise BenchError(f"--images: {folder} cannot be read: {error.strerror}") from error
@@ -54,7 +54,7 @@ def _folder(folder, count, mode):
 
 
 def check_folder(folder: Path | None) -> None:
-    """BenchError unless a folder, None for matplotlib's sample photograph, holds a readable image."""
+    """Raises BenchError unless a folder (None: matplotlib's sample photograph) holds a readable image."""
     if folder is not None:
         require("PIL.Image", "bench")
         _folder(folder, 1, "RGB")
@@ -66,7 +66,7 @@ def _sample(mode):
 
 
 def _views(images, count, width, height):
-    """``count`` crops of the target's shape: the largest centred ones first, then random ones and mirror images."""
+    """``count`` crops of the target's aspect ratio: the largest centred ones first, then random and mirrored ones."""
     from PIL import Image, ImageOps
 
     draw = random.Random(0)

@@ -1,8 +1,8 @@
-"""Where the time of one forward pass goes, operation by operation, beside the least that it can take.
+"""Where the time of one forward pass goes, operation by operation, beside its roofline bound.
 
 The roofline bound of an operation is the greater of its FLOP at the speed of a large matrix product in the dtype that
-it multiplies, and its bytes at the speed of a copy, all measured in the same run. ``operations`` says what there is to
-compute, torch.profiler when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
+it multiplies, and its bytes at the speed of a copy, all measured in the same run. ``operations`` lists the operations,
+torch.profiler tells when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ WARM_CALLS = {"cuda": 10, "cpu": 2}
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, checked; ``provider`` is one of ``providers.PROFILED``, ``batch`` its images a step."""
+    """The checked settings; ``provider`` is one of ``providers.PROFILED``, ``batch`` the images a step."""
 
     model: str
     provider: str
@@ -58,7 +58,7 @@ class Settings:
 def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """(facts of the run, rows, the Chrome trace's text).
 
-    Rows are operations in the order of the forward pass, then kernels that belong to none, then sum, gaps and step.
+    Rows are operations in the order of the forward pass, then kernels without an operation, then sum, gaps and step.
     """
     device, on_gpu = settings.device, settings.device.type == "cuda"
     if on_gpu and torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
@@ -69,7 +69,7 @@ def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[st
             tell(f"{settings.model}: model", 0.0)
             model, pixels = _model_and_pixels(settings)
             narrow = settings.narrow
-            if narrow:  # other bytes flow than in the model as it is
+            if narrow:  # its traffic differs from the unprepared model's
                 model = _provide(model, settings.provider)
             calls = operations.forward_operations(model, pixels)
             if not narrow:
@@ -141,7 +141,7 @@ def _trace(call, settings):
     activities = [ProfilerActivity.CPU]
     if settings.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    # The first profile of a process pays for the profiler's own start.
+    # The first profile of a process includes the start of the profiler.
     with torch.profiler.profile(activities=activities, acc_events=True):
         call()
         measure.synchronize(settings.device)

@@ -1,6 +1,6 @@
-"""Whom a benchmark times, by name: the variants of our model and the baselines.
+"""The providers that a benchmark times, by name: the variants of our model and the baselines.
 
-A provider is one of either; its name stands in the column ``provider``.
+The column ``provider`` of a result has the name.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Variant:
 
     Attributes:
         provider: its name in the rows of a result.
-        precision: what ``vit_fast.prepare`` folds its weights to; None where it does not.
-        graphed: whether ``vit_fast.graphed`` captures it in CUDA graphs.
+        precision: the precision of ``vit_fast.prepare``; None for a model that is not prepared.
+        graphed: whether ``vit_fast.graphed`` captures the model in CUDA graphs.
     """
 
     provider: str
@@ -26,7 +26,7 @@ class Variant:
 
     @property
     def products(self) -> str | None:
-        """What its linear layers multiply, in words; None where it is the dtype of the weights."""
+        """The dtype that its linear layers multiply, as text; None where it is that of the weights."""
         return self.precision.products if self.precision else None
 
 
@@ -35,7 +35,7 @@ for _precision in PRECISIONS.values():
     for _name, _graphed in ((_precision.variant, False), (_precision.graphed_variant, True)):
         VARIANTS[_name] = Variant(f"{PLAIN}-{_name}", _precision, _graphed)
 SCALED_MM = "scaled-mm"
-# The longest to compile last: what a time budget cuts is the end.
+# The longest to compile come last, because a time budget cuts the list at its end.
 BASELINES = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune", SCALED_MM)
 # The modes of torch.compile.
 COMPILE_MODES = {
@@ -44,17 +44,17 @@ COMPILE_MODES = {
     "compile-max-autotune": "max-autotune",
     SCALED_MM: "max-autotune",
 }
-# The precision of providers whose products are narrower than their weights. Such a provider is compared with the
-# baselines of the same products and with all that multiply the weights' dtype, any other with the latter alone.
+# The precision of providers whose products are narrower than their weights. Such a provider is compared with baselines
+# of the same product dtype and with those that multiply in the weights' dtype, any other provider with the latter only.
 NARROW = {
     variant.provider: variant.precision for variant in VARIANTS.values() if variant.precision and variant.products
 }
 NARROW |= {SCALED_MM: FP8}
 OUR_GRAPHS = tuple(variant.provider for variant in VARIANTS.values() if variant.graphed)
-# Those that replay CUDA graphs, whose memory outlives the call.
+# Providers that replay CUDA graphs, whose memory outlives the call.
 GRAPHED = (*OUR_GRAPHS, "compile-cudagraphs", "compile-max-autotune", SCALED_MM)
 
-# What a profile is taken of: our variants under the names that --provider has for them, and timm's model.
+# What can be profiled: our variants, under their names in --provider, and timm's model.
 PROFILED_VARIANTS = {PLAIN: VARIANTS["plain"]}
 PROFILED_VARIANTS |= {precision.variant: VARIANTS[precision.variant] for precision in PRECISIONS.values()}
 PROFILED = (*PROFILED_VARIANTS, "eager", "compile", "compile-max-autotune")

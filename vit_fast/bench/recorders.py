@@ -1,4 +1,4 @@
-"""Which operators a call runs: dispatch modes that write them down. They tell two programs apart, and name attention.
+"""Dispatch modes that record which operators a call runs, to compare two programs and to name the attention kernel.
 
 Under inference mode a dispatch mode sees composite operators alone, such as F.linear and
 scaled_dot_product_attention, and not what these call: run a model under ``torch.no_grad`` instead.
@@ -16,10 +16,11 @@ _MOVES = tuple(f"aten::{name}" for name in ("add", "cat", "clone", "copy", "_to_
 
 
 class Operators(TorchDispatchMode):
-    """Writes down the operators that run under it, and the sizes of what they get.
+    """Records the operators that run under it, and the sizes of their tensors.
 
-    An operator of vit_fast on its backend "torch" is what it is made of; in-place forms have the name of the others.
-    Views, sums and copies are left out: equal programs place them differently, as eager adds the position table.
+    An operator of vit_fast on its backend "torch" is recorded as the operators that it calls; in-place forms have the
+    name of the out-of-place ones. Views, sums and copies are left out, because equal programs place them differently
+    (eager timm adds the position table separately).
 
     Attributes:
         calls: (name, sorted sizes of its tensors) of each operator, in order.

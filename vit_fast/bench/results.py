@@ -1,4 +1,4 @@
-"""The files that a benchmark leaves behind: rows as CSV or JSON, and a plot of them. Needs no torch."""
+"""The files that a benchmark writes: rows as CSV or JSON, and a plot of them. Needs no torch."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from .providers import SCALED_MM
 
 Row = dict[str, Any]
 
-# The first columns of a file, timm's names before ours; what a row has beyond them follows in its own order.
+# The first columns of a file, timm's names before ours; further columns of a row follow in the order of the row.
 COLUMNS = (
     "model",
     "provider",
@@ -38,12 +38,12 @@ COLUMNS = (
 
 
 def speedup_column(baseline: str) -> str:
-    """The column of how many times as fast as a baseline a provider is."""
+    """The column of a provider's speedup over a baseline."""
     return f"speedup_vs_{baseline.replace('-', '_')}"
 
 
 def check_writable(path: Path) -> None:
-    """WrongValueError unless a file there can be opened for writing; a file that this makes is removed again."""
+    """Raises WrongValueError unless ``path`` can be opened for writing; removes a file that the check creates."""
     if path.is_dir():
         raise WrongValueError(str(path), "the name of a file, not of a folder")
     try:
@@ -58,7 +58,7 @@ def check_writable(path: Path) -> None:
 
 
 def _finite(value):
-    """JSON has neither NaN nor infinity."""
+    """The value with None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Timing in rounds: each provider once a round, in random order, so that a clock that drifts drifts for all of them.
+"""Timing in rounds: each provider once a round, in random order, so that a drifting clock affects all of them alike.
 
 ``speedup`` has the statistics. ``fill_in`` turns the times into the figures of the rows.
 """
@@ -29,14 +29,14 @@ class Provider:
     """One provider at one batch size.
 
     Attributes:
-        call: runs its model on the pixels; ``context`` makes the context in which it does.
-        row: its row of the result; ``status`` is "ok" or says why there are no figures.
+        call: runs its model on the pixels; ``context`` makes the context of that call.
+        row: its row of the result, whose ``status`` is "ok" or says why there are no figures.
         ours: whether it is one of our variants, not a baseline.
         rounds: the step times of each round, in seconds; ``latencies``: times of single calls.
         warm_seconds: of the second call.
         logits: what it computed.
-        operators: what it ran, from ``recorders``; None where that is not known: compiled, in a graph, or in kernels
-            of our own.
+        operators: the operators that it ran, from ``recorders``; None where unknown (compiled, in a CUDA graph, or in
+            kernels of our own).
     """
 
     name: str
@@ -52,7 +52,7 @@ class Provider:
 
     @property
     def products(self) -> str | None:
-        """What its matrix products multiply, in words; None where it is the dtype of the weights."""
+        """The dtype that its matrix products multiply, as text; None where it is that of the weights."""
         return NARROW[self.name].products if self.name in NARROW else None
 
     @property
@@ -68,14 +68,14 @@ class Provider:
 
 
 def release(device: torch.device) -> None:
-    """Gives memory back that nothing refers to."""
+    """Frees cached memory that nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def outcome(error: BaseException) -> str:
-    """The status of a row that an exception ended."""
+    """The status of a row whose provider raised an exception."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
@@ -91,7 +91,7 @@ def attempt(provider: Provider, work: Callable[[], None], device: torch.device) 
             work()
     except Exception as error:
         provider.row["status"] = outcome(error)
-    if provider.row["status"] != "ok":  # the exception, and the tensors its frames hold, are gone only here
+    if provider.row["status"] != "ok":  # only here are the exception and the tensors in its frames freed
         release(device)
 
 
@@ -109,10 +109,10 @@ def _warm_up(provider, calls, seconds, device):
 def time_rounds(
     providers: list[Provider], settings: Settings, seconds: float, tell: Callable[[str, float], None]
 ) -> bool:
-    """Times the providers round after round: as many as asked for, or as fit into the time, 3 at least.
+    """Times the providers in rounds: the requested number, or as many as fit into the time, but at least 3.
 
     Returns:
-        Whether Ctrl-C came after these; before, it is raised.
+        Whether Ctrl-C came after these 3; an earlier one is raised.
     """
     device, wanted = settings.device, settings.bench_iterations
     end = time.perf_counter() + seconds
@@ -128,7 +128,7 @@ def time_rounds(
                 break
             tell(f"round {turn + 1} of {rounds}", 0.5 + turn / rounds / 2)
             calls = (turn + 1) * wanted // rounds - turn * wanted // rounds
-            draw.shuffle(order)  # so that each comes after every other one
+            draw.shuffle(order)  # so that each follows every other provider at times
             for provider in order:
 
                 def work(provider=provider, calls=calls):
@@ -146,7 +146,7 @@ def time_rounds(
 
 
 def fill_in(providers: Iterable[Provider], settings: Settings, contest: Contest, batch: int) -> None:
-    """The figures of the rows that were timed: speed, and how many times that of each baseline and of the best one."""
+    """Fills in the figures of the timed rows: speed, and speedup over each baseline and over the best one."""
     state = machine.gpu_state(settings.device)
     timed = [provider for provider in providers if provider.row["status"] == "ok"]
     drift = speedup.drift([provider.rounds for provider in timed])

@@ -1,9 +1,10 @@
-"""The float8 baseline: timm's model whose block linears (qkv, proj, fc1, fc2) multiply in float8, by PyTorch alone.
+"""The float8 baseline: timm's model whose block linears (qkv, proj, fc1, fc2) multiply in float8, in plain PyTorch.
 
-A weight is quantised to e4m3 once, each row by its largest number; what it multiplies likewise, at every call. So no
-data is needed ahead, as by ``vit_fast.prepare(precision="fp8")``. torch._scaled_mm multiplies, with its fast
-accumulation, takes the scales back and adds the bias; it writes bfloat16, which is all it can with scales by row.
-torch.compile fuses the quantisation with what stands before it. ``plain`` is the same with products in float32.
+A weight is quantised to e4m3 once, each row by its largest absolute value; the activations that it multiplies are
+quantised the same way in every call. So no calibration data is needed, as with
+``vit_fast.prepare(precision="fp8")``. torch._scaled_mm multiplies with its fast accumulation, applies the scales and
+adds the bias; with scales by row it can write bfloat16 only. torch.compile fuses the quantisation with the operations
+before it. ``plain`` is the same model with products in float32.
 """
 
 import copy
@@ -53,7 +54,7 @@ class ScaledLinear(nn.Module):
 
 
 def quantised(model: nn.Module) -> nn.Module:
-    """A copy of a timm model with its block linears in float8; a ValueError where it has none."""
+    """A copy of a timm model with its block linears in float8; raises ValueError where it has none."""
     model = copy.deepcopy(model)
     blocks = getattr(model, "blocks", nn.Module())
     for module in list(blocks.modules()):

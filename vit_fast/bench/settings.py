@@ -1,4 +1,4 @@
-"""What a benchmark of whole models was asked for."""
+"""The settings of a benchmark of whole models."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, checked.
+    """The checked settings.
 
     Attributes:
-        model: timm's name of the model, made with ``img_size`` and ``model_kwargs``.
-        precision: dtype of weights and pixels, "float32" say; ``amp_dtype`` is that of autocast, None without it.
+        model: the model's name in timm, built with ``img_size`` and ``model_kwargs``.
+        precision: dtype of weights and pixels, "float32" say; ``amp_dtype`` is autocast's or None.
         variants, baselines: names from ``providers``, in the order of the rows.
         warm_iterations, bench_iterations: calls before the timing, and timed calls, of each provider.
         images: folder of photographs; None takes a sample photograph.
-        backend: of vit_fast, forced; None leaves the choice to vit_fast and its environment.
-        family: instead of a model: the name of a family in ``families``.
-        load_average: of the machine before the benchmark began.
+        backend: forced backend of vit_fast; None leaves the choice to vit_fast and its environment variables.
+        family: name of a family in ``families``, used instead of ``model``.
+        load_average: the machine's, before the benchmark began.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Settings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix products, float8 apart."""
+        """The dtype of the matrix products, except those in float8."""
         return getattr(torch, self.amp_dtype or self.precision)
 
     @property

@@ -1,7 +1,7 @@
 """When is one provider faster than another? The statistical rule behind every verdict of a benchmark.
 
 The providers are timed in rounds, each once a round and in random order, so that a drifting clock and other programs
-meet all of them alike. A round gives one ratio: the median of the baseline's step times over the median of ours. The
+affect all of them alike. A round gives one ratio: the median of the baseline's step times over the median of ours. The
 verdict is about the median of these ratios, by its distribution-free confidence interval between two order statistics,
 the one that belongs to the sign test (W. J. Conover, Practical Nonparametric Statistics, 3rd ed., 1999, section 3.2):
 with B binomial (n, 1/2), the k-th smallest and the k-th largest of n ratios enclose the median with probability
@@ -44,7 +44,7 @@ def _rank(count, error):
 
 
 def rounds_needed(comparisons: int = 1) -> int:
-    """The fewest rounds that have an interval."""
+    """The fewest rounds for which the interval exists."""
     return next(n for n in range(1, 100) if _rank(n, ERROR_PROBABILITY / comparisons))
 
 
@@ -52,7 +52,7 @@ def speedup(ours: Rounds, theirs: Rounds, comparisons: int = 1) -> Speedup:
     """How many times as fast as ``theirs`` ``ours`` is.
 
     Args:
-        ours, theirs: for each round the step times in seconds; a round that one of them lacks does not count.
+        ours, theirs: for each round the step times in seconds; only rounds that both have count.
         comparisons: how many such verdicts are made at once.
     """
     pairs = [(a, b) for a, b in zip(ours, theirs) if a and b]

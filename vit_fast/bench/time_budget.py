@@ -1,7 +1,7 @@
-"""A limited number of seconds: what of a benchmark fits into them, and how a compilation that takes longer is ended.
+"""A time limit for a benchmark: which parts fit into it, and deadlines that end compilations that take too long.
 
-The plan is made before parity, by the time of one call of the eager model: batch sizes and providers that do not fit
-are left out, and a warning names them. How long a compilation takes is not known ahead, so it is given a deadline.
+The plan is made before parity, from the time of one call of the eager model: batch sizes and providers that do not fit
+are left out, and a warning names them. How long a compilation takes is not known ahead, so it gets a deadline.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from .providers import COMPILE_MODES
 from .settings import Settings
 
 MIN_ROUNDS = 3
-# What a batch size costs at least, in calls of the eager model: parity in float64 and eager's own logits; for each
-# provider its first calls, that for the memory, and the rounds.
+# The least cost of a batch size in calls of the eager model. Parity: float64 and eager's own logits; each provider: its
+# first calls, the call that measures memory, and the rounds.
 PARITY_CALLS, PROVIDER_CALLS = 5, 4 + MIN_ROUNDS
 LEAST_COMPILE = 5.0  # seconds below which no compilation is tried
 
 
 class TimeBudget:
-    """Seconds for the whole command from ``start`` on; a limit of 0 sets no end.
+    """Seconds for the whole command from ``start`` on; a limit of 0 means no limit.
 
     Attributes:
         compiled: the longest that compiling each provider has taken in this run.
@@ -48,7 +48,7 @@ class TimeBudget:
         return self.limit - self.spent() if self.limit else float("inf")
 
     def compile_seconds(self, name: str) -> float:
-        """What compiling this provider takes by what this run has seen: its own longest time, else that of any."""
+        """Expected time to compile this provider: its own longest in this run, else the longest of any provider."""
         return self.compiled.get(name, max(self.compiled.values(), default=0.0))
 
     def add_compilation(self, name: str, seconds: float) -> None:
@@ -57,12 +57,12 @@ class TimeBudget:
 
 
 class OutOfTime(BaseException):
-    """A deadline has passed. No Exception, so that no compiler takes it for a failure of its own."""
+    """A deadline has passed. A BaseException, so that no compiler catches it as a failure of its own."""
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raises ``OutOfTime`` in its block after so many seconds; only a main thread on a Unix can."""
+    """Raises ``OutOfTime`` in its block after so many seconds; works only in the main thread and on Unix."""
     main = threading.current_thread() is threading.main_thread()
     if seconds == float("inf") or not main or not hasattr(signal, "setitimer"):
         yield
@@ -82,14 +82,15 @@ def deadline(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a time budget has room for: {batch size: the least seconds that it takes}, and the providers timed there."""
+    """What fits into a time budget: {batch size: the least seconds that it takes}, and the providers to time."""
 
     batches: dict[int, float]
     providers: tuple[str, ...]
 
 
 def _making_seconds(settings):
-    """What making the models takes, by the time of a few random numbers: each parameter is drawn three times."""
+    """Estimated seconds to make the models, from the time of drawing a few random numbers: each parameter is drawn
+    three times."""
     with torch.device("meta"):
         model = vit_fast.create_model(settings.model, **settings.constructor_kwargs())
     parameters = sum(p.numel() for p in model.parameters())
@@ -111,7 +112,7 @@ def warn_of_short_time(settings: Settings, budget: TimeBudget, tell: Any) -> Non
 
 
 def plan(settings: Settings, contest: Contest, budget: TimeBudget, tell: Any) -> Plan:
-    """What there is time for, by the time of a call of eager with one image; a warning names the rest."""
+    """The plan for the time left, from the time of an eager call with one image; a warning names what does not fit."""
     ours, baselines = provider_names(settings, contest)
     if not budget.limit:
         return Plan(dict.fromkeys(settings.batch_sizes, 0.0), (*ours, *baselines))
@@ -121,7 +122,7 @@ def plan(settings: Settings, contest: Contest, budget: TimeBudget, tell: Any) ->
     def least(batch, providers):
         return step * batch * (PARITY_CALLS + PROVIDER_CALLS * len(providers))
 
-    # The compiled ones are weighed when their turn comes, by what compiling has taken.
+    # Compiled providers are decided on later, from the compile times seen so far.
     providers = tuple(name for name in (*ours, *baselines) if name not in COMPILE_MODES and name not in contest.absent)
     first, *others = settings.batch_sizes
     left_out = []

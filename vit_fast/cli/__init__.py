@@ -39,7 +39,7 @@ def _app():
 
 
 def _discard_output():
-    """Points standard output at the null device: what its buffer holds would fail once more when Python exits."""
+    """Points standard output at the null device; otherwise flushing its buffer would fail again when Python exits."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor has nothing to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -58,6 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except OSError as error:
         _discard_output()
-        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+        if not isinstance(error, BrokenPipeError):  # the reader of the pipe, such as head, has closed it
             print(f"vit-fast: {error}", file=sys.stderr)
         sys.exit(1)

@@ -18,7 +18,7 @@ from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 DEFAULT_BASELINES = {"cuda": BASELINES[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
-# Of 16-bit weights; vit_fast.prepare folds no others.
+# For 16-bit weights, the only ones that vit_fast.prepare folds.
 DEFAULT_VARIANTS = {"cuda": ("plain", "prepared", "graphed"), "cpu": ("plain", "prepared")}
 CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
 FORMATS = ("csv", "json")
@@ -54,7 +54,7 @@ def _results_format(path, name):
 
 
 def _default_variants(target, precision, family):
-    """Those of the device, and those with narrower products where it multiplies these."""
+    """The default variants of a device, with those of narrower products if the device supports these."""
     if precision == "float32":
         return ("plain",)
     found = DEFAULT_VARIANTS[target.type]
@@ -65,7 +65,7 @@ def _default_variants(target, precision, family):
 
 
 def _default_baselines(target, variants):
-    """Those of the device, and timm in float8 where one of our variants is."""
+    """The default baselines of a device, with timm in float8 if one of our variants is in float8."""
     float8 = NARROW[SCALED_MM].products in {VARIANTS[name].products for name in variants}
     return DEFAULT_BASELINES[target.type] + (SCALED_MM,) * (target.type == "cuda" and float8)
 
@@ -233,7 +233,7 @@ def bench(
                 its_rows += batch_rows
                 rows.extend(batch_rows)
                 if results_file is not None:
-                    with contextlib.suppress(OSError):  # told at the end, if it then fails still
+                    with contextlib.suppress(OSError):  # reported at the end, if it still fails then
                         write_rows(results_file)
                 with tell.paused():
                     report.print_batch(batch_rows, contest)

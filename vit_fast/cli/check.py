@@ -88,7 +88,7 @@ def check(
         parity.perturb(made)
     made.to(target, getattr(torch, precision))
     size = input_size(made)
-    assert size is not None  # every model of the registry tells it
+    assert size is not None  # every model of the registry has it
     channels, height, width = size
     mean, std = (made.default_cfg.get(key, (0.5,) * channels) for key in ("mean", "std"))
     if len(mean) != channels:

@@ -1,4 +1,4 @@
-"""``vit-fast convert``: a checkpoint of one program in the keys of another, with a report of every key."""
+"""``vit-fast convert``: converts a checkpoint to another program's keys and reports on every key."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,9 +1,9 @@
-"""How a command ends where it cannot do what it was asked."""
+"""The error of a command that cannot do what was asked, and exit statuses."""
 
 from vit_fast.bench.errors import BenchError
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
+INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
 class CommandError(BenchError):
-    """A failure of a command that the user can mend: its text is all that is printed."""
+    """A failure of a command that the user can fix; only its text is printed."""

@@ -1,4 +1,4 @@
-"""``vit-fast info``: what a bug report starts with."""
+"""``vit-fast info``: versions, devices and backends, for the head of a bug report."""
 
 import importlib.metadata
 import platform

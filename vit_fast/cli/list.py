@@ -1,4 +1,4 @@
-"""``vit-fast list``: the names that ``create_model`` knows, their families, their sizes."""
+"""``vit-fast list``: the model names of ``create_model``, with their families and sizes."""
 
 import difflib
 import fnmatch
@@ -30,7 +30,7 @@ def _row(name, num_classes):
         try:
             model = vit_fast.create_model(name, num_classes=num_classes)
         except (TypeError, ValueError):
-            # A tower or a regression model, which has no such argument.
+            # A tower or a regression model, which has no argument num_classes.
             model = vit_fast.create_model(name)
     facts = getattr(model, "default_cfg", {})
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -45,7 +45,7 @@ def _row(name, num_classes):
 
 
 def _matches(pattern):
-    """The names that match a shell pattern, or that hold a text without wildcards."""
+    """The names that match a shell pattern, or that contain a text without wildcards."""
     from vit_fast.registry import PRESETS
 
     if not any(character in pattern for character in "*?["):

@@ -1,4 +1,4 @@
-"""Flags that several verbs have, and the checks of what was given."""
+"""Flags that several verbs have, and the checks of their values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,18 +50,18 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
 
 
 def precision(flag: str, name: str | None, choices: Sequence[str] = PRECISIONS) -> str | None:
-    """The name of a dtype, given as bf16 or bfloat16, say; None stays None."""
+    """The full name of a dtype given as, for example, bf16 or bfloat16; None stays None."""
     return None if name is None else one_of(flag, _SHORT.get(name, name), choices)
 
 
 def list_of(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
-    """The values of a text with commas between them, each once."""
+    """The values of a comma-separated text, without repetition."""
     return tuple(one_of(flag, value, choices) for value in dict.fromkeys(text.split(",")))
 
 
 def at_least(flag: str, value: float | None, least: float) -> None:
     """Refuses a number below the least; None stands for a default."""
-    if value is not None and not value >= least:  # NaN is neither
+    if value is not None and not value >= least:  # refuses NaN too
         raise wrong(flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more")
 
 
@@ -83,7 +83,7 @@ def keyword_arguments(texts: list[str] | None) -> dict[str, Any]:
 
 
 def target_device(text: str | None) -> "torch.device":
-    """The device of --device, or the one that is there."""
+    """The device of --device, or the default device."""
     from vit_fast.bench import machine
 
     try:
@@ -116,14 +116,14 @@ def backend(name: str | None, device: "torch.device") -> None:
 
 
 def check_buildable(name: str, kwargs: dict[str, Any], img_size: int | None = None) -> None:
-    """Refuses a model that vit_fast cannot make, at no cost."""
+    """Refuses a model that vit_fast cannot make, without allocating it."""
     from vit_fast.bench import models
 
     models.check_buildable(name, **(kwargs if img_size is None else kwargs | {"img_size": img_size}))
 
 
 def output_files(files: dict[str, Path | None]) -> None:
-    """Opens every output of a verb before its work, {flag: path or None}, and leaves what is there as it is."""
+    """Checks ahead that every output of a verb, {flag: path or None}, can be opened; keeps existing files."""
     flags: dict[Path, str] = {}
     for flag, path in files.items():
         if path is not None and output_file(flag, path) is not None:
@@ -133,7 +133,7 @@ def output_files(files: dict[str, Path | None]) -> None:
 
 
 def output_file(flag: str, path: Path | None) -> Path | None:
-    """The path, once a file there has been opened for writing; a file that this makes is removed again."""
+    """The path, checked to be writable; a file created by the check is removed again."""
     try:
         if path is not None:
             check_writable(path)

@@ -1,6 +1,6 @@
-"""What a verb prints and writes: tables and sentences that fit the terminal, and files whose failure is one line.
+"""Output of a verb: tables and sentences that fit the terminal, and files, whose failure is reported in one line.
 
-On a terminal, and where the variable COLUMNS is set, lines have that width. Into a pipe they are as long as they get.
+On a terminal, or if the variable COLUMNS is set, lines wrap at that width; in a pipe they do not wrap.
 """
 
 import os
@@ -22,7 +22,7 @@ def _console():
 
 
 def say(text: str = "") -> None:
-    """Prints lines that break between words."""
+    """Prints text, wrapped between words."""
     _console().print(text)
 
 
@@ -41,7 +41,7 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Collec
     Args:
         heads: of the columns.
         rows: lists of strings, one a column.
-        text: heads of further columns of words, which stand to the left and break where one alone is too wide.
+        text: heads of further text columns, which are left-aligned and wrap where one alone is too wide.
     """
     from rich import box
     from rich.cells import cell_len

@@ -14,7 +14,7 @@ from .output import save, say, show_table
 
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
 ITERATIONS = {"cuda": 20, "cpu": 5}
-LEAST_SHARE = 0.1  # percent of the step; a smaller operator that belongs to no operation has no row in the table
+LEAST_SHARE = 0.1  # percent of the step; the table omits smaller operators that belong to no operation
 CPU_SENTENCE = "These are CPU numbers: they say nothing about a GPU, where the Triton kernels run instead."
 
 
@@ -115,7 +115,7 @@ _COLUMNS = (
 
 
 def _is_small(row):
-    """On a CPU an eager step calls dozens of operators that only look at tensors."""
+    """Whether the table omits a row: on a CPU an eager step calls dozens of operators that only inspect tensors."""
     return row["roofline_us"] is None and row["calls"] and row["percent_of_step"] < LEAST_SHARE
 
 

@@ -97,7 +97,7 @@ def _in_float8(row):
 
 
 def _verdicts(rows):
-    """The fastest of ours against the best baseline, a sentence a batch size, and one more for those in float8."""
+    """Sentences: the fastest of our variants against the best baseline, at each batch size, and the same for float8."""
     for batch, float8 in dict.fromkeys((row["infer_batch_size"], _in_float8(row)) for row in rows):
         here = [row for row in rows if row["infer_batch_size"] == batch]
         ours = [row for row in here if row.get("best_baseline") and _in_float8(row) == float8]
@@ -128,7 +128,7 @@ def _verdict(row):
 
 
 def _disturbances(rows):
-    """Warnings about the figures: other programs were running, the clock drifted, step times scatter."""
+    """Warnings about the figures: other programs ran, the clock drifted, step times scatter."""
     load, cores = rows[0].get("load_average"), rows[0].get("cpu_threads")
     if load is not None and load > 0.25 * cores:
         yield (
@@ -149,7 +149,7 @@ def _disturbances(rows):
 
 
 def _parity(rows, eager):
-    """Whether our variants keep the error budget, those in float8 their own one, and how much accuracy float8 costs."""
+    """Sentences: whether our variants keep the error budget (float8 has its own), and the accuracy cost of float8."""
     rows = [row for row in rows if "parity_passed" in row]
     plain = "the plain PyTorch form of the same float8 model"
     for float8, reference, its in ((False, eager, "eager's"), (True, plain, "that form's")):
@@ -225,6 +225,6 @@ def _sentences(rows, settings, seconds):
 
 
 def print_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:
-    """Prints what has to be known to read the rows."""
+    """Prints the sentences that are needed to interpret the rows."""
     for sentence in _sentences(rows, settings, seconds):
         say(sentence)

@@ -1,17 +1,19 @@
-"""What the fast classes of the libraries share: when a block may run fused, and the stack that holds such blocks.
+"""Shared by the fast classes of all libraries: when a block may run fused, and the stack that holds such blocks.
 
-A file of this folder serves one library and is imported only where that library is. ``vit_fast.optimize`` swaps
-``module.__class__`` for a fast class, a subclass of the library's own without fields. It decides ahead of each call:
-where something is in the way, the library's own forward runs, so that every hook of an inner module fires, and the
-reason is noted for ``explain``. It has
+Each file of this folder is for one library and is imported only if that library is loaded. ``vit_fast.optimize`` swaps
+``module.__class__`` for a fast class, a subclass of the library's own without fields. The fast class decides before
+each call whether it may run fused; if not, the library's own forward runs, so that every hook of an inner module fires,
+and the reason is noted for ``explain``. A fast class has
 
-    OPERATION          what it is in the rows of ``explain``
+    OPERATION          its name in the rows of ``explain``
     SUBMODULES         path of each sub-module → the classes it may have (``vit_fast.plain``)
-    not_covered(self)  what its formula does not cover, or None; asked of the library's instance too, before the swap
+    not_covered(self)  why the fused form does not cover it, or None; also called on the library's instance, before the
+                       swap
     params(self)       its weights (``BlockParams``), where its stack can be prepared
 
-and the file has ``FAST``, class → fast class, ``find(model)``: (name, module, class of the library) of what it may
-serve, instances of subclasses too, and perhaps ``STACKS``, class → fast class of what holds a stack of blocks.
+and the file has ``FAST``, class → fast class; ``find(model)``, which yields (name, module, class of the library) of the
+modules that may be swapped, instances of subclasses too; and optionally ``STACKS``, class → fast class of the modules
+that hold a stack of blocks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +29,11 @@ from vit_fast.plain import TENSORS, Fusible
 
 Found = tuple[str, nn.Module, type]  # name, module, class of the library
 
-GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the word of nn.GELU
+GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the argument ``approximate`` of nn.GELU
 
 
 class Swapped(nn.Module):
-    """Base of every class that ``vit_fast.optimize`` gives a module, in front of the library's class."""
+    """Base of every class that ``vit_fast.optimize`` gives a module; it precedes the library's class in the MRO."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise UnsupportedError(
@@ -48,7 +50,7 @@ class BlockStack(Swapped, nn.Sequential):
 
     @staticmethod
     def stack(module: nn.Module) -> nn.Module:
-        """The blocks of a module that may become this class."""
+        """The container of the blocks in a module that may be swapped to this class."""
         return module
 
 
@@ -66,12 +68,12 @@ class Fused(Swapped, Fusible):
 
 
 def unknown_submodules(module: nn.Module, fast: type[Fusible]) -> list[str]:
-    """Sub-modules that a fast class does not know: a library's newer version may run them."""
+    """Sub-modules that a fast class does not list; a newer version of the library may have added them."""
     return sorted({name for name, _ in module.named_modules()} - {name for name, *_ in fast.SUBMODULES} - {""})
 
 
 def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """Which optional argument, a mask above all, is neither left out nor None nor False, or None."""
+    """Names an optional argument (usually a mask) that is given and is neither None nor False; None without one."""
     for name, value in kwargs.items():
         if value is not None and value is not False:
             return f"{name} is given"
@@ -82,7 +84,7 @@ def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
 
 
 def not_dense(x: torch.Tensor, dims: int) -> str | None:
-    """Why x is no plain tensor of so many dimensions, or None; a tracer of torch.fx watches others."""
+    """Why x is no plain tensor of ``dims`` dimensions (but a torch.fx proxy, a subclass, nested, ...), or None."""
     if type(x) not in TENSORS:
         return f"the input is a {type(x).__name__}"
     if x.is_nested:
@@ -97,8 +99,8 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | None) -> str | None:
-    """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None: the fused
-    branches return that of the residual."""
+    """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None. The fused
+    branches return the dtype of the residual x."""
     if reason := not_dense(x, 3):
         return reason
     if autocasts(x):

@@ -3,7 +3,7 @@
     x = q_x + ls_1(attn(ln_1(q_x)))
     x = x + ls_2(mlp.c_proj(act(mlp.c_fc(ln_2(x)))))
 
-Text towers, whose attention is causal, are left alone; an image tower of timm is ``integrations/timm.py``'s.
+Text towers, whose attention is causal, are not touched; ``integrations/timm.py`` handles image towers of timm.
 Source: open_clip/transformer.py.
 """
 
@@ -111,7 +111,7 @@ class FastTransformer(Swapped, Transformer):
 
     @staticmethod
     def stack(module: nn.Module) -> nn.Module:
-        """The blocks of a module that may become this class."""
+        """The container of the blocks in a module that may be swapped to this class."""
         return module.get_submodule("resblocks")
 
 

@@ -34,7 +34,7 @@ _ACTIVATIONS = {
 
 
 def _activation(mlp):
-    """The word of the activation of an Mlp or a GluMlp, or None."""
+    """The name of the activation of an Mlp or a GluMlp, or None."""
     act = type(mlp.act)
     if type(mlp) is layers.GluMlp:
         return "swiglu" if act is nn.SiLU and not mlp.gate_last else None
@@ -44,7 +44,7 @@ def _activation(mlp):
 
 
 def _drop_path(module):
-    """The rate at which a DropPath drops now."""
+    """The current rate of a DropPath."""
     return module.drop_prob if type(module) is DropPath and module.training else 0.0
 
 
@@ -114,7 +114,7 @@ class FastBlock(Fused, Block):
         if reason := given(masks, named_masks) or self.not_fused():
             return self.run_library(reason, x, *masks, **named_masks)
         p, attn, mlp = self.params(), self.attn, self.mlp
-        # With fused_attn timm asks the attention, not its Dropout, whether it trains.
+        # With fused_attn timm reads the training flag of the attention, not of its Dropout.
         attn_trains = attn.training if attn.fused_attn else attn.attn_drop.training
         attn_drop = getattr(attn.attn_drop, "p", 0.0) if attn_trains else 0.0
         paths = _drop_path(self.drop_path1), _drop_path(self.drop_path2)
@@ -142,7 +142,7 @@ class FastPatchEmbed(Fused, PatchEmbed):
         return None
 
     def _not_taken(self, x):
-        """Why timm would complain of the size or dtype of the images, or pad or cast them, or None."""
+        """Why timm would refuse, pad or cast images of this size or dtype, or None."""
         if reason := not_dense(x, 4):
             return reason
         if autocasts(x):

@@ -4,8 +4,8 @@
     x = x + drop_path(layer_scale2(mlp(norm2(x))))
 
 Three projections stay three, after one LayerNorm: packing them would copy their weights in each call. Text towers are
-left alone. The encoders of CLIP and SigLIP hold stacks that can be prepared; in the others the loop over the layers is
-the model's own.
+not touched. The encoders of CLIP and SigLIP hold stacks that can be prepared; the other models loop over their layers
+in their own forward, so their stacks cannot.
 Source: transformers/models/{vit,deit,dinov2,dinov2_with_registers,clip,siglip}/modeling_*.py, version 5.
 """
 
@@ -38,11 +38,11 @@ from . import GELU, Found, Fused, Swapped, given, instances, not_taken
 _NORM = (nn.LayerNorm,)
 _ACTIVATIONS = (GELUActivation, GELUTanh, QuickGELUActivation, nn.GELU, nn.ReLU)
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # all of them softmax(scale · q kᵀ) v
-_IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # arguments that no attention reads
+_IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # keyword arguments that no attention reads
 
 
 def _activation(module):
-    """The word of an activation, or None."""
+    """The name of an activation, or None."""
     if type(module) is nn.GELU:
         return GELU.get(module.approximate)
     if type(module) is GELUActivation:
@@ -55,7 +55,7 @@ def _activation(module):
 
 
 class _FastLayer(Fused):
-    """[B, N, C] → [B, N, C]; a subclass names the parts as its library class does."""
+    """[B, N, C] → [B, N, C]; a subclass gives the names of the sub-modules in its library class."""
 
     ATTENTION, NORMS, OUT = "attention", ("norm1", "norm2"), "o_proj"
     HEADS, SCALE, DROPOUT = "num_attention_heads", "scaling", "attention_dropout"
@@ -75,7 +75,7 @@ class _FastLayer(Fused):
         collected = output_capturing._active_collector.get()
         return collected is None or "attentions" not in collected
 
-    @classmethod  # asked of the library's instance too, which has no ATTENTION
+    @classmethod  # also called on the library's instance, which has no ATTENTION
     def not_covered(cls, self: Any) -> str | None:  # type: ignore[override]
         attn = getattr(self, cls.ATTENTION)
         if attn.is_causal:
@@ -95,7 +95,7 @@ class _FastLayer(Fused):
         attn_drop = getattr(attn, self.DROPOUT) if attn.training else 0.0
         drop_path = getattr(self, "drop_path", None)
         path = getattr(drop_path, "drop_prob", 0.0) if drop_path is not None and drop_path.training else 0.0
-        # Dropout after the MLP alone, as ViT and DeiT have it, is not timm's, which also drops the hidden activations.
+        # ViT and DeiT have dropout after the MLP only; the fused branch, like timm, also drops the hidden activations.
         dropout = drop_rate(getattr(self, "dropout", None))
         reason = not_taken(x, attn.q_proj.weight, *gammas)
         if dropout or max(attn_drop, path) >= 1:
@@ -189,7 +189,7 @@ class _FastCLIPLayer(_FastLayer):
     layer_norm2: nn.LayerNorm
 
     def params(self) -> BlockParams:
-        """The weights as they are folded, q, k and v packed."""
+        """The weights for folding, with q, k and v packed."""
         attn, mlp = self.self_attn, self.mlp
         qkv_weight, qkv_bias = pack((attn.q_proj, attn.k_proj, attn.v_proj))
         return BlockParams(
@@ -218,13 +218,13 @@ class FastSiglipEncoderLayer(_FastCLIPLayer, SiglipEncoderLayer):
 
 
 class _FastEncoder(Swapped):
-    """Layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
+    """The layers one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
 
     layers: nn.ModuleList
 
     def forward(self, inputs_embeds: torch.Tensor, *masks: Any, **options: Any) -> Any:
         reason = given(masks, options)
-        if recorded := output_capturing._active_collector.get():  # asked for by the config too
+        if recorded := output_capturing._active_collector.get():  # may be requested by the config too
             reason = f"{next(iter(recorded))} are recorded"
         if reason is not None:
             pass_over_prepared(self.layers, reason)
@@ -234,7 +234,7 @@ class _FastEncoder(Swapped):
 
     @staticmethod
     def stack(module: nn.Module) -> nn.Module:
-        """The blocks of a module that may become this class."""
+        """The container of the blocks in a module that may be swapped to this class."""
         return module.get_submodule("layers")
 
 

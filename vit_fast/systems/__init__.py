@@ -8,10 +8,10 @@ lanl       LANL's ViT and T2T-ViT
 t2t        T2T-ViT
 
 Shared: encoder_layer (torch's encoder layer on fused branches), soft_split (overlapping windows, sinusoid table),
-arguments (checks of arguments and images, state_dicts as they come).
+arguments (checks of arguments and images, reading of state_dicts).
 
 A family has ``build(**the original's arguments)``, ``load(model, state_dict or path)`` and ``PRESETS``; its presets are
-models of ``vit_fast.create_model`` too. ``resize_pos_embed`` is what every ``load`` resizes position tables with.
+models of ``vit_fast.create_model`` too. Every ``load`` resizes position tables by ``resize_pos_embed``.
 """
 
 from vit_fast.pos_embed import resize_pos_embed

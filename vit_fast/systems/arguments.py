@@ -1,4 +1,4 @@
-"""What the families share beside the block: checks of arguments and images, and state_dicts as they come.
+"""Shared by the families, beside the block: checks of arguments and images, and reading of state_dicts.
 
 Messages are ``vit_fast.systems.<family>: <argument> is <what came>, expected <what is wanted>``.
 """
@@ -76,7 +76,7 @@ def one_of(family: str, name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 
 def one_of_two(family: str, name: str, value: Any, other_name: str, other_value: Any, default: Any) -> Any:
-    """The value of an argument with two names; None is not given, two different values are an error."""
+    """The value of an argument that has two names. None counts as not given; two different values are an error."""
     if value is not None and other_value is not None and value != other_value:
         fail(family, other_name, other_value, f"{value!r} (as {name}, the same argument)")
     chosen = other_value if value is None else value
@@ -84,7 +84,7 @@ def one_of_two(family: str, name: str, value: Any, other_name: str, other_value:
 
 
 def activation_name(family: str, name: str, value: Any) -> str | None:
-    """The library's name of an activation that is given as a name, class or partial; None for another class."""
+    """This library's name of an activation given as a name, class or partial; None for a class it does not know."""
     if isinstance(value, str):
         return one_of(family, name, value, _ACTIVATIONS)
     if built(value) is None:
@@ -94,7 +94,7 @@ def activation_name(family: str, name: str, value: Any) -> str | None:
 
 
 def norm_maker(family: str, norm_layer: Layer | None, eps: float, **dd: Any) -> Callable[..., nn.Module]:
-    """What makes a family's LayerNorms, a function of the width; eps where norm_layer is None."""
+    """A function that makes a family's LayerNorms from their width; ``eps`` applies where norm_layer is None."""
     return layer_args.norm_maker(f"vit_fast.systems.{family}: norm_layer", norm_layer, eps, **dd)
 
 
@@ -139,7 +139,7 @@ def fail_images(family: str, images: Any, wanted: str) -> NoReturn:
 
 
 def state_of(family: str, source: Source, torchscript: bool = False) -> dict[str, torch.Tensor]:
-    """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file of ``read_state_dict``.
+    """A new dict of tensors from a state_dict, a checkpoint that wraps one, or a file that ``read_state_dict`` reads.
 
     Raises:
         TypeError: neither a mapping nor a path.

@@ -1,4 +1,4 @@
-"""CLIP's image tower, and the same tower as CLIP-ReID, open_clip and the plain ReID page have it.
+"""CLIP's image tower, with the arguments and outputs of OpenAI, CLIP-ReID, open_clip or a plain ReID tutorial page.
 
     x = [class_embedding (+ cv_emb); conv1(image)] + positional_embedding;  x = ln_pre(x)
     block:  x = x + out_proj(attention(in_proj(ln_1(x))));  x = x + c_proj(act(c_fc(ln_2(x))))      LayerNorm eps 1e-5
@@ -13,8 +13,8 @@ clip_reid h_resolution, w_resolution  (input of the last block [B, N, D], ln_pos
 open_clip image_size                  pooled [B, output_dim]; with output_tokens (pooled, patch tokens [B, N − 1, D])
 ======== ============================ ==============================================================================
 
-Training and evaluation give the same, but for open_clip's patch_dropout. State_dict keys are the originals', without
-the prefix "visual.". In 16 bits ``convert_weights`` keeps LayerNorms and embeddings in float32, as OpenAI does.
+Training and evaluation give the same output, except with open_clip's patch_dropout. State_dict keys are the originals',
+without the prefix "visual.". In 16 bits ``convert_weights`` keeps LayerNorms and embeddings in float32, as OpenAI does.
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021 (OpenAI CLIP);
 Li et al., "CLIP-ReID", 2023; open_clip.
 """
@@ -235,7 +235,7 @@ class ImageTower(nn.Module):
         self.width = width = arguments.integer("clip", "width", width)
         layers = arguments.integer("clip", "layers", layers)
         if heads is None and variant == "plain":
-            heads = 12  # fixed in that constructor, whatever the width
+            heads = 12  # the plain page's constructor fixes it, whatever the width
         if heads is None and width // 64 == 0:
             arguments.fail("clip", "heads", None, f"a number for width {width} (the default is width // 64)")
         heads = arguments.integer("clip", "heads", width // 64 if heads is None else heads)
@@ -303,8 +303,8 @@ class ImageTower(nn.Module):
             )
 
     def _grid(self, size, subject):
-        """The grid (size − patch) // stride + 1. Overlapping patches leave rest pixels out by the originals' own rule;
-        with patches side by side they are an error unless allow_floor."""
+        """The grid (size − patch) // stride + 1. Pixels that fill no patch are dropped where patches overlap, as in the
+        originals; where patches do not overlap they are an error unless allow_floor."""
         parts = list(zip(size, self.patch_size, self.stride_size, strict=True))
         if any(pixels < patch for pixels, patch, _ in parts):
             _fail_size(subject, size, f"at least one patch of {self.patch_size[0]}×{self.patch_size[1]}")
@@ -315,7 +315,7 @@ class ImageTower(nn.Module):
 
     @untraced
     def _check_images(self, images):
-        """The grid of the images, after every check."""
+        """Checks the images and returns their grid."""
         arguments.check_images("clip", images, self.in_chans)
         arguments.check_float("clip", images)
         size = tuple(operator.index(side) for side in images.shape[2:])
@@ -414,7 +414,7 @@ def build(variant: str = "openai", **kwargs: Any) -> ImageTower:
         ls_init_value, patch_dropout, no_ln_pre: LayerScale, patch dropout in training, no ln_pre.
         pool_type ("tok", "avg", "none"), final_ln_after_pool, output_tokens: open_clip alone.
         dynamic_img_size: takes any size and resizes positional_embedding by pos_embed_policy ("R5" for open_clip,
-            else "R3"). allow_floor: leaves pixels out that do not fill a patch, as the originals do silently.
+            else "R3"). allow_floor: drops pixels that do not fill a patch, as the originals do silently.
     Raises:
         TypeError, ValueError: bad arguments, named with what came and what is wanted.
     """
@@ -455,10 +455,10 @@ def infer_arguments(
     stride_size: arguments.Size | None = None,
     activation: str | None = None,
 ) -> dict:
-    """The arguments of ``build`` that a checkpoint asks for.
+    """The arguments of ``build`` that fit a checkpoint.
 
-    OpenAI's own archives tell all of them: they hold input_resolution, and their program has width // 64 heads,
-    QuickGELU, and patches side by side. Other files tell shapes alone; the caller has to know the rest.
+    OpenAI's own archives determine all of them: they hold input_resolution, and OpenAI's program has width // 64 heads,
+    QuickGELU, and patches without overlap. Other files determine shapes only; the caller has to give the rest.
 
     Args:
         source: a state_dict, a checkpoint around one, or a file, as for ``load``.
@@ -467,7 +467,7 @@ def infer_arguments(
         stride_size: of overlapping patches; default the patch's own size, where the table's rows agree with it.
         activation: "quick_gelu" (OpenAI, CLIP-ReID), "gelu" (most of open_clip), ...
     Raises:
-        ValueError: an argument that the file does not tell and that is not given, or that contradicts the file.
+        ValueError: an argument that neither the file nor the caller determines, or that contradicts the file.
         WeightsError: no CLIP image tower.
     """
     whole = read(source)
@@ -506,7 +506,8 @@ def infer_arguments(
 
 
 def fit_table(state: dict[str, torch.Tensor], key: str, tower: ImageTower, old_grid: tuple[int, int] | None) -> None:
-    """Resizes a position table of another grid in place; a table of the own count stays unless old_grid is given."""
+    """Resizes a position table of another grid, in ``state``. A table with the model's number of rows is not resized
+    unless old_grid is given."""
     table = state.get(key)
     if table is None or table.dim() != 2 or tower.grid_size is None:
         return

@@ -1,6 +1,6 @@
 """CLIP-ReID's person re-identification model around CLIP's image tower: camera and view embeddings, two classifiers.
 
-    f_last, f, f_proj = the class tokens of the tower's triple, the tower seeing sie_coe · cv_embed[camera, view]
+    f_last, f, f_proj = the class tokens of the tower's three outputs, given sie_coe · cv_embed[camera, view] as cv_emb
 
 Source: Li, Sun, Li, "CLIP-ReID: Exploiting Vision-Language Model for Image Re-identification without Concrete Text
 Labels", 2023.
@@ -22,8 +22,8 @@ _TEXT_SIDE = ("text_encoder.", "prompt_learner.")
 class ReID(nn.Module):
     """CLIP-ReID's classifier around the tower, with camera and view embeddings.
 
-    forward(images, cam_label, view_label), labels [B] where there are tables for them:
-    training → ([scores, projected scores], [f_last, f, f_proj], f_proj), the class tokens of the tower's triple;
+    forward(images, cam_label, view_label), labels [B] where the model has tables for them:
+    training → ([scores, projected scores], [f_last, f, f_proj], f_proj), the class tokens of the tower's three outputs;
     evaluation → [B, D + output_dim]: cat(f, f_proj), or of their batch norms with neck_feat "after".
     """
 
@@ -101,8 +101,8 @@ def build(
     Args:
         num_classes: identities.
         camera_num, view_num: rows of the table of side information, cameras · views; 0 for none.
-        sie_coe: its factor.
-        neck_feat: "before" or "after" the batch norms, what evaluation returns.
+        sie_coe: factor on that table.
+        neck_feat: whether evaluation returns the features "before" or "after" the batch norms.
         tower_kwargs: arguments of ``clip.build("clip_reid", ...)``.
     """
     tower = clip.build("clip_reid", **tower_kwargs)
@@ -111,7 +111,7 @@ def build(
 
 @loads(ReID)
 def load(model: ReID, source: arguments.Source, old_grid: tuple[int, int] | None = None) -> ReID:
-    """Loads a checkpoint of CLIP-ReID, of which the text side is left out, or a CLIP's image tower alone; strict.
+    """Loads a checkpoint of CLIP-ReID, without its text tower, or the image tower of a CLIP alone; strict.
 
     Arguments and errors as in ``clip.load``.
     """

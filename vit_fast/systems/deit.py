@@ -1,4 +1,4 @@
-"""DeiT and the ViT classes derived from timm 0.4: distillation token, pre-logits, and the page's literal variant.
+"""DeiT and the ViT classes derived from timm 0.4: distillation token, pre-logits, and a literal variant (see below).
 
     x = dropout([cls_token, (dist_token), patch_embed(image)] + pos_embed)
     block: x = x + drop_path(dropout(proj(attention(qkv(norm1(x))))))
@@ -6,13 +6,13 @@
     x = norm(x)
 
 forward: images [B, in_c, H, W] → head(f) [B, num_classes], f = x[:, 0] or tanh(fc(x[:, 0])) with pre-logits.
-Distilled, a = head(x[:, 0]) and b = head_dist(x[:, 1]): the tuple (a, b) in training, (a + b)/2 in evaluation. timm of
-today averages in training too unless told otherwise: ``set_distilled_training(False)``.
+Distilled, a = head(x[:, 0]) and b = head_dist(x[:, 1]): the tuple (a, b) in training, (a + b)/2 in evaluation. Current
+timm averages in training too by default; so does this class after ``set_distilled_training(False)``.
 
-A page of this class feeds [B, N, D] to torch's encoder layers without batch_first: attention then runs over the batch,
-and the logits do not depend on the image. ``compat="literal"`` keeps that arithmetic; the default is what the class is
-meant to be. State_dict keys are timm's; in literal mode the page's (patch_embed.weight, pre_logits.0.*, blocks.{i} as
-torch's TransformerEncoderLayer).
+A tutorial page ("the page" in this file) with this class feeds [B, N, D] to torch's encoder layers without batch_first:
+attention then runs over the batch, and the logits do not depend on the image. ``compat="literal"`` keeps that
+arithmetic; by default attention is over the tokens. State_dict keys are timm's; in literal mode the page's
+(patch_embed.weight, pre_logits.0.*, blocks.{i} as torch's TransformerEncoderLayer).
 Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", 2021; timm 0.4.
 """
 
@@ -82,7 +82,7 @@ class OpenMlp(nn.Module):
 
 
 class _Heads(nn.Module):
-    """Heads and outputs, which both classes share."""
+    """Heads and outputs shared by ``DeiT`` and ``LiteralDeiT``."""
 
     pos_embed: nn.Parameter
     cls_token: nn.Parameter
@@ -108,7 +108,7 @@ class _Heads(nn.Module):
     def forward_head(
         self, features: torch.Tensor | tuple[torch.Tensor, torch.Tensor], pre_logits: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What ``forward_features`` returns → the output; ``pre_logits`` returns it as it is."""
+        """The result of ``forward_features`` → the output; with ``pre_logits`` it is returned unchanged."""
         if pre_logits:
             return features
         if self.head_dist is None:
@@ -246,7 +246,7 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models
 
 
 class LiteralDeiT(_Heads, nn.Module):
-    """The page's arithmetic to the letter: post-norm ReLU layers whose attention runs over the batch; see the head."""
+    """The page's exact arithmetic: post-norm ReLU layers whose attention runs over the batch."""
 
     def __init__(self, w: dict[str, Any], dd: dict[str, Any]) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def _make_norm(w, dd):
 
 
 def _make_embed(w):
-    """A caller's own patch embedding: images → tokens [B, num_patches, D]."""
+    """The patch embedding of the argument embed_layer: images → tokens [B, num_patches, D]."""
     channels = "in_c" if "in_c" in inspect.signature(w["embed_layer"]).parameters else "in_chans"
     sizes = {name: w[name] for name in ("img_size", "patch_size", "embed_dim")}
     embed = w["embed_layer"](**{channels: w["in_c"]}, **sizes)
@@ -311,7 +311,7 @@ def _make_embed(w):
 
 
 def _check(w):
-    """Checks the arguments and makes them plain: pairs, ints, floats."""
+    """Checks the arguments and normalises them to pairs, ints and floats."""
     for name in ("img_size", "patch_size"):
         w[name] = arguments.pair("deit", name, w[name])
     for name in ("in_c", "embed_dim", "depth", "num_heads"):
@@ -381,7 +381,7 @@ def build(
         distilled: distillation token and second head.
         drop_ratio, attn_drop_ratio, drop_path_ratio (or *_rate): training only.
         embed_layer: a class of (img_size, patch_size, in_c or in_chans, embed_dim) that gives tokens and num_patches.
-        norm_layer: a class or partial of one width; default LayerNorm with eps 1e-6. Not a LayerNorm: unfused.
+        norm_layer: a class or partial of one width; default LayerNorm with eps 1e-6. Other norms run unfused.
         act_layer: the class or name of the activation, default exact GELU; one without a kernel runs unfused.
         weight_init: "", "wz", "jax", "jax_nlhb", "moco" or "skip".
         compat: None, or "literal" for the page's own arithmetic (attn_drop_ratio, drop_path_ratio, qkv_bias, qk_scale,
@@ -410,7 +410,7 @@ Family = TypeVar("Family", DeiT, LiteralDeiT)
 
 
 def _own_spelling(model, state):
-    """The state with older spellings of keys renamed: pre_logits.0, nested blocks; patch weights get their axes."""
+    """The state with older key names (pre_logits.0, nested blocks) renamed and flat patch weights reshaped."""
     literal = isinstance(model, LiteralDeiT)
     old, new = ("blocks.layers.", "blocks.") if literal else ("pre_logits.0.", "pre_logits.fc.")
     state = {key.replace(old, new): value for key, value in state.items()}
@@ -430,7 +430,7 @@ def load(
     Args:
         model: of ``build``.
         source: a state_dict, a checkpoint around one, or a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file.
-        fine_tune: leaves the model's heads as they are where those of the weights do not fit.
+        fine_tune: keeps the model's own heads where those of the weights do not fit.
         old_grid: the (rows, columns) of the weights' pos_embed; default the model's own grid where the count is the
             same, else a square. Another grid is resized by the model's pos_embed_policy (Google's by "R2").
     Returns:

@@ -33,7 +33,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
         norm2=(nn.LayerNorm,),
         dropout2=(nn.Dropout,),
     )
-    activation: Any  # a partial of ``activate``, until somebody puts another function there
+    activation: Any  # a partial of ``activate``, unless replaced by the user
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
         )  # fmt: skip
 
     def _drops(self):
-        """The rates at which the layer drops now: attention weights, attention output, hidden MLP, output."""
+        """The current dropout rates: attention weights, attention output, hidden MLP, output."""
         attn = self.self_attn.dropout if self.self_attn.training else 0.0
         return attn, *map(drop_rate, (self.dropout1, self.dropout, self.dropout2))
 
@@ -83,7 +83,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # takes no masks
         if not self.is_fused():
-            # Not super().forward: in eval mode torch's own fast path reads past the calls of adapters.
+            # Not super().forward: in eval mode torch's own fast path reads weights without calling adapters.
             if self.norm_first:
                 x = x + self._sa_block(plain.layer_norm(self.norm1, x), None, None)
                 return x + self._ff_block(plain.layer_norm(self.norm2, x))

@@ -16,8 +16,8 @@ representation_size ignored                     pre_logits: tanh(Linear) before 
 initialisation      that program's              that program's
 ==================  ==========================  =============================================
 
-Without a variant the model is jeonsworld's, except that a hybrid into which a Google .npz is loaded goes over to
-Google's ResNet arithmetic, for which such weights were trained.
+Without a variant the model is jeonsworld's, except that loading a Google .npz into a hybrid switches it to Google's
+ResNet arithmetic, for which such weights were trained.
 Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020; jeonsworld/ViT-pytorch (MIT);
 google-research/vision_transformer (Apache-2.0).
 """
@@ -351,7 +351,7 @@ class VisionTransformer(nn.Module):
         return ResNetV2.feature_size(self.img_size, self._stem_layers, mode)
 
     def _set_patches(self, mode):
-        """patch_size and grid_size from the config and the size of what the patches are cut from."""
+        """patch_size and grid_size from the config and the size of the image, in hybrids of the feature map."""
         size = self._feature_size(mode)
         grid, patch = (read(self.config, f"patches.{name}", None) for name in ("grid", "size"))
         if grid is None and patch is None:
@@ -399,7 +399,7 @@ class VisionTransformer(nn.Module):
         return self.transformer.embeddings.hybrid_model.mode if self._stem_layers is not None else None
 
     def set_hybrid_mode(self, mode: str) -> None:
-        """Switches the arithmetic of the ResNet; the grid of tokens must stay."""
+        """Switches the arithmetic of the ResNet; the grid of tokens must not change."""
         one_of(_FAMILY, "hybrid_mode", mode, MODES)
         if self._stem_layers is None:
             fail(_FAMILY, "hybrid_mode", mode, "a config with a resnet for it")
@@ -425,7 +425,7 @@ class VisionTransformer(nn.Module):
             self.set_hybrid_mode("google")
 
     def load_from(self, weights: Mapping[str, Any]) -> None:
-        """The original's method: a Google checkpoint, as ``numpy.load`` gives it."""
+        """Loads a Google checkpoint, as ``numpy.load`` returns it; the original's method."""
         load(self, weights)
 
     @untraced
@@ -459,7 +459,7 @@ class VisionTransformer(nn.Module):
             x = torch.tanh(self.pre_logits(x))
         logits = self.head(x)
         if torch.jit.is_tracing():
-            maps = maps or ()  # a traced graph returns no empty list
+            maps = maps or ()  # torch.jit.trace cannot return an empty list
         return (logits, maps) if labels is None else self._loss(logits, labels)
 
 
@@ -471,8 +471,8 @@ def build(
     vis: bool = False,
     **kwargs: Any,
 ) -> VisionTransformer:
-    """A ``VisionTransformer``, where the arguments are described; further ones: variant, hybrid_mode, activation,
-    in_chans."""
+    """A ``VisionTransformer``, whose docstring describes all arguments, variant, hybrid_mode, activation and in_chans
+    included."""
     return VisionTransformer(config, img_size, num_classes, zero_head, vis, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Configs of the config-driven ViT (``hybrid``): what may be handed in, and those of the originals by name.
+"""Configs of the config-driven ViT (``hybrid``): reading a caller's config, and the originals' configs by name.
 
 Names with a "-" are jeonsworld's, whose dropout_rate is 0.1 in all; names with a "+" are Google's hybrids, with
 patches of a size in cells of the feature map where jeonsworld's R50 has a grid.
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Config(dict):
-    """A dict whose entries are attributes too, all the way down."""
+    """A dict whose entries are attributes too, nested dicts included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

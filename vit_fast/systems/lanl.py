@@ -5,10 +5,10 @@ Attention here returns v + proj(softmax(scale·q kᵀ) v), and that skip by v is
     Encoding:          x = x + v + proj(attention(norm1(x)));   x = x + neuralnet(norm2(x))
     TokenTransformer:  x = v + proj(attention(norm1(x)));       x = x + neuralnet(norm2(x))
 
-The scale is (chan/num_heads)^-0.5 (T2T-ViT's own token transformer takes the input width, ``t2t.py``: weights are not
-interchangeable). No dropout, no drop path; train and eval mode give the same output. LayerNorm eps 1e-5, exact GELU.
+The scale is (chan/num_heads)^-0.5. T2T-ViT's own token transformer (``t2t.py``) has (input width)^-0.5, so weights are
+not interchangeable. No dropout, no drop path; train and eval mode give the same output. LayerNorm eps 1e-5, exact GELU.
 Classes keep the originals' names and order of arguments, modules the originals' ``state_dict`` keys. A block runs as
-fused branches while its norms are LayerNorm and its activation is one that the kernels know; other classes run unfused.
+fused branches while its norms are LayerNorm and the kernels have its activation; other classes run unfused.
 Source: S. Callis, "Vision Transformers Explained", Los Alamos National Laboratory; Yuan et al., "Tokens-to-Token ViT".
 """
 
@@ -35,7 +35,7 @@ def _whole(name, value):
 
 
 def _sizes(name, value, wanted):
-    """As many ints as ``wanted`` has names, from a tuple or list."""
+    """A tuple or list of ints, checked to have as many as ``wanted`` has names."""
     names = wanted.split(", ")
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"vit_fast.systems.lanl: {name} is {value!r}, expected ({wanted})")
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 def _activation_name(act):
-    """What the kernels call an ``nn.GELU`` or an ``nn.ReLU``."""
+    """The kernels' name of an ``nn.GELU`` or an ``nn.ReLU``."""
     if type(act) is nn.ReLU:
         return "relu"
     return "gelu_tanh" if act.approximate == "tanh" else "gelu"
@@ -337,7 +337,7 @@ class ViT_Model(plain.Fusible, nn.Module):
         self.default_cfg = dict(input_size=self.patch_tokens.img_size)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay, less the prefix "backbone."."""
+        """Names of parameters that take no weight decay, without the prefix "backbone."."""
         return {"cls_token"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -396,7 +396,7 @@ class Tokens2Token(nn.Module):
 
 
 class T2T_ViT(nn.Module):
-    """Images [B, C, H, W] → [B, preds]; ``num_heads`` serves the token transformers and the backbone."""
+    """Images [B, C, H, W] → [B, preds]; ``num_heads`` is that of the token transformers and of the backbone."""
 
     def __init__(
         self,
@@ -427,7 +427,7 @@ class T2T_ViT(nn.Module):
         self.default_cfg = dict(input_size=self.tokens_to_token.img_size)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay, less the prefix "vit_backbone."."""
+        """Names of parameters that take no weight decay, without the prefix "vit_backbone."."""
         return {"cls_token"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -470,8 +470,8 @@ def load(model: nn.Module, source: arguments.Source, pos_embed: str = "strict") 
 
     Args:
         source: a state_dict, or the path of a ``.pth``, ``.pt``, ``.safetensors`` or ``.npz`` file.
-        pos_embed: "strict", or "recompute": the file's sinusoid table is left out, the model's own stays, so that the
-            weights serve another number of tokens.
+        pos_embed: "strict", or "recompute": the file's sinusoid table is ignored and the model's own kept, so that the
+            weights fit another number of tokens.
     Raises:
         WeightsError: unreadable file, or keys or shapes that do not fit.
     """

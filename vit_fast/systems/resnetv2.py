@@ -16,7 +16,7 @@ projection's    GroupNorm(one group a channel,      GroupNorm(32, eps 1e-6) as e
 norm            eps 1e-5)
 ==============  ==================================  ============================================
 
-The modes share their parameters, but weights of one give noise in the other. Convolutions go to PyTorch.
+The modes have the same parameters, but weights trained in one give noise in the other. Convolutions run in PyTorch.
 Sources: Kolesnikov et al., "Big Transfer", 2019; Qiao et al., "Weight Standardization", 2019; google-research's
 vision_transformer ("google") and jeonsworld's ViT-pytorch ("jeonsworld").
 """
@@ -42,7 +42,7 @@ def standardise(weight: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def _same(size, kernel, stride):
-    """Padding (low, high) that TensorFlow and JAX call SAME."""
+    """The (low, high) padding of TensorFlow's and JAX's SAME."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
@@ -86,7 +86,7 @@ class Unit(nn.Module):
     """Bottleneck: [B, c_in, h, w] → [B, 4·mid, h/stride, w/stride]."""
 
     downsample: StdConv2d | None
-    gn_proj: Any  # an nn.GroupNorm with downsample, None without
+    gn_proj: Any  # an nn.GroupNorm in units with a downsample, else None
 
     def __init__(self, c_in: int, mid: int, stride: int) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def image2emb_conv(image: torch.Tensor, kernel: torch.Tensor, stride: int) -> to
 class ScratchViT(nn.Module):
     """Images [B, ic, image_h, image_w] → logits [B, num_classes]; with labels [B] the mean cross-entropy alone.
 
-    The same output in train and eval mode, apart from dropout. Words: see ``build``.
+    Train and eval mode differ in dropout only. Arguments: see ``build``.
     """
 
     def __init__(
@@ -179,13 +179,13 @@ def build(
     bs: int = 1,
     **options: Any,
 ) -> ScratchViT:
-    """The from-scratch ViT; the defaults are the page's numbers.
+    """The from-scratch ViT; the defaults are those of the tutorial page.
 
     Args:
         image_h, image_w, ic: image size, multiples of patch_size, and channels.
         model_dim, nhead, num_layers, dim_feedforward: width, heads, layers, hidden width of the MLPs.
         max_num_token: rows of the position table; the first 1 + (image_h/P)·(image_w/P) are used.
-        embed: "conv" or "naive", two ways to the same numbers.
+        embed: "conv" or "naive", which give the same numbers.
         compat: None, or "literal": attention over the batch and one class token a sample (``bs`` of them).
         bs: batch size, read in literal mode alone.
         options: dropout (0.1), activation ("relu"; "gelu", "gelu_tanh", "quick_gelu"), pre_norm, patch_bias,

@@ -1,4 +1,4 @@
-"""Pieces of the two T2T-ViTs and the LANL ViT: overlapping windows as tokens, and the sinusoid position table.
+"""Shared by the two T2T-ViTs and the LANL ViT: overlapping windows as tokens, and the sinusoid position table.
 
 Source: Yuan et al., "Tokens-to-Token ViT", 2021; Vaswani et al., "Attention Is All You Need", 2017.
 """
@@ -36,7 +36,7 @@ def _window_pixels(padded, kernel, stride):
 
 
 def _gathered(padded, rows, columns):
-    """What two calls of ``Tensor.unfold`` give, which ONNX has not: [B, C, rows, columns, kernel, kernel]."""
+    """Two ``Tensor.unfold`` calls by indexing, as ONNX lacks unfold: [B, C, rows, columns, kernel, kernel]."""
     pixels = padded.index_select(2, rows.flatten()).index_select(3, columns.flatten())
     return pixels.reshape(*padded.shape[:2], *rows.shape, *columns.shape).transpose(3, 4)
 

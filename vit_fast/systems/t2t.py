@@ -9,7 +9,7 @@ y = φ(q) (φ(k)ᵀ v) / (φ(q)·Σ φ(k) + 1e-8), linear in the number of token
 3136 tokens more than float16 holds: φ and both sums are float32 (float64 for float64 tokens), under autocast too.
 Images [B, in_chans, H, W] of any size whose soft splits fit; logits [B, num_classes] in train and in eval mode. The
 performer's two dropouts of 0.1 are on in train mode whatever drop_rate is. pos_embed and w are frozen and in the
-``state_dict``, whose keys are the original's. Released weights take the backbone's scale (embed_dim/num_heads)^-0.5.
+``state_dict``, whose keys are the original's. Released weights need the backbone's scale (embed_dim/num_heads)^-0.5.
 Source: Yuan et al., "Tokens-to-Token ViT", 2021; Choromanski et al., "Rethinking Attention with Performers", 2020.
 """
 
@@ -238,7 +238,7 @@ def _init_weights(module):
 
 
 class T2T_ViT(nn.Module):
-    """Images [B, in_chans, H, W] → logits [B, num_classes]. Words: see ``build``."""
+    """Images [B, in_chans, H, W] → logits [B, num_classes]. Arguments: see ``build``."""
 
     def __init__(
         self,
