@@ -1,10 +1,10 @@
 """fp8_blocks: a whole transformer block whose matrix products are taken in float8 e4m3, [B, N, C] → [B, N, C].
 
 Run: pytest benchmarks/bench_fp8_blocks.py --benchmark-only
-FLOPs 2·B·N·C·(4·C + 2·F) + 4·B·N²·C, of which attention's are in 16 bits; bytes as the inputs and the output, so
-without what passes between the launches. x is bfloat16, on a CPU too.
+FLOPs 2·B·N·C·(4·C + 2·F) + 4·B·N²·C, of which attention's are in 16 bits; bytes are those of the inputs and the
+output, without tensors that pass between the launches. x is bfloat16, on a CPU too.
 Baseline: eager, the same block in PyTorch on the same quantised weights, which multiplies in float32: it is the
-reference of the numbers, not of the speed. Compare that with ``bench_prepared_blocks``, and with a whole model in
+reference for correctness, not for speed. For speed compare with ``bench_prepared_blocks``, and with a whole model in
 float8 by PyTorch (``vit-fast bench --baselines scaled-mm``).
 """
 

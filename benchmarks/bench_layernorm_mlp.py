@@ -1,7 +1,7 @@
 """layernorm_mlp: x + gamma·fc2(gelu(fc1(LN(x)))), [B, N, C] → [B, N, C], hidden width F.
 
 Run: pytest benchmarks/bench_layernorm_mlp.py --benchmark-only
-FLOPs 4·B·N·C·F. Bytes (2·B·N·C + 2·C·F + F + 4·C) elements: the hidden tokens are no compulsory traffic.
+FLOPs 4·B·N·C·F. Bytes (2·B·N·C + 2·C·F + F + 4·C) elements: the hidden activations are no compulsory traffic.
 Baseline: eager, one PyTorch call a step, as timm's block.
 """
 

@@ -1,9 +1,9 @@
 """prepared_blocks: a whole transformer block on folded weights, [B, N, C] → [B, N, C].
 
 Run: pytest benchmarks/bench_prepared_blocks.py --benchmark-only
-FLOPs 2·B·N·C·(4·C + 2·F) + 4·B·N²·C; bytes as the inputs and the output, so without what passes between the launches.
-Baseline: eager, the same block in PyTorch on the same folded weights. On a CPU, where weights are float32 and are not
-folded by ``vit_fast.prepare``, it measures the torch backend all the same.
+FLOPs 2·B·N·C·(4·C + 2·F) + 4·B·N²·C; bytes: inputs and output, not tensors between launches.
+Baseline: eager, the same block in PyTorch on the same folded weights. On a CPU the weights are float32, which
+``vit_fast.prepare`` does not fold; the benchmark then measures the operation on the torch backend.
 """
 
 import pytest

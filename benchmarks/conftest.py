@@ -1,6 +1,6 @@
-"""What the benchmarks of single operations share: shapes, a timer that waits for the device, the check before it.
+"""Shared by the benchmarks of single operations: shapes, a timer that waits for the device, the check before timing.
 
-GB/s counts compulsory traffic (every input read once, every output written once), so that it can be held against the
+GB/s counts compulsory traffic (every input read once, every output written once), so that it can be compared with the
 memory's copy speed; TFLOP/s counts matrix products. On a GPU the inputs rotate through copies that together exceed
 the L2 cache twice, and the timer synchronises before it reads the clock, so that a round is whole launches.
 """
@@ -101,7 +101,7 @@ def shape(request):
 
 @pytest.fixture(scope="session")
 def peak():
-    """A function of a dtype: TFLOP/s of a matrix product, measured once in this run; None where there is none."""
+    """A function of a dtype: TFLOP/s of a matrix product, measured once in this run, or None without a peak."""
 
     @functools.cache
     def run(dtype):
@@ -133,7 +133,7 @@ def compare(benchmark, peak):
     """``compare(title, providers, provider, make, flops)``: checks one provider against float64, then times it.
 
     ``providers`` maps names to functions of the same arguments, "eager" among them; ``make`` draws those arguments.
-    ``dtype`` is that of the matrix products; in float8 all providers are held to eager as models in float8 are.
+    ``dtype`` is that of the matrix products; in float8 providers are compared with eager by the rule of float8 models.
     """
 
     def run(title, providers, provider, make, flops, dtype=DTYPE):

@@ -3,11 +3,11 @@
     make gpu [ARGS="--out FOLDER --minutes 28 --only tests,models --dry-run"]
 
 A stage is a child process with its own log; one that fails, hangs or runs out of time keeps what it had written, and
-the next one runs. summary.json tells the machine, the commit, what became of every stage, and which rows have no
-figures and why (memory too small, say). targets.json holds the figures in the folder against the targets, which are
-those of 16-bit products; of float8 it records the figures beside them. With --only, several runs may share a folder.
-What needs float8 is left out below capability 8.9. Without a CUDA device of capability 8.0 nothing is measured, and
-where Triton does not run on it, nothing but its ceilings: summary.json says why, and the exit status is 1.
+the next one runs. summary.json holds the machine, the commit, the outcome of every stage, and the rows without figures
+with the reason (such as too little memory). targets.json compares the figures in the folder with the targets, which are
+for 16-bit products; figures of float8 are listed beside them. With --only, several runs may share a folder. Stages that
+need float8 are left out below capability 8.9. Without a CUDA device of capability 8.0 nothing is measured; where Triton
+does not run on the device, only its ceilings are: summary.json says why, and the exit status is 1.
 """
 
 import json
@@ -33,7 +33,7 @@ VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
 LARGE = "eager,torchvision,transformers,compile,compile-max-autotune"
 FEW = "eager,compile"
-FLOAT8 = "224-fp8"  # stands for a size: 224 pixels, in float8 beside the float8 baseline
+FLOAT8 = "224-fp8"  # used as a size: 224 pixels, in float8 beside the float8 baseline
 MODELS = (  # timm's name, pixels, batch sizes, baselines, seconds at most; the most telling first
     (VIT_B, 224, "256,1,64,8", ALL, 480),
     (VIT_B, 512, "64", FEW, 90),
@@ -44,7 +44,7 @@ MODELS = (  # timm's name, pixels, batch sizes, baselines, seconds at most; the 
     (SO400M, 224, "256", LARGE, 240),
     ("vit_base_patch16_384", 384, "64,1", LARGE, 180),
 )
-# At batch size 256, how many times the images per second of the best baseline.
+# Target speedup over the best baseline at batch size 256.
 SPEEDUPS = {VIT_B: 1.3, VIT_S: 1.4, VIT_L: 1.25, VIT_H: 1.3, SO400M: 1.5}
 PROBE = """
 import torch
@@ -63,7 +63,7 @@ class Stage:
     name: str
     command: tuple[str, ...]  # after the interpreter
     seconds: float  # at most
-    cold: bool = False  # with caches of compiled kernels of its own, empty at its start
+    cold: bool = False  # has its own kernel caches, empty at the start
     float8: bool = False  # needs capability 8.9
 
 
@@ -120,12 +120,12 @@ def stages(out: Path, only: str) -> list[Stage]:
 
 
 def _under(*tool):
-    """Python text that runs this very interpreter, with the arguments that follow, under a tool."""
+    """Python code that runs this interpreter, with the arguments that follow, under a tool."""
     return f"import os, sys; os.execvp({tool[0]!r}, [*{list(tool)!r}, sys.executable, *sys.argv[1:]])"
 
 
 def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
-    """What became of one stage: "passed", "failed (exit status)" or "out of time", and its seconds."""
+    """Runs one stage; returns its outcome: "passed", "failed (exit status)" or "out of time", and its seconds."""
     begun = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     log_path = out / f"{stage.name.replace(' ', '-')}.log"
@@ -146,7 +146,7 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def triton_error(seconds: float = 180) -> str | None:
-    """Why a small kernel of ours cannot be compiled, loaded and run here, or None; asked of a child process."""
+    """Why a small kernel of ours cannot be compiled, loaded and run here, or None; tried in a child process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, "-P", "-c", PROBE]
     try:
@@ -159,7 +159,7 @@ def triton_error(seconds: float = 180) -> str | None:
 
 
 def _stages_before(out, plan):
-    """What an earlier run into the same folder tells of stages that this one does not run."""
+    """The outcomes, from an earlier run into the same folder, of the stages that this run does not run."""
     try:
         stages = json.loads((out / "summary.json").read_text())["stages"]
     except (OSError, ValueError, KeyError):
@@ -181,7 +181,7 @@ def _rows(out, model, size):
 
 
 def without_figures(out: Path) -> list[str]:
-    """The rows that were not timed, in words."""
+    """The rows that were not timed, as text."""
     return [
         f"{row['model']} {row['infer_img_size']} batch {row['infer_batch_size']} {row['provider']}: {row['status']}"
         for model, size, *_ in [*MODELS, (VIT_B, FLOAT8)]
@@ -191,7 +191,7 @@ def without_figures(out: Path) -> list[str]:
 
 
 def _timed(rows, batch, float8=False):
-    """Ours at a batch size, those whose products are float8 or the others."""
+    """Our timed rows at a batch size: those with float8 products, or the others."""
     return [
         row
         for row in rows
@@ -203,12 +203,12 @@ def _timed(rows, batch, float8=False):
 
 
 def _ours(rows, batch, float8=False):
-    """The fastest of ours at a batch size, or None."""
+    """Our fastest row at a batch size, or None."""
     return max(_timed(rows, batch, float8), key=lambda row: row["infer_samples_per_sec"], default=None)
 
 
 def _target(text, wanted, measured, note, at_most=False):
-    """One line of targets.json; ``gap`` is what is missing, 0 where the target is met."""
+    """One entry of targets.json; ``gap`` is the distance to the target, 0 where it is met."""
     line = {"target": text, "wanted": wanted, "at_most": at_most, "measured": measured, "gap": None, "note": note}
     if measured is None:
         return line | {"verdict": "not measured"}
@@ -253,7 +253,8 @@ def _first_call(rows, wanted):
 
 
 def _cost(small, large, size, wanted):
-    """How far the cost of an image departs from its FLOPs between two image sizes, each at its largest batch."""
+    """Target: by how many percent the growth of an image's cost between two sizes departs from that of its FLOPs; each
+    size at its largest batch."""
     text, pair = f"{VIT_B}: cost of an image from 224 to {size} pixels against its FLOPs, departure in %", []
     for rows in (small, large):
         timed = [_ours(rows, batch) for batch in {row["infer_batch_size"] for row in rows}]
@@ -267,7 +268,7 @@ def _cost(small, large, size, wanted):
 
 
 def targets(out: Path) -> list[dict[str, Any]]:
-    """The targets against what the files of a folder hold."""
+    """The targets compared with the figures in the files of a folder."""
     base = _rows(out, VIT_B, 224)
     best = _ours(base, 256)
     lines = [_speedup(_rows(out, model, 224), model, wanted) for model, wanted in SPEEDUPS.items()]
@@ -302,7 +303,7 @@ def main(
 ) -> None:
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
     known = machine.gpu_facts()
-    folder = ROOT / "out" / "gpu"  # where nothing is measured there is no result to keep
+    folder = ROOT / "out" / "gpu"  # not under results/, as nothing is measured
     if "missing" not in known:
         slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")
         folder = ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")

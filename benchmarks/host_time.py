@@ -1,10 +1,10 @@
-"""Host time of a forward pass through the Triton kernels, without a GPU: what Python takes until all of it is launched.
+"""Host time of a forward pass through the Triton kernels, without a GPU: Python's time until all kernels are launched.
 
     python -P benchmarks/host_time.py [--model NAME --batch-size 1 --json FILE]
 
 A stand-in for Triton's driver reports capability 9.0; the kernels are compiled, and a launch ends where Triton would
-hand over to its C launcher. So the figures hold our own Python and Triton's, and neither the launcher, nor the driver,
-nor the time of a kernel. Small batches wait for this time, unless they are replayed as CUDA graphs.
+call its C launcher. So the figures contain our own Python and Triton's, and neither the launcher, nor the driver, nor
+the time of a kernel. At small batches this time limits the latency, unless the model is replayed as CUDA graphs.
 """
 
 import json
@@ -38,7 +38,7 @@ LAUNCHES = []
 
 
 def pretend() -> None:
-    """Sends CPU tensors to the Triton backend, whose launches only count."""
+    """Sends CPU tensors to the Triton backend, whose launches are only counted."""
     harness._set_arch(90)
     select.unavailable = lambda name, device: ()
     TRITON.load()

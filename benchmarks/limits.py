@@ -1,11 +1,11 @@
-"""What this device's memory and libraries reach, in one run: the ceiling beside every claim of speed.
+"""What this device's memory and libraries reach, in one run: the ceilings for every claim of speed.
 
     python -P benchmarks/limits.py --json FILE [--seconds 90] [--device cuda:0]
 
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
 C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
-kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch, also of a stack
-of our prepared blocks whose kernels are launched early (``configs.use_pdl``) or in turn. On a GPU a time is
+kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch, also in a stack
+of our prepared blocks with and without programmatic dependent launch (``configs.use_pdl``). On a GPU a time is
 the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of calls
 back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph for it,
 so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or e4m3 with
@@ -94,7 +94,7 @@ class Clock:
         return statistics.median(measure.step_times(call, self.calls, self.device))
 
     def back_to_back(self, call: Callable[[], Any], one: float) -> float:
-        """Mean seconds of calls one behind the other; ``one`` is about what one takes."""
+        """Mean seconds of calls back to back; ``one`` is about the time of one."""
         repeat = 1
         if self.device.type == "cuda" and one < 50e-6:
             repeat = 50
@@ -131,7 +131,7 @@ def captured(call: Callable[[], Any], repeat: int) -> Callable[[], None]:
     """A call that replays a CUDA graph of ``repeat`` calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first call sets up must not be captured
+    with torch.cuda.stream(side):  # the setup of a first call must not be captured
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -157,7 +157,7 @@ if triton is not None:
     def _load_tiles_kernel(
         out_ptr, tiles, count, rounds, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
     ):
-        """out[p] = sum of ``rounds`` tiles of [count·ROWS, COLUMNS], from the p-th on, round and round."""
+        """out[p] = sum of ``rounds`` tiles of [count·ROWS, COLUMNS], from the p-th on, cyclically."""
         program = tl.program_id(0)
         total = tl.zeros([ROWS, COLUMNS], tl.int32)
         for turn in tl.range(0, rounds, num_stages=STAGES):
@@ -185,7 +185,7 @@ def expected_tile_sums(words: torch.Tensor, programs: int, rounds: int) -> torch
 
 
 def add_one(out: torch.Tensor, x: torch.Tensor, pdl: bool) -> None:
-    """out = x + 1; with ``pdl`` the launch may begin before the one in front of it has ended."""
+    """out = x + 1; ``pdl``: by programmatic dependent launch."""
     launch = {"launch_pdl": True} if pdl else {}
     _add_one_kernel[(triton.cdiv(x.numel(), 1024),)](out, x, x.numel(), PDL=pdl, BLOCK=1024, num_warps=4, **launch)
 
@@ -197,7 +197,7 @@ def copy(clock: Clock, size: int) -> Figures:
 
 
 def float8_product(clock: Clock, form: str, rows: int, k: int, n: int) -> Callable[[], torch.Tensor]:
-    """A call that multiplies numbers that are e4m3 already."""
+    """A call that multiplies e4m3 tensors; quantising them is not part of it."""
     x, weight = (clock.random(*shape).to(folding.E4M3) for shape in ((rows, k), (n, k)))
     shapes = ((), ()) if form == "float8, a scale a tensor" else ((rows, 1), (1, n))
     scales = (0.5 + torch.rand(shape, device=clock.device) for shape in shapes)
@@ -285,8 +285,8 @@ def launches(clock: Clock, step: Callable[..., None], graph: bool) -> Figures:
 
 
 def stack(clock: Clock, tower: str, early: bool) -> Figures:
-    """A stack of prepared blocks for one image, in a CUDA graph; ``early``: each kernel is launched before the one in
-    front of it has ended."""
+    """A stack of prepared blocks for one image, in a CUDA graph; ``early``: its kernels use programmatic dependent
+    launch."""
     tokens, width, hidden = TOWERS[tower]
 
     def linear(rows, columns):
@@ -316,7 +316,7 @@ def stack(clock: Clock, tower: str, early: bool) -> Figures:
 
 
 def host_cost(clock: Clock, make: Callable[[], Callable[[], Any]]) -> Figures:
-    """Microseconds that the host needs for a call; on a GPU the device works meanwhile."""
+    """Microseconds of host time of a call; on a GPU its kernels run asynchronously."""
     call, count, best = make(), 200, math.inf
     call()
     for _ in range(5):
@@ -427,7 +427,7 @@ def items(clock: Clock, on_gpu: bool) -> Iterator[Item]:
 
 
 def measured(item: Item, on_gpu: bool) -> Figures:
-    """The row of an item, whatever becomes of it."""
+    """The row of an item, also if the item fails."""
     row = {"name": item.name, "shape": item.shape}
     if item.needs_cuda and not on_gpu:
         return row | {"note": "needs a CUDA device"}
@@ -443,14 +443,14 @@ def measured(item: Item, on_gpu: bool) -> Figures:
                 note = f"{item.images} images do not fit: measured with {images}"
             else:
                 return row | {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        release(on_gpu)  # here, where the exception and what its frames hold are gone
+        release(on_gpu)  # here, after the exception and the tensors in its frames are freed
 
 
 def release(on_gpu: bool) -> None:
-    """Gives memory back that nothing refers to."""
+    """Frees cached memory that nothing refers to."""
     gc.collect()
     if on_gpu:
-        with contextlib.suppress(RuntimeError):  # after an illegal access every call fails, and each item says so
+        with contextlib.suppress(RuntimeError):  # after an illegal access every call fails; each item reports it
             torch.cuda.empty_cache()
 
 

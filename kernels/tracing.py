@@ -43,7 +43,7 @@ def _in_onnx_export():
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-# Dynamo cannot trace these two; it enters torch.func's transforms itself and guards their stack. The attribute
+# Dynamo cannot trace these two; while tracing it enters torch.func's transforms and guards their stack. The attribute
 # is what torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s).
 _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True
 

@@ -227,7 +227,7 @@ def check(model: nn.Module, example: Any = None) -> Certificate:
         ``Certificate``: print it, ask ``passed``, or write ``as_dict()`` as JSON.
     Raises:
         TypeError: model is no module.
-        ValueError: a model in training mode; no example for a model that does not tell its input size; an output
+        ValueError: a model in training mode; no example for a model whose input size is unknown; an output
             without a floating tensor of two or more axes.
         RuntimeError: outputs of another shape than plain PyTorch's.
     """

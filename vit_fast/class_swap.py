@@ -132,9 +132,9 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
 
     Parameters, ``state_dict`` and class relations (``isinstance``) stay as they are; deepcopy, pickle, hooks,
     training, checkpointing and ``torch.compile`` go on working. Outputs differ by rounding. A block runs the library's
-    own forward in every call that the fused operations do not cover: with an attention mask, where attention weights
-    are asked for, where one of its modules carries a hook, a parametrization, an adapter or another class than
-    expected. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
+    own forward in every call that the fused operations do not cover: with an attention mask, with attention weights
+    in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
+    class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
     weights of optimised models, of transformers those of CLIP and SigLIP. Text towers are not touched.
 
     Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
@@ -143,7 +143,7 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     Args:
         model: a model of these libraries, or a module that holds one.
         strict: raise where any of its transformer blocks, of whatever class, or its patch embedding has to stay as it
-            is, before anything is changed. Otherwise the logger "vit_fast" tells at level INFO which stay, and why.
+            is, before anything is changed. Otherwise the logger "vit_fast" lists at level INFO which stay, and why.
     Returns:
         the model itself.
     Raises:

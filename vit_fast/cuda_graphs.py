@@ -262,7 +262,7 @@ def _check_batch_sizes(batch_sizes: Any) -> tuple[int, ...]:
 
 
 def _words(batch: int | str, like: torch.Tensor) -> str:
-    """A batch of images in words; ``like`` is a tensor of its sizes, dtype and device."""
+    """Text that describes a batch of images; ``like`` has their sizes, dtype and device."""
     sizes = ", ".join(map(str, (batch, *like.shape[1:])))
     return f"[{sizes}] {str(like.dtype).removeprefix('torch.')} on {like.device}"
 

@@ -134,7 +134,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
         ``Explanation``: rows (module, operation, backend, reasons, backward); print it for a table.
     Raises:
         TypeError: model is no module, or example nothing that it can be called with.
-        ValueError: no example for a model that does not tell its input size.
+        ValueError: no example for a model whose input size is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.explain: model is {type(model).__name__}, expected an nn.Module")

@@ -1,4 +1,4 @@
-"""The size of the images that a model was built for, as models of vit_fast, timm, torchvision, transformers tell it."""
+"""The image size that a model was built for, read from models of vit_fast, timm, torchvision and transformers."""
 
 from typing import Any
 

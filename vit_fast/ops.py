@@ -68,7 +68,7 @@ def _register(
     ``signature`` lists the arguments without ``flag`` and the backend, which the operators have at the end.
     ``differentiable`` are the positions of the tensor arguments that get gradients, in the order in which
     ``backward(run, grad, inputs, saved, needs)`` yields them; ``forward(run, *inputs)`` yields the outputs; ``run`` is
-    a function of a backend's table. Saved are the inputs and statistics, and the output where ``save_output`` says so.
+    a function of a backend's table. Inputs and statistics are saved, with ``save_output`` the output too.
     ``flag`` names the argument that says whether statistics are wanted; without, they are empty and have no backward.
     """
     signature = f"{signature}, bool {flag}" if flag else signature

@@ -1,4 +1,4 @@
-"""Which configs are tried: the one that the shipped rule picks, and those of its neighbours that fit the chip."""
+"""The candidate configs: the one that the shipped rule picks, and similar ones that fit the chip."""
 
 import contextlib
 import functools
@@ -14,8 +14,8 @@ from .problems import PLANNED, VITS, WORKS, Problem, Work, linear_sizes
 
 
 class Chip(NamedTuple):
-    """What configurations depend on: 10·major + minor of the capability, bytes of shared memory that a program may
-    have, multiprocessors."""
+    """Properties of a GPU that configs depend on: 10·major + minor of the capability, bytes of shared memory per
+    program, multiprocessors."""
 
     arch: int
     shared: int
@@ -35,7 +35,7 @@ class Chip(NamedTuple):
 
 
 class _Picked(Exception):
-    """Ends a planned call as soon as the rule has picked."""
+    """Ends a dry call as soon as the rule has picked a config."""
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def rule(operation: str, pick: Callable[[Callable[[], Any]], Any]) -> Iterator[N
 
 @contextlib.contextmanager
 def pretending(chip: Chip) -> Iterator[None]:
-    """Makes the rules of kernels/configs.py choose for a chip that is not there."""
+    """Makes the rules of kernels/configs.py choose for a chip that this machine lacks."""
     shipped = configs.arch_of, configs.multiprocessors_of
     configs.arch_of, configs.multiprocessors_of = lambda device: chip.arch, lambda device: chip.multiprocessors
     try:
@@ -150,7 +150,7 @@ def fits(problem: Problem, config: Any, chip: Chip, itemsize: int = 2) -> bool:
 
 
 def candidates(problem: Problem, pick: Any, chip: Chip) -> list[Any]:
-    """The config that the rule picks and those of its neighbours that fit, each once."""
+    """The config that the rule picks and the similar ones that fit, without repetition."""
     return list(dict.fromkeys([pick, *(c for c in NEIGHBOURS[problem.operation](pick) if fits(problem, c, chip))]))
 
 
@@ -181,7 +181,7 @@ def calling(problem: Problem, work: Work, config: Any) -> Iterator[Callable[[], 
 
 
 def plan(problem: Problem, chip: Chip) -> list[Any]:
-    """The candidates of a problem on a chip that need not be there; the first is the one that the rule picks."""
+    """The candidates of a problem for a chip that this machine may lack; the first is the one that the rule picks."""
     with pretending(chip):
         work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
         found = candidates(problem, picked(problem.operation, work.kernel), chip)

@@ -32,7 +32,7 @@ def _listed(option, text, known):
 def compile_only(
     wanted: list[Problem], chip: Chip, compilers: Compilers, end: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """What the compiler said of each candidate that it refused, and how many it took."""
+    """(error of each candidate that failed to compile, number of candidates that compiled)."""
     refused, taken = [], 0
     for problem in wanted:
         for config in plan(problem, chip):
@@ -98,11 +98,11 @@ def main(
 
     with Compilers(jobs, chip) as compilers, Guarded(device, make.dtype) as guarded:
         for problem in wanted:
-            with contextlib.suppress(Exception):  # tuning it will say the same
+            with contextlib.suppress(Exception):  # tuning reports the same error
                 compilers.submit(problem, plan(problem, chip))
         try:
             run(wanted, chip, make, compilers, kernel_seconds, end, keep, guarded)
-        except Exception as error:  # the device is lost; what was timed stays
+        except Exception as error:  # the device is lost; times measured before are kept
             content["lost"] = one_line(error)
             save(out, content)
     rows = content["rows"]

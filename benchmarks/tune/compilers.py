@@ -48,7 +48,7 @@ def become_compiler(chip: Chip) -> None:
 
 
 def compile_ahead(problem: Problem, config: Any, chip: Chip) -> str | None:
-    """Compiles a candidate; None, or what went wrong."""
+    """Compiles a candidate; returns None, or the error."""
     try:
         with pretending(chip):
             work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
@@ -62,7 +62,7 @@ def compile_ahead(problem: Problem, config: Any, chip: Chip) -> str | None:
 class Compilers:
     """Processes that compile candidates in the order in which they are timed; none where ``jobs`` is 0.
 
-    What is compiled does not depend on the batch size, so each (shape, config) is compiled once.
+    Compiled code does not depend on the batch size, so each (shape, config) is compiled once.
     """
 
     def __init__(self, jobs: int, chip: Chip) -> None:
@@ -90,7 +90,7 @@ class Compilers:
                 self.results[key] = self.pool.apply_async(compile_ahead, (problem, config, self.chip))
 
     def result(self, problem: Problem, config: Any, seconds: float) -> str | None:
-        """What ``compile_ahead`` said of a candidate, once it is there."""
+        """Waits for a candidate and returns the result of ``compile_ahead``."""
         result = self.results.get(self._key(problem, config))
         if result is None:
             return None

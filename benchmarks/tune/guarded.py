@@ -1,4 +1,4 @@
-"""Kernels that may hang are checked and timed by a process of their own, which is ended when an answer is late."""
+"""Kernels that may hang are checked and timed in a separate process, which is ended when an answer is late."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -14,7 +14,7 @@ START_SECONDS, RUN_SECONDS = 60, 20  # until the process is ready, until it answ
 
 
 def _serve(connection, device, dtype):
-    """Runs in the process: answers (problem, config, steps) with (µs, why not) until the pipe is closed."""
+    """Runs in that process: answers (problem, config, steps) with (µs, why not) until the pipe is closed."""
     make, known = Maker(device, dtype, filled=True), None
     make(1)
     connection.send("ready")

@@ -1,4 +1,4 @@
-"""What is tuned: kernels at the shapes of ViTs, each beside its eager form and the libraries that compute the same."""
+"""The tuning problems: kernels at the shapes of ViTs, each with its eager form and libraries that compute the same."""
 
 import functools
 import itertools
@@ -61,7 +61,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes random tensors; unfilled ones, for planning, take no memory."""
+    """Makes random tensors or, for planning, unfilled ones that take no memory."""
 
     device: torch.device
     dtype: torch.dtype

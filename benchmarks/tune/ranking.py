@@ -29,7 +29,7 @@ def _time_candidates(problem, work, configs, compilers, timer, end, device, dtyp
         said = NO_TIME if left <= 0 else compilers.result(problem, config, left)
         if said in (NO_TIME, NOT_COMPILED):
             failures.append((config, said))
-            continue  # any other error of the compiler will come again on the device
+            continue  # other errors of the compiler recur on the device and are recorded there
         try:
             if may_hang(config):
                 took, why = guarded.time(problem, config, STEPS, end - time.monotonic())
@@ -55,7 +55,7 @@ def tune(
     end: float,
     guarded: Guarded | None = None,
 ) -> dict[str, Any]:
-    """The row of a problem: times of its candidates and of the libraries, where the rule's config stands."""
+    """The row of a problem: times of its candidates and of the libraries, and the rank of the rule's config."""
     torch.manual_seed(0)
     device, dtype = make.device, make.dtype
     work = WORKS[problem.operation](problem, VITS[problem.model], make)

@@ -21,7 +21,7 @@ def config_dict(config: Any) -> dict[str, Any]:
 
 
 def difference(row: dict[str, Any]) -> str:
-    """In what the best config differs from the one that the rule picks."""
+    """The fields in which the best config differs from the one that the rule picks."""
     if row["best"] is None:
         return "none ran"
     if "kernel" in row["best"]:
@@ -31,7 +31,7 @@ def difference(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The rows as a table, the most to be won first; where the rule's own config does not run, before all others."""
+    """The rows as a table, sorted by possible gain; rows where the rule's own config does not run come first."""
     result = Table("problem", "rule µs", "best µs", "loss", "rank", "best library µs", "best config", title=title)
     for row in sorted(rows, key=lambda row: float("inf") if row["loss"] is None else row["loss"], reverse=True):
         name = min(row["libraries_us"], key=row["libraries_us"].get, default=None)

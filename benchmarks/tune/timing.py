@@ -12,7 +12,7 @@ from vit_fast.bench import measure
 from .candidates import calling
 from .problems import Problem, Work
 
-CHECKED_IMAGES = 8  # compared with float64: the first and the last of a batch, because float64 takes memory
+CHECKED_IMAGES = 8  # images compared with float64, the first and last of a batch: float64 takes memory
 PAUSE = 600_000  # clock cycles, some 300 µs: longer than the host takes to queue a step
 NO_TIME = "no time left"
 Timer = Callable[[Callable[[], Any], int, torch.device], list[float]]
@@ -36,7 +36,7 @@ def median_us(call: Callable[[], Any], steps: int, device: torch.device, timer: 
 
 
 class Reference(NamedTuple):
-    """What a result is compared with: some images of it, by eager in the kernel's dtype and in float64."""
+    """The expected result for some images: from eager in the kernel's dtype and in float64."""
 
     images: list[int]
     eager: torch.Tensor

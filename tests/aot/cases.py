@@ -1,4 +1,4 @@
-"""What the ahead-of-time checks launch: real operations on CPU tensors of real ViT shapes.
+"""The launches that are compiled ahead of time: real operations on CPU tensors of real ViT shapes.
 
 To add a case, yield ``case(operation, shape, dtype, call, *arguments)`` from the function of your operation, where
 ``call(*arguments)`` makes the tensors and calls the launch function; a new operation's function goes into OPERATIONS.
@@ -15,8 +15,8 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# (kernel, dtype): (bytes at most, why). IEEE fp32 only: its dots are scalar FMAs, and ptxas settles on a register count
-# with a few values on the stack where one more step of it would have held them.
+# (kernel, dtype): (bytes at most, why). IEEE fp32 only: its dots are scalar FMAs, and ptxas chooses a register
+# count that spills a few values, although the next larger count would hold them.
 ALLOWED_SPILLS = {
     ("_attention_fwd_streaming_kernel", "float32"): (80, "16 to 76 bytes at head sizes 48 and 64 on sm_90 and sm_100"),
     ("_patch_embed_fwd_kernel", "float32"): (32, "20 bytes for patch 14 on sm_100 under Triton 3.6, none under 3.7"),
@@ -41,7 +41,7 @@ class Case:
 
 
 def case(operation, shape, dtype, call, *args, **options):
-    """A Case named after what it is called with."""
+    """A Case named after its arguments."""
     words = [operation, shape, *(f"{name}={value}" for name, value in options.items())]
     if isinstance(args[0], int):
         words.insert(2, f"batch {args[0]}")
@@ -175,7 +175,7 @@ def linear_cases():
 
 
 def layernorm_mlp_cases():
-    """Launches the kernels of layer_norm and linear: shows that nothing else gets compiled."""
+    """Launches only kernels of layer_norm and linear; the case shows that nothing else gets compiled."""
     from vit_fast.kernels.layernorm_mlp import layernorm_mlp
 
     def call(batch, tokens, width, hidden, dtype, activation):

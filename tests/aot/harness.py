@@ -1,9 +1,9 @@
 """Compiles, without a GPU, exactly the kernels that the launch functions of vit_fast.kernels would compile on one.
 
 A stand-in for Triton's driver reports the target, ``configs.arch_of`` reports the architecture, and Triton's compile
-step is replaced by one that writes the request down and launches nothing. So the Python launch functions run unchanged,
+step is replaced by one that records the request and launches nothing. So the Python launch functions run unchanged,
 on CPU tensors of real shapes (``cases.py``), and what they select (kernel, constexprs, specialisation on divisibility,
-tiles) is what gets compiled. Each compile runs in a fork of its own: one that aborts or hangs is its own failure only.
+tiles) is what gets compiled. Each compile runs in a fork of its own, so that one that aborts or hangs fails alone.
 
 Run by ``ledger.py`` in a child process for each Triton version, with the interpreter off:
 
@@ -82,7 +82,7 @@ def _set_arch(arch):
 
 
 def _code(source):
-    """A source without comments, docstrings and layout: what a compile does not see."""
+    """A source without comments, docstrings and formatting, none of which changes what is compiled."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -190,7 +190,7 @@ def plan(archs):
 
 
 def _wanted_units(ttir):
-    """What the dots of a module ask for: "tensor" (fp16, bf16, fp8, tf32), "ieee" (fp32 as it is), both, or neither."""
+    """The units that the dots of a module need: "tensor" (fp16, bf16, fp8, tf32), "ieee" (fp32), both, or neither."""
     units = set()
     for line in ttir.splitlines():
         if re.search(r"\b(tt\.dot(_scaled)?|ttng\.warp_group_dot)\b", line):
@@ -218,10 +218,10 @@ def _compile(request):
         return sum(int(found) for found in re.findall(pattern, log))
 
     found = {}
-    if request.function.is_gluon():  # warp-specialised: loads by TMA, registers shared out anew
+    if request.function.is_gluon():  # warp-specialised: loads by TMA, setmaxnreg redistributes registers
         found["tma_loads"] = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx))
         found["setmaxnreg"] = sorted({int(number) for number in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)})
-    if "atom." in ptx:  # split-K semaphore: every thread's stores, a barrier, then the one atomic
+    if "atom." in ptx:  # split-K semaphore: a barrier must separate every thread's stores from the one atomic
         before = [line for line in ptx[: ptx.index("atom.")].splitlines() if "st.global" in line or "bar.sync" in line]
         found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
     if "griddepcontrol.wait" in ptx:  # PDL: nothing may be read or written before the wait
@@ -293,7 +293,7 @@ def compile_all(requests, jobs):
 
 
 def violations(entry, allowed_spills):
-    """What a compiled entry does that a shipped kernel may not."""
+    """The rules for shipped kernels that a compiled entry breaks."""
     if "error" in entry:
         return [f"does not compile: {entry['error']}"]
     found = []
@@ -323,9 +323,9 @@ def violations(entry, allowed_spills):
 
 
 def select(requests, known, everything, sample):
-    """What to compile: all, or what the ledger does not know with this source, and a sample of the rest.
+    """The requests to compile: all, or those that the ledger lacks with this source, and a sample of the rest.
 
-    Of a Triton version that the ledger does not know at all, a sample four times as large.
+    For a Triton version that the ledger lacks entirely, a sample four times as large.
     """
     if everything:
         return list(requests.values())

@@ -30,7 +30,7 @@ PATH = Path(__file__).with_name("ledger.json")
 class Result:
     triton: str
     planned: int = 0
-    recorded: bool = False  # the ledger knows this Triton version
+    recorded: bool = False  # whether the ledger has entries of this Triton version
     compiled: list = field(default_factory=list)
     entries: list = field(default_factory=list)  # the ledger of this Triton version as it should be
     failures: list = field(default_factory=list)  # rules broken, cases that do not run
@@ -88,7 +88,7 @@ def _violations(entry):
 
 
 def compare(answer, ledger, archs=harness.ARCHS, partial=False):
-    """``partial``: only some of what changed was compiled, so that nothing is missing or stale."""
+    """``partial``: only some of the changed kernels were compiled, so no entry counts as missing or stale."""
     result = Result(
         answer["triton"],
         planned=len(answer["planned"]),

@@ -1,7 +1,7 @@
-"""Every kernel that a launch would select compiles for sm_80, sm_90 and sm_100 and keeps to its resources.
+"""Every kernel that a launch would select compiles for sm_80, sm_90 and sm_100 within its recorded resources.
 
-``ledger.py`` says how; only what changed since the committed ledger is compiled again, and a sample always.
-The other tests show that the rules and the comparison can fail.
+The head of ``ledger.py`` describes the method: kernels that changed since the committed ledger, and a sample of the
+others, are compiled. The other tests show that the rules and the comparison can fail.
 """
 
 import copy
@@ -60,7 +60,7 @@ def test_kernels_compile_within_their_resources(version, count):
 
 @pytest.mark.aot
 def test_ledger_keeps_the_rules():
-    """Also what was not compiled again today."""
+    """The rules hold for every entry of the ledger, also for those that this run does not compile."""
     assert {dtype for _, dtype in cases.ALLOWED_SPILLS} <= {"float32"}
     assert len(ledger.load()) > 100
     for entry in ledger.load():

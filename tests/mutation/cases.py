@@ -1,7 +1,7 @@
-"""Kill suites: small cases, a function per file of kernels/, that every fault in that file shall fail.
+"""Kill suites: for each file of kernels/ a function of small cases, at least one of which must fail for every mutant.
 
-Most of them are the tests of tests/kernels/test_<operation>.py on shapes that a mutant costs little on: tails in
-every direction, several images, heads, programs and steps, every dtype, option and layout. ``run.py`` calls them in
+Most of them are the tests of tests/kernels/test_<operation>.py on small shapes, which run quickly: tails in every
+direction, several images, heads, programs and steps, every dtype, option and layout. ``run.py`` calls them in
 Triton's interpreter under the memory sanitizer. The cheapest cases, and those that fail first, come first.
 """
 
@@ -48,7 +48,7 @@ DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 
 class Recorder:
-    """Stands in for a kernel: notes grid, arguments and keywords of each launch, and launches nothing."""
+    """Stands in for a kernel: records grid, arguments and keywords of each launch, and launches nothing."""
 
     def __init__(self):
         self.launches = []
@@ -68,7 +68,8 @@ def matmul_precision(word):
 
 
 def device_is_made_current(kernels, kernel, call):
-    """On fake CUDA tensors, with a stand-in for the kernel: the call makes their device current. The one launch."""
+    """Checks on fake CUDA tensors, with a stand-in for the kernel, that the call makes their device current. Returns
+    the only launch."""
     made, recorder = mock.MagicMock(), Recorder()
     with (
         FakeTensorMode(), mock.patch.object(torch.cuda, "device", made), mock.patch.object(kernels, kernel, recorder),
@@ -91,7 +92,7 @@ def equal(actual, wanted):
 
 
 def arguments():
-    """Every bad input of tests/kernels/test_errors.py by its words; and what is right passes."""
+    """Every bad input of tests/kernels/test_errors.py raises its message; valid inputs pass."""
     with vit_fast.backend("torch"):
         for op, changes in _right_arguments():
             getattr(vit_fast.ops, op)(**test_errors.GOOD[op] | changes)
@@ -109,7 +110,7 @@ def arguments():
 
 
 def _right_arguments():
-    """(operation, what differs from test_errors.GOOD): the edges of what is allowed."""
+    """(operation, differences from test_errors.GOOD): valid arguments at the limits."""
     ones, norm = torch.ones, (torch.ones(4), torch.ones(4), 0.0)
     some = dict(qkv=ones(2, 5, 8), k=ones(2, 3, 8), v=ones(2, 3, 8))
     for op in test_errors.GOOD:
@@ -146,7 +147,7 @@ def _right_arguments():
 
 
 def launch():
-    """The helpers of all launches by themselves, and through the smallest kernels."""
+    """The helpers of ``launch``, called directly and through the smallest kernels."""
     kernels = launch_kernels
     _row_layouts(kernels)
     _dtypes_and_devices(kernels)
@@ -160,7 +161,7 @@ def launch():
 
 
 def _pdl(kernels):
-    """What a launch with PDL asks for, and what its kernel does first; the interpreter knows none of it."""
+    """Options of a launch with PDL, and the kernel's wait, neither of which the interpreter implements."""
     done = []
     with mock.patch.multiple(
         kernels, gdc_launch_dependents=lambda: done.append("let go"), gdc_wait=lambda: done.append("wait")
@@ -267,7 +268,7 @@ def layer_norm():
 
 
 def _layer_norm_pdl(kernels):
-    """Who is launched with PDL, which the interpreter does not know."""
+    """Which kernels are launched with PDL, which the interpreter does not implement."""
     recorder, x, loop = Recorder(), torch.randn(5, 64), LayerNormConfig(1, 32, 8)
     with mock.patch.multiple(
         kernels, _layer_norm_fwd_kernel=recorder, _layer_norm_wide_fwd_kernel=recorder, _row_partials_kernel=recorder
@@ -322,7 +323,7 @@ def _row_partials(kernels, module):
 
 
 def _layer_norm_launches(kernels):
-    """What the launch asks for, where the interpreter's result cannot depend on it."""
+    """Launch options that cannot change the interpreter's result."""
     block, loop = Recorder(), Recorder()
     x, wide = torch.randn(5, 64), torch.randn(64).double()
     with mock.patch.multiple(kernels, _layer_norm_fwd_kernel=block, _layer_norm_wide_fwd_kernel=loop):
@@ -354,7 +355,7 @@ def activations():
 
 
 def gemm():
-    """Through the public forms of ``linear``."""
+    """The GEMM, through the public functions of ``linear``."""
     kernels, module = linear_kernels, test_linear
     tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
     _fp8_linear(kernels, module)
@@ -398,7 +399,7 @@ def gemm():
 
 
 def linear():
-    """The public forms: what each hands on to ``gemm``, and why it may refuse."""
+    """The public functions: what each passes to ``gemm``, and the reasons for refusing a call."""
     kernels, module = linear_kernels, test_linear
     tiny, tma = LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(16, 32, 16, 3, 4, 2, True)
     x, weight, bias = module.problem((3, 7, 40), 48, FLOAT16)
@@ -460,7 +461,7 @@ def _fp8_linear(kernels, module):
 
 
 def cut(x, part):
-    """``RowPartials`` of the rows of x, in float64 and then rounded."""
+    """``RowPartials`` of the rows of x, computed in float64 and then rounded."""
     rows = x.double().reshape(-1, x.shape[-1])
     means = torch.stack([piece.mean(1) for piece in rows.split(part, dim=1)])
     squares = torch.stack([piece.var(1, correction=0) * piece.shape[1] for piece in rows.split(part, dim=1)])
@@ -497,7 +498,7 @@ def _linear_partials(kernels, module, tiny, tma):
 
 
 def _folded_linear(kernels, module, tiny, tma):
-    """One partial a row, several that fill the row or do not, and more of them than are merged at a time."""
+    """One partial a row; several, with and without a narrower last one; and more than are merged at a time."""
     x = (torch.randn(1, 17, 100) + 30 * torch.randn(1, 17, 1)).half()
     for activation, width, tiles in ((None, 33, tiny), ("gelu", 33, tma), ("swiglu", 66, tma)):
         weight, bias = module.problem(x.shape, width, FLOAT16)[1:]
@@ -522,7 +523,7 @@ def _folded_linear(kernels, module, tiny, tma):
 
 
 def _far_statistics(kernels, tiles):
-    """Parts of one mean, a million and more: it is found to the bit, and nothing is left of the row."""
+    """Constant rows of a million and more: their mean is exact, so that the normalised row is exactly zero."""
     row = torch.full((17, 300), 1e6) + torch.arange(17)[:, None] / 3
     weight = torch.eye(1, 300)
     for add, wanted in ((0.0, 0.0), (1.0, 1e3)):
@@ -531,7 +532,7 @@ def _far_statistics(kernels, tiles):
 
 
 def _check_folded(kernels, module, x, partials, weight, bias, activation, tiles, eps=1e-6):
-    """In float32 digits, whose loss is that of the products before they cancel."""
+    """Compares in float32, with a tolerance for the digits that cancel when the mean is subtracted."""
     sums = weight.double().sum(1).float()
     weight = weight.float()
     out = kernels.folded_linear(x.float(), partials, eps, weight, sums, bias, activation, config=tiles)
@@ -542,7 +543,7 @@ def _check_folded(kernels, module, x, partials, weight, bias, activation, tiles,
 
 
 def _split_k(kernels, module):
-    """Sums that programs share: complete, in one order, semaphore counted where the caller says."""
+    """Split-K: sums are complete and in a fixed order, and counters are in the caller's semaphore."""
     module.test_split_k(kernels, 9, 147, 40, FLOAT16, module.POINTERS_SPLIT_K)
     module.test_split_k(kernels, 1, 16, 33, FLOAT64, module.TMA_SPLIT_K)
     recorder, cut_by = Recorder(), []
@@ -588,7 +589,7 @@ def _far_linear(kernels, tiles):
 
 
 def _linear_launches(kernels, module):
-    """What the launch asks for, where the interpreter's result cannot depend on it."""
+    """Launch options that cannot change the interpreter's result."""
     recorder, picked = Recorder(), []
 
     def pick(*args):
@@ -750,7 +751,7 @@ def _far_attention(kernels, tiles):
 
 
 def _attention_launches(kernels, module):
-    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    """Launch options that cannot change the interpreter's result, and the reasons for refusing a call."""
     resident, streaming = Recorder(), Recorder()
     picked = []
 
@@ -845,7 +846,7 @@ def _attention_in_float8(kernels, module):
 
 
 def _attention_shares(kernels, module):
-    """How the work is cut into launches and programs."""
+    """How the work is divided into launches and programs."""
     resident, streaming, tall = Recorder(), Recorder(), module.config(16, 0)
     assert kernels._MAX_PROGRAMS == 2**31 - 1
     with (
@@ -936,7 +937,7 @@ def _far_images(kernels):
 
 
 def _patch_embed_launches(kernels, module):
-    """What the launch asks for, where the interpreter's result cannot depend on it; and why it may refuse."""
+    """Launch options that cannot change the interpreter's result, and the reasons for refusing a call."""
     recorder, picked = Recorder(), []
 
     def pick(*args):
@@ -1078,7 +1079,7 @@ def _stack_launches(kernels, name, functions, arguments, launches):
 
 
 def fp8_blocks():
-    """Each tensor of a block and each word has a part in the result."""
+    """Every tensor of a block and every argument affects the result."""
     kernels, module = fp8_blocks_kernels, test_fp8_blocks
     for case in (((2, 17, 48), 96, "gelu", "tail"), ((3, 5, 32), 80, "swiglu", "swapped")):
         module.test_kernels_err_as_the_formula_does(*case, BFLOAT16)
@@ -1111,7 +1112,7 @@ def fp8_blocks():
 
 
 def prepared_blocks():
-    """Each tensor of a block and each word has a part in the result; partials go from launch to launch."""
+    """Every tensor of a block and every argument affects the result; partials pass from launch to launch."""
     kernels, module = prepared_blocks_kernels, test_prepared_blocks
     for shape, hidden, activation, layout in (
         ((2, 5, 32), 40, "gelu", "tail"), ((1, 3, 48), 40, "swiglu", "swapped"),

@@ -1,12 +1,13 @@
-"""Mutants of a Python source: the source with one small fault in it, everything else kept to the byte.
+"""Mutants of a Python source: copies with one small fault, everything else unchanged to the byte.
 
 Mutated are comparisons, arithmetic, conditions, numbers, truth values, dtypes, axes, masks, ``other=``, terms and
 factors, swapped strides, statements that can go, and calls with a neighbour (min and max, exp2 and exp).
 Not mutated, because no result depends on it: docstrings, messages of errors and refusals, annotations, decorators
-(``do_not_specialize``, caches), and the keywords of SPEED. A subscript's ``None`` only crashes, so it stays as well.
+(``do_not_specialize``, caches), and the keywords of SPEED. A subscript's ``None`` is not mutated either: its mutants
+would only crash.
 
-A mutant is named by its function, the text before and after, and its number among equals in that function: the name
-outlives edits elsewhere in the file.
+A mutant is named by its function, the text before and after, and its number among equal ones in that function, so
+that the name stays valid after edits elsewhere in the file.
 """
 
 import ast
@@ -20,7 +21,7 @@ COMPARE = {
     ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"),
     ast.NotIn: ("not in", "in"),
 }  # fmt: skip
-# Operator: its text, what replaces it, and whether the left and the right operand may stand alone.
+# Operator → its text, its replacements, and whether the left and the right operand may replace the expression.
 BINARY = {
     ast.Add: ("+", "-", True, True), ast.Sub: ("-", "+", True, False), ast.Mult: ("*", "/", True, True),
     ast.Div: ("/", "*", True, False), ast.FloorDiv: ("//", "%", True, False), ast.Mod: ("%", "//", True, False),
@@ -48,7 +49,7 @@ class Mutant:
 
 
 def _children(node):
-    """The nodes below in which a fault could change a result."""
+    """The child nodes in which a fault could change a result."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "bases", "exc", "ctx"):
             continue
@@ -72,7 +73,7 @@ def _walk(node, path=(), function="module"):
 
 
 class _Text:
-    """The source in bytes, as ast counts columns."""
+    """The source as bytes, because ast counts columns in bytes."""
 
     def __init__(self, source):
         self.bytes = source.encode()
@@ -182,7 +183,7 @@ def _edits(node, path, text, assigned):
 
 
 def _described(text, node, path, begin, end, new):
-    """The text before and after: of the smallest expression around the edit that says enough, or of its lines."""
+    """The text before and after the edit: of the smallest expression around it that identifies it, or of its lines."""
     low, high = begin, end
     for around in (node, *reversed(path)):
         if isinstance(around, ast.stmt) and around is not node:
@@ -198,7 +199,7 @@ def _described(text, node, path, begin, end, new):
 
 
 def mutants(source):
-    """Every mutant of a source that compiles, in the order of the text, without repetition."""
+    """Every compilable mutant of a source, in the order of the text, without repetition."""
     text, tree = _Text(source), ast.parse(source)
     seen, numbers, assigned, found = {source}, Counter(), {}, []
     for node, path, function in _walk(tree):

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "kernels")]
 
-# First, because it says how many threads numpy may have.
+# First, because it sets the number of numpy's threads.
 from support import interpreter_cures  # noqa: E402
 
 # isort: split
@@ -53,7 +53,7 @@ def module_of(name):
 
 
 def install(name, source):
-    """The source in the module's place, and afresh every module that took names out of it."""
+    """Replaces a module by the source, and reloads every module that imports names from it."""
     module = module_of(name)
     lines = source.splitlines(keepends=True)
     sys.modules["linecache"].cache[module.__file__] = (len(source), None, lines, module.__file__)
@@ -64,18 +64,19 @@ def install(name, source):
 
 
 def run_suite(name, source=None):
-    """In a child. Fresh memory is poisoned as in the interpreted tests, and every access is checked."""
+    """Runs a kill suite, in a child process, with poisoned memory and the sanitizer, as in the interpreted tests."""
     warnings.simplefilter("ignore")
     if source is not None:
         install(name, source)
-    cases = import_module("cases")  # here, because its test modules take functions out of kernels/
+    cases = import_module("cases")  # here, because its test modules import functions from kernels/
     with sanitizer.poisoned_memory():
         torch.manual_seed(0)
         getattr(cases, name)()
 
 
 def start(name, cpu_seconds, source=None):
-    """(process id, pipe that will hold why it ended). The limit is on CPU time: other load cannot kill a mutant."""
+    """Starts a child; returns (process id, pipe with the reason of its end). The limit is on CPU time, so that other
+    load on the machine cannot kill a mutant."""
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -100,7 +101,7 @@ def start(name, cpu_seconds, source=None):
 
 
 def finish(pid, read):
-    """None while the child runs, else (verdict, why)."""
+    """None while the child runs, then (verdict, why)."""
     done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         return None
@@ -113,19 +114,19 @@ def finish(pid, read):
 
 
 def clean_seconds(name):
-    """How much CPU time the kill suite takes on the file as it is; it must pass."""
+    """CPU seconds of the kill suite on the unchanged file, which must pass."""
     child = start(name, 120)
     while (ended := finish(*child)) is None:
         time.sleep(0.01)
     if ended[0] != "survived":
         sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
     began = time.process_time()
-    run_suite(name)  # once in this process: what torch and Triton do only once, forks need not do again
+    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
     for module in [module for module in sys.modules if module == "cases" or module.startswith("test_")]:
         del sys.modules[module]
     seconds = time.process_time() - began
     gc.collect()
-    gc.freeze()  # forks share these pages as long as nobody counts references in them
+    gc.freeze()  # keeps the collector from writing to pages that the forks share
     return seconds
 
 
@@ -146,7 +147,7 @@ def run_mutants(name, mutants, jobs):
 
 
 def listed(name):
-    """Mutant, or function and ``: *``, to the reason why it may survive."""
+    """Survivors that are listed: mutant, or function and ``: *`` → the reason why it may survive."""
     entries = tomllib.loads((HERE / "survivors.toml").read_text()).get(name, [])
     return {mutant: entry["reason"] for entry in entries for mutant in entry["mutants"]}
 
@@ -165,7 +166,7 @@ def changed_files():
 
 
 def report(name, results, accepted, known, complete):
-    """Prints what is wrong with one file's results; returns how many things are."""
+    """Prints the problems in one file's results; returns their number."""
     faults = 0
     survivors = {result["mutant"] for result in results if result["verdict"] == "survived"}
     ran = {result["mutant"] for result in results}

@@ -59,7 +59,7 @@ class AttentionCase(properties.Case):
         return formula(q, self.num_heads, self.scale, k, v)
 
     def order(self, *inputs):
-        """A score, and so the LSE, may change by some ulps of the sum of its products' sizes; the weights with it."""
+        """A score, and so the LSE, may change by some ulps of the sum of |products|; the softmax weights follow."""
         q, k, v = (t.double().unflatten(2, (self.num_heads, -1)).abs() for t in self.separate(inputs))
         change = 2.0**-22 * abs(self.scale) * torch.einsum("bihd,bjhd->bhij", q, k).max().item()
         return change * v.max().item(), change
@@ -96,11 +96,11 @@ class AttentionCase(properties.Case):
         self.same_rows(inputs, self.kernel(q[:, order], k, v), (results[0][:, order], results[1][:, :, order]))
 
     def relation_rows_per_program(self, inputs, results):
-        """A row's sums do not depend on the rows beside it."""
+        """The sums of a row do not depend on the number of rows of a program."""
         self.same_rows(inputs, self.kernel(*inputs, block_m=32 if self.block_m == 16 else 16), results)
 
     def same_rows(self, inputs, actual, expected):
-        """Products, exp2 and log2 of numpy, not of a GPU, depend a little on the place of a row in its tile."""
+        """Equal up to rounding: numpy's products, exp2 and log2 depend on a row's place in its tile, a GPU's do not."""
         sizes = self.separate(inputs)[2].abs().max(), expected[1].abs().max() + 8
         for one, other, size, change in zip(actual, expected, sizes, self.order(*inputs), strict=True):
             assert (one - other).abs().max() <= 2 * torch.finfo(one.dtype).eps * size + change
@@ -112,7 +112,7 @@ class AttentionCase(properties.Case):
             self.same_bits((out * 4, lse), results)
 
     def relation_zero_channels(self, inputs, results):
-        """Heads with channels of zeros appended, up to the next multiple of 16, which is what the kernel pads to."""
+        """Zero channels appended to each head, up to the next multiple of 16 (the kernel's padding), change nothing."""
         size = -(-self.head_size // 16) * 16
 
         def padded(t):

@@ -8,13 +8,13 @@ max     max|k − g| ≤ κ·max|e − g| + slack    fp16, bf16: κ = 1 forward,
                                              fp32: κ = 2, 4 ulp at max|g|;  float64: 32 ulp at max|g| alone
 rms     rms(k − g) ≤ κ'·rms(e − g) + slack'  fp16, bf16: κ' = 1, ¼ ulp at rms(g);  fp32: κ' = 2, 1 ulp at rms(g)
 bias    |mean(sign(g)·(k − g))| ≤ (0.1 + 4/√n)·rms(k − g), or κ times eager's own, + 1/64 ulp; fp16 and bf16.
-        n counts distinct values of k: what is rounded to one number errs as one. Truncation gives 0.7, rounding 0.
+        n counts distinct values of k: elements rounded to one number share one error. Truncation gives 0.7, rounding 0.
 
 A comparison that proves nothing is MISTRUSTED and fails: more zeros in g than declared, rms(g) = 0, something
 non-finite in g or e, eager without any error in fp16 or bf16.
 
 κ = 2 for fp32: the worst ratio of a prototype over 90 random attention problems was 2.01 (sums in another order);
-everything else is the rule of "never worse than eager".
+everything else follows from "never worse than eager".
 """
 
 import math
@@ -55,8 +55,8 @@ def assert_within_budget(
         replicas: pairs (eager, golden) of other draws of the same problem, for results of few elements. The rule max
             then holds the result to eager's largest error over all draws. The rule rms is widened by 1 + 4/√n, because
             the errors of few elements vary by chance; for the same reason the rule bias does not apply.
-        order: how much another order of the sums, which CPU libraries choose freely, may change a float32 result; the
-            rules max and rms add it to their slack.
+        order: how much a float32 result may change with the order of sums, which CPU libraries choose freely; the rules
+            max and rms add it to their slack.
     Returns:
         the two error ratios, kernel to eager, of max and rms.
     """

@@ -1,7 +1,7 @@
-"""Formulas of the model families, written from their papers and not from this library: loops and plain matrix products.
+"""Formulas of the model families, from their papers and not from this library: loops and plain matrix products.
 
-They run in the dtype of the weights they are given: float64 is the truth of a test, float16 and bfloat16 are what eager
-PyTorch would give (LayerNorm and softmax in float32 there, as PyTorch does).
+They run in the dtype of the weights that are passed: float64 is the truth of a test, float16 and bfloat16 are what
+eager PyTorch would give (LayerNorm and softmax in float32 there, as PyTorch does).
 """
 
 import copy
@@ -14,7 +14,7 @@ import vit_fast
 
 
 def perturb(model, scale=0.1):
-    """Moves every parameter, frozen ones too, off its initial value: a bias of 0 hides its own absence."""
+    """Moves every parameter, frozen ones too, off its initial value: a bias of 0 could be missing unnoticed."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,7 +128,7 @@ def assert_model_matches(model, formula, *inputs, prepare=perturb):
 
 
 def assert_batch_laws(model, images):
-    """Permuting the batch permutes the output; a sample's output ignores its batch mates; the image matters."""
+    """Permuting the batch permutes the output; a sample's output depends on its own image only."""
     with torch.no_grad():
         out = model(images)
         order = torch.arange(images.shape[0]).flip(0)

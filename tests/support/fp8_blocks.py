@@ -15,7 +15,7 @@ def quantised(blocks, activation):
 
 
 def unrounded(x, weights, num_heads, scale, activation, eps1, eps2):
-    """What quantised weights compute where nothing else is rounded, in float64."""
+    """The blocks on quantised weights in float64, without any other rounding."""
 
     def linear(x, weight, scale, bias):
         return torch.einsum("...k,nk->...n", x, weight) * scale + bias
@@ -46,7 +46,8 @@ class Fp8BlocksCase(PreparedBlocksCase):
         return [unrounded(x, weights, *self.arguments)]
 
     def within_budget(self, inputs, results):
-        """The kernels round to e4m3 where the formula does, and differ where a sum falls on the other side of it."""
+        """The kernels round to e4m3 where eager does, but a sum near a tie may round the other way; so their error is
+        compared with eager's over several draws."""
         errors = []
         for i in range(8):
             draw = inputs if i == 0 else self.inputs(self.seed + i)
@@ -58,7 +59,7 @@ class Fp8BlocksCase(PreparedBlocksCase):
         assert error <= 2 * max(errors[0], sum(errors) / len(errors)) + slack, f"{error:.3g} against {errors}"
 
     def order(self, x, *weights):
-        """Two steps of e4m3 in what the branches add, and three of x itself."""
+        """Two e4m3 spacings of what the branches add, and three ulps of x itself."""
         golden = self.golden(x, *weights)[0]
         added = (golden - x.double()).abs().max().item()
         return [added / 4 + 3 * torch.finfo(x.dtype).eps * golden.abs().max().item()]

@@ -1,13 +1,13 @@
-"""A Hopper multiprocessor in Python, as far as a warp-specialised GEMM can tell: mbarriers, TMA and wgmma at any pace.
+"""A model of a Hopper multiprocessor for warp-specialised GEMMs: mbarriers, TMA and wgmma, each at a random pace.
 
 ``functions(module)`` are the device functions of a Gluon kernel file as Python, over stand-ins for gl, mbarrier, tma
 and wgmma that act on the current ``Machine``. The partitions of a kernel are threads of which one runs at a time, up to
-its next wait, arrival, copy or product; a copy and a product take effect at any later moment up to where somebody waits
-for them. Which of all that goes on next is drawn at random, each at a pace of its own. Not modelled: layouts,
-registers, the threads of a warpgroup, memory ordering.
+its next wait, arrival, copy or product. A copy or product takes effect at any later moment, at the latest where a
+partition waits for it. The next thread, copy or product to proceed is drawn at random, each with a rate of its own. Not
+modelled: layouts, registers, the threads of a warpgroup, memory ordering.
 
-A ``Fault`` is a wait that nobody ends, an arrival too many, a slot written while it is read or before it was read, read
-while it is written, and a result taken before its products are done.
+A ``Fault`` is a wait that never ends, an arrival too many, a slot that is written while it is read or before it was
+read, or read while it is written, and a result that is read before its products are done.
 """
 
 import functools
@@ -55,7 +55,7 @@ class Barrier:
             self.phases += 1
 
     def has_ended(self, parity):
-        """What a wait for the phase of this parity sees."""
+        """Whether the phase of this parity has ended, as a wait sees it."""
         return self.phases & 1 != parity
 
 
@@ -69,7 +69,7 @@ class Slot:
 
 
 class Ring:
-    """Shared memory: ``shape[0]`` slots or barriers."""
+    """A ring of ``shape[0]`` slots or barriers in shared memory."""
 
     def __init__(self, kind, shape):
         self.shape, self.parts = tuple(shape), [kind() for _ in range(shape[0])]
@@ -80,7 +80,7 @@ class Ring:
 
 
 class Matrix:
-    """A descriptor of a matrix in tiles of ``shape``; zeros beyond its edges."""
+    """A tensor descriptor of a matrix in tiles of ``shape``; reads zeros beyond the edges."""
 
     dtype, layout = "elements", None
 
@@ -124,7 +124,7 @@ class Machine:
         Machine.current = self
 
     def pause(self, ready=lambda: True):
-        """Of a partition: lets the others go on until its turn comes, once it is ready."""
+        """Called by a partition: lets others run until it is ready and drawn again."""
         partition = threading.current_thread()
         partition.ready = ready
         self.back.release()
@@ -264,14 +264,14 @@ class gl:
 
 
 def _halves(t, dim):
-    """Also the place where a result is first looked at."""
+    """Splits a result in halves. Kernels read a result here first, so products still in flight are a fault."""
     if threading.current_thread().products:
         raise Fault("a result is read before its products are done")
     return np.split(t, 2, axis=dim)
 
 
 def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, left, rows, columns, activation):
-    """An epilogue that stores the sums and takes its time."""
+    """An epilogue that pauses and then only stores the sums."""
     _machine().pause()
     height, width = (max(0, min(size, most)) for size, most in zip(acc.shape, (rows - top, columns - left)))
     part = out[top : top + height, left : left + width]
@@ -281,7 +281,7 @@ def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, lef
 
 
 def functions(module, changed=("", "", "")):
-    """Name → Python function of a kernel file's device functions; ``changed``: (function, its text, another text)."""
+    """Name → Python function of a kernel file's device functions; ``changed``: (function, text in it, replacement)."""
     space = dict(
         vars(module), gl=gl, tl=types.SimpleNamespace(constexpr=None, minimum=min), mbarrier=mbarrier, tma=tma,
         fence_async_shared=lambda: None, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,

@@ -12,7 +12,7 @@ CAPTURES, REPLAYS = [], []
 
 
 class Replays:
-    """Stands in for ``CudaGraphs``; the batch sizes of captures and replays stand in CAPTURES and REPLAYS."""
+    """Stands in for ``CudaGraphs``; CAPTURES and REPLAYS list the batch sizes of captures and replays."""
 
     def __init__(self, device):
         self.device = device
@@ -42,7 +42,7 @@ class OnCpu(Graphed):
 
 
 class Reruns(Replays):
-    """A replay runs the model as it is."""
+    """A replay runs the current model, with weights changed since the capture."""
 
     def capture(self, model, static_input):
         CAPTURES.append(len(static_input))

@@ -1,10 +1,10 @@
-"""Triton's interpreter with the numbers that the hardware has, and with any numpy.
+"""Fixes of Triton's interpreter, so that it computes the same numbers as the hardware and runs with any numpy.
 
-It holds bf16 as raw uint16 bits; as shipped it truncates fp32 → bf16 and passes the bits on as an integer in all other
-casts. It holds e4m3 as uint8 bits, loses the carry of a rounded mantissa and knows no NaN of it; on a GPU the cast
-saturates. Cured, casts round to nearest even, and casts to any other type keep the value.
+The interpreter holds bf16 as raw uint16 bits; as shipped it truncates fp32 → bf16 and reads the bits as an integer in
+all other casts. It holds e4m3 as uint8 bits, loses the carry of a rounded mantissa and has no NaN of it; on a GPU the
+cast saturates. Fixed: casts round to nearest even, and casts to any other type keep the value.
 It multiplies matrices by numpy's BLAS, whose order of sums depends on the processor, on the memory layout and on the
-number of threads. Cured, an element of a product depends on its row and its column alone (``fixed_order_product``).
+number of threads. Fixed: an element of a product depends on its row and its column alone (``fixed_order_product``).
 Triton 3.6 makes the bounds of loops by a conversion that numpy 2.4 no longer has (``loops_fail``).
 """
 
@@ -12,7 +12,7 @@ import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    # The interpreter calls numpy on small blocks: threads only cost time. Read when numpy is first imported.
+    # The interpreter calls numpy on small blocks, where threads only cost time. numpy reads these when first imported.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
@@ -41,7 +41,7 @@ def fixed_order_product(a, b, dtype):
 
 
 def install():
-    """Cures the interpreter for this process."""
+    """Applies the fixes to the interpreter of this process."""
     from triton.runtime import interpreter
 
     tl, handle, builder = interpreter.tl, interpreter.TensorHandle, interpreter.InterpreterBuilder

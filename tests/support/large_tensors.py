@@ -10,7 +10,7 @@ from support import sanitizer
 
 
 def reserved(*shape, dtype):
-    """Zeros of which only the pages that are touched exist."""
+    """A tensor of zeros that takes memory only for the pages that are touched."""
     count = torch.Size(shape).numel()
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # unnamed before Python 3.13
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
@@ -19,7 +19,7 @@ def reserved(*shape, dtype):
 
 @contextlib.contextmanager
 def last_programs_alone():
-    """``torch.empty`` reserves memory, and of every launch the last program runs."""
+    """Inside, ``torch.empty`` only reserves memory, and only the last program of every launch runs."""
 
     def empty(*shape, dtype, device):
         return reserved(*(shape if isinstance(shape[0], int) else shape[0]), dtype=dtype)

@@ -34,7 +34,7 @@ class LayerNormCase(properties.Case):
     eps: float
     mean: float
     rows: int
-    block: int  # below the width: the kernel that loops
+    block: int  # below the width, the kernel for wide rows runs
     values: str
     layout: str
     relation: str
@@ -70,7 +70,7 @@ class LayerNormCase(properties.Case):
         return y, mean, rstd, mean, (x.flatten(0, 1).double() - mean[:, None]).square().sum(1)
 
     def order(self, x, weight, bias):
-        """The mean may change by some ulps of the mean size, and every difference to it with it."""
+        """The mean may change by some ulps of the mean of |x|, and x − mean with it."""
         _, _, rstd, _, squares = self.golden(x, weight, bias)
         change = 2.0**-22 * x.double().abs().mean(-1).flatten()
         slope = 1.0 if weight is None else weight.double().abs().max().item()

@@ -109,7 +109,7 @@ class LayerNormMlpCase(properties.Case):
         self.same_but_for_order(inputs, actual, (out[image], mean[rows], rstd[rows]))
 
     def relation_dropped_images(self, inputs, results):
-        """Drop path: an image whose scale is 0 passes as it is."""
+        """Drop path: an image whose scale is 0 stays unchanged."""
         x, *rest, _ = inputs
         out = self.kernel(x, *rest, torch.zeros(self.batch, dtype=properties.DTYPES[self.dtype]))[0]
         self.same_bits([out], [x])

@@ -1,4 +1,4 @@
-"""Small models of timm, torchvision, transformers and open_clip, as ``vit_fast.optimize`` meets them."""
+"""Small models of timm, torchvision, transformers and open_clip, for tests of ``vit_fast.optimize``."""
 
 from typing import NamedTuple
 
@@ -100,5 +100,5 @@ def operations(model, x, **kwargs):
 
 
 def fused(choices):
-    """The operations among what ``recording`` notes, without blocks that ran their library's own forward."""
+    """The operations in the choices of ``recording``, without blocks that ran their library's own forward."""
     return [operation for operation, backend, _ in choices if backend != "library"]

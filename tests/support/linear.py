@@ -12,7 +12,7 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 
 
 def exact_activation(z, activation):
-    """In float64; Φ by erfc, which keeps the negative tail."""
+    """The activation in float64; Φ by erfc, which is exact in the negative tail."""
     if activation == "gelu":
         return z * 0.5 * torch.special.erfc(-z / math.sqrt(2))
     if activation == "gelu_tanh":
@@ -57,7 +57,7 @@ def problem(shape, out_features, dtype, bias=True, device="cpu", x_dtype=None):
 
 
 def stream(shape, dtype, mean=0.0, device="cpu"):
-    """What a branch adds to and what a LayerNorm then sees: hidden, weight, bias, residual."""
+    """hidden, weight, bias, residual of a projection before a LayerNorm; residual rows have the mean ±``mean``."""
     signs = torch.randn(*shape[:-1], 1, device=device).sign()
     residual = (torch.randn(shape, device=device) + mean * signs).to(dtype)
     return *problem(shape, shape[-1], dtype, device=device), residual
@@ -134,7 +134,7 @@ class LinearCase(properties.Case):
         return [formula(x.to(weight.dtype), weight, bias, self.activation, **self.options(*rest))]
 
     def order(self, x, weight, bias, gamma, residual, row_scale):
-        """Some ulps of the sum of the products' sizes, through a slope of 1.13 at most and the epilogue."""
+        """Some ulps of the sum of |products|, times the activation's slope (at most 1.13), and the epilogue."""
         size = (x.double().abs() @ weight.double().abs().T).max().item() + (1.0 if bias is None else 5.0)
         slope = size if self.activation == "swiglu" else 1.13
         gain = (1.0 if gamma is None else gamma.abs().max().item()) * (1.0 if row_scale is None else 2.0)
@@ -176,7 +176,7 @@ class LinearCase(properties.Case):
             self.same_bits(self.kernel(x * 4, weight / 4, *rest), results)
 
     def relation_partials(self, inputs, results):
-        """They leave the result as it is, and are those of the result as it is stored."""
+        """Emitting partials does not change the result, and they are those of the stored, rounded result."""
         from vit_fast.kernels import linear
 
         x, weight, bias, _, residual, _ = inputs
@@ -198,7 +198,7 @@ class LinearCase(properties.Case):
 
 
 def parts_of(rows, part):
-    """[parts, rows, part] of rows [rows, width], and what belongs to the row: the last part is filled up with zeros."""
+    """([parts, rows, part], mask of its elements): rows [rows, width] cut in parts, the last filled up with zeros."""
     fill = -rows.shape[1] % part
     cut = [torch.nn.functional.pad(t, (0, fill)).unflatten(1, (-1, part)) for t in (rows, torch.ones_like(rows))]
     return [t.transpose(0, 1) for t in cut]
@@ -212,7 +212,7 @@ def partials_of(rows, part):
 
 
 def partials_order(rows, part):
-    """What the order of sums may change in each in float32: the mean by some ulps of the largest element."""
+    """How much the order of float32 sums may change mean and M2: the mean by some ulps of the largest element."""
     largest = parts_of(rows.double().abs(), part)[0].amax(-1)
     change, squares = 2.0**-22 * largest, partials_of(rows.double(), part)[1]
     return change, 2.0**-20 * squares + part * change.square() + 2 * change * (part * squares).sqrt()
@@ -229,10 +229,10 @@ class FoldedCase(properties.Case):
     out_features: int  # rows of the weight; swiglu halves them
     activation: str | None
     bias: bool
-    centred: bool  # the rows of the weight
+    centred: bool  # whether the rows of the weight are
     eps: float
     mean: float
-    part: int  # half the tile of the GEMM that wrote x; 0: row_partials
+    part: int  # width of the partials: half the tile of the GEMM that wrote x; 0: from row_partials
     block_m: int
     block_n: int
     block_k: int
@@ -297,7 +297,7 @@ class FoldedCase(properties.Case):
         return [formula(normal, weight, bias, self.activation), *(m.contiguous() for m in partials)]
 
     def order(self, x, weight, column_sum, bias):
-        """Some ulps of the sum of the products' sizes before they cancel, and of the partials."""
+        """Some ulps of the sum of |products|, before the mean is subtracted, and of the partials."""
         rows, weight = x.flatten(0, 1).double(), weight.double()
         rstd = (rows.var(1, correction=0) + self.eps) ** -0.5
         size = (rows.abs() @ weight.abs().T + rows.mean(1, keepdim=True).abs() * column_sum.double().abs()).amax(1)
@@ -332,7 +332,7 @@ class FoldedCase(properties.Case):
         self.same_but_for_order(inputs, self.kernel(x.flatten(0, 1)[order], *rest), wanted)
 
     def relation_parts(self, inputs, results):
-        """In how many parts the partials come does not matter."""
+        """The result does not depend on the number of partials per row."""
         other = replace(self, part=0 if self.part else 16)
         out = self.kernel(*inputs, partials=other.partials(inputs[0]))[0]
         self.same_but_for_order(inputs, [out, *results[1:]], results)
@@ -344,7 +344,7 @@ class FoldedCase(properties.Case):
             self.same_bits(self.kernel(x * 4, *rest, eps=self.eps * 16), (out, mean * 4, squares * 16))
 
     def relation_constant_added(self, inputs, results):
-        """Exact where the width is a power of two and everything is a small integer."""
+        """A constant added to x changes only its mean; exact for small integers and a width that is a power of two."""
         even = replace(self, width=64, values="normal")
         x, *rest = even.inputs(self.seed, lambda shape, _, generator: properties.integers(shape, 4, generator))
         out, mean, squares = even.kernel(x, *rest)

@@ -1,4 +1,4 @@
-"""Small models of our own, and what fills and compares them."""
+"""Small models of our own, and functions that fill and compare them."""
 
 import torch._dynamo.testing
 

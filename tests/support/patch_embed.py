@@ -97,12 +97,12 @@ class PatchEmbedCase(properties.Case):
         return [golden(*inputs, *self.options())]
 
     def order(self, images, weight, *_):
-        """Some ulps of the sum of the products' sizes; a normalised pixel is at most 5 in size here."""
+        """Some ulps of the sum of |products|; normalised pixels are at most 5 in absolute value here."""
         largest = 12.0 if self.normalised else images.double().abs().max().item()
         return [2.0**-22 * largest * weight.double().abs().sum((1, 2, 3)).max().item()]
 
     def relation_layout_of_images(self, inputs, results):
-        """Where the layout changes the order of the walk, the sums may round otherwise."""
+        """Another memory layout may change the order in which k is walked, and so the rounding of the sums."""
         images, *rest = inputs
         if self.channels_last or self.channels == 1:
             return self.relation_program_order(inputs, results)

@@ -43,7 +43,7 @@ def affine(x, weight, bias):
 
 
 def formula(x, blocks, activation):
-    """Blocks before the fold, in float64."""
+    """The blocks before folding, in float64."""
     x = x.double()
     for norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2 in blocks:
         q, k, v = affine(normalised(x, *norm1, EPS[0]), *qkv).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -126,7 +126,8 @@ class PreparedBlocksCase(properties.Case):
         return x, *map(folding.flatten, (blocks[: self.depth // 2], blocks[self.depth // 2 :]))
 
     def relation_halves_of_the_stack(self, inputs, results):
-        """The second half takes the partials of its x from a kernel of its own, in one part."""
+        """Two calls on half the blocks each give the result of one call. In the second, ``row_partials`` computes the
+        partials of x, one per row."""
         x, first, second = self.halves(inputs, folding.FoldedBlock)
         if first:
             out = self.kernel(*self.kernel(x, *first), *second)

@@ -20,7 +20,7 @@ def cfgs_of_timm(name) -> dict[str, dict]:
     if cfgs:
         default = get_pretrained_cfg(name).tag or ""
         return {default: cfgs.pop(default), **cfgs}
-    # A deprecated name stands for another name and tag.
+    # A deprecated name maps to another name and tag.
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", UserWarning)
         cfg = timm.create_model(name).pretrained_cfg

@@ -1,9 +1,9 @@
-"""What the property tests share: how many random cases run and from which seed, how one is replayed, how tensors lie in
-memory, which values they hold, and what a result is held to.
+"""Shared by the property tests: number and seed of random cases, replaying a case, memory layouts, values, and the
+checks of a result.
 
-A case is a frozen dataclass of a few words and numbers; its repr is an expression that makes it again, and hypothesis
-shrinks it. ``check()`` builds its tensors from ``seed`` and raises on any violation. A case that once failed is a line
-of kept_cases.txt and runs for ever (test_properties_kept.py).
+A case is a frozen dataclass of a few strings and numbers; its repr is an expression that builds it again, and
+hypothesis shrinks it. ``check()`` builds its tensors from ``seed`` and raises on any violation. Cases that once failed
+are kept in kept_cases.txt, one a line, and run in every test run (test_properties_kept.py).
 
 VIT_FAST_DEPTH=full runs the large numbers (``make test-full``); VIT_FAST_SEED=n explores other cases.
 """
@@ -19,9 +19,9 @@ from support.budget import assert_within_budget
 
 FULL = os.environ.get("VIT_FAST_DEPTH") == "full"
 SEED = int(os.environ.get("VIT_FAST_SEED", "0"))
-BIASES = []  # of each result of 16 bits: mean(sign(g)·(k − g)) / rms(k − g), 0.7 where rounding truncates
-SHARDS = range(4)  # parts of a search that processes can share
-ENOUGH, REPLICAS = 4096, 32  # elements that tell eager's error, and at most so many draws
+BIASES = []  # mean(sign(g)·(k − g)) / rms(k − g) of each 16-bit result; 0.7 if rounding truncates
+SHARDS = range(4)  # shards of a search, for several processes
+ENOUGH, REPLICAS = 4096, 32  # elements enough to estimate eager's error; most draws to reach them
 
 DTYPES = {
     "float16": torch.float16,
@@ -36,7 +36,7 @@ layouts = st.sampled_from(LAYOUTS)
 
 
 def explore(cases, quick, full, shard, count):
-    """Runs ``check`` of a share of the ``quick`` or ``full`` number of random cases; ``count`` is the fixture."""
+    """Runs ``check`` on one shard of the ``quick`` or ``full`` number of random cases; ``count`` is the fixture."""
     examples = -(-(full if FULL else quick) // len(SHARDS))
 
     @hypothesis.seed(SEED * len(SHARDS) + shard)
@@ -76,7 +76,7 @@ def repro(case):
 
 
 def laid_out(tensor, layout):
-    """A view with the values of ``tensor`` that lies otherwise in memory; NaN, if floating, all around it."""
+    """A view with the values of ``tensor`` in another memory layout; floating ones are surrounded by NaN."""
     if not isinstance(tensor, torch.Tensor) or layout == "contiguous":
         return tensor
     fence = float("nan") if tensor.is_floating_point() else 77
@@ -97,7 +97,7 @@ def laid_out(tensor, layout):
 
 
 def all_laid_out(layout, *tensors):
-    """Each in a layout of its own, the first as asked."""
+    """Each tensor in a layout of its own, the first in ``layout``."""
     first = LAYOUTS.index(layout)
     return [laid_out(t, LAYOUTS[(first + i) % len(LAYOUTS)]) for i, t in enumerate(tensors)]
 
@@ -108,7 +108,7 @@ values_to_the_limit = st.sampled_from(("normal", "normal", *VALUES, "subnormal",
 
 
 def filled(shape, kind, generator):
-    """float64 values of one kind; an axis -1 of channels, an axis -2 of tokens."""
+    """float64 values of one kind; axis -1 is channels, axis -2 tokens."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "small":
         x = x * 1e-3
@@ -122,7 +122,7 @@ def filled(shape, kind, generator):
         x = x.abs() + 3
     elif kind == "equal rows":
         x = x[..., :1, :].expand(shape).clone()
-    elif kind == "subnormal":  # in half of the draws of float16, in the others of bfloat16 and float32
+    elif kind == "subnormal":  # half of the draws subnormal in float16, the others in bfloat16 and float32
         x = x * (2e-5 if generator.initial_seed() % 2 else 1e-39)
     elif kind == "huge":  # up to the largest float16
         x = (x * 2e4).clamp(-65504, 65504)
@@ -145,7 +145,7 @@ def permutation(count, seed):
 
 
 def can_shrink(*tensors):
-    """Whether a quarter of every element is a number of its dtype."""
+    """Whether every element divided by 4 is exact in its dtype."""
     return all(torch.equal(t / 4 * 4, t) for t in tensors)
 
 
@@ -174,7 +174,7 @@ class Case:
             pairs.append(list(zip(self.eager(*other), self.golden(*other), strict=True)))
         for result, order, (eager, golden), *replicas in zip(results, self.order(*inputs), *pairs, strict=True):
             assert result.is_contiguous() and result.shape == golden.shape
-            if result.dtype == torch.float64:  # runs in the interpreter only, and proves the logic
+            if result.dtype == torch.float64:  # float64 runs in the interpreter only, to test the logic
                 assert (result - golden).abs().max() <= 1e-11 * golden.abs().max() + order * 2.0**-26
             elif golden.any():
                 self.note_bias(result, golden)

@@ -1,4 +1,4 @@
-"""Memory sanitizer of Triton's interpreter: every access of every program is checked against the views it was given.
+"""Memory sanitizer for Triton's interpreter: checks every access of every program against the views of its arguments.
 
 ``install()`` hooks it into this process for good; a fault is raised as ``MemoryFault`` from the launch, with the
 kernel, the argument, its shape and strides, the element and the program. What is found:
@@ -6,19 +6,19 @@ kernel, the argument, its shape and strides, the element and the program. What i
 out of view        a load, store or atomic, also through a tensor descriptor, of an element that does not belong to the
                    view (shape and strides, not only the storage) of the argument that its pointer comes from
 uninitialised      a load of an element that nothing has written since ``torch.empty`` (see ``poison``)
-conflict           two programs write one element, or one writes what another reads; atomics among themselves may meet,
-                   and after an acquiring one a program may read what was written before a releasing one that it met
-written twice      one program stores one element twice, in one instruction or in two
-unwritten          an argument that came uninitialised is not complete at the end of the launch
+conflict           two programs write one element, or one writes what another reads. Allowed: atomics on an element, and
+                   after an acquire the reads of what was written before a release that it synchronises with
+written twice      one program stores an element twice, in one instruction or in two
+unwritten          an argument that was uninitialised before the launch is not fully written after it
 
 How: each tensor argument gets a number, which is put into bits 48 … 63 of its base address; pointer arithmetic keeps
-it, and loads and stores read it, look up the view and take it away. A storage knows the writer and the readers of each
+it, and loads and stores look up the view by it and strip it. A storage knows the writer and the readers of each
 of its cells, a view the cells that belong to it; where a storage has many cells and few are in use (views that span
 2³² elements) only those in use are kept.
 
 ``program_order(seed)`` runs the programs of every launch in a shuffled order (None: ascending, -1: descending).
 ``only_programs(pick)`` runs the programs pick(grid size) of every launch, and nothing is checked: for outputs too large
-to be computed, or to be kept track of.
+to be computed or tracked.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _POISON = {
     torch.bfloat16: (torch.int16, np.int16, 0x7FA5),
     torch.float32: (torch.int32, np.int32, 0x7FA5A5A5),
     torch.float64: (torch.int64, np.int64, 0x7FF5A5A5A5A5A5A5),
-    torch.float8_e4m3fn: (torch.uint8, np.uint8, 0xFF),  # the one NaN with a sign; casts yield it without
+    torch.float8_e4m3fn: (torch.uint8, np.uint8, 0xFF),  # the NaN with the sign set, which no cast yields
 }
 
 
@@ -49,7 +49,7 @@ class MemoryFault(AssertionError):
 
 
 def poison(tensor):
-    """Fills fresh memory so that the sanitizer, or any comparison, sees what was never written."""
+    """Fills fresh memory with poison, by which the sanitizer, or any comparison, detects what was never written."""
     with torch.no_grad():
         if tensor.dtype in _POISON:
             integer, _, pattern = _POISON[tensor.dtype]
@@ -99,18 +99,18 @@ class _Storage:
         self.start = min((t.data_ptr() for t in tensors), default=0)
         cells = [_cells(t, self.start, self.cell) for t in tensors]
         count = 1 + max((int(c.max()) for c in cells), default=-1)
-        self.known = None  # the cells in use, in order, where few of many are
+        self.known = None  # sorted cells in use, if there are too many cells to keep them all
         if count > _DENSE:
             self.known = np.unique(np.concatenate([c.ravel() for c in cells]))
             count = self.known.size
         self.writer, self.reader = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.missing = np.zeros(count, bool)  # holds poison
         self.late = np.zeros(count, bool)  # written since the last release of its writer
-        self.met = {}  # cell → the programs whose releases an acquire there sees
+        self.met = {}  # cell → programs whose releases an acquire of it synchronises with
         self.nowhere = count
 
     def find(self, cells):
-        """Where the arrays keep these cells; ``nowhere`` for cells of no view."""
+        """Indices of these cells in the arrays; ``nowhere`` for cells of no view."""
         if self.known is None:
             return np.where((cells >= 0) & (cells < self.nowhere), cells, self.nowhere)
         places = np.searchsorted(self.known, cells)
@@ -136,7 +136,7 @@ class _View:
                 storage.missing[self.places[bits]] = True
 
     def unwritten(self):
-        """Where the view is still poison, in its own shape."""
+        """Mask, in the view's shape, of elements that are still poison."""
         return self.storage.missing[self.places[..., 0]]
 
 
@@ -178,7 +178,7 @@ class _Launch:
         self.fail(what, view, int(addresses[mask][first] & _ADDRESS) - view.base)
 
     def enter(self, addresses, mask, what):
-        """(view, addresses without tag, the places of the cells that the mask lets through)."""
+        """(view, addresses without tag, indices of the cells under the mask)."""
         COUNTS["accesses"] += 1
         plain = addresses & _ADDRESS
         wanted = addresses[mask]

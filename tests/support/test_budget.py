@@ -1,4 +1,4 @@
-"""The budget and the interpreter's cures, tested on results that are known to be wrong and known to be right."""
+"""The error budget and the interpreter's fixes, tested on results known to be wrong and known to be right."""
 
 import math
 import subprocess
@@ -132,7 +132,7 @@ def test_timm_imports_without_cuda():
 
 
 def test_unlisted_skip_fails_the_run(tmp_path):
-    """A skip for a reason that nobody allowed turns the exit status red, a listed one does not."""
+    """A skip whose reason is not listed makes the run fail, a listed one does not."""
     tests = Path(__file__).parents[1]
     (tmp_path / "support").mkdir()
     for name in ("conftest.py", "support/interpreter_cures.py", "support/sanitizer.py"):

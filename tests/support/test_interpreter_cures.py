@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def in_order(a, b, dtype):
-    """The product as its definition says, one k after the other."""
+    """The product summed in the order of k, one k after the other."""
     total = np.zeros((a.shape[0], b.shape[1]), dtype)
     for k in range(a.shape[1]):
         total = total + a[:, k, None].astype(dtype) * b[None, k, :].astype(dtype)

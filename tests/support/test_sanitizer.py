@@ -1,4 +1,4 @@
-"""The memory sanitizer finds each fault it promises, in small kernels that have it, and nothing in sound ones."""
+"""The memory sanitizer finds each kind of fault in small faulty kernels, and nothing in correct ones."""
 
 import numpy as np
 import pytest
@@ -235,7 +235,7 @@ def test_tensor_descriptors():
     rows = [TensorDescriptor(t, [3, 16], [16, 1], [1, 16]) for t in (y, x)]
     with pytest.raises(MemoryFault, match=r"unwritten, 32 elements, the first at \[0, 0\].*argument y "):
         descriptor_kernel[(1,)](*rows, 2, BLOCK=16)
-    far = TensorDescriptor(x[:2], [3, 16], [16, 1], [1, 16])  # promises a row that the view has not
+    far = TensorDescriptor(x[:2], [3, 16], [16, 1], [1, 16])  # describes a row that the view does not have
     with pytest.raises(MemoryFault, match=r"out-of-view load of 16 elements.*argument x \[2, 16\]"):
         descriptor_kernel[(1,)](rows[0], far, 2, BLOCK=16)
 

@@ -47,7 +47,7 @@ def run(
     After Ctrl-C the rows of a batch size that has enough rounds are kept too, then KeyboardInterrupt is raised.
 
     Args:
-        tell: called with a text and the done fraction as the work goes on; ``tell.warn`` prints a line.
+        tell: called with a text and the fraction done, as the work proceeds; ``tell.warn`` prints a line.
         keep: called with the rows of each batch size as soon as they are there.
     """
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()

@@ -13,7 +13,7 @@ class BenchError(Exception):
 
 
 class WrongValueError(BenchError):
-    """A value that cannot be used: what was given and what is wanted instead, in words."""
+    """A value that cannot be used; holds the value and a text that describes what is wanted."""
 
     def __init__(self, got: object, wanted: str) -> None:
         super().__init__(f"got {got!r}, wanted {wanted}")

@@ -125,7 +125,7 @@ def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> 
         weights: bytes of the model's parameters and buffers.
 
     Returns:
-        (bytes, or None where it cannot be measured, and the method in words).
+        (bytes, or None where it cannot be measured, and the method as text).
     """
     if device.type == "cuda":
         gc.collect()
