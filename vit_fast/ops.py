@@ -357,8 +357,8 @@ def linear_residual(
     return torch.ops.vit_fast.linear_residual_fwd(x, weight, bias, gamma, residual, row_scale, name)
 
 
-def _not_fused(dropout_p: float, **options: torch.Tensor | None) -> list[str]:
-    """Which options of a call no operator has an argument for."""
+def _not_fused(dropout_p: float, **options: Any) -> list[str]:
+    """Which options of a call, those that are not None, no operator has an argument for."""
     reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
     return [*reasons, "dropout_p is not fused"] if dropout_p else reasons
 
