@@ -13,7 +13,7 @@ One file is one operation: head comment, device code, launch, public function.
 ``activations``      activations on a tile
 ``gemm``             the GEMM kernel with its epilogue and tile order
 ``linear``           linear layers on it: activation, LayerScale, residual, folded LayerNorm
-``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune
+``linear_hopper``    the same for sm_90 in Gluon; a candidate of benchmarks/tune/
 ``layernorm_mlp``    LayerNorm + MLP + residual
 ``attention``        attention on packed or separate q, k, v
 ``patch_embed``      patch embedding as an implicit GEMM

@@ -358,8 +358,8 @@ def linear_residual(
     return torch.ops.vit_fast.linear_residual_fwd(x, weight, bias, gamma, residual, row_scale, name)
 
 
-def _not_fused(dropout_p: float, **options: torch.Tensor | None) -> list[str]:
-    """The options of a call for which no registered operator has an argument."""
+def _not_fused(dropout_p: float, **options: Any) -> list[str]:
+    """The options of a call for which no registered operator has an argument; an option that is None is not given."""
     reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
     return [*reasons, "dropout_p is not fused"] if dropout_p else reasons
 

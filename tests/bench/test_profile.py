@@ -17,12 +17,13 @@ from support.gpu import NO_FLOAT8
 import vit_fast
 from vit_fast import cli
 from vit_fast.backends import select
-from vit_fast.bench import attribution, machine, measure
+from vit_fast.backends.torch import TORCH
+from vit_fast.bench import attribution, machine, measure, operations
 from vit_fast.bench import profile as profiling
 from vit_fast.bench.attribution import STEP, attribute, family
 from vit_fast.bench.operations import Call, Operation, forward_operations, moved_bytes, tensor_sizes
 from vit_fast.cli import options
-from vit_fast.precisions import FP8
+from vit_fast.precisions import FP8, PRECISIONS
 
 TINY = ["profile", "--model", "vit_tiny_patch16_224", "--img-size", "32", "--device", "cpu"]
 M = 256 * 197  # rows of ViT-B/16 at batch 256
@@ -83,6 +84,13 @@ def test_operations_of_vit_b16_by_hand(monkeypatch):
     qkv = next(call for call in calls if call.operator == "vit_fast::layer_norm_linear_fwd")
     assert qkv.sizes == ((256, 197, 768), (768,), (768,), (2304, 768), (2304,))
     assert [o.name for o in qkv.operations] == ["layer_norm", "linear"]
+
+
+def test_every_operator_is_known():
+    """One that is not has no row."""
+    assert {f"vit_fast::{name}_fwd" for name in TORCH.backward} <= set(operations._VIT_FAST)
+    narrow = {precision.operation for precision in PRECISIONS.values() if precision.products}
+    assert {f"vit_fast::{name}" for name in narrow} <= set(operations._VIT_FAST)
 
 
 def fp8(monkeypatch, depth, batch=256):
@@ -726,7 +734,7 @@ def test_profile_on_a_gpu(provider, tmp_path):
         (["--num-iter", "0"], "--num-iter", "a whole number of 1 or more"),
         (["--img-size", "-3"], "--img-size", "a whole number of 1 or more"),
         (["--precision", "half"], "--precision", "float32, bfloat16 or float16"),
-        (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu or torch"),
+        (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu"),
         (["--backend", "torch", "--provider", "eager"], "--backend", "it with --provider vit_fast, prepared or fp8"),
         (["--results-file", "rows.txt"], "--results-file", "a name that ends in .csv or .json"),
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),

@@ -20,6 +20,7 @@ from vit_fast.kernels.arguments import UnsupportedError
 import vit_fast
 from vit_fast import checkpoints, ops
 from vit_fast.backends import select
+from vit_fast.backends.torch import TORCH
 
 GOOD = {
     "attention": dict(qkv=ones(2, 5, 24), num_heads=2, scale=0.5),
@@ -328,6 +329,10 @@ def no_launch(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", launch)
 
 
+def test_every_operation_is_called():
+    assert set(TORCH.backward) <= set(GOOD) and set(TORCH.backward) <= set(CASES)
+
+
 @pytest.mark.parametrize("op", GOOD)
 def test_good_calls_run_operators(op):
     """What the cases change is the only thing wrong with them, and the recorder sees what runs."""
@@ -420,7 +425,7 @@ def test_forced_triton_and_strict_mode(op, changes, reason, no_launch, monkeypat
         getattr(ops, op)(**GOOD[op] | changes)
 
 
-BACKENDS = "expected one of auto, triton, cuda, cpu, torch"
+BACKENDS = f"expected one of {', '.join(select.words())}"
 
 
 @pytest.mark.parametrize("word", ["cudnn", "Triton", None, ["torch"]], ids=repr)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vit_fast
 from vit_fast import ops
+from vit_fast.backends.torch import TORCH
 
 OPS = torch.ops.vit_fast
 
@@ -96,6 +97,10 @@ DIFFERENTIABLE = {
     "attention": 3,
     "patch_embed": 5,
 }
+
+
+def test_every_operation_is_tried():
+    assert set(TORCH.backward) == set(DIFFERENTIABLE) == {_stem(name) for name in NAMES} == set(_calls())
 
 
 def _stem(name):

@@ -12,7 +12,6 @@ import torch
 from vit_fast.kernels import arguments, folding, reference
 
 import vit_fast
-from vit_fast import ops
 from vit_fast.block import PREPARED
 from vit_fast.parity import Budget
 from vit_fast.precisions import FOLDED, FP8, PRECISIONS, Precision, of_operation
@@ -68,7 +67,7 @@ def test_every_precision_says_what_it_is():
     operations, variants = set(), set()
     for name, precision in PRECISIONS.items():
         assert precision.name == name and of_operation(precision.operation) is precision
-        assert getattr(torch.ops.vit_fast, precision.operation) and callable(getattr(ops, precision.operation))
+        assert getattr(torch.ops.vit_fast, precision.operation)
         operations.add(precision.operation)
         variants |= {precision.variant, precision.graphed_variant}
         block = small().blocks[0]
@@ -144,7 +143,7 @@ def test_a_third_precision_tells_where_it_cannot(third):
         vit_fast.prepare(small().to("meta"), precision="three-bits")
     with pytest.raises(vit_fast.UnsupportedError, match="folding is for all float16 or all bfloat16"):
         vit_fast.prepare(small().float(), precision="three-bits")
-    with pytest.raises(ValueError, match="precision is 'fp4', expected None, 'fp8' or 'three-bits'"):
+    with pytest.raises(ValueError, match=r"precision is 'fp4', expected None, .* or 'three-bits'$"):
         vit_fast.prepare(small(), precision="fp4")
 
 
@@ -153,6 +152,8 @@ def test_a_precision_that_is_not_known_here(third, x, monkeypatch):
     model = vit_fast.prepare(small(), precision="three-bits")
     monkeypatch.delitem(PRECISIONS, "three-bits")
     other = pickle.loads(pickle.dumps(model))
-    with pytest.raises(ValueError, match=r"vit_fast\.refresh: precision is 'three-bits', expected None or 'fp8'"):
+    with pytest.raises(
+        ValueError, match=r"vit_fast\.refresh: precision is 'three-bits', expected None(?!.*three-bits)"
+    ):
         vit_fast.refresh(other)
     assert torch.equal(ran(other, x)[0], ran(vit_fast.unprepare(other), x)[0])

@@ -72,7 +72,7 @@ def test_families_have_timms_config(name):
 def test_names_that_timm_lacks_have_their_familys_config():
     with torch.device("meta"):
         families = {PRESETS[name].build: name for name in PRESETS if name not in OF_TIMM}
-        assert len(families) == 6
+        assert len(families) >= 6
         for name in families.values():
             model = vit_fast.create_model(name)
             config = resolve_model_data_config(model)

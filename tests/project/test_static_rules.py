@@ -546,7 +546,7 @@ def test_every_int64_is_needed(path):
     source, others = path.read_text(), [other.read_text() for other in KERNELS if other != path]
     assert not narrow_offsets(source, *others)
     mutants = list(widenings(source))
-    assert len(mutants) >= 3
+    assert mutants
     unseen = [line for line, mutant in mutants if not narrow_offsets(mutant, *others)]
     assert not unseen, f"{path.name}: int64 of lines {unseen} can go without a violation"
 
