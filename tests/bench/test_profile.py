@@ -734,7 +734,7 @@ def test_profile_on_a_gpu(provider, tmp_path):
         (["--num-iter", "0"], "--num-iter", "a whole number of 1 or more"),
         (["--img-size", "-3"], "--img-size", "a whole number of 1 or more"),
         (["--precision", "half"], "--precision", "float32, bfloat16 or float16"),
-        (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu"),
+        (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu or torch"),
         (["--backend", "torch", "--provider", "eager"], "--backend", "it with --provider vit_fast, prepared or fp8"),
         (["--results-file", "rows.txt"], "--results-file", "a name that ends in .csv or .json"),
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),

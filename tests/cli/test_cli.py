@@ -864,7 +864,7 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (["--variants", "none"], "--variants", "plain, prepared, graphed, fp8 or fp8-graphed"),
         (["--variants", "prepared", "--family", "deit"], "--variants", "without --family"),
         (["--family", "vgg"], "--family", "clip, deit, hybrid, scratch, lanl, t2t or all"),
-        (["--backend", "metal"], "--backend", "auto, triton, cuda, cpu"),
+        (["--backend", "metal"], "--backend", "auto, triton, cuda, cpu or torch"),
         (["--batch-size", "8,0"], "--batch-size", "whole number of 1 or more"),
         (["--batch-size", "many"], "--batch-size", "whole number of 1 or more"),
         (["--img-size", "-3"], "--img-size", "whole number of 1 or more"),

@@ -425,7 +425,7 @@ def test_forced_triton_and_strict_mode(op, changes, reason, no_launch, monkeypat
         getattr(ops, op)(**GOOD[op] | changes)
 
 
-BACKENDS = f"expected one of {', '.join(select.words())}"
+BACKENDS = f"expected one of {', '.join(select.names())}"
 
 
 @pytest.mark.parametrize("word", ["cudnn", "Triton", None, ["torch"]], ids=repr)
