@@ -1,4 +1,4 @@
-"""What the library knows of one program's checkpoints: a ``Format``, which the program's own file declares.
+"""The description of one program's checkpoints: a ``Format``, declared in the program's own file.
 
 Every format is translated to timm's keys and from there to others, so that a new one needs two functions at most. The
 list of all formats is ``registry.FORMATS``.
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-Log = list[tuple[tuple[str, ...], str]]  # (the keys that came, the key that was made of them)
+Log = list[tuple[tuple[str, ...], str]]  # (source keys, the key that was made of them)
 
 
 class Translation(NamedTuple):
-    """A state_dict under other keys, and what became of each key that came."""
+    """A state_dict under other keys, and what became of each source key."""
 
     state: dict[str, torch.Tensor]
     log: Log
-    dropped: Sequence[tuple[str, str]] = ()  # (a key that came, why it has no place)
+    dropped: Sequence[tuple[str, str]] = ()  # (a source key, why it is left out)
 
 
 # What a model may be built without: how timm's keys of it begin.
@@ -50,7 +50,7 @@ class Format:
         variant_of: the name of a format from which it differs in few keys, which a file may lack.
         always_recognised: whether ``to_timm`` needs the keys that ``recognise`` looks for.
         optional: how the keys begin that are left out, with a warning, where a model has nothing under them.
-        for_model: (model, state_dict) → the state_dict for this very model, in place of translating keys alone.
+        for_model: (model, state_dict) → the state_dict for this one model, where translating keys is not enough.
         loaded: called with a model after a checkpoint of this format has been loaded into it.
     """
 

@@ -43,7 +43,7 @@ def convert_state_dict(
         family: the name of the program that ``state`` is from; None recognises it by the keys.
         grid, old_grid, policy: the position table is resized to ``grid`` (rows, columns) by ``policy`` (the
             program's own where None); ``old_grid`` None takes a square.
-        patch_size: side of the patches, which old files do not tell: their patch weights are a matrix.
+        patch_size: side of the patches, which files with a matrix of patch weights do not contain.
         in_chans: channels of the first convolution: summed for one, tiled otherwise.
         drop_head: leaves out head, head_dist and pre_logits.
     Returns:

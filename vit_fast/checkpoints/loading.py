@@ -120,7 +120,7 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str], old_grid: tuple[
     """Loads a file into a model; a position embedding of another grid is resized.
 
     Args:
-        model: a ``VisionTransformer``, or a model of ``vit_fast.systems``, which its family's ``load`` serves.
+        model: a ``VisionTransformer``, or a model of ``vit_fast.systems``, which its family's ``load`` loads.
         path: a file of ``read_state_dict``: timm's keys, or those of another format of ``registry.FORMATS``. The log
             says at level INFO what became of every key, and as a warning what was left out.
         old_grid: (rows, columns) of the file's position embedding; default the model's own grid where the count is the

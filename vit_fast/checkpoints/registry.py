@@ -49,7 +49,7 @@ def of_model(own: Mapping[str, Any]) -> Format | None:
 
 
 def format_of(state: Mapping[str, Any], name: str | None = None) -> Format:
-    """The format of a state_dict: the named one, which the keys must not contradict, or the one they tell.
+    """The format of a state_dict: the named one, which the keys must not contradict, or the one that has these keys.
 
     Raises:
         ValueError: an unknown name, or one that the keys contradict.

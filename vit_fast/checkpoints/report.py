@@ -52,7 +52,7 @@ def report_of(
     Args:
         first, second: their logs, as in ``base.Translation``.
         state: what the second one made.
-        dropped: (key that came, why) of what was left out.
+        dropped: (source key, reason) of each key that was left out.
         resized: by the ``id`` of a tensor of ``state``, how it was resized.
     """
     report = Report()

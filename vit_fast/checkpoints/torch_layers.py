@@ -1,6 +1,6 @@
 """Stacks of torch's ``nn.TransformerEncoderLayer``, as from-scratch ViTs and the literal DeiT have them.
 
-Such a layer may be post-norm, and its keys do not tell: the canonical keys alone can hold them.
+Such a layer may be post-norm, which its keys do not show: only the canonical keys can hold it.
 Source: torch/nn/modules/transformer.py.
 """
 
