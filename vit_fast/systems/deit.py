@@ -183,7 +183,7 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models
 
     @torch.no_grad()
     def init_weights(self, mode: str = "") -> None:
-        """Initialises the parameters: "" as DeiT, "wz" as WZMIAOMIAO's rewrite of it, timm's "jax" and "jax_nlhb", "moco"."""
+        """Initialises the parameters: "" as DeiT, "wz" as WZMIAOMIAO's rewrite, timm's "jax" and "jax_nlhb", "moco"."""
         super().init_weights(mode)
         for token in (self.cls_token, self.dist_token):
             if token is not None:
