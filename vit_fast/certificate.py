@@ -86,10 +86,13 @@ class Certificate:
         its = rows[-1].parity
         if its.reference_relative_error != its.eager_relative_error:
             used = (of_operation(words.split()[-1]) for words in self.operations)  # "triton fp8_blocks" → its precision
-            products = " and ".join(p.products for p in used if p is not None and p.products)
+            precisions = [precision for precision in used if precision is not None and precision.budget]
+            products = " and ".join(precision.products for precision in precisions if precision.products)
+            named = " and ".join(str(precision.name) for precision in precisions)
+            held = f"Products are {products}" if products else f"Prepared for {named}"
             lines.append(
-                f"Products are {products}: eager is here the plain PyTorch form of the same quantised model; in "
-                f"{self.dtype} eager's rms error is {its.eager_relative_error:.2e}."
+                f"{held}: eager is here the plain PyTorch form of the same quantised model; in {self.dtype} eager's "
+                f"rms error is {its.eager_relative_error:.2e}."
             )
         if all(output.parity.max_abs == 0 for output in self.outputs):
             lines.append("Every output has the very bits of plain PyTorch.")

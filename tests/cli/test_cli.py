@@ -524,7 +524,7 @@ def test_the_best_baseline_multiplies_in_no_lower_precision():
     seconds = {"vit_fast": 4, "vit_fast-fp8": 2, "vit_fast-fp8-graphed": 8, "eager": 6, "compile": 5, "scaled-mm": 1}
     rows = {}
     for name, step in seconds.items():
-        row = {"status": "ok", "matmul_peak_tflops": 200.0 if name in providers.NARROW else 100.0}
+        row = {"status": "ok", "matmul_peak_tflops": 200.0 if providers.PRECISION_OF.get(name) is FP8 else 100.0}
         ours = name.startswith("vit_fast")
         rows[name] = rounds.Provider(name, None, row, ours=ours, rounds=[[step]] * 3, latencies=[step] * 3)
     contest = SimpleNamespace(flops=1e12)

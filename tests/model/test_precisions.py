@@ -123,6 +123,8 @@ def test_a_third_precision_is_one_object(third, x):
     certificate = vit_fast.check(model, x)
     assert certificate.operations["torch three_bit_blocks"] == 1 and certificate.passed
     assert "Products are numbers of three bits: eager is here the plain PyTorch form" in str(certificate)
+    third.products = None  # of a precision that rounds its weights alone
+    assert "Prepared for three-bits: eager is here the plain PyTorch form" in str(certificate)
 
 
 def test_a_third_precision_is_refreshed(third, x):

@@ -21,7 +21,7 @@ from . import contest as contests
 from . import measure, scaled_mm, time_budget
 from .baselines import best_attention
 from .contest import caller, graphed, provider_names
-from .providers import COMPILE_MODES, GRAPHED, NARROW, OUR_GRAPHS, PLAIN
+from .providers import COMPILE_MODES, GRAPHED, OUR_GRAPHS, PLAIN, PRECISION_OF
 from .recorders import AttentionOps, Operators
 from .rounds import Provider, attempt, fill_in, outcome, release, time_rounds
 from .settings import Settings
@@ -157,8 +157,8 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
 
 
 def _plain_logits(provider, contest, pixels, settings):
-    """Logits of the plain PyTorch form of a model with narrower products; None if products have the weights' dtype."""
-    if provider.products is None:
+    """Logits of the plain PyTorch form of a model whose precision has an error budget of its own, else None."""
+    if _budget(provider) is None:
         return None
     if not provider.ours:
         return caller(scaled_mm.plain(contest.baselines[provider.name]), pixels, settings)().clone()
@@ -167,7 +167,8 @@ def _plain_logits(provider, contest, pixels, settings):
 
 
 def _budget(provider):
-    return NARROW[provider.name].budget if provider.products else None
+    precision = PRECISION_OF.get(provider.name)
+    return precision and precision.budget
 
 
 def _judge(ours, golden, eager, contest, pixels, settings):
@@ -202,8 +203,8 @@ def _judge(ours, golden, eager, contest, pixels, settings):
     )
     if not verdict.passed:
         ours.row["status"] = "parity failed"
-    elif ours.products and all(op != NARROW[ours.name].operation for op, *_ in choices):
-        ours.row["status"] = f"failed: no block ran in {ours.products}"
+    elif _budget(ours) and all(op != PRECISION_OF[ours.name].operation for op, *_ in choices):
+        ours.row["status"] = f"failed: no block ran in {ours.products or PRECISION_OF[ours.name].name}"
 
 
 def _attention(module, pixels, settings):

@@ -20,7 +20,7 @@ import vit_fast
 from vit_fast import parity
 
 from . import baselines, machine, measure, models, photographs
-from .providers import NARROW, PLAIN, VARIANTS
+from .providers import PLAIN, PRECISION_OF, VARIANTS
 from .settings import Settings
 
 PEAK_SECONDS = 2.0  # time that measuring the peak of a matrix product takes
@@ -107,7 +107,7 @@ def _models(settings):
     settle(our_model)
     others, absent = baselines.build(settings.baselines, timm_model, settings.device)
     for name, model in others.items():
-        if name not in NARROW:  # .to() would cast its float8 weights to the dtype of the other baselines
+        if name not in PRECISION_OF:  # .to() would cast its float8 weights to the dtype of the other baselines
             settle(model)
     ours, unsupported = _variants(settings.variants, our_model)
     return timm_model, ours, others, absent | unsupported
@@ -183,8 +183,8 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     narrow_facts: dict[str, dict[str, Any]] = {}
-    for precision in dict.fromkeys(NARROW.values()):
-        names = [name for name, of_name in NARROW.items() if of_name is precision]
+    for precision in dict.fromkeys(precision for precision in PRECISION_OF.values() if precision.products):
+        names = [name for name, of_name in PRECISION_OF.items() if of_name is precision]
         runs = any(name in ours or name in others for name in names)
         narrow_facts |= dict.fromkeys(names, _narrow_facts(precision, settings, peak_of if runs else None))
     return Contest(reference, ours, others, absent, pixels, flops, facts, narrow_facts, kernel_cache)

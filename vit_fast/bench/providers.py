@@ -44,12 +44,11 @@ COMPILE_MODES = {
     "compile-max-autotune": "max-autotune",
     SCALED_MM: "max-autotune",
 }
-# The precision of providers whose products are narrower than their weights. Such a provider is compared with baselines
-# of the same product dtype and with those that multiply in the weights' dtype, any other provider with the latter only.
-NARROW = {
-    variant.provider: variant.precision for variant in VARIANTS.values() if variant.precision and variant.products
-}
-NARROW |= {SCALED_MM: FP8}
+# The precision of each provider that has one. A provider whose products are narrower than its weights is compared
+# with baselines of the same product dtype and with those that multiply in the weights' dtype, any other with the
+# latter only.
+PRECISION_OF = {variant.provider: variant.precision for variant in VARIANTS.values() if variant.precision}
+PRECISION_OF |= {SCALED_MM: FP8}
 OUR_GRAPHS = tuple(variant.provider for variant in VARIANTS.values() if variant.graphed)
 # Providers that replay CUDA graphs, whose memory outlives the call.
 GRAPHED = (*OUR_GRAPHS, "compile-cudagraphs", "compile-max-autotune", SCALED_MM)

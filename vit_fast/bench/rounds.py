@@ -18,7 +18,7 @@ import torch
 
 from . import machine, measure, speedup
 from .contest import Contest
-from .providers import NARROW
+from .providers import PRECISION_OF
 from .results import speedup_column
 from .settings import Settings
 from .time_budget import MIN_ROUNDS
@@ -53,7 +53,7 @@ class Provider:
     @property
     def products(self) -> str | None:
         """The dtype that its matrix products multiply, as text; None where it is that of the weights."""
-        return NARROW[self.name].products if self.name in NARROW else None
+        return PRECISION_OF[self.name].products if self.name in PRECISION_OF else None
 
     @property
     def steps(self) -> list[float]:

@@ -10,7 +10,7 @@ import typer
 
 from vit_fast.bench import machine, photographs
 from vit_fast.bench.errors import require
-from vit_fast.bench.providers import BASELINES, NARROW, SCALED_MM, VARIANTS
+from vit_fast.bench.providers import BASELINES, PRECISION_OF, SCALED_MM, VARIANTS
 
 from . import options
 from .errors import INTERRUPTED
@@ -66,7 +66,7 @@ def _default_variants(target, precision, family):
 
 def _default_baselines(target, variants):
     """The default baselines of a device, with timm in float8 if one of our variants is in float8."""
-    float8 = NARROW[SCALED_MM].products in {VARIANTS[name].products for name in variants}
+    float8 = PRECISION_OF[SCALED_MM].products in {VARIANTS[name].products for name in variants}
     return DEFAULT_BASELINES[target.type] + (SCALED_MM,) * (target.type == "cuda" and float8)
 
 
