@@ -36,7 +36,7 @@ def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor |
     have a bias, the others get 0."""
     biases = [linear.bias for linear in projections]
     if any(bias is not None for bias in biases):
-        zeros = (linear.weight.new_zeros(len(linear.weight)) for linear in projections)
+        zeros = (linear.weight.new_zeros(linear.out_features) for linear in projections)
         bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
     else:
         bias = None
