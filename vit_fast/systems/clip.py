@@ -23,7 +23,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -48,21 +48,21 @@ VARIANTS = ("openai", "clip_reid", "open_clip", "plain")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def _openai(resolution, patch, width, layers, out):
+def _openai(resolution: int, patch: int, width: int, layers: int, out: int) -> dict[str, Any]:
     return dict(
         variant="openai", input_resolution=resolution, patch_size=patch, width=width, layers=layers,
         heads=width // 64, output_dim=out,
     )  # fmt: skip
 
 
-def _open_clip(width, layers, out, mlp_ratio=4.0):
+def _open_clip(width: int, layers: int, out: int, mlp_ratio: float = 4.0) -> dict[str, Any]:
     return dict(
         variant="open_clip", image_size=224, patch_size=14, width=width, layers=layers, heads=16,
         mlp_ratio=mlp_ratio, output_dim=out,
     )  # fmt: skip
 
 
-def _reid(grid, stride):
+def _reid(grid: Any, stride: int) -> dict[str, Any]:
     return dict(
         variant="clip_reid", h_resolution=grid[0], w_resolution=grid[1], patch_size=16, stride_size=stride,
         width=768, layers=12, heads=12, output_dim=512, mean=(0.5,) * 3, std=(0.5,) * 3,
@@ -179,12 +179,12 @@ class Transformer(nn.Module):
         last = run_blocks(self.resblocks, x, 0, -1, self._run_block)
         return last, run_blocks(self.resblocks, last, -1, None, self._run_block)
 
-    def _run_block(self, block, x):
+    def _run_block(self, block: nn.Module, x: torch.Tensor) -> Any:
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
 
 
-def _fail_size(subject, size, wanted):
+def _fail_size(subject: str, size: Any, wanted: str) -> NoReturn:
     raise ValueError(f"vit_fast.systems.clip: {subject} {size[0]}×{size[1]}, expected {wanted}")
 
 
@@ -280,7 +280,9 @@ class ImageTower(nn.Module):
         self.ln_post = make_norm(width)
         self.proj = None if output_dim is None else nn.Parameter(scale * torch.randn(width, output_dim, **dd))
 
-    def _set_sizes(self, sizes, h_resolution, w_resolution, num_patches):
+    def _set_sizes(
+        self, sizes: Any, h_resolution: int | None, w_resolution: int | None, num_patches: int | None
+    ) -> None:
         """img_size, grid_size and num_patches; the arguments may leave the first or the first two open (None)."""
         if len(sizes) > 1:
             arguments.fail("clip", "img_size", sizes, "one of img_size, image_size and input_resolution")
@@ -295,14 +297,15 @@ class ImageTower(nn.Module):
             arguments.fail(
                 "clip", "img_size", None, "an image size, a grid (h_resolution, w_resolution) or num_patches"
             )
-        self.num_patches = math.prod(self.grid_size) if num_patches is None else num_patches
+        grid_size: Any = self.grid_size
+        self.num_patches = math.prod(grid_size) if num_patches is None else num_patches
         self.num_patches = arguments.integer("clip", "num_patches", self.num_patches)
         if self.grid_size is not None and math.prod(self.grid_size) != self.num_patches:
             arguments.fail(
                 "clip", "num_patches", num_patches, f"{math.prod(self.grid_size)}, a grid of {self.grid_size}"
             )
 
-    def _grid(self, size, subject):
+    def _grid(self, size: Any, subject: str) -> Any:
         """The grid (size − patch) // stride + 1. Pixels that fill no patch are dropped where patches overlap, as in the
         originals; where patches do not overlap they are an error unless allow_floor."""
         parts = list(zip(size, self.patch_size, self.stride_size, strict=True))
@@ -314,7 +317,7 @@ class ImageTower(nn.Module):
         return tuple((pixels - patch) // stride + 1 for pixels, patch, stride in parts)
 
     @untraced
-    def _check_images(self, images):
+    def _check_images(self, images: torch.Tensor) -> Any:
         """Checks the images and returns their grid."""
         arguments.check_images("clip", images, self.in_chans)
         arguments.check_float("clip", images)
@@ -332,9 +335,9 @@ class ImageTower(nn.Module):
             _fail_size("images are", size, f"{self.num_patches} patches, got {grid[0]}×{grid[1]}; {hint}")
         return grid
 
-    def _embed(self, images, cv_emb):
+    def _embed(self, images: torch.Tensor, cv_emb: torch.Tensor | None) -> Any:
         grid = self._check_images(images)
-        table = self.positional_embedding
+        table: torch.Tensor = self.positional_embedding
         if grid != self.grid_size and (self.grid_size is not None or math.prod(grid) != self.num_patches):
             table = resize_pos_embed(table, self.grid_size, grid, self.pos_embed_policy, 1)
         dtype = plain.dtype_of(self.conv1)
@@ -350,16 +353,16 @@ class ImageTower(nn.Module):
             x = self._drop_patches(x)
         return plain.layer_norm(self.ln_pre, x)
 
-    def _drop_patches(self, x):
+    def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
         """A random subset of each image's patch tokens, the class token in front."""
         keep = max(1, int((x.shape[1] - 1) * (1.0 - self.patch_dropout)))
         chosen = torch.rand((x.shape[0], x.shape[1] - 1), device=x.device).topk(keep, dim=1).indices[..., None] + 1
         return torch.cat([x[:, :1], x.gather(1, chosen.expand(-1, -1, x.shape[2]))], dim=1)
 
-    def _project(self, x):
+    def _project(self, x: torch.Tensor) -> Any:
         return None if self.proj is None else x @ self.proj.to(x.dtype)
 
-    def _pool(self, x):
+    def _pool(self, x: torch.Tensor) -> Any:
         """open_clip's (pooled, tokens)."""
         if not self.final_ln_after_pool:
             x = plain.layer_norm(self.ln_post, x)
@@ -536,7 +539,7 @@ def load(model: ImageTower, source: arguments.Source, old_grid: tuple[int, int] 
         WeightsError: unreadable file, or keys and shapes that do not fit (listed).
     """
 
-    def fit(state):
+    def fit(state: dict[str, Any]) -> Any:
         fit_table(state, "positional_embedding", model, old_grid)
         return state
 

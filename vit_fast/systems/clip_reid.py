@@ -58,7 +58,7 @@ class ReID(nn.Module):
         if self.cv_embed is not None:
             nn.init.trunc_normal_(self.cv_embed, std=0.02)
 
-    def _side_information(self, cam_label, view_label, batch):
+    def _side_information(self, cam_label: Any, view_label: Any, batch: int) -> Any:
         index = 0
         for name, label, number in (
             ("cam_label", cam_label, self.camera_num),

@@ -19,7 +19,7 @@ Source: Touvron et al., "Training data-efficient image transformers & distillati
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +43,7 @@ _WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 _INITS = ("", "jax", "jax_nlhb", "moco", "wz", "skip")
 
 
-def _presets():
+def _presets() -> dict[str, Any]:
     presets = {}
     for size, (width, heads) in _WIDTHS.items():
         for image in (224, 384) if size == "base" else (224,):
@@ -89,20 +89,20 @@ class _Heads(nn.Module):
     dist_token: nn.Parameter | None
     distilled_training = True
 
-    def _make_heads(self, w, dd):
+    def _make_heads(self, w: dict[str, Any], dd: dict[str, Any]) -> Any:
         width, self.num_classes = w["embed_dim"], w["num_classes"]
         self.num_tokens = 2 if w["distilled"] else 1
         size = w["representation_size"]
         self.has_logits = bool(size) and not w["distilled"]
         self.num_features = size if self.has_logits else width
-        self.pre_logits = nn.Identity()
+        self.pre_logits: nn.Module = nn.Identity()
         if self.has_logits:
             layers = [("fc", nn.Linear(width, size, **dd)), ("act", nn.Tanh())]
             self.pre_logits = nn.Sequential(*(layer for _, layer in layers) if w["literal"] else (OrderedDict(layers),))
         self.head = self._make_head(dd)
         self.head_dist = self._make_head(dd) if w["distilled"] else None
 
-    def _make_head(self, dd):
+    def _make_head(self, dd: dict[str, Any]) -> Any:
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
 
     def forward_head(
@@ -137,7 +137,7 @@ class _Heads(nn.Module):
         """Names of parameters that take no weight decay."""
         return {"pos_embed", "cls_token", "dist_token"}
 
-    def _prefix(self):
+    def _prefix(self) -> Any:
         return self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
 
 
@@ -196,7 +196,7 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _init_linear(self, name, module, mode):
+    def _init_linear(self, name: str, module: nn.Linear, mode: str) -> None:
         super()._init_linear("head" if name.startswith("head") else name, module, mode)
         if mode == "wz":
             nn.init.trunc_normal_(module.weight, std=0.01)
@@ -204,7 +204,7 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models
             lecun_normal_(module.weight)
 
     @untraced
-    def _check_images(self, images):
+    def _check_images(self, images: torch.Tensor) -> Any:
         if not isinstance(images, torch.fx.Proxy):
             arguments.check_images("deit", images, self.in_chans)
             size, expected = tuple(images.shape[2:]), self.patch_embed.img_size
@@ -212,13 +212,13 @@ class DeiT(_Heads, VisionTransformer):  # type: ignore[misc]  # distilled models
                 arguments.fail_images("deit", images, f"{expected[0]}×{expected[1]}; build with dynamic_img_size=True")
         return super()._check_images(images)
 
-    def _embed(self, images):
+    def _embed(self, images: torch.Tensor) -> Any:
         if not isinstance(self.patch_embed, PatchEmbed):
             x = self.patch_embed(images)
             x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
             return F.dropout(x, self.pos_drop_rate, self.training)
         images, grid, mean, std = self._fit(images)
-        table = self._pos_table(grid)
+        table: Any = self._pos_table(grid)
         prefix, table = self._prefix() + table[:, : self.num_tokens], table[:, self.num_tokens :]
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
         return F.dropout(x, self.pos_drop_rate, self.training)
@@ -296,11 +296,11 @@ class LiteralDeiT(_Heads, nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-def _make_norm(w, dd):
+def _make_norm(w: dict[str, Any], dd: dict[str, Any]) -> Any:
     return w["norm_layer"](w["embed_dim"]).to(**dd)
 
 
-def _make_embed(w):
+def _make_embed(w: dict[str, Any]) -> Any:
     """The patch embedding of the argument embed_layer: images → tokens [B, num_patches, D]."""
     channels = "in_c" if "in_c" in inspect.signature(w["embed_layer"]).parameters else "in_chans"
     sizes = {name: w[name] for name in ("img_size", "patch_size", "embed_dim")}
@@ -310,7 +310,7 @@ def _make_embed(w):
     return embed
 
 
-def _check(w):
+def _check(w: dict[str, Any]) -> Any:
     """Checks the arguments and normalises them to pairs, ints and floats."""
     for name in ("img_size", "patch_size"):
         w[name] = arguments.pair("deit", name, w[name])
@@ -409,7 +409,7 @@ def build(
 Family = TypeVar("Family", DeiT, LiteralDeiT)
 
 
-def _own_spelling(model, state):
+def _own_spelling(model: nn.Module, state: Mapping[str, Any]) -> Any:
     """The state with older key names (pre_logits.0, nested blocks) renamed and flat patch weights reshaped."""
     literal = isinstance(model, LiteralDeiT)
     old, new = ("blocks.layers.", "blocks.") if literal else ("pre_logits.0.", "pre_logits.fc.")
@@ -441,7 +441,7 @@ def load(
     own = model.state_dict()
     grid = model.grid_size if isinstance(model, LiteralDeiT) else model.patch_embed.grid_size
 
-    def fit(state):
+    def fit(state: dict[str, Any]) -> Any:
         state = _own_spelling(model, state)
         table = state.get("pos_embed")
         if table is not None and table.dim() == 3 and (old_grid is not None or table.shape != own["pos_embed"].shape):
@@ -460,5 +460,5 @@ def load(
     return load_state_dict(model, arguments.state_of("deit", source), fit)
 
 
-def _fits(own, value):
+def _fits(own: torch.Tensor | None, value: Any) -> bool:
     return own is not None and own.shape == value.shape

@@ -50,7 +50,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
             batch_first=True, norm_first=pre_norm,
         )  # fmt: skip
 
-    def _drops(self):
+    def _drops(self) -> Any:
         """The current dropout rates: attention weights, attention output, hidden MLP, output."""
         attn = self.self_attn.dropout if self.self_attn.training else 0.0
         return attn, *map(drop_rate, (self.dropout1, self.dropout, self.dropout2))

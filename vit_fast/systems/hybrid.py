@@ -226,7 +226,7 @@ class Encoder(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         maps = []
 
-        def run(block, x):
+        def run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
             x, probabilities = block(x)
             if probabilities is not None:
                 maps.append(probabilities)
@@ -345,12 +345,12 @@ class VisionTransformer(nn.Module):
             input_size=(self.in_chans, *self.img_size), mean=half, std=half, num_classes=num_classes
         )
 
-    def _feature_size(self, mode):
+    def _feature_size(self, mode: Any) -> Any:
         if self._stem_layers is None:
             return self.img_size
         return ResNetV2.feature_size(self.img_size, self._stem_layers, mode)
 
-    def _set_patches(self, mode):
+    def _set_patches(self, mode: str) -> Any:
         """patch_size and grid_size from the config and the size of the image, in hybrids of the feature map."""
         size = self._feature_size(mode)
         grid, patch = (read(self.config, f"patches.{name}", None) for name in ("grid", "size"))
@@ -367,14 +367,15 @@ class VisionTransformer(nn.Module):
             )
 
     @torch.no_grad()
-    def _init_jeonsworld(self):
-        for block in self.transformer.encoder.layer:
+    def _init_jeonsworld(self) -> None:
+        blocks: Any = self.transformer.encoder.layer
+        for block in blocks:
             for linear in (block.ffn.fc1, block.ffn.fc2):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.normal_(linear.bias, std=1e-6)
 
     @torch.no_grad()
-    def _init_google(self):
+    def _init_google(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 # LeCun's normal, truncated at two standard deviations.
@@ -382,16 +383,18 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            gn3 = getattr(module, "gn3", None)
+            gn3: Any = getattr(module, "gn3", None)
             if gn3 is not None:
                 nn.init.zeros_(gn3.weight)
         self._init_jeonsworld()
-        for block in self.transformer.encoder.layer:
+        transformer: Any = self.transformer
+        for block in transformer.encoder.layer:
             for linear in block.attn.children():
                 nn.init.xavier_uniform_(linear.weight)
-        nn.init.normal_(self.transformer.embeddings.position_embeddings, std=0.02)
+        nn.init.normal_(transformer.embeddings.position_embeddings, std=0.02)
         if self.num_classes:
-            nn.init.zeros_(self.head.weight)
+            head: Any = self.head
+            nn.init.zeros_(head.weight)
 
     @property
     def hybrid_mode(self) -> str | None:
@@ -429,13 +432,13 @@ class VisionTransformer(nn.Module):
         load(self, weights)
 
     @untraced
-    def _check_images(self, images):
+    def _check_images(self, images: torch.Tensor) -> Any:
         check_images(_FAMILY, images, self.in_chans)
         check_float(_FAMILY, images)
         if tuple(images.shape[2:]) != self.img_size:
             fail_images(_FAMILY, images, f"{self.img_size[0]}×{self.img_size[1]}")
 
-    def _loss(self, logits, labels):
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor | None) -> Any:
         if not self.num_classes:
             fail(_FAMILY, "num_classes", 0, "1 or more for labels")
         rows = logits.reshape(-1, self.num_classes)
@@ -496,7 +499,7 @@ def load(model: VisionTransformer, source: Source, old_grid: tuple[int, int] | N
     key = "transformer.embeddings.position_embeddings"
     own = model.transformer.embeddings.position_embeddings
 
-    def fit(state):
+    def fit(state: Mapping[str, Any]) -> Any:
         if key not in state or (old_grid is None and state[key].shape == own.shape):
             return state
         prefix = int(model.transformer.embeddings.cls_token is not None)

@@ -27,7 +27,15 @@ class Config(dict):
         self[name] = value
 
 
-def _config(hidden_size, mlp_dim, num_heads, num_layers, dropout_rate=0.1, resnet=None, **patches):
+def _config(
+    hidden_size: int,
+    mlp_dim: int,
+    num_heads: int,
+    num_layers: int,
+    dropout_rate: float = 0.1,
+    resnet: tuple[int, ...] | None = None,
+    **patches: Any,
+) -> Config:
     config = Config(
         patches=patches,
         hidden_size=hidden_size,

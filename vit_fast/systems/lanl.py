@@ -30,11 +30,11 @@ from .soft_split import as_image, sinusoid_table, soft_split, split_grid
 FAMILY = "lanl"
 
 
-def _whole(name, value):
+def _whole(name: str, value: Any) -> Any:
     return arguments.integer(FAMILY, name, value)
 
 
-def _sizes(name, value, wanted):
+def _sizes(name: str, value: Any, wanted: str) -> Any:
     """A tuple or list of ints, checked to have as many as ``wanted`` has names."""
     names = wanted.split(", ")
     if not isinstance(value, (tuple, list)):
@@ -45,7 +45,7 @@ def _sizes(name, value, wanted):
 
 
 @untraced
-def _check_tokens(x, width, count=None):
+def _check_tokens(x: torch.Tensor, width: int, count: int | None = None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"vit_fast.systems.lanl: tokens are {type(x).__name__}, expected a torch.Tensor")
     if x.dim() != 3 or x.shape[2] != width or (count is not None and x.shape[1] != count):
@@ -56,14 +56,14 @@ def _check_tokens(x, width, count=None):
 
 
 @untraced
-def _check_images(x, img_size):
+def _check_images(x: torch.Tensor, img_size: Sequence[int]) -> Any:
     arguments.check_images(FAMILY, x, img_size[0])
     arguments.check_float(FAMILY, x)
     if tuple(x.shape[2:]) != img_size[1:]:
         arguments.fail_images(FAMILY, x, f"{img_size[1]}×{img_size[2]}")
 
 
-def _init_weights(module):
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return v + self.proj(out)
 
 
-def _activation_name(act):
+def _activation_name(act: Any) -> Any:
     """The kernels' name of an ``nn.GELU`` or an ``nn.ReLU``."""
     if type(act) is nn.ReLU:
         return "relu"

@@ -41,13 +41,13 @@ def standardise(weight: torch.Tensor, mode: str) -> torch.Tensor:
     return ((exact - mean) / scale).to(weight.dtype)
 
 
-def _same(size, kernel, stride):
+def _same(size: Any, kernel: int, stride: int) -> Any:
     """The (low, high) padding of TensorFlow's and JAX's SAME."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
-def _pad_same(x, kernel, stride, value=0.0):
+def _pad_same(x: torch.Tensor, kernel: int, stride: int, value: Any = 0.0) -> torch.Tensor:
     top, bottom = _same(x.shape[2], kernel, stride)
     left, right = _same(x.shape[3], kernel, stride)
     return F.pad(x, (left, right, top, bottom), value=value) if top + bottom + left + right else x

@@ -111,13 +111,13 @@ class ScratchViT(nn.Module):
         self.linear_layer = nn.Linear(dim, self.num_classes)
         self.default_cfg = dict(input_size=(self.in_chans, *self.image_size), num_classes=self.num_classes)
 
-    def _position_rows(self, grid):
+    def _position_rows(self, grid: Any) -> Any:
         """[1 + rows·columns, D] of the table, resized where the grid is not the model's."""
         table = self.position_embedding_table[: 1 + self.grid_size[0] * self.grid_size[1]]
         return resize_pos_embed(table, self.grid_size, grid, self.pos_embed_policy, 1)
 
     @untraced
-    def _check(self, image):
+    def _check(self, image: torch.Tensor) -> Any:
         arguments.check_images(FAMILY, image, self.in_chans)
         arguments.check_float(FAMILY, image)
         size = tuple(operator.index(side) for side in image.shape[2:])

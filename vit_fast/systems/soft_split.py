@@ -3,6 +3,8 @@
 Source: Yuan et al., "Tokens-to-Token ViT", 2021; Vaswani et al., "Attention Is All You Need", 2017.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -28,14 +30,14 @@ def split_grid(size: tuple[int, int], kernel: int, stride: int, padding: int) ->
 
 
 @untraced
-def _window_pixels(padded, kernel, stride):
+def _window_pixels(padded: Any, kernel: int, stride: int) -> list[torch.Tensor]:
     """The pixel rows [rows, kernel] and columns [columns, kernel] of the windows."""
     windows = split_grid(padded.shape[2:], kernel, stride, 0)
     offsets = torch.arange(kernel, device=padded.device)
     return [torch.arange(count, device=padded.device)[:, None] * stride + offsets for count in windows]
 
 
-def _gathered(padded, rows, columns):
+def _gathered(padded: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Two ``Tensor.unfold`` calls by indexing, as ONNX lacks unfold: [B, C, rows, columns, kernel, kernel]."""
     pixels = padded.index_select(2, rows.flatten()).index_select(3, columns.flatten())
     return pixels.reshape(*padded.shape[:2], *rows.shape, *columns.shape).transpose(3, 4)

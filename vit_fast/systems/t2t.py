@@ -42,13 +42,13 @@ _EPSILON = 1e-8
 class _TokenAttention(nn.Module):
     """v + proj(attention(x)), one head: [B, N, dim] → [B, N, in_dim]."""
 
-    def __init__(self, dim, in_dim, qkv_bias, scale, drop, attn_drop):
+    def __init__(self, dim: int, in_dim: int, qkv_bias: bool, scale: float, drop: float, attn_drop: float) -> None:
         super().__init__()
         self.scale, self.drop, self.attn_drop = scale, drop, attn_drop
         self.qkv = nn.Linear(dim, in_dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(in_dim, in_dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x)
         out = ops.attention(qkv, 1, self.scale, dropout_p=self.attn_drop if self.training else 0.0)
         return qkv.chunk(3, dim=-1)[2] + F.dropout(self.proj(out), self.drop, self.training)
@@ -125,7 +125,7 @@ def performer_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: to
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         w = w.to(dtype)
 
-        def features(u):
+        def features(u: torch.Tensor) -> torch.Tensor:
             u = u.to(dtype)
             return torch.exp(u @ w.t() - u.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
 
@@ -230,7 +230,7 @@ class T2T_module(nn.Module):
         return self.project(soft_split(as_image(x, self.grids[1]), *_SPLITS[2]))
 
 
-def _init_weights(module):
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -326,7 +326,7 @@ class T2T_ViT(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def _preset(dim, depth, heads, ratio, tokens_type="performer"):
+def _preset(dim: int, depth: int, heads: int, ratio: float, tokens_type: str = "performer") -> dict[str, Any]:
     return dict(tokens_type=tokens_type, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio)
 
 
