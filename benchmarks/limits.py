@@ -437,7 +437,7 @@ def measured(item: Item, on_gpu: bool) -> Figures:
             with torch.inference_mode():
                 found = item.work() if images is None else item.work(images=images)
             return row | found | ({"note": note} if note else {})
-        except Exception as error:
+        except Exception as error:  # recorded in the row of this item; the others go on
             if isinstance(error, torch.OutOfMemoryError) and images and images > 1:
                 images //= 2
                 note = f"{item.images} images do not fit: measured with {images}"

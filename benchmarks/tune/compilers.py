@@ -54,7 +54,7 @@ def compile_ahead(problem: Problem, config: Any, chip: Chip) -> str | None:
             work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
             with calling(problem, work, config) as call:
                 call()
-    except Exception as error:
+    except Exception as error:  # what Triton and ptxas raise for a config that cannot be compiled
         return one_line(error)
     return None
 

@@ -30,7 +30,7 @@ def _serve(connection, device, dtype):
                     work = WORKS[problem.operation](problem, VITS[problem.model], make)
                     known = problem, work, Reference.of(work)
                 answer = check_and_time(*known, config, steps, device, dtype, kernel_seconds)
-        except Exception as error:
+        except Exception as error:  # sent to the parent, which records it
             answer = None, one_line(error)
         connection.send(answer)
 

@@ -35,7 +35,7 @@ def _time_candidates(problem, work, configs, compilers, timer, end, device, dtyp
                 took, why = guarded.time(problem, config, STEPS, end - time.monotonic())
             else:
                 took, why = check_and_time(problem, work, reference, config, STEPS, device, dtype, timer)
-        except Exception as error:
+        except Exception as error:  # a config that fails is recorded, and the next is tried
             failures.append((config, one_line(error)))
             measure.synchronize(device)  # raises where the device is lost
             continue
@@ -78,7 +78,7 @@ def tune(
         try:
             call()
             libraries[name] = median_us(call, FINAL_STEPS, device, timer)
-        except Exception as error:
+        except Exception as error:  # likewise a library that cannot run the problem
             failures.append((name, one_line(error)))
     best, own = times[ranking[0]] if ranking else None, times.get(pick)
     return asdict(problem) | {
@@ -114,7 +114,7 @@ def run(
         try:
             with torch.inference_mode():
                 row = tune(problem, chip, make, compilers, timer, end, guarded)
-        except Exception as error:
+        except Exception as error:  # likewise a whole problem
             errors.append({"problem": str(problem), "why": one_line(error)})
             print(f"{problem}: {errors[-1]['why']}", flush=True)
             keep(rows, errors, wanted[done + 1 :])

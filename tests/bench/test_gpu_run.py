@@ -1,6 +1,5 @@
 """benchmarks/gpu.py: the one command of a GPU, as far as it runs without one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from support.scripts import loaded
 
 import vit_fast
 from vit_fast.bench.providers import BASELINES, PROFILED, VARIANTS
@@ -23,12 +23,8 @@ GROUPS = "limits,check,tests,sanitizer,models,profile,tune,operations,families"
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu"]
+    with loaded(PATH) as module:
+        yield module
 
 
 def test_a_machine_without_a_gpu_is_told_and_recorded(tmp_path):

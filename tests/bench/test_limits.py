@@ -1,6 +1,5 @@
 """benchmarks/limits.py: its arithmetic, its guards, its own kernels, and the command on a CPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from support.scripts import loaded
 from vit_fast.kernels import configs, folding
 
 from vit_fast.bench import measure
@@ -21,12 +21,8 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "limits.py"
 
 @pytest.fixture(scope="module")
 def limits():
-    spec = importlib.util.spec_from_file_location("limits", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["limits"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["limits"]
+    with loaded(PATH) as module:
+        yield module
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 The loader of a model family is found by what the family declared; and the package of checkpoints imports no model.
 """
 
-import ast
 from pathlib import Path
 
 import pytest
 import torch
+from support.imports import imports
 from torch import nn
 
 import vit_fast
@@ -127,19 +127,6 @@ def test_the_declared_loader_of_a_class_serves_its_subclasses(tmp_path):
     torch.save(source.state_dict(), tmp_path / "x.pth")
     load_checkpoint(mine, tmp_path / "x.pth")
     assert torch.equal(mine.dist_token, source.dist_token)
-
-
-def imports(path, package):
-    """(the full name of what is imported, whether that is inside a function) of a file in a package."""
-    tree = ast.parse(path.read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = {child for function in functions for child in ast.walk(function)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node in inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            yield from ((".".join([*parts, *filter(None, [node.module]), a.name]), node in inside) for a in node.names)
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "systems"])

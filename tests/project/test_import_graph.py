@@ -3,11 +3,11 @@
 There is no circle, and no module imports one of a later layer.
 """
 
-import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.imports import imports
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"vit_fast": ROOT / "vit_fast", "vit_fast.kernels": ROOT / "kernels"}
@@ -47,24 +47,16 @@ def our_modules():
     return found
 
 
-def imports(name, path, known):
-    """The modules of ours that a file imports, at any place in it."""
+def imported(name, path, known):
+    """The modules of ours that a file imports: an attribute of a module stands for the module."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join((*above, *([node.module] if node.module else [])))
-            for alias in node.names:
-                target = f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
-                if target in known:
-                    yield target
+    for target, _ in imports(path, package):
+        yield from [one for one in (target, target.rpartition(".")[0]) if one in known][:1]
 
 
 def graph():
     known = our_modules()
-    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+    return {name: set(imported(name, path, known)) - {name} for name, path in known.items()}
 
 
 def layer(name):

@@ -1,6 +1,7 @@
 """A small model of every family, and its first output."""
 
 import torch
+from support import models
 
 import vit_fast
 from vit_fast import systems
@@ -61,11 +62,7 @@ FAMILIES = {
 
 
 def perturb(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
+    return models.perturb(model, seed=1, scale=0.1).eval()
 
 
 def family(name):

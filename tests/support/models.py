@@ -3,11 +3,11 @@
 import torch._dynamo.testing
 
 
-def perturb(model, seed=0):
+def perturb(model, seed=0, scale=0.05):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 

@@ -35,7 +35,7 @@ class Triton(Backend):
             return ("triton is not installed",)
         try:
             self._fill_tables()
-        except Exception as error:
+        except Exception as error:  # a broken install raises anything; the warning names it
             warnings.warn(
                 f"vit_fast: triton is installed and fails to import ({error}); the torch backend is used. "
                 "Reinstall triton in the version that this torch asks for.",

@@ -112,7 +112,7 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
     try:
         golden = parity.golden_logits(contest.reference, pixels)
         eager = caller(contest.reference, pixels, settings)().clone()
-    except Exception as error:
+    except Exception as error:  # the reference fails on this device: out of memory, say; the rows tell it
         for provider in ours:
             provider.row["status"] = outcome(error)
     for provider in ours:

@@ -38,5 +38,5 @@ def timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise _cannot_make("timm", name, f"unknown model{near and '; near: ' + near}")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
-    except Exception as error:
+    except Exception as error:  # timm, torch and huggingface_hub raise classes of their own; the text is what counts
         raise _cannot_make("timm", name, error) from error

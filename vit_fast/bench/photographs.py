@@ -44,7 +44,7 @@ def _folder(folder, count, mode):
             break
         try:
             images.append(_decode(path, mode))
-        except Exception as error:
+        except Exception as error:  # decoders raise on foreign files without a common class; the caller tells them
             skipped.append(f"{path}: {type(error).__name__}: {error}")
     if not images:
         what = f"none of its {len(files)} files is a readable image" if files else "it is empty"

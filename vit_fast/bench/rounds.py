@@ -89,7 +89,7 @@ def attempt(provider: Provider, work: Callable[[], None], device: torch.device) 
     try:
         with provider.context():
             work()
-    except Exception as error:
+    except Exception as error:  # whatever a baseline or its compiler raises: its row tells it, the others go on
         provider.row["status"] = outcome(error)
     if provider.row["status"] != "ok":  # only here are the exception and the tensors in its frames freed
         release(device)

@@ -77,6 +77,7 @@ def load_pretrained(
     try:
         source = timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg or None, **known)
     except Exception as error:
+        # As above: timm passes on what huggingface_hub raises.
         raise WeightsError(
             f"vit_fast.create_model: pretrained weights of {name!r} cannot be had through timm: {error}. "
             "They are downloaded from the Hugging Face hub; without network pass checkpoint_path=FILE."

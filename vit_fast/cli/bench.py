@@ -59,8 +59,9 @@ def _default_variants(target, precision, family):
         return ("plain",)
     found = DEFAULT_VARIANTS[target.type]
     if family is None:
-        narrow = ((name, variant.precision) for name, variant in VARIANTS.items() if variant.products)
-        found += tuple(name for name, precision in narrow if precision.why_emulated(target) is None)
+        narrow = {name: variant for name, variant in VARIANTS.items() if variant.products}
+        runs = [name for name, variant in narrow.items() if variant.precision.why_emulated(target) is None]
+        found += tuple(name for name in runs if target.type == "cuda" or not narrow[name].graphed)
     return found
 
 

@@ -62,16 +62,21 @@ class Float8(Precision):
     def why_emulated(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return "float8 products need a GPU of capability 8.9"
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) >= _CAPABILITY:
-            return None
-        return f"float8 products need capability 8.9, {device} has {major}.{minor}"
+        lacks = _lacks(device)
+        return lacks and f"float8 products need {lacks}"
 
     def device_reasons(self, device: torch.device) -> list[str]:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY:
-            return []
-        major, minor = torch.cuda.get_device_capability(device)
-        return [f"float8 needs capability 8.9, {device} has {major}.{minor}"]
+        lacks = _lacks(device) if device.type == "cuda" else None
+        return [f"float8 needs {lacks}"] if lacks else []
+
+
+def _lacks(device: torch.device) -> str | None:
+    """The capability that a CUDA device would need, and the one that it has, or None where that is enough."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _CAPABILITY:
+        return None
+    needed, found = (".".join(map(str, pair)) for pair in (_CAPABILITY, capability))
+    return f"capability {needed}, {device} has {found}"
 
 
 FP8 = Float8()
