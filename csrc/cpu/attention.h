@@ -1,0 +1,234 @@
+// Attention of one head: softmax(scale · q kᵀ) v, for a few queries at a time.
+//
+// k and v of a head are packed as the products read them, k transposed. A tile of MR queries then takes its scores with
+// BLOCK keys, their exponentials, and the product with v; with more keys than that, a running maximum and sum (m_i, l_i)
+// rescale what was added before (online softmax). Scores, exponentials and sums are float32, and so are the products,
+// except for bfloat16 on a processor that multiplies it: there q, k, v and the exponentials are bfloat16 words.
+//
+// Memory: k and v of a head once for each thread; no N×N matrix. 4·N·N·D FLOPs a head.
+// Source: Dao et al., "FlashAttention", 2022.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+#include "tasks.h"
+
+namespace {
+
+using vit_fast::Attention;
+
+constexpr int64_t BLOCK = 512;  // keys; a multiple of NR
+
+template <class Word>
+constexpr int GROUP = 1;  // elements of a word
+#if defined(__AVX512BF16__)
+template <>
+constexpr int GROUP<BFloat16> = 2;
+#endif
+
+// A row of any dtype as words, with zeros up to a whole word.
+template <class Word>
+VF_INLINE void row_as_words(const char* x, Type type, int64_t size, float* scratch, char* words) {
+  if constexpr (GROUP<Word> == 1) {
+    widen_row(x, type, size, reinterpret_cast<float*>(words));
+  } else {
+    widen_row(x, type, size, scratch);
+    scratch[size] = 0;
+    narrow_row(scratch, round_up(size, 2), words, Type::bfloat16);
+  }
+}
+
+template <class Word>
+struct AttentionSpace {
+  int64_t key_panels, head_groups, head_panels, key_groups;
+  char *keys, *values, *queries, *weights, *words;
+  float *row, *scores, *out, *row_max, *row_sum;
+
+  static constexpr int64_t SCORES = BLOCK + 16;  // of a row; the padding keeps rows out of one set of the cache
+
+  AttentionSpace(Arena& arena, int64_t num_keys, int64_t head_size) {
+    constexpr int G = GROUP<Word>;
+    key_panels = ceil_div(num_keys, NR);
+    head_groups = ceil_div(head_size, G);
+    head_panels = ceil_div(head_size, NR);
+    key_groups = ceil_div(num_keys, G);
+    keys = arena.take<char>(key_panels * head_groups * NR * 4);
+    values = arena.take<char>(head_panels * key_groups * NR * 4);
+    queries = arena.take<char>(MR * query_stride());
+    weights = arena.take<char>(MR * SCORES * 4);
+    row = arena.take<float>(head_panels * NR + VL);
+    words = arena.take<char>(2 * head_panels * NR * 4);
+    scores = arena.take<float>(MR * SCORES);
+    out = arena.take<float>(MR * head_panels * NR);
+    row_max = arena.take<float>(MR);
+    row_sum = arena.take<float>(MR);
+  }
+  int64_t query_stride() const { return head_groups * 4 + 64; }
+};
+
+// k transposed: [panels of NR keys][groups of the head][NR] words.
+template <class Word>
+void pack_keys(AttentionSpace<Word>& space, const char* k, int64_t stride, Type type, int64_t count, int64_t size) {
+  const int64_t groups = space.head_groups;
+  for (int64_t panel = 0; panel < space.key_panels; panel++) {
+    int32_t* words = reinterpret_cast<int32_t*>(space.keys) + panel * groups * NR;
+    const int64_t keys = count - panel * NR < NR ? count - panel * NR : NR;
+    if (keys < NR) memset(words, 0, groups * NR * 4);
+    for (int64_t key = 0; key < keys; key++) {
+      row_as_words<Word>(k + (panel * NR + key) * stride, type, size, space.row, space.words);
+      const int32_t* row = reinterpret_cast<const int32_t*>(space.words);
+      for (int64_t g = 0; g < groups; g++) words[g * NR + key] = row[g];
+    }
+  }
+}
+
+// v: [panels of NR columns of the head][groups of keys][NR] words.
+template <class Word>
+void pack_values(AttentionSpace<Word>& space, const char* v, int64_t stride, Type type, int64_t count, int64_t size) {
+  const int64_t width = space.head_panels * NR;
+  float* row = reinterpret_cast<float*>(space.words);
+  float* odd = row + width;
+  memset(row, 0, 2 * width * 4);
+  for (int64_t group = 0; group < space.key_groups; group++) {
+    const int64_t key = group * GROUP<Word>;
+    widen_row(v + key * stride, type, size, row);
+    if (GROUP<Word> == 2 && key + 1 < count) {
+      widen_row(v + (key + 1) * stride, type, size, odd);
+    } else {
+      memset(odd, 0, width * 4);
+    }
+    for (int64_t column = 0; column < width; column += VL) {
+      const int64_t panel = column / NR;
+      char* words = space.values + ((panel * space.key_groups + group) * NR + column % NR) * 4;
+      if constexpr (GROUP<Word> == 1) {
+        store(reinterpret_cast<float*>(words), load(row + column));
+      } else {
+        const vi low = __builtin_convertvector(narrow_bfloat16(load(row + column)), vi);
+        const vi high = __builtin_convertvector(narrow_bfloat16(load(odd + column)), vi);
+        *reinterpret_cast<vi*>(words) = low | (high << 16);
+      }
+    }
+  }
+}
+
+// The exponentials of a row of scores with `count` keys, as words; updates the row's maximum and sum, and returns the
+// factor by which what was added before has to be scaled.
+template <class Word>
+VF_INLINE float softmax_row(float* s, char* weights, int64_t count, float scale, float& row_max, float& row_sum) {
+  const int64_t padded = round_up(count, NR);
+  for (int64_t i = count; i < padded; i++) s[i] = 0;
+  vf top = splat(-__builtin_inff());
+  for (int64_t i = 0; i + VL <= count; i += VL) {
+    const vf x = load(s + i) * scale;
+    store(s + i, x);
+    top = max_nan(top, x);
+  }
+  float m = row_max;
+  bool nan = row_max != row_max;
+  for (int i = 0; i < VL; i++) {
+    nan |= top[i] != top[i];
+    m = top[i] > m ? top[i] : m;
+  }
+  for (int64_t i = count / VL * VL; i < count; i++) {
+    s[i] *= scale;
+    nan |= s[i] != s[i];
+    m = s[i] > m ? s[i] : m;
+  }
+  if (nan) m = __builtin_nanf("");
+  const float correction = exp_of(splat(row_max - m))[0];
+  vf total = {};
+  for (int64_t i = 0; i < padded; i += VL) {
+    vf e = exp_of(load(s + i) - m);
+    if (i + VL > count)
+      for (int64_t j = 0; j < VL; j++)
+        if (i + j >= count) e[j] = 0;
+    total += e;
+    if constexpr (GROUP<Word> == 1) {
+      store(reinterpret_cast<float*>(weights) + i, e);
+    } else {
+      store_as(weights, i, e, Type::bfloat16);
+    }
+  }
+  row_max = m;
+  row_sum = row_sum * correction + sum(total);
+  return correction;
+}
+
+template <class Word>
+void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int64_t head, int64_t first, int64_t last) {
+  const int64_t size = size_of(a.type), D = a.head_size;
+  auto at = [&](const void* p, const int64_t* stride, int64_t token) {
+    return static_cast<const char*>(p) + (batch * stride[0] + token * stride[1] + head * D) * size;
+  };
+  pack_keys(space, at(a.k, a.k_stride, 0), a.k_stride[1] * size, a.type, a.keys, D);
+  pack_values(space, at(a.v, a.v_stride, 0), a.v_stride[1] * size, a.type, a.keys, D);
+  const int64_t width = space.head_panels * NR;
+  alignas(64) float tile[MR * NR];
+  for (int64_t start = first; start < last; start += MR) {
+    const int rows = static_cast<int>(last - start < MR ? last - start : MR);
+    for (int m = 0; m < rows; m++) {
+      char* query = space.queries + m * space.query_stride();
+      row_as_words<Word>(at(a.q, a.q_stride, start + m), a.type, D, space.row, query);
+      space.row_max[m] = -__builtin_inff();
+      space.row_sum[m] = 0;
+    }
+    for (int64_t block = 0; block < a.keys; block += BLOCK) {
+      const int64_t count = a.keys - block < BLOCK ? a.keys - block : BLOCK;
+      for (int64_t panel = 0; panel * NR < count; panel++) {
+        const char* words = space.keys + (block / NR + panel) * space.head_groups * NR * 4;
+        panel_product<Word>(rows, space.queries, space.query_stride(), words, space.head_groups, tile);
+        for (int m = 0; m < rows; m++)
+          for (int n = 0; n < NR; n += VL)
+            store(space.scores + m * space.SCORES + panel * NR + n, load(tile + m * NR + n));
+      }
+      float correction[MR];
+      for (int m = 0; m < rows; m++)
+        correction[m] = softmax_row<Word>(space.scores + m * space.SCORES, space.weights + m * space.SCORES * 4, count,
+                                          a.scale, space.row_max[m], space.row_sum[m]);
+      for (int64_t panel = 0; panel < space.head_panels; panel++) {
+        const char* words = space.values + (panel * space.key_groups + block / GROUP<Word>) * NR * 4;
+        panel_product<Word>(rows, space.weights, space.SCORES * 4, words, ceil_div(count, GROUP<Word>), tile);
+        for (int m = 0; m < rows; m++)
+          for (int n = 0; n < NR; n += VL) {
+            float* out = space.out + m * width + panel * NR + n;
+            const vf x = load(tile + m * NR + n);
+            store(out, block ? fma(load(out), splat(correction[m]), x) : x);
+          }
+      }
+    }
+    for (int m = 0; m < rows; m++) {
+      float* out = space.out + m * width;
+      const float inverse = 1.0f / space.row_sum[m];
+      for (int64_t d = 0; d < width; d += VL) store(out + d, load(out + d) * inverse);
+      const int64_t token = batch * a.queries + start + m;
+      narrow_row(out, D, static_cast<char*>(a.out) + (token * a.num_heads * D + head * D) * size, a.type);
+      if (a.lse)
+        a.lse[(batch * a.num_heads + head) * a.queries + start + m] =
+            space.row_max[m] + __builtin_logf(space.row_sum[m]);
+    }
+  }
+}
+
+template <class Word>
+int64_t attention_bytes(const Attention& a) {
+  Arena arena{nullptr};
+  AttentionSpace<Word>(arena, a.keys, a.head_size);
+  return arena.used;
+}
+
+template <class Word>
+void attention_with(const Attention& a) {
+  const int64_t heads = a.batch * a.num_heads, bytes = attention_bytes<Word>(a);
+  // Few heads for many threads: the queries of a head are shared out too, in multiples of a tile.
+  const int64_t wanted = heads ? ceil_div(3 * a.pool.slots, heads) : 1, tiles = ceil_div(a.queries, MR);
+  const int64_t parts = heads >= 3 * a.pool.slots ? 1 : wanted < tiles ? wanted : tiles;
+  run_tasks(a.pool, heads * parts, [&](int64_t index, int64_t slot) {
+    Arena arena{static_cast<char*>(a.workspace) + slot * bytes};
+    AttentionSpace<Word> space(arena, a.keys, a.head_size);
+    const int64_t head = index / parts, part = index % parts;
+    const int64_t first = part * tiles / parts * MR, last = (part + 1) * tiles / parts * MR;
+    attend(a, space, head / a.num_heads, head % a.num_heads, first, last < a.queries ? last : a.queries);
+  });
+}
+
+}  // namespace

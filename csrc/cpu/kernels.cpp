@@ -1,0 +1,62 @@
+// The kernels of one instruction-set level, VF_LEVEL, as a table. This file is compiled once for each level.
+#include "kernels.h"
+
+#include "attention.h"
+#include "layer_norm.h"
+#include "prepared_blocks.h"
+
+namespace {
+
+using vit_fast::Kernels;
+
+template <class F>
+auto with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float16:
+      return f.template operator()<Type::float16>();
+    case Type::bfloat16:
+      return f.template operator()<Type::bfloat16>();
+    case Type::int8:
+      return f.template operator()<Type::int8>();
+    default:
+      return f.template operator()<Type::float32>();
+  }
+}
+
+int64_t prepared_blocks_workspace(const PreparedBlocks& s) {
+  return with_type(s.type, [&]<Type TYPE>() { return Stack<TYPE>(s).bytes; });
+}
+
+void prepared_blocks(const PreparedBlocks& s) {
+  with_type(s.type, [&]<Type TYPE>() { Stack<TYPE>(s).run(); });
+}
+
+int64_t attention_workspace(const Attention& a) {
+#if defined(__AVX512BF16__)
+  if (a.type == Type::bfloat16) return a.pool.slots * attention_bytes<BFloat16>(a);
+#endif
+  return a.pool.slots * attention_bytes<Float>(a);
+}
+
+void attention(const Attention& a) {
+#if defined(__AVX512BF16__)
+  if (a.type == Type::bfloat16) return attention_with<BFloat16>(a);
+#endif
+  attention_with<Float>(a);
+}
+
+#define VF_STRING_(x) #x
+#define VF_STRING(x) VF_STRING_(x)
+#define VF_TABLE_(level) kernels_##level
+#define VF_TABLE(level) VF_TABLE_(level)
+
+}  // namespace
+
+namespace vit_fast {
+
+extern const Kernels VF_TABLE(VF_LEVEL);
+const Kernels VF_TABLE(VF_LEVEL) = {
+    VF_STRING(VF_LEVEL), prepared_blocks_workspace, prepared_blocks, attention_workspace, attention, layer_norm,
+};
+
+}  // namespace vit_fast

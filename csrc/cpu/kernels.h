@@ -1,0 +1,96 @@
+// What a kernel takes, and the table of kernels of an instruction-set level.
+//
+// Plain structs and function pointers: the operators (on PyTorch's headers, compiled once) fill the arguments and call
+// the kernels (on no headers, compiled once for each level) of the highest level that the processor has.
+// Arguments have been checked. Sizes are in elements; B batch, N tokens, C width, H heads, D head size.
+#pragma once
+
+#include <cstdint>
+
+namespace vit_fast {
+
+// Runs body(context, slot) on every thread of a pool. Slots are 0 … slots − 1, each on one thread at a time.
+struct Pool {
+  int64_t slots;
+  void (*run)(void (*body)(void* context, int64_t slot), void* context, int64_t slots);
+};
+
+enum class Type : int32_t { float32, float16, bfloat16, int8, uint8 };
+
+enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, swiglu };
+
+// A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
+struct PackedLinear {
+  const void* weight;   // [panels, groups, NR, 32 bits]
+  const float* scale;   // [panels·NR]
+  const int32_t* sums;  // [panels·NR]: of the quantised rows
+  const float* bias;    // [panels·NR]
+  int64_t panels, groups;
+};
+
+struct PackedBlock {
+  PackedLinear qkv, proj, fc1, fc2;
+};
+
+// x [B·N, C] float32 through a stack of pre-norm blocks, in place.
+struct PreparedBlocks {
+  float* x;
+  const PackedBlock* blocks;
+  int64_t depth, batch, tokens, width, hidden, num_heads;
+  float scale, eps1, eps2;
+  Activation activation;
+  Type type;  // of the weights
+  Pool pool;
+  void* workspace;  // prepared_blocks_workspace bytes, aligned to 64
+};
+
+// softmax(scale · q kᵀ) v of every head; strides of batch, token and head. lse: natural log, [B, H, N], or null.
+struct Attention {
+  const void *q, *k, *v;
+  void* out;  // [B, N, H·D]
+  float* lse;
+  Type type;
+  int64_t batch, num_heads, queries, keys, head_size;
+  int64_t q_stride[2], k_stride[2], v_stride[2];  // batch, token; heads are D apart
+  float scale;
+  Pool pool;
+  void* workspace;  // attention_workspace bytes, aligned to 64
+};
+
+// Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null.
+struct LayerNorm {
+  const void* x;
+  const float *weight, *bias;
+  void* out;
+  float *mean, *rstd;
+  Type type, out_type;
+  int64_t rows, width, stride;
+  float eps;
+  Pool pool;
+};
+
+// out = residual + row_scale·gamma·(z + bias), or out = act(z + bias); z [rows, width] contiguous, may be out.
+struct Epilogue {
+  const void* z;
+  const float *bias, *gamma, *row_scale;
+  const void* residual;
+  void* out;
+  Type type, residual_type;
+  Activation activation;
+  int64_t rows, width, rows_per_scale;
+  Pool pool;
+};
+
+struct Kernels {
+  const char* level;
+  int64_t (*prepared_blocks_workspace)(const PreparedBlocks&);
+  void (*prepared_blocks)(const PreparedBlocks&);
+  int64_t (*attention_workspace)(const Attention&);
+  void (*attention)(const Attention&);
+  void (*layer_norm)(const LayerNorm&);
+};
+
+// The table of the highest level that the processor has, or of the one that `use_level` named.
+const Kernels& kernels();
+
+}  // namespace vit_fast

@@ -1,0 +1,37 @@
+// LayerNorm of rows: (x − mean)·rstd·weight + bias, statistics in float32, two passes over a row in cache.
+#pragma once
+
+#include "rows.h"
+#include "tasks.h"
+
+namespace {
+
+using vit_fast::LayerNorm;
+
+void layer_norm(const LayerNorm& n) {
+  const int64_t size = size_of(n.type), per_task = n.width < 16384 ? 16384 / (n.width + 1) + 1 : 1;
+  run_tasks(n.pool, ceil_div(n.rows, per_task), [&](int64_t task, int64_t) {
+    const int64_t last = (task + 1) * per_task < n.rows ? (task + 1) * per_task : n.rows;
+    for (int64_t row = task * per_task; row < last; row++) {
+      const char* x = static_cast<const char*>(n.x) + row * n.stride * size;
+      const Moments m = moments(x, n.type, n.width, n.eps);
+      int64_t i = 0;
+      const int64_t start = row * n.width;
+      for (; i + VL <= n.width; i += VL) {
+        vf y = (load_as_float(x, i, n.type) - m.mean) * m.rstd;
+        if (n.weight) y = y * load(n.weight + i);
+        if (n.bias) y = y + load(n.bias + i);
+        store_as(n.out, start + i, y, n.out_type);
+      }
+      for (; i < n.width; i++) {
+        float y = (load_one(x, i, n.type) - m.mean) * m.rstd;
+        if (n.weight) y *= n.weight[i];
+        if (n.bias) y += n.bias[i];
+        store_one(n.out, start + i, y, n.out_type);
+      }
+      if (n.mean) n.mean[row] = m.mean, n.rstd[row] = m.rstd;
+    }
+  });
+}
+
+}  // namespace

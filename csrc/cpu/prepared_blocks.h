@@ -1,0 +1,353 @@
+// A stack of pre-norm transformer blocks on packed weights, for inference.
+//
+//     x = x + proj(attention(qkv(LN1(x))))
+//     x = x + fc2(act(fc1(LN2(x))))
+//
+// LayerNorm's parameters and LayerScale are folded into the weights. x, the sums, the statistics, q, k, v and the scores
+// are float32. Everything but attention works on rows alone: a task takes a few rows from the end of attention through
+// proj, LN2, fc1, fc2, the next block's LN1 and qkv, so that a block has two parallel regions. What a product reads is
+// encoded as its words: float32 or bfloat16 rows; for int8 weights, uint8 with a scale and a zero point for each row,
+// taken from its smallest and largest value (asymmetric, dynamic):
+//
+//     x ≈ s·(q − z),  x·w ≈ s·s_w·(q·w_q − z·Σ w_q)
+//
+// Weights: read once for each task. FLOPs: 2·rows·(4C² + 2·C·F) and attention's 4·B·N·N·C a block.
+#pragma once
+
+#include "activations.h"
+#include "attention.h"
+#include "gemm.h"
+#include "rows.h"
+#include "tasks.h"
+
+namespace {
+
+using vit_fast::PackedBlock;
+using vit_fast::PackedLinear;
+using vit_fast::PreparedBlocks;
+
+
+// Rows as the words of a product, and what turns integers back into values.
+struct Encoded {
+  char* words;
+  int64_t stride;  // bytes
+  float* scale;    // of a row
+  int32_t* zero;
+};
+
+// How weights of a type are multiplied at this level: Word, and how a row becomes words.
+template <Type TYPE>
+struct Products {
+  using Word = Float;
+  static constexpr int GROUP = 1;
+  static constexpr bool WIDENED = TYPE != Type::float32;  // a panel at a time
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<Type::bfloat16> {
+  using Word = BFloat16;
+  static constexpr int GROUP = 2;
+  static constexpr bool WIDENED = false;
+};
+#endif
+#if defined(__AVX512VNNI__)
+template <>
+struct Products<Type::int8> {
+  using Word = Byte;
+  static constexpr int GROUP = 4;
+  static constexpr bool WIDENED = false;
+};
+#elif defined(__AVX2__)
+template <>
+struct Products<Type::int8> {
+  using Word = Short;
+  static constexpr int GROUP = 2;
+  static constexpr bool WIDENED = true;
+};
+#endif
+
+// Elements of a group of a packed weight (kernels/packing.py); float16 is always widened, and so has no pairs.
+constexpr int stored_group(Type type) { return type == Type::int8 ? 4 : type == Type::bfloat16 ? 2 : 1; }
+
+// A row of float32 as words; `padded`: elements that a product reads, the last of them 0.
+template <Type TYPE>
+VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const Encoded& to, int64_t row) {
+  char* words = to.words + row * to.stride;
+  if constexpr (TYPE != Type::int8) {
+    constexpr Type as = Products<TYPE>::GROUP == 2 ? Type::bfloat16 : Type::float32;
+    narrow_row(x, width, words, as);
+    memset(words + width * size_of(as), 0, (padded - width) * size_of(as));
+  } else {
+    vf low = {}, high = {}, finite = {};  // the range includes 0, which padding and zero activations keep exactly
+    int64_t i = 0;
+    float lowest = 0, highest = 0, not_finite = 0;
+    for (; i + VL <= width; i += VL) {
+      const vf v = load(x + i);
+      low = vmin(v, low), high = vmax(v, high), finite += v * splat(0.0f);
+    }
+    for (; i < width; i++) {
+      lowest = x[i] < lowest ? x[i] : lowest, highest = x[i] > highest ? x[i] : highest, not_finite += x[i] * 0.0f;
+    }
+    lowest = smallest(vmin(low, splat(lowest))), highest = largest(vmax(high, splat(highest)));
+    not_finite += sum(finite);  // NaN makes the scale, and with it the whole row of the product, NaN
+    const float range = highest - lowest, step = range > 1e-30f ? range / 255.0f : 1.0f, inverse = 1.0f / step;
+    const float zero = __builtin_rintf(-lowest * inverse);
+    to.scale[row] = step + not_finite;
+    to.zero[row] = static_cast<int32_t>(zero);
+    const vi top = splat_int(255);
+    for (i = 0; i < padded; i += VL) {
+      vf v;
+      if (i + VL <= width) {
+        v = load(x + i);
+      } else {
+        for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] : 0.0f;
+      }
+      vi q = round_to_int(fma(v, splat(inverse), splat(zero)));
+      q = q < 0 ? vi{} : q;
+      q = q > top ? top : q;
+      const int64_t count = padded - i < VL ? padded - i : VL;
+      if constexpr (Products<TYPE>::GROUP == 4) {
+        const vb bytes = __builtin_convertvector((vu)q, vb);
+        memcpy(words + i, &bytes, count);
+      } else if constexpr (Products<TYPE>::GROUP == 2) {
+        const vh shorts = __builtin_convertvector((vu)q, vh);
+        memcpy(words + 2 * i, &shorts, 2 * count);
+      } else {
+        const vf floats = to_float(q);
+        memcpy(words + 4 * i, &floats, 4 * count);
+      }
+    }
+  }
+}
+
+// A panel of a packed weight as the words that the level multiplies.
+template <Type TYPE>
+VF_INLINE void widen_panel(const char* panel, int64_t groups, char* to) {
+  constexpr int G = stored_group(TYPE);
+  for (int64_t k = 0; k < groups; k++) {
+    for (int n = 0; n < NR; n += VL) {
+      if constexpr (TYPE == Type::float16) {
+        store(reinterpret_cast<float*>(to) + k * NR + n, load_as_float(panel, k * NR + n, TYPE));
+        continue;
+      }
+      const vi word = *reinterpret_cast<const vi*>(panel + (k * NR + n) * 4);
+      char* out = to + (k * G * NR + n) * 4;
+      if constexpr (TYPE == Type::bfloat16) {
+        *reinterpret_cast<vi*>(out) = word << 16;
+        *reinterpret_cast<vi*>(out + NR * 4) = word & (vi)splat_int(static_cast<int32_t>(0xffff0000));
+      } else if constexpr (TYPE == Type::int8 && Products<TYPE>::GROUP == 2) {
+        const vi b0 = (word << 24) >> 24, b1 = (word << 16) >> 24, b2 = (word << 8) >> 24, b3 = word >> 24;
+        *reinterpret_cast<vi*>(to + ((2 * k + 1) * NR + n) * 4) = (b2 & 0xffff) | (b3 << 16);
+        *reinterpret_cast<vi*>(to + (2 * k * NR + n) * 4) = (b0 & 0xffff) | (b1 << 16);
+      } else if constexpr (TYPE == Type::int8) {
+        *reinterpret_cast<vf*>(out) = to_float((word << 24) >> 24);
+        *reinterpret_cast<vf*>(out + NR * 4) = to_float((word << 16) >> 24);
+        *reinterpret_cast<vf*>(out + NR * 8) = to_float((word << 8) >> 24);
+        *reinterpret_cast<vf*>(out + NR * 12) = to_float(word >> 24);
+      }
+    }
+  }
+}
+
+// Encoded rows times a packed weight: write(row, column, values) for each vector of values x·w + bias.
+template <Type TYPE, class Write>
+VF_INLINE void linear(const Encoded& x, int64_t rows, const PackedLinear& linear, char* widened, const Write& write) {
+  using P = Products<TYPE>;
+  using Word = typename P::Word;
+  constexpr int G = stored_group(TYPE);
+  const int64_t groups = linear.groups * G / P::GROUP, bytes = linear.groups * G * NR * size_of(TYPE);
+  const int64_t tiles = ceil_div(rows, MR);
+  alignas(64) typename Word::Sum tile[MR * NR];
+  for (int64_t panel = 0; panel < linear.panels; panel++) {
+    const char* words = static_cast<const char*>(linear.weight) + panel * bytes;
+    if constexpr (P::WIDENED) {
+      widen_panel<TYPE>(words, linear.groups, widened);
+      words = widened;
+    }
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
+      panel_product<Word>(static_cast<int>(last - first), x.words + first * x.stride, x.stride, words, groups, tile);
+      for (int64_t row = first; row < last; row++) {
+        const auto* sums = tile + (row - first) * NR;
+        vf values[NR / VL];
+#pragma GCC unroll 8
+        for (int i = 0; i < NR / VL; i++) {
+          const int64_t n = panel * NR + i * VL;
+          const vf bias = load(linear.bias + n);
+          if constexpr (TYPE == Type::int8) {
+            const vi weight_sums = *reinterpret_cast<const vi*>(linear.sums + n);
+            vf value;
+            if constexpr (P::GROUP == 1) {
+              value = load(reinterpret_cast<const float*>(sums) + i * VL) - to_float(weight_sums) * float(x.zero[row]);
+            } else {
+              value = to_float(*reinterpret_cast<const vi*>(sums + i * VL) - x.zero[row] * weight_sums);
+            }
+            values[i] = fma(value, load(linear.scale + n) * x.scale[row], bias);
+          } else {
+            values[i] = load(reinterpret_cast<const float*>(sums) + i * VL) + bias;
+          }
+        }
+        write(row, panel * NR, values);
+      }
+    }
+  }
+}
+
+// Rows of a task: more where each task widens the weights for itself.
+template <Type TYPE>
+constexpr int64_t TASK_ROWS = Products<TYPE>::WIDENED ? 9 * MR : 4 * MR;
+
+template <Type TYPE>
+struct BlockSpace {
+  float *normal, *hidden;
+  Encoded narrow, wide;
+  char* widened;
+
+  BlockSpace(Arena& arena, int64_t narrow_bytes, int64_t wide_bytes, int64_t width, int64_t hidden_width) {
+    normal = arena.take<float>(width + VL);
+    hidden = arena.take<float>(TASK_ROWS<TYPE> * hidden_stride(hidden_width));
+    narrow = {arena.take<char>(TASK_ROWS<TYPE> * narrow_bytes), narrow_bytes, arena.take<float>(TASK_ROWS<TYPE>),
+              arena.take<int32_t>(TASK_ROWS<TYPE>)};
+    wide = {arena.take<char>(TASK_ROWS<TYPE> * wide_bytes), wide_bytes, narrow.scale, narrow.zero};
+    const int64_t longest = narrow_bytes > wide_bytes ? narrow_bytes : wide_bytes;
+    widened = arena.take<char>(longest * NR);
+  }
+  // A row and one panel more, which the tail of a product may write; out of one set of the cache.
+  static int64_t hidden_stride(int64_t hidden) { return round_up(hidden, NR) + NR + 16; }
+};
+
+template <bool FIRST, class A, class B>
+struct Choose {
+  using Type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using Type = B;
+};
+
+template <Type TYPE>
+struct Stack {
+  const PreparedBlocks& s;
+  int64_t rows, qkv_stride, narrow_bytes, wide_bytes, space_bytes;
+  float *qkv, *attended;
+  char* spaces;
+  Attention attention;
+
+  explicit Stack(const PreparedBlocks& stack) : s(stack) {
+    rows = s.batch * s.tokens;
+    // The qkv rows are read as heads; a padding keeps them out of one set of the cache.
+    qkv_stride = 3 * s.width + 16;
+    narrow_bytes = row_bytes(s.width), wide_bytes = row_bytes(s.hidden);
+    Arena arena{static_cast<char*>(s.workspace)};
+    qkv = arena.take<float>(rows * qkv_stride);
+    attended = arena.take<float>(rows * s.width);
+    const int64_t token = qkv_stride, batch = s.tokens * qkv_stride;
+    attention = {qkv, qkv + s.width, qkv + 2 * s.width, attended, nullptr, Type::float32,
+                 s.batch, s.num_heads, s.tokens, s.tokens, s.width / s.num_heads,
+                 {batch, token}, {batch, token}, {batch, token}, s.scale, s.pool, nullptr};
+    Arena one{nullptr};
+    BlockSpace<TYPE>(one, narrow_bytes, wide_bytes, s.width, s.hidden);
+    space_bytes = one.used;
+    const int64_t attention_bytes = ::attention_bytes<AttentionWord>(attention);
+    const int64_t largest = space_bytes > attention_bytes ? space_bytes : attention_bytes;
+    spaces = arena.take<char>(largest * s.pool.slots);  // a row task and a head task never run at the same time
+    attention.workspace = spaces;
+    bytes = arena.used;
+  }
+  int64_t bytes;
+
+#if defined(__AVX512BF16__)
+  using AttentionWord = typename Choose<TYPE == Type::bfloat16 || TYPE == Type::int8, BFloat16, Float>::Type;
+#else
+  using AttentionWord = Float;
+#endif
+
+  static int64_t row_bytes(int64_t width) {
+    return round_up(width, stored_group(TYPE)) * 4 / Products<TYPE>::GROUP + 64;
+  }
+
+  // LayerNorm without parameters of rows of x, encoded.
+  void normalise(int64_t first, int64_t last, float eps, BlockSpace<TYPE>& space) const {
+    const int64_t padded = round_up(s.width, stored_group(TYPE));
+    for (int64_t row = first; row < last; row++) {
+      const float* x = s.x + row * s.width;
+      const Moments m = moments(x, Type::float32, s.width, eps);
+      int64_t i = 0;
+      for (; i + VL <= s.width; i += VL) store(space.normal + i, (load(x + i) - m.mean) * m.rstd);
+      for (; i < s.width; i++) space.normal[i] = (x[i] - m.mean) * m.rstd;
+      encode_row<TYPE>(space.normal, s.width, padded, space.narrow, row - first);
+    }
+  }
+
+  void project_qkv(const PackedBlock& block, int64_t first, int64_t last, BlockSpace<TYPE>& space) const {
+    normalise(first, last, s.eps1, space);
+    const int64_t columns = 3 * s.width;
+    linear<TYPE>(space.narrow, last - first, block.qkv, space.widened, [&](int64_t row, int64_t n, const vf* values) {
+      store_columns(qkv + (first + row) * qkv_stride, n, columns, values);
+    });
+  }
+
+  static VF_INLINE void store_columns(float* row, int64_t n, int64_t columns, const vf* values) {
+    if (n + NR <= columns) {
+      for (int i = 0; i < NR / VL; i++) store(row + n + i * VL, values[i]);
+    } else {
+      const float* lanes = reinterpret_cast<const float*>(values);
+      for (int64_t i = 0; n + i < columns; i++) row[n + i] = lanes[i];
+    }
+  }
+
+  // x += x·w + bias
+  void add_linear(const Encoded& from, const PackedLinear& weight, int64_t first, int64_t last, char* widened) const {
+    linear<TYPE>(from, last - first, weight, widened, [&](int64_t row, int64_t n, const vf* values) {
+      float* x = s.x + (first + row) * s.width + n;
+      if (n + NR <= s.width) {
+        for (int i = 0; i < NR / VL; i++) store(x + i * VL, load(x + i * VL) + values[i]);
+      } else {
+        const float* lanes = reinterpret_cast<const float*>(values);
+        for (int64_t i = 0; n + i < s.width; i++) x[i] += lanes[i];
+      }
+    });
+  }
+
+  void finish_block(const PackedBlock& block, int64_t first, int64_t last, BlockSpace<TYPE>& space) const {
+    const int64_t count = last - first, padded = round_up(s.width, stored_group(TYPE));
+    for (int64_t row = 0; row < count; row++)
+      encode_row<TYPE>(attended + (first + row) * s.width, s.width, padded, space.narrow, row);
+    add_linear(space.narrow, block.proj, first, last, space.widened);
+    normalise(first, last, s.eps2, space);
+    const int64_t stride = BlockSpace<TYPE>::hidden_stride(s.hidden);
+    const bool gated = s.activation == Activation::swiglu;
+    linear<TYPE>(space.narrow, count, block.fc1, space.widened, [&](int64_t row, int64_t n, const vf* values) {
+      float* hidden = space.hidden + row * stride;
+      if (gated) {  // half of a panel gates, the other half is gated
+        constexpr int HALF = NR / VL / 2;
+        for (int i = 0; i < HALF; i++)
+          store(hidden + n / 2 + i * VL, values[i] * sigmoid(values[i]) * values[i + HALF]);
+      } else {
+        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate(values[i], s.activation));
+      }
+    });
+    const int64_t hidden_padded = round_up(s.hidden, stored_group(TYPE));
+    for (int64_t row = 0; row < count; row++)
+      encode_row<TYPE>(space.hidden + row * stride, s.hidden, hidden_padded, space.wide, row);
+    add_linear(space.wide, block.fc2, first, last, space.widened);
+  }
+
+  void run() const {
+    // Tasks of equal size, several a thread where there are rows enough.
+    const int64_t least = ceil_div(rows, TASK_ROWS<TYPE>);
+    const int64_t tasks = round_up(least, s.pool.slots) <= rows ? round_up(least, s.pool.slots) : least;
+    for (int64_t b = -1; b < s.depth; b++) {
+      run_tasks(s.pool, tasks, [&](int64_t task, int64_t slot) {
+        Arena arena{spaces + slot * space_bytes};
+        BlockSpace<TYPE> space(arena, narrow_bytes, wide_bytes, s.width, s.hidden);
+        const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
+        if (b >= 0) finish_block(s.blocks[b], first, last, space);
+        if (b + 1 < s.depth) project_qkv(s.blocks[b + 1], first, last, space);
+      });
+      if (b + 1 < s.depth) attention_with<AttentionWord>(attention);
+    }
+  }
+};
+
+}  // namespace

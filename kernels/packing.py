@@ -1,0 +1,182 @@
+"""Weights packed for the CPU extension, and quantised to int8: what ``csrc/cpu/gemm.h`` reads.
+
+A packed weight [out, in] is [panels, groups, 32, group]: panels of 32 outputs, and for every group of inputs (1 of
+float32 and float16, 2 of bfloat16, 4 of int8), the groups of the panel's outputs side by side. Outputs and
+inputs are padded with zeros. Under "swiglu" each panel of fc1 holds 16 gates and then the 16 values that they gate.
+
+A prepared block is a ``PackedBlock`` or, quantised, an ``Int8Block``: LayerNorm and LayerScale are folded in
+(``folding``), biases are float32. All of it is computed in float64 and rounded once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .folding import Pair, fold_layer_norm, fold_layer_scale, prepare_block
+
+PANEL = 32  # NR of csrc/cpu/gemm.h
+GROUP = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that one instruction takes
+INT8_MAX = 127
+
+
+class PackedBlock(NamedTuple):
+    """A transformer block with LayerNorm and LayerScale folded in: packed weights in their own dtype, and biases
+    [panels·32], float32."""
+
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+
+
+class Int8Block(NamedTuple):
+    """A transformer block with LayerNorm and LayerScale folded in: packed int8 weights; for each output, [panels·32],
+    the scale of its row, the sum of its integers (int32), and the bias; scale and bias float32."""
+
+    qkv_weight: torch.Tensor
+    qkv_scale: torch.Tensor
+    qkv_sums: torch.Tensor
+    qkv_bias: torch.Tensor
+    proj_weight: torch.Tensor
+    proj_scale: torch.Tensor
+    proj_sums: torch.Tensor
+    proj_bias: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_scale: torch.Tensor
+    fc1_sums: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_scale: torch.Tensor
+    fc2_sums: torch.Tensor
+    fc2_bias: torch.Tensor
+
+
+def _padded(t: torch.Tensor, axis: int, multiple: int) -> torch.Tensor:
+    missing = -t.shape[axis] % multiple
+    return F.pad(t, [0, 0] * (t.dim() - 1 - axis) + [0, missing]) if missing else t
+
+
+def interleave(t: torch.Tensor) -> torch.Tensor:
+    """[2F, ...] gates, then values → panels of 16 gates and their 16 values, F padded to a multiple of 16."""
+    half = PANEL // 2
+    pair = torch.stack([_padded(part, 0, half).unflatten(0, (-1, half)) for part in t.chunk(2)], dim=1)
+    return pair.flatten(0, 2)
+
+
+def deinterleave(t: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``interleave``, with its padding."""
+    return t.unflatten(0, (-1, 2, PANEL // 2)).transpose(0, 1).flatten(0, 2)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] → [panels, groups, 32, group], padded with zeros."""
+    group = GROUP[weight.dtype]
+    padded = _padded(_padded(weight, 0, PANEL), 1, group)
+    return padded.unflatten(1, (-1, group)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """[panels, groups, 32, group] → [out, in], with the padding."""
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def pack_row(values: torch.Tensor) -> torch.Tensor:
+    """[out] → [panels·32], padded with zeros."""
+    return _padded(values, 0, PANEL).contiguous()
+
+
+def packed_block(
+    norm1: Pair,
+    qkv: Pair,
+    proj: Pair,
+    gamma1: torch.Tensor | None,
+    norm2: Pair,
+    fc1: Pair,
+    fc2: Pair,
+    gamma2: torch.Tensor | None,
+    activation: str,
+) -> PackedBlock:
+    """A block, folded and packed; arguments as in ``folding.prepare_block``."""
+    folded = prepare_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2)
+    order = interleave if activation == "swiglu" else _as_it_is
+    tensors = []
+    for name in ("qkv", "proj", "fc1", "fc2"):
+        weight, bias = getattr(folded, f"{name}_weight"), getattr(folded, f"{name}_bias").float()
+        if name == "fc1":
+            weight, bias = order(weight), order(bias)
+        tensors += [pack(weight), pack_row(bias)]
+    return PackedBlock._make(tensors)
+
+
+def _as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 [out, in], float64 [out]): weight ≈ int8 · scale, symmetric, a scale for each row."""
+    largest = weight.abs().amax(1)
+    scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
+    return (weight / scale[:, None]).round().nan_to_num(0.0).to(torch.int8), scale
+
+
+def int8_block(
+    norm1: Pair,
+    qkv: Pair,
+    proj: Pair,
+    gamma1: torch.Tensor | None,
+    norm2: Pair,
+    fc1: Pair,
+    fc2: Pair,
+    gamma2: torch.Tensor | None,
+    activation: str,
+) -> Int8Block:
+    """A block, folded, quantised and packed; arguments as in ``folding.prepare_block``. No data is needed."""
+    order = interleave if activation == "swiglu" else _as_it_is
+    linears = [
+        fold_layer_norm(*_wide(qkv), *norm1)[::2],
+        fold_layer_scale(*_wide(proj), gamma1),
+        tuple(map(order, fold_layer_norm(*_wide(fc1), *norm2)[::2])),
+        fold_layer_scale(*_wide(fc2), gamma2),
+    ]
+    tensors = []
+    for weight, bias in linears:
+        assert bias is not None
+        integers, scale = quantise_int8(weight)
+        sums = integers.sum(1, dtype=torch.int32)
+        tensors += [pack(integers), pack_row(scale.float()), pack_row(sums), pack_row(bias.float())]
+    return Int8Block._make(tensors)
+
+
+def _wide(pair: Pair) -> Pair:
+    """In float64, so that folding does not round before quantisation does."""
+    weight, bias = pair
+    assert weight is not None
+    return weight.double(), None if bias is None else bias.double()
+
+
+def unpacked_linears(block: Sequence[torch.Tensor], width: int, activation: str) -> list[tuple[torch.Tensor, ...]]:
+    """(weight [out, in], then its rows' values [out]) of qkv, proj, fc1 and fc2, without padding, gates before values."""
+    size = len(block) // 4
+    hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group
+    outputs = (3 * width, width, 2 * hidden if activation == "swiglu" else hidden, width)
+    inputs = (width, width, width, hidden)
+    linears = []
+    for i, (rows, columns) in enumerate(zip(outputs, inputs)):
+        weight, *values = block[i * size : (i + 1) * size]
+        parts = [unpack(weight)[:, :columns], *values]
+        if i == 2 and activation == "swiglu":
+            gates, its = zip(*(deinterleave(part).chunk(2) for part in parts))
+            parts = [torch.cat([_to_rows(g, hidden), _to_rows(v, hidden)]) for g, v in zip(gates, its)]
+        linears.append(tuple(_to_rows(part, rows) for part in parts))
+    return linears
+
+
+def _to_rows(t: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first rows, or all and zeros: fc1 has fewer outputs than fc2 inputs where these are padded to a group."""
+    return t[:rows] if t.shape[0] >= rows else _padded(t, 0, rows)
