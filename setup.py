@@ -7,10 +7,9 @@ one platform. Without it the wheel is pure Python, and neither torch nor a compi
 import os
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -40,17 +39,18 @@ class BuildPy(build_py):
                 shutil.copy2(path, target)
 
 
-class BdistWheel(bdist_wheel):
-    """Tags a wheel that holds the library with the platform; it fits every Python 3."""
+class PlatformDistribution(Distribution):
+    """A package whose wheel is for one platform."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = WITH_EXTENSION == "0"
+    def has_ext_modules(self):
+        return WITH_EXTENSION == "1"
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel with the library fits every Python 3 of its platform."""
 
     def get_tag(self):
-        if WITH_EXTENSION == "0":
-            return super().get_tag()
-        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        return ("py3", "none", super().get_tag()[2])
 
 
 setup(
@@ -60,5 +60,6 @@ setup(
         "vit_fast": ["py.typed", "pretrained_cfgs.json"],
         "vit_fast.csrc": ["*.h", "*/*.h", "*/*.cuh", "*/*.cpp", "*/*.cu"],
     },
+    distclass=PlatformDistribution,
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
 )

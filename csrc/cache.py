@@ -13,6 +13,7 @@ since PyTorch's stable ABI lets one library load in every torch from the target 
 versions) names the folder inside.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,8 +75,11 @@ def key(name: str, sources: Path = SOURCES) -> str:
 
 def entries(name: str, wanted: str) -> list[Path]:
     """The library files of a key in the cache folder, the one that was built or asked for last in front."""
-    found = list((folder() / wanted).glob(f"*/{file_name(name)}"))
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = []
+    for path in (folder() / wanted).glob(f"*/{file_name(name)}"):
+        with contextlib.suppress(FileNotFoundError):  # a builder is replacing it
+            found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def write_record(library: Path, wanted: str, toolchain: str) -> None:

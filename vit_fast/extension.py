@@ -82,7 +82,8 @@ def _attempt(name: str) -> _State:
                 torch.ops.load_library(str(path))
                 return _State(path, ())
             except (cache.DamagedError, OSError) as error:
-                failures.append(f"{path}: {error}")
+                cause = str(error.__cause__ or error)  # torch's own error names the file alone
+                failures.append(f"{path}: {cause.removeprefix(f'{path}: ')}")
     except (OSError, RuntimeError) as error:  # of the cache folder
         failures.append(str(error))
     if not failures:
