@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import folding
+from . import folding, packing
 from .tracing import untraced
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -372,6 +372,28 @@ def check_prepared_blocks(x: Any, weights: Any) -> None:
 def check_fp8_blocks(x: Any, weights: Any) -> None:
     weight = folding.first_block(folding.Float8Block, weights).qkv_weight
     _check_blocks("fp8_blocks", x, weight, (torch.float16, torch.bfloat16))
+
+
+@untraced
+def check_packed_blocks(x: Any, weights: Any) -> None:
+    first = folding.first_block(packing.PackedBlock, weights)
+    _check_tensor("packed_blocks", "x", x, 3)
+    _check_packed_width("packed_blocks", x, first.proj_bias, first.qkv_weight)
+
+
+@untraced
+def check_int8_blocks(x: Any, weights: Any) -> None:
+    first = folding.first_block(packing.Int8Block, weights)
+    _check_tensor("int8_blocks", "x", x, 3)
+    _check_packed_width("int8_blocks", x, first.proj_bias, first.qkv_weight)
+
+
+def _check_packed_width(op, x, proj_bias, weight):
+    """A packed weight tells its inputs up to the padding of a group, its outputs up to that of a panel."""
+    groups, group = weight.shape[1], weight.shape[3]
+    if -(-x.shape[2] // group) != groups or -(-x.shape[2] // packing.PANEL) * packing.PANEL != proj_bias.shape[0]:
+        raise ValueError(f"vit_fast.{op}: x has width {x.shape[2]}, expected {groups * group} (as the weights)")
+    _check_device(op, "x", x, "weights", weight)
 
 
 def _check_blocks(op, x, weight, dtypes):

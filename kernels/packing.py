@@ -160,7 +160,9 @@ def _wide(pair: Pair) -> Pair:
     return weight.double(), None if bias is None else bias.double()
 
 
-def unpacked_linears(block: Sequence[torch.Tensor], width: int, activation: str) -> list[tuple[torch.Tensor, ...]]:
+def unpacked_linears(
+    block: Sequence[torch.Tensor], width: int, activation: str | None
+) -> list[tuple[torch.Tensor, ...]]:
     """(weight [out, in], then its rows' values [out]) of qkv, proj, fc1 and fc2, without padding, gates before values."""
     size = len(block) // 4
     hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group

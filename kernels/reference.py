@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import E4M3, Float8Block, FoldedBlock, unflatten
+from .packing import Int8Block, PackedBlock, unpacked_linears
 from .tracing import is_transformed, transform_reasons, untraced
 
 _ACTIVATION = {
@@ -458,6 +459,48 @@ def fp8_blocks(
 def _fp8_norm(x, norm_scale, eps):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return layer_norm(wide, norm_scale.to(wide.dtype), None, eps).to(E4M3)
+
+
+# packed_blocks, int8_blocks: transformer blocks on weights packed for the CPU extension.
+
+
+def packed_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
+    """x [B, N, C] through the blocks of a list of ``packing.PackedBlock`` tensors, in the dtype of x."""
+    for block in unflatten(PackedBlock, weights):
+        linears = unpacked_linears(block, x.shape[2], activation)
+        qkv, proj, fc1, fc2 = ((weight.to(x.dtype), bias.to(x.dtype)) for weight, bias in linears)
+        out = attention(layer_norm_linear(x, None, None, eps1, *qkv), num_heads, scale)
+        x = linear_residual(out, *proj, None, x)
+        x = linear_residual(layer_norm_linear(x, None, None, eps2, *fc1, activation), *fc2, None, x)
+    return x
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """scale · step·(q − zero) weightᵀ + bias: weight int8, q the rows of x as uint8, by a step and a zero point of each
+    row, taken from its smallest and largest value and 0."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    step = torch.where(high - low > 1e-30, (high - low) / 255, 1.0)
+    zero = (-low / step).round()
+    q = (x / step + zero).round().clamp(0, 255) - zero
+    out = F.linear(q, weight.to(x.dtype)) * (step * scale.to(x.dtype)) + bias.to(x.dtype)
+    return torch.where((high - low).isfinite(), out, math.nan)
+
+
+def int8_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
+    """x [B, N, C] through the blocks of a list of ``packing.Int8Block`` tensors; float32 between the products."""
+    wide = x.to(_stat_dtype(x))
+    for block in unflatten(Int8Block, weights):
+        linears = unpacked_linears(block, x.shape[2], activation)
+        qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
+        out = attention(int8_linear(layer_norm(wide, None, None, eps1), *qkv), num_heads, scale)
+        wide = wide + int8_linear(out, *proj)
+        hidden = activate(int8_linear(layer_norm(wide, None, None, eps2), *fc1), activation)
+        wide = wide + int8_linear(hidden, *fc2)
+    return wide.to(x.dtype)
 
 
 # patch_embed: [B, in, H, W] → [B, K + N, C].

@@ -11,11 +11,11 @@ Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and
 (``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
-Stacks of prepared blocks, ``prepared_blocks`` and ``fp8_blocks``, one operation for each precision of
-``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
+Stacks of prepared blocks, one operation for each form of a precision of ``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from .backends import select
 from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
-from .precisions import FOLDED, FP8, PRECISIONS, Precision
+from .precisions import FOLDED, FP8, Precision, forms
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
 
@@ -547,7 +547,7 @@ def attention(
     return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, _needs_grad(qkv, k, v), name)[0]
 
 
-# prepared_blocks, fp8_blocks: one operator for each precision of ``vit_fast.prepare``
+# prepared_blocks, packed_blocks, fp8_blocks, int8_blocks: one operator for each form of a precision
 
 
 def _register_blocks(precision: Precision) -> None:
@@ -568,7 +568,7 @@ def _register_blocks(precision: Precision) -> None:
 
     def flops(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
         batch, tokens, width = x
-        matrices = sum(2 * batch * tokens * shape[0] * shape[1] for shape in weights if len(shape) == 2)
+        matrices = sum(2 * batch * tokens * math.prod(shape) for shape in weights if len(shape) > 1)
         return matrices + len(weights) // tensors_per_block * 4 * batch * tokens * tokens * width
 
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -576,7 +576,7 @@ def _register_blocks(precision: Precision) -> None:
     register_flop_formula(getattr(torch.ops.vit_fast, name))(flops)
 
 
-for _precision in PRECISIONS.values():
+for _precision in forms():
     _register_blocks(_precision)
 
 

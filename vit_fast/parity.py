@@ -36,6 +36,8 @@ class Budget(NamedTuple):
 
 
 FLOAT8_BUDGET = Budget(largest=2.0, norm=1.25, roundoff=2.0**-4)
+# Half a step of 1/255 of a row's range, which is some eight times the spread of its values.
+INT8_BUDGET = Budget(largest=2.0, norm=1.25, roundoff=2.0**-6)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import ops
+from . import backends, ops
 from .block import PREPARED, Stack
 from .block_params import BlockParams
 from .kernels.arguments import UnsupportedError
@@ -79,6 +79,7 @@ class Prepared(Stale):
 
     Attributes:
         blocks: the stack.
+        form: the precision, as it is prepared for the backend that runs on the device of the weights.
         dtype, device: of the tokens that they accept.
         records: the folded weights, one record of the precision for each block.
         weights: the tensors of all records in one list, as the operator takes them.
@@ -87,7 +88,7 @@ class Prepared(Stale):
 
     def __init__(self, name: str, blocks: Stack, precision: Precision) -> None:
         super().__init__(name, precision.name, None)
-        self.blocks, self._precision = blocks, precision
+        self.blocks, self.form = blocks, precision
         params = _params(blocks)
         first = params[0]
         assert first.norm1 is not None and first.norm2 is not None  # ensured by _not_supported_reasons
@@ -137,7 +138,7 @@ class Prepared(Stale):
     def run(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """x [B, N, C] through blocks[first:last]."""
         weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
-        return ops.blocks(self._precision, x, weights, *self.arguments) if weights else x
+        return ops.blocks(self.form, x, weights, *self.arguments) if weights else x
 
 
 @functools.cache
@@ -266,12 +267,19 @@ def _named(caller: str, name: str | None) -> Precision:
     return PRECISIONS[name]
 
 
+def _device(blocks: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in blocks.parameters()), torch.device("cpu"))
+
+
 def _prepare(caller: str, model: nn.Module, precision_of: Callable[[nn.Module], str | None]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
         raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
-    stacks = [(name, blocks, _named(caller, precision_of(blocks))) for name, blocks in _stacks_of_blocks(model)]
+    stacks = [
+        (name, blocks, _named(caller, precision_of(blocks)).form(backends.preferred(_device(blocks))))
+        for name, blocks in _stacks_of_blocks(model)
+    ]
     if not stacks:
         raise ValueError(
             f"vit_fast.{caller}: model is {type(model).__name__} without transformer blocks of this library, expected "

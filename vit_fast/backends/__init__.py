@@ -5,12 +5,12 @@
 ``select``    the order, the requested backend, the choice, and recording it for ``explain``
 ``triton``    the Triton kernels of ``vit_fast.kernels``
 ``cuda``      the CUDA extension, which is not built yet
-``cpu``       the CPU extension, which is not built yet
+``cpu``       the CPU extension, ``csrc/cpu/``
 ``torch``     the reference in plain PyTorch, which runs everything
 ============  =======================================================================================
 """
 
-from .select import Status, backend, backward_name, names, note, recording, requested, status, unavailable
+from .select import Status, backend, backward_name, names, note, preferred, recording, requested, status, unavailable
 
 __all__ = [
     "Status",
@@ -18,6 +18,7 @@ __all__ = [
     "backward_name",
     "names",
     "note",
+    "preferred",
     "recording",
     "requested",
     "status",

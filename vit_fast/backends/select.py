@@ -91,6 +91,12 @@ def unavailable(name: str, device: torch.device) -> tuple[str, ...]:
     return BACKENDS[name].unavailable(device)
 
 
+def preferred(device: torch.device) -> str:
+    """The requested backend, or the first of the order that runs on a device: weights are prepared for it."""
+    word = requested()
+    return word if word != "auto" else next(name for name in BACKENDS if not unavailable(name, device))
+
+
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s). Dynamo could not trace
 # the import of Triton inside.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]

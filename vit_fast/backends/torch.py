@@ -8,7 +8,7 @@ follow the forward of a backend that has none of its own.
 import torch
 
 from vit_fast.kernels import reference
-from vit_fast.precisions import PRECISIONS
+from vit_fast.precisions import forms
 
 from .base import Backend
 
@@ -25,7 +25,7 @@ class Torch(Backend):
             "layer_norm_linear": reference.layer_norm_linear_fwd,
             "linear_residual": reference.linear_residual,
             "layernorm_mlp": reference.layernorm_mlp_fwd,
-        } | {precision.operation: precision.reference for precision in PRECISIONS.values()}
+        } | {precision.operation: precision.reference for precision in forms()}
         self.inference = {
             "attention": reference.attention,
             "layer_norm": reference.layer_norm,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vit_fast.precisions import PRECISIONS
+from vit_fast.precisions import forms
 
 from .base import Backend
 
@@ -48,7 +48,7 @@ class Triton(Backend):
         # Not at the head of the file: importing vit_fast needs no Triton.
         from vit_fast.kernels import attention, layer_norm, layernorm_mlp, linear, patch_embed
 
-        stacks = {p.operation: kernels for p in PRECISIONS.values() if (kernels := p.kernels())}
+        stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
         self.not_supported = {
             "patch_embed": patch_embed.not_supported_reasons,
             "attention": attention.not_supported_reasons,

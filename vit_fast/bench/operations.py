@@ -183,7 +183,7 @@ def _prepared_names(model):
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
         for record in getattr(prepared, "records", ()):
-            for part, tensor in zip(PRECISIONS[prepared.precision].modules(), record, strict=True):
+            for part, tensor in zip(prepared.form.modules(), record, strict=True):
                 names[id(tensor)] = ".".join(filter(None, (name, "*", part)))
     return names
 

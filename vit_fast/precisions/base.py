@@ -44,6 +44,14 @@ class Precision:
     variant: str
     graphed_variant: str
 
+    def form(self, backend: str) -> "Precision":
+        """The precision as it is prepared for a backend; its name stays."""
+        return self
+
+    def forms(self) -> "tuple[Precision, ...]":
+        """All that ``form`` may return."""
+        return (self,)
+
     def fold(self, params: BlockParams) -> tuple[torch.Tensor, ...]:
         """The record of a block."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
 
 from .base import Kernels, Precision, folding_arguments
+from .packed import PACKED
 
 
 class Folded(Precision):
@@ -21,6 +22,12 @@ class Folded(Precision):
     operation = "prepared_blocks"
     record = folding.FoldedBlock
     variant, graphed_variant = "prepared", "graphed"
+
+    def form(self, backend: str) -> Precision:
+        return PACKED if backend == "cpu" else self
+
+    def forms(self) -> tuple[Precision, ...]:
+        return self, PACKED
 
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
         return folding.prepare_block(*folding_arguments(params))

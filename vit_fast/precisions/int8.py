@@ -1,0 +1,59 @@
+"""int8: what the four projections of a block multiply on a CPU; attention, the residual and statistics stay in float.
+
+Weights have a scale for each output, activations a step and a zero point for each token, found as they pass: no data is
+needed. The CPU extension runs a stack of blocks in one call (``csrc/cpu/prepared_blocks.h``); without it plain PyTorch
+computes the same, slowly.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vit_fast.block_params import BlockParams
+from vit_fast.kernels import arguments, packing, reference
+from vit_fast.parity import INT8_BUDGET
+
+from .base import Precision, folding_arguments
+
+
+class Int8(Precision):
+    """``precision="int8"``."""
+
+    name = "int8"
+    operation = "int8_blocks"
+    record = packing.Int8Block
+    weight_dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    products = "int8"
+    budget = INT8_BUDGET
+    variant, graphed_variant = "int8", "int8-graphed"
+
+    def fold(self, params: BlockParams) -> packing.Int8Block:
+        return packing.int8_block(*folding_arguments(params), params.activation)
+
+    def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        arguments.check_int8_blocks(x, weights)
+
+    def reference(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        num_heads: int,
+        scale: float,
+        activation: str,
+        eps1: float,
+        eps2: float,
+    ) -> torch.Tensor:
+        out: torch.Tensor = reference.int8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        return out
+
+    def product_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    def why_emulated(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "int8 products are for a CPU"
+
+    def device_reasons(self, device: torch.device) -> list[str]:
+        return [] if device.type == "cpu" else [f"int8 is for a CPU, the weights are on {device}"]
+
+
+INT8 = Int8()
