@@ -1,17 +1,23 @@
 """Set-up of the test suite: which tests run in this process, the interpreter's cures, poisoned memory, honest counts.
 
-Four runs: ``TRITON_INTERPRET=1 pytest -m interp``, ``pytest -m aot``, ``pytest -m gpu`` and all others, in parallel.
+Five runs: ``TRITON_INTERPRET=1 pytest -m interp``, ``VIT_FAST_TEST_EXTENSION=1 pytest -m extension``,
+``pytest -m aot``, ``pytest -m gpu`` and all others, in parallel. Without VIT_FAST_TEST_EXTENSION=1 no compiled library
+is found, neither here nor in processes that tests start: their results are the same on every machine.
 A test whose mark does not fit the process is deselected, and the summary says so; it never runs the wrong way.
 A skip whose reason is not in ALLOWED_SKIPS fails the run.
 """
 
 import importlib.util
+import os
 import random
 import site
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+EXTENSION = os.environ.get("VIT_FAST_TEST_EXTENSION") == "1"
+if not EXTENSION:
+    os.environ["VIT_FAST_EXT_DIR"] = str(Path(__file__).parent / "no-extension")
 
 # First, because it says how many threads numpy may have.
 from support import interpreter_cures
@@ -51,8 +57,9 @@ COUNTS = {
     "deselected_interp": 0,
     "deselected_aot": 0,
     "deselected_gpu": 0,
+    "deselected_extension": 0,
 }
-PASSED = {"interp": 0, "aot": 0, "gpu": 0, "plain": 0}
+PASSED = {"interp": 0, "extension": 0, "aot": 0, "gpu": 0, "plain": 0}
 UNLISTED_SKIPS = []
 
 
@@ -90,14 +97,15 @@ def pytest_configure(config):
 
 
 def _kind(item):
-    return next((mark for mark in ("interp", "aot", "gpu") if item.get_closest_marker(mark)), "plain")
+    return next((mark for mark in ("interp", "extension", "aot", "gpu") if item.get_closest_marker(mark)), "plain")
 
 
 def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         kind = _kind(item)
-        wrong_process = (kind == "interp" and not INTERPRETED) or (kind in ("aot", "gpu") and INTERPRETED)
+        wrong_process = (kind == "interp") != INTERPRETED if kind != "plain" else False
+        wrong_process |= kind == "extension" and not EXTENSION
         if wrong_process:
             COUNTS[f"deselected_{kind}"] += 1
             dropped.append(item)
@@ -162,6 +170,8 @@ def pytest_terminal_summary(terminalreporter):
     line(f"  plain tests: {PASSED['plain']} passed")
     if COUNTS["extension_skipped"]:
         line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({NO_COMPILER}, {NO_NVCC}, or {NOT_BUILT})")
+    if EXTENSION:
+        line(f"  extension tests: {PASSED['extension']} passed, {COUNTS['cases']} random cases in them")
     if INTERPRETED:
         line(f"  interp tests: {PASSED['interp']} passed, {COUNTS['cases']} random cases in them")
         line(f"  memory sanitizer: {sanitizer.COUNTS['launches']} launches, {sanitizer.COUNTS['accesses']} accesses")
@@ -169,6 +179,7 @@ def pytest_terminal_summary(terminalreporter):
         line(f"  aot tests: {PASSED['aot']} passed, {COUNTS['aot_compiles']} kernels compiled ahead of time")
         line(f"  gpu tests: {PASSED['gpu']} passed, {COUNTS['gpu_skipped']} skipped ({NO_GPU})")
     wanted = {"interp": "TRITON_INTERPRET=1", "aot": "no TRITON_INTERPRET", "gpu": "no TRITON_INTERPRET"}
+    wanted["extension"] = "VIT_FAST_TEST_EXTENSION=1 and no TRITON_INTERPRET"
     for kind, need in wanted.items():
         if COUNTS[f"deselected_{kind}"]:
             line(f"  not run here: {COUNTS[f'deselected_{kind}']} {kind} tests (they want {need})")

@@ -3,6 +3,8 @@
 
 #include "attention.h"
 #include "layer_norm.h"
+#include "linear.h"
+#include "patch_embed.h"
 #include "prepared_blocks.h"
 
 namespace {
@@ -57,6 +59,7 @@ namespace vit_fast {
 extern const Kernels VF_TABLE(VF_LEVEL);
 const Kernels VF_TABLE(VF_LEVEL) = {
     VF_STRING(VF_LEVEL), prepared_blocks_workspace, prepared_blocks, attention_workspace, attention, layer_norm,
+    linear_workspace,     linear_layer,              patch_embed_workspace, patch_embed,
 };
 
 }  // namespace vit_fast

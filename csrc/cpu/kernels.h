@@ -69,16 +69,47 @@ struct LayerNorm {
   Pool pool;
 };
 
-// out = residual + row_scale·gamma·(z + bias), or out = act(z + bias); z [rows, width] contiguous, may be out.
-struct Epilogue {
-  const void* z;
-  const float *bias, *gamma, *row_scale;
+// A weight as nn.Linear holds it: [features, width] at a stride of rows; bias float32 [features] or null.
+struct Weight {
+  const void* data;
+  const float* bias;
+  Type type;
+  int64_t features, width, stride;
+};
+
+// act(LN(x) wᵀ + b), or residual + row_scale·gamma·(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
+// and out [rows, features] (half the features under swiglu). All vectors float32, or null.
+struct Linear {
+  const void* x;
+  Type type, out_type;  // of x; of out and the residual
+  int64_t rows, stride;
+  bool normalise;
+  const float *ln_weight, *ln_bias;
+  float eps;
+  float *mean, *rstd;
+  Weight weight;
+  Activation activation;
+  const float *gamma, *row_scale;
+  int64_t rows_per_scale;
   const void* residual;
   void* out;
-  Type type, residual_type;
-  Activation activation;
-  int64_t rows, width, rows_per_scale;
   Pool pool;
+  void* workspace;  // linear_workspace bytes, aligned to 64
+};
+
+// images [B, channels, H, W] at any strides; weight [features, channels·P·P']; out [B, prefix + patches, features].
+struct PatchEmbed {
+  const void* images;
+  Type type, out_type;
+  int64_t batch, channels, stride[4], patch[2], step[2], grid[2];
+  const float *mean, *std;      // [channels] or null
+  Weight weight;
+  const float* pos_embed;       // [patches, features] or null
+  const void* prefix_tokens;    // [1 or B, prefix, features] of out_type; prefix_stride 0: the same for every image
+  int64_t prefix, prefix_stride;
+  void* out;
+  Pool pool;
+  void* workspace;  // patch_embed_workspace bytes, aligned to 64
 };
 
 struct Kernels {
@@ -88,6 +119,10 @@ struct Kernels {
   int64_t (*attention_workspace)(const Attention&);
   void (*attention)(const Attention&);
   void (*layer_norm)(const LayerNorm&);
+  int64_t (*linear_workspace)(const Linear&);
+  void (*linear)(const Linear&);
+  int64_t (*patch_embed_workspace)(const PatchEmbed&);
+  void (*patch_embed)(const PatchEmbed&);
 };
 
 // The table of the highest level that the processor has, or of the one that `use_level` named.

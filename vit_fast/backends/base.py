@@ -53,6 +53,10 @@ class Backend:
         not_supported = self.not_supported.get(operation)
         return list(not_supported(*arguments, **options)) if not_supported else []
 
+    def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
+        """Why a backend that can run an operation on these arguments leaves it to the next, unless it is forced."""
+        return []
+
     def launching(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context around each call of a function of ``forward``, ``inference`` or ``backward``."""
         return _nothing

@@ -1,12 +1,15 @@
 """The backend ``cpu``: the compiled extension for CPU tensors (``csrc/cpu/``), which ``vit-fast build`` builds."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from vit_fast import extension
 from vit_fast.precisions import INT8, PACKED
 
+from . import cpu_choice
 from .base import Backend
 
 # The operators of csrc/cpu/*.cpp. Their schemas are defined here, because a namespace that two libraries define crashes
@@ -17,18 +20,41 @@ _SCHEMAS = (
     "use_level(str name) -> ()",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse) -> (Tensor, Tensor)",
+    "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
+    "str activation, bool with_stats) -> (Tensor, Tensor, Tensor)",
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "
+    "int rows_per_scale) -> Tensor",
+    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[] step, "
+    "Tensor? mean, Tensor? std) -> Tensor",
     "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2) "
     "-> Tensor",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, mean, rstd
 
 
-def _dtype_reasons(x: torch.Tensor) -> list[str]:
-    return [] if x.dtype in _DTYPES else [f"dtype {str(x.dtype).removeprefix('torch.')} is not supported"]
+def _dtype_reasons(*tensors: torch.Tensor) -> list[str]:
+    dtypes = dict.fromkeys(t.dtype for t in tensors if t.dtype not in _DTYPES)
+    return [f"dtype {str(dtype).removeprefix('torch.')} is not supported" for dtype in dtypes]
 
 
-def _last_axis_dense(t: torch.Tensor) -> torch.Tensor:
+def _patch_embed_reasons(images: torch.Tensor, weight: torch.Tensor, *_: object) -> list[str]:
+    return _dtype_reasons(weight) if images.dtype == torch.uint8 else _dtype_reasons(images, weight)
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter as the kernels read vectors: float32 and dense."""
+    return None if t is None else t.detach().float().contiguous()
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """A tensor whose last axis is dense; its rows may be strided."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] as [rows, C], a view where there can be one."""
+    return _dense(x.reshape(-1, x.shape[-1]))
 
 
 def _attention(
@@ -39,43 +65,167 @@ def _attention(
     v: torch.Tensor | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    qkv, k, v = (None if t is None else _last_axis_dense(t) for t in (qkv, k, v))
+    qkv, k, v = (t if t is None else _dense(t) for t in (qkv, k, v))
     out: tuple[torch.Tensor, torch.Tensor]
     out = torch.ops.vit_fast_cpu.attention(qkv, k, v, num_heads, scale, with_lse)
     return out
 
 
-def _attention_out(
+def attention(
     qkv: torch.Tensor, num_heads: int, scale: float, *, k: torch.Tensor | None = None, v: torch.Tensor | None = None
 ) -> torch.Tensor:
     return _attention(qkv, num_heads, scale, k, v, False)[0]
 
 
-def _attention_fwd(
+def attention_fwd(
     qkv: torch.Tensor, num_heads: int, scale: float, *, k: torch.Tensor | None = None, v: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _attention(qkv, num_heads, scale, k, v, True)
 
 
-def _rows(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, with_stats: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight, bias = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
-    rows = _last_axis_dense(x.reshape(-1, x.shape[-1]))
-    out, mean, rstd = torch.ops.vit_fast_cpu.layer_norm(rows, weight, bias, eps, with_stats)
-    return out.view(x.shape), mean, rstd
-
-
 def _layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, with_stats: bool
+) -> _Stats:
+    out, *stats = torch.ops.vit_fast_cpu.layer_norm(_rows(x), _vector(weight), _vector(bias), eps, with_stats)
+    return out.view(x.shape), *stats
+
+
+def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    return _rows(x, weight, bias, eps, False)[0]
+    return _layer_norm(x, weight, bias, eps, False)[0]
 
 
-def _layer_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _rows(x, weight, bias, eps, True)
+def layer_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> _Stats:
+    return _layer_norm(x, weight, bias, eps, True)
+
+
+def _layer_norm_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    with_stats: bool,
+) -> _Stats:
+    out, *stats = torch.ops.vit_fast_cpu.layer_norm_linear(
+        _rows(x), _vector(ln_weight), _vector(ln_bias), eps, _dense(weight), _vector(bias), activation or "none",
+        with_stats,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], out.shape[-1]), *stats
+
+
+def layer_norm_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
+
+
+def layer_norm_linear_fwd(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+) -> _Stats:
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
+
+
+def linear_residual(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor,
+    *,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = _rows(x)
+    per_scale = 1 if row_scale is None else max(rows.shape[0] // max(row_scale.shape[0], 1), 1)
+    out = torch.ops.vit_fast_cpu.linear_residual(
+        rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale), per_scale
+    )
+    return out.view(residual.shape)
+
+
+def _layernorm_mlp(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str | None,
+    gamma: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    with_stats: bool,
+) -> _Stats:
+    hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, with_stats)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), *stats
+
+
+def layernorm_mlp(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str | None,
+    gamma: torch.Tensor | None,
+    *,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, False)[0]
+
+
+def layernorm_mlp_fwd(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str | None,
+    gamma: torch.Tensor | None,
+    *,
+    row_scale: torch.Tensor | None = None,
+) -> _Stats:
+    return _layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, True)
+
+
+def patch_embed(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix_tokens: torch.Tensor | None,
+    stride: Sequence[int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
+    prefix = None if prefix_tokens is None else prefix_tokens.detach().to(weight.dtype).contiguous()
+    mean, std = (None if values is None else torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+    out: torch.Tensor = torch.ops.vit_fast_cpu.patch_embed(
+        images, weight.contiguous(), _vector(bias), _vector(pos_embed), prefix, list(stride), mean, std
+    )
+    return out
 
 
 def _blocks(
@@ -92,12 +242,30 @@ def _blocks(
     return out
 
 
+def _count(x: torch.Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+# Operation → what decides whether the extension is the faster: rows (tokens of attention), and the dtype multiplied.
+_SIZES: dict[str, Callable[..., tuple[int, torch.dtype]]] = {
+    "patch_embed": lambda images, weight, *_: (
+        images.shape[0] * math.prod(images.shape[2 + i] // weight.shape[2 + i] for i in range(2)), weight.dtype
+    ),
+    "attention": lambda qkv, *_: (qkv.shape[1], qkv.dtype),
+    "layer_norm": lambda x, *_: (_count(x), x.dtype),
+    "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_: (_count(x), weight.dtype),
+    "linear_residual": lambda x, weight, *_: (_count(x), weight.dtype),
+    "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_: (_count(x), w1.dtype),
+}  # fmt: skip
+
+
 class Cpu(Backend):
     name = "cpu"
 
     def __init__(self) -> None:
         super().__init__()
         self._library: torch.library.Library | None = None
+        self._level = ""  # the instruction-set level whose kernels run
 
     def load(self) -> tuple[str, ...]:
         if self.forward:
@@ -108,15 +276,41 @@ class Cpu(Backend):
                 self._library.define(schema)
         if reasons := extension.load("cpu"):
             return reasons
+        self._level = torch.ops.vit_fast_cpu.level()
         self.not_supported = {
+            "patch_embed": _patch_embed_reasons,
             "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
             "layer_norm": lambda x, weight, bias, eps: _dtype_reasons(x),
+            "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _dtype_reasons(x, weight),
+            "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),
+            "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: _dtype_reasons(x, w1),
+        } | {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
+        self.inference = {
+            "attention": attention,
+            "layer_norm": layer_norm,
+            "layer_norm_linear": layer_norm_linear,
+            "layernorm_mlp": layernorm_mlp,
         }
-        self.not_supported |= {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
-        self.inference = {"attention": _attention_out, "layer_norm": _layer_norm}
-        self.forward = {"attention": _attention_fwd, "layer_norm": _layer_norm_fwd}
-        self.forward |= {form.operation: _blocks for form in (PACKED, INT8)}
+        self.forward = {
+            "patch_embed": patch_embed,
+            "attention": attention_fwd,
+            "layer_norm": layer_norm_fwd,
+            "layer_norm_linear": layer_norm_linear_fwd,
+            "linear_residual": linear_residual,
+            "layernorm_mlp": layernorm_mlp_fwd,
+        } | {form.operation: _blocks for form in (PACKED, INT8)}
         return ()
+
+    def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
+        of = _SIZES.get(operation)
+        if of is None:
+            return []
+        rows, dtype = of(*arguments)
+        fewest = cpu_choice.fewest_rows(operation, dtype, self._level)
+        named = str(dtype).removeprefix("torch.")
+        if fewest is None:
+            return [f"PyTorch is measured to be as fast or faster for {operation} in {named} on a CPU"]
+        return [] if rows >= fewest else [f"{rows} rows, the cpu extension is measured to be faster from {fewest} on"]
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if device.type != "cpu":
@@ -125,7 +319,16 @@ class Cpu(Backend):
 
     def version(self) -> str | None:
         """The instruction-set level whose kernels run."""
-        return None if self.load() else str(torch.ops.vit_fast_cpu.level())
+        return None if self.load() else self._level
+
+    def levels(self) -> list[str]:
+        """The instruction-set levels that this processor can run, from the lowest to the highest."""
+        return [] if self.load() else torch.ops.vit_fast_cpu.levels().split(",")
+
+    def use_level(self, name: str) -> None:
+        """Runs the kernels of one of ``levels()`` from now on; for tests and measurements."""
+        torch.ops.vit_fast_cpu.use_level(name)
+        self._level = name
 
 
 CPU = Cpu()

@@ -135,6 +135,7 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
         return word
     absent: tuple[str, ...] = ()  # why the first backend tried does not run on the device
     refused: dict[str, tuple[str, ...]] = {}  # backends that run on the device → why not this call
+    slower: dict[str, tuple[str, ...]] = {}  # backends that could run it, and leave it to the next
     for name in BACKENDS if word == "auto" else (word,):
         if name == "torch":
             break
@@ -142,11 +143,14 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
             absent = absent or why
             continue
         why = transform_reasons() or (*not_fused, *BACKENDS[name].reasons(operation, *arguments, **options))
-        if not why:
-            note(operation, name, _joined(refused) if refused else ())
+        if why:
+            refused[name] = why
+        elif word == "auto" and (why := tuple(BACKENDS[name].slower_reasons(operation, *arguments, **options))):
+            slower[name] = why
+        else:
+            note(operation, name, _joined(refused))
             return name
-        refused[name] = why
-    reasons = _joined(refused) if refused else absent
+    reasons = _joined(refused | slower) or absent
     if word != "auto":
         if reasons == transform_reasons():
             reasons = (*reasons, 'run it inside `with vit_fast.backend("torch")`')
