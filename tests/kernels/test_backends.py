@@ -22,7 +22,7 @@ from vit_fast.backends.cpu import CPU
 from vit_fast.backends.cuda import CUDA
 from vit_fast.backends.torch import TORCH
 from vit_fast.backends.triton import TRITON, Triton
-from vit_fast.precisions import PRECISIONS
+from vit_fast.precisions import forms
 
 
 class Fake(Backend):
@@ -226,7 +226,7 @@ def test_explain_says_that_triton_has_no_backward():
 
 def test_tables_hold_operations_with_the_references_arguments():
     pytest.importorskip("triton", reason="Triton is not installed")
-    without_kernels = {precision.operation for precision in PRECISIONS.values() if precision.kernels() is None}
+    without_kernels = {form.operation for form in forms() if form.kernels() is None}
     assert TRITON.load() == () and set(TRITON.forward) == set(TORCH.forward) - without_kernels
     for table in ("forward", "inference", "backward"):
         ours, wanted = getattr(TRITON, table), getattr(TORCH, table)

@@ -389,6 +389,7 @@ def test_operation_compiled_as_one_graph(op, changes, error, message):
 @pytest.mark.parametrize("op", GOOD)
 def test_forced_extension(op, name):
     message = f"vit_fast.{op}: backend {name!r} was forced and cannot run: the {name} extension is not built"
+    message += ": run `vit-fast build`" if name == "cpu" else ""
     with vit_fast.backend(name), raises_first(UnsupportedError, message):
         getattr(ops, op)(**GOOD[op])
 

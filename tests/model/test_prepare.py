@@ -157,7 +157,7 @@ def test_bad_precision_and_capability(monkeypatch):
     for precision in ("fp16", "FP8", torch.float8_e4m3fn, 8):
         with pytest.raises(ValueError) as raised:
             vit_fast.prepare(small(), precision=precision)
-        assert str(raised.value) == f"vit_fast.prepare: precision is {precision!r}, expected None or 'fp8'"
+        assert str(raised.value) == f"vit_fast.prepare: precision is {precision!r}, expected None, 'fp8' or 'int8'"
 
     class OnCuda(torch.Tensor):
         device = torch.device("cuda", 0)
