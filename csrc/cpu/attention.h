@@ -46,6 +46,7 @@ struct AttentionSpace {
 
   static constexpr int64_t SCORES = BLOCK + 16;  // of a row; the padding keeps rows out of one set of the cache
 
+  AttentionSpace() = default;
   AttentionSpace(Arena& arena, int64_t num_keys, int64_t head_size) {
     constexpr int G = GROUP<Word>;
     key_panels = ceil_div(num_keys, NR);

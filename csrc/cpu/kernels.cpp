@@ -2,7 +2,9 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "attention_bwd.h"
 #include "layer_norm.h"
+#include "layer_norm_bwd.h"
 #include "linear.h"
 #include "patch_embed.h"
 #include "prepared_blocks.h"
@@ -58,8 +60,20 @@ namespace vit_fast {
 
 extern const Kernels VF_TABLE(VF_LEVEL);
 const Kernels VF_TABLE(VF_LEVEL) = {
-    VF_STRING(VF_LEVEL), prepared_blocks_workspace, prepared_blocks, attention_workspace, attention, layer_norm,
-    linear_workspace,     linear_layer,              patch_embed_workspace, patch_embed,
+    VF_STRING(VF_LEVEL),
+    prepared_blocks_workspace,
+    prepared_blocks,
+    attention_workspace,
+    attention,
+    layer_norm,
+    attention_bwd_workspace,
+    attention_bwd,
+    layer_norm_bwd_workspace,
+    layer_norm_bwd,
+    linear_workspace,
+    linear_layer,
+    patch_embed_workspace,
+    patch_embed,
 };
 
 }  // namespace vit_fast

@@ -69,6 +69,32 @@ struct LayerNorm {
   Pool pool;
 };
 
+// Gradients of Attention: dq, dk, dv of the dtype of q; out and grad [B, N, H·D]; strides of batch and token.
+struct AttentionBackward {
+  const void *q, *k, *v, *out, *grad;
+  const float* lse;
+  void *dq, *dk, *dv;
+  Type type;
+  int64_t batch, num_heads, queries, keys, head_size;
+  int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2], grad_stride[2];
+  int64_t dq_stride[2], dk_stride[2], dv_stride[2];
+  float scale;
+  Pool pool;
+  void* workspace;  // attention_bwd_workspace bytes, aligned to 64
+};
+
+// Gradients of LayerNorm: dx [rows, width] of the dtype of x; dweight and dbias float32 [width].
+struct LayerNormBackward {
+  const void *x, *grad;
+  const float *weight, *mean, *rstd;
+  void* dx;
+  float *dweight, *dbias;
+  Type type;
+  int64_t rows, width, stride, grad_stride;
+  Pool pool;
+  void* workspace;  // layer_norm_bwd_workspace bytes, aligned to 64
+};
+
 // A weight as nn.Linear holds it: [features, width] at a stride of rows; bias float32 [features] or null.
 struct Weight {
   const void* data;
@@ -119,6 +145,10 @@ struct Kernels {
   int64_t (*attention_workspace)(const Attention&);
   void (*attention)(const Attention&);
   void (*layer_norm)(const LayerNorm&);
+  int64_t (*attention_bwd_workspace)(const AttentionBackward&);
+  void (*attention_bwd)(const AttentionBackward&);
+  int64_t (*layer_norm_bwd_workspace)(const LayerNormBackward&);
+  void (*layer_norm_bwd)(const LayerNormBackward&);
   int64_t (*linear_workspace)(const Linear&);
   void (*linear)(const Linear&);
   int64_t (*patch_embed_workspace)(const PatchEmbed&);

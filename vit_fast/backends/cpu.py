@@ -20,6 +20,9 @@ _SCHEMAS = (
     "use_level(str name) -> ()",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse) -> (Tensor, Tensor)",
+    "attention_bwd(Tensor grad, Tensor qkv, int num_heads, float scale, Tensor? k, Tensor? v, Tensor out, Tensor lse) "
+    "-> Tensor[]",
+    "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
     "str activation, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "
@@ -83,6 +86,22 @@ def attention_fwd(
     return _attention(qkv, num_heads, scale, k, v, True)
 
 
+def attention_bwd(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    grad = _dense(grad.to(qkv.dtype))
+    qkv, k, v = (t if t is None else _dense(t) for t in (qkv, k, v))
+    grads = torch.ops.vit_fast_cpu.attention_bwd(grad, qkv, num_heads, scale, k, v, _dense(out), lse.contiguous())
+    return (*grads, None, None)[:3]
+
+
 def _layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, with_stats: bool
 ) -> _Stats:
@@ -98,6 +117,22 @@ def layer_norm(
 
 def layer_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> _Stats:
     return _layer_norm(x, weight, bias, eps, True)
+
+
+def layer_norm_bwd(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    rows = _rows(x)
+    dx, dweight, dbias = torch.ops.vit_fast_cpu.layer_norm_bwd(
+        _rows(grad.to(x.dtype)), rows, _vector(weight), mean.contiguous(), rstd.contiguous()
+    )
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return dx.view(x.shape), dweight, None if bias is None else dbias.to(bias.dtype)
 
 
 def _layer_norm_linear(
@@ -291,6 +326,7 @@ class Cpu(Backend):
             "layer_norm_linear": layer_norm_linear,
             "layernorm_mlp": layernorm_mlp,
         }
+        self.backward = {"attention": attention_bwd, "layer_norm": layer_norm_bwd}
         self.forward = {
             "patch_embed": patch_embed,
             "attention": attention_fwd,
