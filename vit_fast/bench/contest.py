@@ -131,7 +131,7 @@ def _variants(names, model):
     return ours, absent
 
 
-def input_of(reference, settings):
+def input_of(reference: Any, settings: Settings) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
     """(height, width, mean, std) of the images that a model takes."""
     if settings.family:
         from .families import FAMILIES

@@ -74,9 +74,10 @@ class OpenVino:
 
 @dataclass
 class OnnxRuntime:
-    """An ONNX model, in a session for each batch size. ``path`` is its file."""
+    """An ONNX model, ``path``, in a session for each batch size; it has no hint of its ``precision``."""
 
     path: Path
+    precision: str | None = None
     sessions: dict[int, Any] = field(default_factory=dict)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -101,9 +102,9 @@ class OnnxRuntime:
 Engine = OpenVino | OnnxRuntime
 
 
-def unloaded(engine: Engine) -> Engine:
-    """The engine without what it has compiled, as another process can unpickle it."""
-    return replace(engine, **({"compiled": {}} if isinstance(engine, OpenVino) else {"sessions": {}}))
+def load(name: str, path: str, precision: str | None) -> Engine:
+    """An engine of ``providers.ENGINES`` from its file."""
+    return (OpenVino if name.startswith("openvino") else OnnxRuntime)(Path(path), precision)
 
 
 def judge(verdict: Parity) -> Parity:

@@ -3,15 +3,14 @@ rose above the one before the model was made.
 
 That covers the weights, their packed or folded copies, what a compiler or an engine leaves loaded, and activations. The
 engines load the file that this process has written, as a deployment does. ``python -m vit_fast.bench.peak_rss`` is the
-fresh process: it reads pickled arguments on its standard input and prints bytes.
+fresh process: it reads arguments, as Python literals, on its standard input and prints bytes.
 """
 
+import ast
 import contextlib
 import importlib
-import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from .providers import COMPILE_MODES, ENGINES, VARIANTS
 from .settings import Settings
 
 CALLS = 3
+_SETTINGS = ("model", "precision", "amp_dtype", "img_size", "model_kwargs", "channels_last", "backend")
 METHOD = f"growth of the peak resident memory of a fresh process, from before the model is made to {CALLS} calls"
 
 
@@ -33,10 +33,15 @@ def columns(
     """The columns of a provider's row: MiB, or None, and the method or the reason."""
     if sys.platform == "win32":
         return {"peak_rss_mib": None, "peak_rss_method": "not measured: Windows does not tell it"}
-    engine = engines.unloaded(others[name]) if name in ENGINES else None
-    settings = replace(settings, batch_sizes=(batch,))
+    arguments: dict[str, Any] = {
+        "settings": {key: getattr(settings, key) for key in _SETTINGS},
+        "name": name,
+        "shape": tuple(pixels.shape),
+        "threads": torch.get_num_threads(),
+        "engine": (str(others[name].path), others[name].precision) if name in ENGINES else None,
+    }
+    sent = repr(arguments).encode()
     words = [sys.executable, "-P", "-m", __name__]
-    sent = pickle.dumps((settings, name, pixels.clone(), torch.get_num_threads(), engine))
     try:
         done = subprocess.run(words, input=sent, capture_output=True, timeout=timeout, check=True)
         return {"peak_rss_mib": int(done.stdout.split()[-1]) / 2**20, "peak_rss_method": METHOD}
@@ -54,10 +59,8 @@ def _model(settings: Settings, name: str) -> Any:
     """The provider's model with timm's initial weights: their values do not change the memory."""
     kwargs = settings.constructor_kwargs()
     variant = next((variant for variant in VARIANTS.values() if variant.provider == name), None)
-    if variant:
-        model = models.vit_fast_model(settings.model, **kwargs)
-    else:
-        model = models.timm_model(settings.model, **kwargs)
+    make = models.vit_fast_model if variant else models.timm_model
+    model: Any = make(settings.model, **kwargs)
     model.to(settings.device, getattr(torch, settings.precision), memory_format=settings.memory_format)
     if variant:
         return vit_fast.prepare(model, precision=variant.precision.name) if variant.precision else model
@@ -78,20 +81,24 @@ def _peak() -> int:
 
 def main() -> None:
     """Measures what standard input describes."""
-    settings, name, pixels, threads, engine = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(threads)
+    arguments = ast.literal_eval(sys.stdin.read())
+    name, its_file = arguments["name"], arguments["engine"]
+    settings = Settings(batch_sizes=arguments["shape"][:1], device=torch.device("cpu"), **arguments["settings"])
+    torch.set_num_threads(arguments["threads"])
+    pixels = torch.randn(arguments["shape"]).to(
+        getattr(torch, settings.precision), memory_format=settings.memory_format
+    )
     # What has to be imported is no part of the model.
-    imports = [
-        "timm",
-        *["torch._inductor.compile_fx"] * (name in COMPILE_MODES),
-        *[name.partition("-")[0]] * bool(engine),
-    ]
-    for module in imports:
-        importlib.import_module(module)
+    importlib.import_module("timm")
+    if name in COMPILE_MODES:
+        importlib.import_module("torch._inductor.compile_fx")
+    if its_file:
+        importlib.import_module(name.partition("-")[0])
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
     before = _peak()
     with forced:
-        call = caller(engine or _model(settings, name), pixels, settings)
+        model = engines.load(name, *its_file) if its_file else _model(settings, name)
+        call = caller(model, pixels, settings)
         for _ in range(CALLS):
             call()
     print(_peak() - before)

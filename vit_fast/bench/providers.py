@@ -54,6 +54,7 @@ BASELINES = (
     SCALED_MM,
 )
 CPU_ONLY = (*ENGINES, FREEZING)
+GPU_BASELINES = tuple(name for name in BASELINES if name not in CPU_ONLY)
 # The modes of torch.compile.
 COMPILE_MODES = {
     "compile": "default",

@@ -10,7 +10,7 @@ import typer
 
 from vit_fast.bench import machine, photographs
 from vit_fast.bench.errors import require
-from vit_fast.bench.providers import BASELINES, CPU_ONLY, FREEZING, PRECISION_OF, SCALED_MM, VARIANTS
+from vit_fast.bench.providers import BASELINES, CPU_ONLY, FREEZING, GPU_BASELINES, PRECISION_OF, SCALED_MM, VARIANTS
 from vit_fast.bench.weights import KINDS
 
 from . import options
@@ -19,7 +19,7 @@ from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
 DEFAULT_BASELINES = {
-    "cuda": tuple(name for name in BASELINES if name not in (*CPU_ONLY, SCALED_MM)),
+    "cuda": GPU_BASELINES[:-1],
     "cpu": ("eager", FREEZING, "compile-max-autotune"),
 }
 CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
@@ -123,8 +123,8 @@ def bench(
         typer.Option(
             help=f"Any of {','.join(BASELINES)}, or none: timm by itself or through torch.compile, the same network of "
             "the other libraries, timm by OpenVINO and ONNX Runtime (on a CPU), and compiled with its products in "
-            "float8 (torch._scaled_mm). [default: GPU all but those of a CPU, scaled-mm where a variant is in float8, CPU "
-            f"{','.join(DEFAULT_BASELINES['cpu'])}]"
+            "float8 (torch._scaled_mm). [default: GPU all but those of a CPU, scaled-mm where a variant is in float8, "
+            f"CPU {','.join(DEFAULT_BASELINES['cpu'])}]"
         ),
     ] = None,
     variants: Annotated[
