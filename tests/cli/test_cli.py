@@ -560,16 +560,21 @@ def test_a_slow_first_call_takes_no_time_from_the_baselines(json_file, monkeypat
 @pytest.mark.parametrize(
     ("device", "flags", "ours", "theirs"),
     [
-        ("cpu", [], ("plain",), ("eager", "compile", "compile-max-autotune")),
-        ("cpu", ["--precision", "bfloat16"], ("plain", "prepared"), ("eager", "compile", "compile-max-autotune")),
-        ("cuda", [], tuple(providers.VARIANTS), providers.BASELINES),
-        ("cuda", ["--precision", "float16"], tuple(providers.VARIANTS), providers.BASELINES),
-        ("cuda", ["--precision", "float32"], ("plain",), providers.BASELINES[:-1]),
-        ("cuda", ["--amp"], ("plain",), providers.BASELINES[:-1]),
-        ("cuda", ["--variants", "prepared"], ("prepared",), providers.BASELINES[:-1]),
-        ("cuda", ["--variants", "fp8,plain"], ("plain", "fp8"), providers.BASELINES),
+        ("cpu", [], ("plain",), ("eager", "compile-freezing", "compile-max-autotune")),
+        (
+            "cpu",
+            ["--precision", "bfloat16"],
+            ("plain", "prepared"),
+            ("eager", "compile-freezing", "compile-max-autotune"),
+        ),
+        ("cuda", [], tuple(providers.VARIANTS), providers.GPU_BASELINES),
+        ("cuda", ["--precision", "float16"], tuple(providers.VARIANTS), providers.GPU_BASELINES),
+        ("cuda", ["--precision", "float32"], ("plain",), providers.GPU_BASELINES[:-1]),
+        ("cuda", ["--amp"], ("plain",), providers.GPU_BASELINES[:-1]),
+        ("cuda", ["--variants", "prepared"], ("prepared",), providers.GPU_BASELINES[:-1]),
+        ("cuda", ["--variants", "fp8,plain"], ("plain", "fp8"), providers.GPU_BASELINES),
         ("cuda", ["--baselines", "eager"], tuple(providers.VARIANTS), ("eager",)),
-        ("cuda of capability 8.0", [], ("plain", "prepared", "graphed"), providers.BASELINES[:-1]),
+        ("cuda of capability 8.0", [], ("plain", "prepared", "graphed"), providers.GPU_BASELINES[:-1]),
     ],
 )
 def test_defaults_of_a_device(device, flags, ours, theirs, monkeypatch):
@@ -747,7 +752,7 @@ def test_bench_on_a_gpu(json_file):
     names = [variant.provider for variant in providers.VARIANTS.values()][: 5 if float8 else 3]
     ours, theirs = rows[: len(names)], rows[len(names) :]
     assert [row["provider"] for row in ours] == names
-    assert [row["provider"] for row in theirs] == list(providers.BASELINES[: None if float8 else -1])
+    assert [row["provider"] for row in theirs] == list(providers.GPU_BASELINES[: None if float8 else -1])
     assert code == 0 and {row["status"] for row in (*ours, theirs[0])} == {"ok"}
     assert {row["status"] for row in theirs} <= {"ok", "not timed: parity failed"}
     for row in rows:
@@ -855,7 +860,7 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (
             ["--baselines", "eager,tensorrt"],
             "--baselines",
-            "compile, compile-cudagraphs, compile-max-autotune or scaled-mm",
+            "compile, compile-freezing, compile-cudagraphs, compile-max-autotune or scaled-mm",
         ),
         (["--baselines", "compile-cudagraphs", "--device", "cpu"], "--baselines", "a CUDA device"),
         (["--variants", "graphed", "--device", "cpu"], "--variants", "a CUDA device"),
@@ -887,6 +892,10 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (["--plot", "x.png", "--results-file", "x.png", "--results-format", "csv"], "--plot", "another file than"),
         (["--precision", "amp", "--amp-dtype", "bf16"], "--amp-dtype", "without --precision amp"),
         (["--variants", "prepared,fp8", "--precision", "fp32"], "--variants", "plain among them"),
+        (["--weights", "trained"], "--weights", "random, initial or structured"),
+        (["--weights", "structured", "--pretrained"], "--weights", "without --pretrained"),
+        (["--weights", "structured", "--family", "deit"], "--weights", "without --family"),
+        (["--peak-rss", "--family", "deit"], "--peak-rss", "without --family"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -1369,7 +1378,7 @@ def test_compile_comes_at_every_batch_size_before_max_autotune(limit, took, stat
     verdict = SimpleNamespace(passed=True, columns=dict)
     monkeypatch.setattr(parity, "compare", lambda *rest: verdict)
     monkeypatch.setattr(measure, "seconds", lambda call, device: (took, torch.zeros(1)))
-    settings = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32)
+    settings = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, peak_rss=False)
     names = ("compile", "compile-max-autotune")
     contest = SimpleNamespace(reference=torch.nn.Linear(1, 1), pixels=torch.zeros(4, 1), baselines=dict.fromkeys(names))
     budget, told = time_budget.TimeBudget(limit, 0.0), []

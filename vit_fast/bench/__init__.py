@@ -5,7 +5,10 @@ It needs the packages of the extra ``bench`` and imports nothing of the command 
 ``providers``      our variants and the baselines by name
 ``settings``       the checked settings of a benchmark
 ``models``         making a model of vit_fast or timm by name
+``weights``        kinds of weights without trained ones
 ``baselines``      the same network by timm, torch.compile, torchvision and transformers
+``engines``        and by OpenVINO and ONNX Runtime, in floating point and int8
+``calibration``    the images that static quantisation is calibrated on
 ``scaled_mm``      the float8 baseline, in plain PyTorch
 ``families``       the model families against their plain PyTorch form
 ``photographs``    photographs as input
@@ -15,6 +18,7 @@ It needs the packages of the extra ``bench`` and imports nothing of the command 
 ``rounds``         timing in rounds, and the figures of a row
 ``speedup``        the statistics of every verdict
 ``measure``        how time, memory and FLOPs are taken
+``peak_rss``       peak resident memory of a provider in a process of its own
 ``recorders``      recording which operators a call runs
 ``operations``     the operations of a forward pass, their FLOPs and bytes
 ``attribution``    a profiler's trace, by operation

@@ -1,4 +1,5 @@
-"""The baselines: timm's own module, in its dtype or in float8, and the same network built by another library.
+"""The baselines in PyTorch: timm's own module, in its dtype, compiled or in float8, and the same network built by
+another library.
 
 All have the same weights. torchvision computes attention in nn.MultiheadAttention, transformers in
 scaled_dot_product_attention. Their parameters are timm's under other names: a network in which a tensor of one library
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_fast.precisions import FP8
 
 from . import measure, scaled_mm
-from .providers import SCALED_MM
+from .providers import COMPILE_MODES, FREEZING, SCALED_MM
 
 # (pattern of a tensor's name in the library, timm's name); attn.q, attn.k and attn.v are the thirds of attn.qkv.
 _TORCHVISION = (
@@ -221,6 +222,30 @@ def build(names: Iterable[str], model: nn.Module, device: torch.device) -> tuple
             lines = str(error).strip().splitlines() or [""]
             absent[name] = f"{name} cannot build it: {type(error).__name__}: {lines[0][:300]}"
     return modules, absent
+
+
+def compiled_model(model: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The model through torch.compile, as one of ``COMPILE_MODES``; it compiles in the first call.
+
+    Freezing makes constants of the weights, which a CPU then packs for its matrix products. It is set around the first
+    call: as an option of torch.compile it does not reach Dynamo, which makes inputs of the weights, and nothing is
+    frozen.
+    """
+    compiled = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
+    if name != FREEZING:
+        return compiled
+    import torch._inductor.config as inductor
+
+    calls = 0
+
+    def call(pixels: torch.Tensor) -> Any:
+        nonlocal calls
+        with inductor.patch(freezing=True) if calls == 0 else contextlib.nullcontext():
+            out = compiled(pixels)
+        calls += 1
+        return out
+
+    return call
 
 
 @contextlib.contextmanager

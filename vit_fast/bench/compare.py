@@ -8,8 +8,10 @@ the fastest of the 16- and 32-bit ones.
 """
 
 import contextlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ import torch
 import vit_fast
 from vit_fast import backends, parity
 
+from . import calibration, engines, measure, peak_rss, scaled_mm, time_budget
 from . import contest as contests
-from . import measure, scaled_mm, time_budget
-from .baselines import best_attention
+from .baselines import best_attention, compiled_model
 from .contest import caller, graphed, provider_names
-from .providers import COMPILE_MODES, GRAPHED, OUR_GRAPHS, PLAIN, PRECISION_OF
+from .errors import BenchError
+from .providers import COMPILE_MODES, ENGINES, GRAPHED, INT8_ENGINES, OUR_GRAPHS, PLAIN, PRECISION_OF
 from .recorders import AttentionOps, Operators
 from .rounds import Provider, attempt, fill_in, outcome, release, time_rounds
 from .settings import Settings
@@ -51,10 +54,11 @@ def run(
         keep: called with the rows of each batch size as soon as they are there.
     """
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
-    with forced:
+    with forced, tempfile.TemporaryDirectory(prefix="vit-fast-bench-", ignore_cleanup_errors=True) as folder:
         time_budget.warn_of_short_time(settings, budget, tell)
         tell(f"{settings.model}: models and pixels", 0.0)
         contest = contests.prepare(settings, budget.left, tell)
+        _make_engines(settings, contest, Path(folder), budget, tell)
         plan = time_budget.plan(settings, contest, budget, tell)
         failed, count = False, len(settings.batch_sizes)
         for index, batch in enumerate(settings.batch_sizes):
@@ -77,6 +81,29 @@ def run(
     return failed
 
 
+def _make_engines(settings, contest, folder, budget, tell):
+    """Adds the baselines of other inference engines to the contest; each may take half of the time that is left."""
+
+    def calibrate():
+        return calibration.load(settings, contest.reference, engines.CALIBRATION_IMAGES)
+
+    for name in settings.baselines:
+        if name not in ENGINES or settings.family:
+            continue
+        tell(f"{settings.model}: making {name}", 0.0)
+        seconds_left = budget.left() / 2
+        try:
+            with deadline(seconds_left):
+                engine, columns = engines.build(name, contest.reference, contest.pixels, folder, calibrate)
+            contest.baselines[name], contest.own_facts[name] = engine, columns
+        except OutOfTime:
+            contest.absent[name] = f"not made in the {seconds_left:.0f} s that were left for it (--time-budget 0)"
+        except BenchError as error:
+            contest.absent[name] = str(error)
+        except Exception as error:  # whatever a converter raises: the row tells it, the others go on
+            contest.absent[name] = f"{name} cannot build it: {outcome(error).removeprefix('failed: ')}"
+
+
 def _providers(settings, contest, batch, plan):
     """Our variants, then the baselines; a provider without a module or without time gets a row that says so."""
     our_names, baseline_names = provider_names(settings, contest)
@@ -86,9 +113,9 @@ def _providers(settings, contest, batch, plan):
         if name in OUR_GRAPHS and model is not None:
             model = graphed(model, batch)
         if name in COMPILE_MODES:
-            model = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
+            model = compiled_model(model, name)
         row = dict(contest.facts, provider=name, infer_batch_size=batch, status="ok")
-        row |= contest.narrow_facts.get(name, {})
+        row |= contest.own_facts.get(name, {})
         if name in contest.absent:
             row["status"] = f"not timed: {contest.absent[name]}"
         elif batch not in plan.batches or name not in plan.providers:
@@ -131,6 +158,8 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
     for index, baseline in enumerate(baselines):
         tell(f"{baseline.name}, first call", (index + 1) / (len(baselines) + 1) / 2)
         module = contest.baselines[baseline.name]
+        if baseline.name in ENGINES:
+            attention[id(module)] = {}, None, contextlib.nullcontext  # not torch's operators
         if id(module) not in attention:
             attention[id(module)] = _attention(module, pixels, settings)
         columns, operators, baseline.context = attention[id(module)]
@@ -144,6 +173,11 @@ def _bench_batch(settings, contest, batch, providers, budget, later, tell):
             baseline.operators, seconds_left = operators, float("inf")
         _first_call(baseline, golden, eager, contest, pixels, settings, budget, seconds_left)
     weights = measure.weight_bytes(contest.reference)
+    if settings.peak_rss:
+        for provider in providers:
+            if provider.row["status"] == "ok":
+                tell(f"{provider.name}, peak memory of its own process", 0.5)
+                provider.row.update(peak_rss.columns(settings, provider.name, batch, pixels, contest.baselines))
     for provider in providers:
         attempt(provider, lambda provider=provider: _memory(provider, weights, settings.device), settings.device)
     kept_back = sum(map(budget.compile_seconds, compiled[:1])) * len(later)
@@ -228,10 +262,13 @@ def _first_call(baseline, golden, eager, contest, pixels, settings, budget, seco
         seconds, logits = measure.seconds(baseline.call, settings.device)
         if compiled:
             budget.add_compilation(baseline.name, seconds)
+        if compiled or baseline.name in ENGINES:
             baseline.row.update(first_call_s=seconds, cold_cache=cold)
         baseline.logits = logits = logits.clone()
         plain = _plain_logits(baseline, contest, pixels, settings)
         verdict = parity.compare(logits, eager, golden, settings.compute_dtype, plain, _budget(baseline))
+        if baseline.name in INT8_ENGINES:
+            verdict = engines.judge(verdict)
         baseline.row.update(verdict.columns())
         if not verdict.passed:
             baseline.row["status"] = "not timed: parity failed"
@@ -248,6 +285,8 @@ def _first_call(baseline, golden, eager, contest, pixels, settings, budget, seco
 def _memory(provider, weights, device):
     if device.type == "cuda" and provider.name in GRAPHED:
         peak, method = None, "not measured: a CUDA graph keeps its memory between calls"
+    elif provider.name in ENGINES:
+        peak, method = None, "not measured of other engines, which hold the weights in forms of their own (--peak-rss)"
     else:
         peak, method = measure.peak_memory(provider.call, weights, device)
     provider.row["peak_memory_mib"] = None if peak is None else peak / 2**20

@@ -19,8 +19,8 @@ from torch import nn
 import vit_fast
 from vit_fast import parity
 
-from . import baselines, machine, measure, models, photographs
-from .providers import PLAIN, PRECISION_OF, VARIANTS
+from . import baselines, machine, measure, models, photographs, weights
+from .providers import ENGINES, PLAIN, PRECISION_OF, VARIANTS
 from .settings import Settings
 
 PEAK_SECONDS = 2.0  # time that measuring the peak of a matrix product takes
@@ -34,18 +34,18 @@ class Contest:
         reference: the model that parity is with.
         ours, baselines: {provider: module}; ``absent``: {provider without a module: the reason}.
         flops: per image.
-        facts: columns that all rows share; ``narrow_facts``: {provider with narrower products: columns that differ}.
+        facts: columns that all rows share; ``own_facts``: {provider: columns of its own, and those that differ}.
         kernel_cache: folder of Triton's compiled kernels.
     """
 
     reference: nn.Module
     ours: dict[str, nn.Module]
-    baselines: dict[str, nn.Module]
+    baselines: dict[str, Any]
     absent: dict[str, str]
     pixels: torch.Tensor
     flops: int
     facts: dict[str, Any]
-    narrow_facts: dict[str, dict[str, Any]]
+    own_facts: dict[str, dict[str, Any]]
     kernel_cache: Path
 
 
@@ -96,7 +96,7 @@ def _models(settings):
     timm_model = models.timm_model(settings.model, settings.pretrained, **kwargs)
     our_model = models.vit_fast_model(settings.model, **kwargs)
     if not settings.pretrained:
-        parity.perturb(timm_model)
+        weights.fill(timm_model, settings.weights)
     our_model.load_state_dict(timm_model.state_dict(), strict=True)
 
     # Parameters keep requires_grad, as in usual inference code: without it, torch runs some products as batched ones.
@@ -105,7 +105,8 @@ def _models(settings):
 
     settle(timm_model)
     settle(our_model)
-    others, absent = baselines.build(settings.baselines, timm_model, settings.device)
+    made_here = [name for name in settings.baselines if name not in ENGINES]
+    others, absent = baselines.build(made_here, timm_model, settings.device)
     for name, model in others.items():
         if name not in PRECISION_OF:  # .to() would cast its float8 weights to the dtype of the other baselines
             settle(model)
@@ -130,7 +131,7 @@ def _variants(names, model):
     return ours, absent
 
 
-def _input_of(reference, settings):
+def input_of(reference: Any, settings: Settings) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
     """(height, width, mean, std) of the images that a model takes."""
     if settings.family:
         from .families import FAMILIES
@@ -151,7 +152,7 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
     """Makes the models and loads the pixels; measures the peak of a matrix product if there is time for it."""
     kernel_cache = measure.kernel_cache()
     reference, ours, others, absent = (_family_models if settings.family else _models)(settings)
-    height, width, mean, std = _input_of(reference, settings)
+    height, width, mean, std = input_of(reference, settings)
     photos = photographs.load(settings.images, max(settings.batch_sizes), height, width, mean, std)
     for skipped in photos.skipped:
         tell.warn(f"skipped {skipped}")
@@ -167,7 +168,7 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
         "precision": settings.precision,
         "amp_dtype": settings.amp_dtype,
         "channels_last": settings.channels_last,
-        "weights": "pretrained" if settings.pretrained else "random",
+        "weights": "pretrained" if settings.pretrained else settings.weights,
         "images": photos.source,
         "device": str(settings.device),
         "device_name": machine.name(settings.device),
@@ -182,12 +183,12 @@ def prepare(settings: Settings, seconds_left: Callable[[], float], tell: Any) ->
         "vit_fast_commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    narrow_facts: dict[str, dict[str, Any]] = {}
+    own_facts: dict[str, dict[str, Any]] = {}
     for precision in dict.fromkeys(precision for precision in PRECISION_OF.values() if precision.products):
         names = [name for name, of_name in PRECISION_OF.items() if of_name is precision]
         runs = any(name in ours or name in others for name in names)
-        narrow_facts |= dict.fromkeys(names, _narrow_facts(precision, settings, peak_of if runs else None))
-    return Contest(reference, ours, others, absent, pixels, flops, facts, narrow_facts, kernel_cache)
+        own_facts |= dict.fromkeys(names, _narrow_facts(precision, settings, peak_of if runs else None))
+    return Contest(reference, ours, others, absent, pixels, flops, facts, own_facts, kernel_cache)
 
 
 def _narrow_facts(precision, settings, device):

@@ -98,7 +98,12 @@ def _quantile(values, q):
     return values[low] + (position - low) * (values[high] - values[low])
 
 
-def _resident(field):
+def resident(field: str) -> int:
+    """Bytes in a field of Linux' /proc/self/status, "VmRSS:" say.
+
+    Raises:
+        OSError: there is no such file.
+    """
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
@@ -110,9 +115,9 @@ def _cpu_growth(call):
     try:
         with open("/proc/self/clear_refs", "w") as references:
             references.write("5")
-        before = _resident("VmRSS:")
+        before = resident("VmRSS:")
         call()
-        return max(_resident("VmHWM:") - before, 0)
+        return max(resident("VmHWM:") - before, 0)
     except (OSError, StopIteration):
         call()
         return None

@@ -5,6 +5,8 @@ The column ``provider`` of a result has the name.
 
 from dataclasses import dataclass
 
+import torch
+
 from vit_fast.precisions import FP8, PRECISIONS, Precision
 
 PLAIN = "vit_fast"
@@ -35,11 +37,28 @@ for _precision in PRECISIONS.values():
     for _name, _graphed in ((_precision.variant, False), (_precision.graphed_variant, True)):
         VARIANTS[_name] = Variant(f"{PLAIN}-{_name}", _precision, _graphed)
 SCALED_MM = "scaled-mm"
+# Other inference engines, on a CPU, made from timm's model (``engines``).
+INT8_ENGINES = ("openvino-int8", "onnxruntime-int8")
+ENGINES = ("openvino", "onnxruntime", *INT8_ENGINES)
+FREEZING = "compile-freezing"
 # The longest to compile come last, because a time budget cuts the list at its end.
-BASELINES = ("eager", "torchvision", "transformers", "compile", "compile-cudagraphs", "compile-max-autotune", SCALED_MM)
+BASELINES = (
+    "eager",
+    "torchvision",
+    "transformers",
+    *ENGINES,
+    "compile",
+    FREEZING,
+    "compile-cudagraphs",
+    "compile-max-autotune",
+    SCALED_MM,
+)
+CPU_ONLY = (*ENGINES, FREEZING)
+GPU_BASELINES = tuple(name for name in BASELINES if name not in CPU_ONLY)
 # The modes of torch.compile.
 COMPILE_MODES = {
     "compile": "default",
+    FREEZING: "default",
     "compile-cudagraphs": "reduce-overhead",
     "compile-max-autotune": "max-autotune",
     SCALED_MM: "max-autotune",
@@ -49,6 +68,16 @@ COMPILE_MODES = {
 # latter only.
 PRECISION_OF = {variant.provider: variant.precision for variant in VARIANTS.values() if variant.precision}
 PRECISION_OF |= {SCALED_MM: FP8}
+
+
+def narrow_dtype(provider: str) -> torch.dtype | None:
+    """The dtype that a provider's products multiply, where it is narrower than that of the weights; else None."""
+    if provider in INT8_ENGINES:
+        return torch.int8
+    precision = PRECISION_OF.get(provider)
+    return precision.product_dtype(torch.bfloat16) if precision and precision.products else None
+
+
 OUR_GRAPHS = tuple(variant.provider for variant in VARIANTS.values() if variant.graphed)
 # Providers that replay CUDA graphs, whose memory outlives the call.
 GRAPHED = (*OUR_GRAPHS, "compile-cudagraphs", "compile-max-autotune", SCALED_MM)

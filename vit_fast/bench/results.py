@@ -32,6 +32,7 @@ COLUMNS = (
     "first_call_s",
     "cold_cache",
     "peak_memory_mib",
+    "parity_relative_error",
     "achieved_tflops",
     "percent_of_peak",
 )

@@ -18,7 +18,7 @@ import torch
 
 from . import machine, measure, speedup
 from .contest import Contest
-from .providers import PRECISION_OF
+from .providers import PRECISION_OF, narrow_dtype
 from .results import speedup_column
 from .settings import Settings
 from .time_budget import MIN_ROUNDS
@@ -52,8 +52,12 @@ class Provider:
 
     @property
     def products(self) -> str | None:
-        """The dtype that its matrix products multiply, as text; None where it is that of the weights."""
+        """What its matrix products multiply, in words; None where it is the dtype of the weights."""
         return PRECISION_OF[self.name].products if self.name in PRECISION_OF else None
+
+    def comparable(self, baseline: "Provider") -> bool:
+        """Whether a baseline's matrix products multiply the dtype of the weights or what this provider's multiply."""
+        return narrow_dtype(baseline.name) in (None, narrow_dtype(self.name))
 
     @property
     def steps(self) -> list[float]:
@@ -165,7 +169,7 @@ def fill_in(providers: Iterable[Provider], settings: Settings, contest: Contest,
             provider.row[speedup_column(baseline.name)] = ratio
     ours = [provider for provider in timed if provider.ours]
     for provider in ours:
-        comparable = [baseline for baseline in baselines if baseline.products in (None, provider.products)]
+        comparable = [baseline for baseline in baselines if provider.comparable(baseline)]
         if comparable:
             best = max(comparable, key=lambda baseline: baseline.row["infer_samples_per_sec"])
             ratio = provider.row["infer_samples_per_sec"] / best.row["infer_samples_per_sec"]

@@ -16,7 +16,9 @@ class Settings:
         precision: dtype of weights and pixels, "float32" say; ``amp_dtype`` is autocast's or None.
         variants, baselines: names from ``providers``, in the order of the rows.
         warm_iterations, bench_iterations: calls before the timing, and timed calls, of each provider.
+        weights: "random", "initial" or "structured" (``weights``); ``pretrained`` goes before it.
         images: folder of photographs; None takes a sample photograph.
+        peak_rss: whether to measure each provider's peak resident memory in a process of its own.
         backend: forced backend of vit_fast; None leaves the choice to vit_fast and its environment variables.
         family: name of a family in ``families``, used instead of ``model``.
         load_average: the machine's, before the benchmark began.
@@ -35,10 +37,12 @@ class Settings:
     bench_iterations: int = 40
     channels_last: bool = False
     pretrained: bool = False
+    weights: str = "random"
     images: Path | None = None
     backend: str | None = None
     family: str | None = None
     load_average: float | None = None
+    peak_rss: bool = False
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -10,16 +10,18 @@ import typer
 
 from vit_fast.bench import machine, photographs
 from vit_fast.bench.errors import require
-from vit_fast.bench.providers import BASELINES, PRECISION_OF, SCALED_MM, VARIANTS
+from vit_fast.bench.providers import BASELINES, CPU_ONLY, FREEZING, GPU_BASELINES, PRECISION_OF, SCALED_MM, VARIANTS
+from vit_fast.bench.weights import KINDS
 
 from . import options
 from .errors import INTERRUPTED
 from .output import save, say
 
 FAMILIES = ("clip", "deit", "hybrid", "scratch", "lanl", "t2t")
-DEFAULT_BASELINES = {"cuda": BASELINES[:-1], "cpu": ("eager", "compile", "compile-max-autotune")}
-# For 16-bit weights, the only ones that vit_fast.prepare folds.
-DEFAULT_VARIANTS = {"cuda": ("plain", "prepared", "graphed"), "cpu": ("plain", "prepared")}
+DEFAULT_BASELINES = {
+    "cuda": GPU_BASELINES[:-1],
+    "cpu": ("eager", FREEZING, "compile-max-autotune"),
+}
 CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
 FORMATS = ("csv", "json")
 AMP_PRECISIONS = {"amp": "float16", "amp_bfloat16": "bfloat16"}
@@ -53,16 +55,41 @@ def _results_format(path, name):
     return None
 
 
-def _default_variants(target, precision, family):
-    """The default variants of a device, with those of narrower products if the device supports these."""
-    if precision == "float32":
+def _refused(variant, target, precision):
+    """Why weights of a dtype cannot be prepared to a variant's precision on a device; empty where they can."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if variant.precision is None:
+        return []
+    with FakeTensorMode():
+        weight = torch.empty(64, 64, dtype=getattr(torch, precision), device=target)
+    return variant.precision.not_supported_reasons([weight])
+
+
+def _default_variants(target, precision, amp, family):
+    """The default variants of a device: those whose precision takes the weights and is not emulated there.
+
+    On a CPU float32 weights, and products narrower than the weights, gain speed on the compiled backend only. Under
+    autocast no prepared weights are used.
+    """
+    from vit_fast import backends
+
+    if amp:
         return ("plain",)
-    found = DEFAULT_VARIANTS[target.type]
-    if family is None:
-        narrow = {name: variant for name, variant in VARIANTS.items() if variant.products}
-        runs = [name for name, variant in narrow.items() if variant.precision.why_emulated(target) is None]
-        found += tuple(name for name in runs if target.type == "cuda" or not narrow[name].graphed)
-    return found
+    found = []
+    for name, variant in VARIANTS.items():
+        narrow = variant.products is not None
+        if variant.precision is not None:
+            if _refused(variant, target, precision) or variant.precision.why_emulated(target) is not None:
+                continue
+            if narrow and family is not None:
+                continue
+            if target.type == "cpu" and (narrow or precision == "float32") and backends.unavailable("cpu", target):
+                continue
+        if target.type == "cuda" or not variant.graphed:
+            found.append(name)
+    return tuple(found)
 
 
 def _default_baselines(target, variants):
@@ -95,16 +122,17 @@ def bench(
         str | None,
         typer.Option(
             help=f"Any of {','.join(BASELINES)}, or none: timm by itself or through torch.compile, the same network of "
-            "the other libraries, and timm compiled with its products in float8 (torch._scaled_mm). [default: GPU all, "
-            "scaled-mm where a variant is in float8, CPU eager,compile,compile-max-autotune]"
+            "the other libraries, timm by OpenVINO and ONNX Runtime (on a CPU), and compiled with its products in "
+            "float8 (torch._scaled_mm). [default: GPU all but those of a CPU, scaled-mm where a variant is in float8, "
+            f"CPU {','.join(DEFAULT_BASELINES['cpu'])}]"
         ),
     ] = None,
     variants: Annotated[
         str | None,
         typer.Option(
             help=f"Any of {','.join(VARIANTS)}: our model as it is, after vit_fast.prepare, and that in a CUDA graph; "
-            "both with products in float8. [default: GPU all, fp8 from capability 8.9 on, CPU plain,prepared; only "
-            "plain where the weights are float32]"
+            "the same with narrower products. [default: those that the weights can be prepared to and that are fast on "
+            "the device; float32 and narrower products on a CPU need the backend cpu]"
         ),
     ] = None,
     family: Annotated[
@@ -114,6 +142,13 @@ def bench(
     backend: options.Backend = None,
     images: options.Images = None,
     pretrained: options.Pretrained = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="random (timm's initial ones, each moved), initial, or structured: uneven channels and outliers as in "
+            "trained ones, which quantisation is sensitive to."
+        ),
+    ] = KINDS[0],
     model_kwargs: options.ModelKwargs = None,
     num_warm_iter: Annotated[int, typer.Option(help="Calls before the timing, per provider.")] = 10,
     num_bench_iter: Annotated[int, typer.Option(help="Timed calls, per provider and batch size.")] = 40,
@@ -123,6 +158,10 @@ def bench(
     ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write the rows here, .csv or .json.")] = None,
     results_format: Annotated[str | None, typer.Option(help="csv or json. [default: as --results-file ends]")] = None,
+    peak_rss: Annotated[
+        bool,
+        typer.Option("--peak-rss", help="Also the peak memory of each provider in a process of its own (CPU)."),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw images/s by batch size here, .png, .svg or .pdf.")] = None,
 ) -> None:
     """Benchmark a model against timm, torch.compile and other libraries: parity first, then speed and memory."""
@@ -155,9 +194,14 @@ def bench(
             ("--img-size", img_size),
             ("--pretrained", pretrained),
             ("--variants", variants),
+            ("--weights", weights != KINDS[0] and weights),
+            ("--peak-rss", peak_rss),
         ):
             if given:
                 raise options.wrong(flag, given, "it without --family")
+    options.one_of("--weights", weights, KINDS)
+    if pretrained and weights != KINDS[0]:
+        raise options.wrong("--weights", weights, "it without --pretrained")
     if images is not None and not images.is_dir():
         raise options.wrong("--images", str(images), "a folder of photographs")
     our_variants = None if variants is None else options.list_of("--variants", variants, tuple(VARIANTS))
@@ -172,10 +216,16 @@ def bench(
         for name in CUDA_GRAPHS:
             if not on_gpu and name in (chosen or ()):
                 raise options.wrong(flag, name, "it on a CUDA device only: CUDA graphs need one")
+    for name in CPU_ONLY:
+        if on_gpu and name in (others or ()):
+            raise options.wrong("--baselines", name, "it on a CPU only (--device cpu)")
+    if on_gpu and peak_rss:
+        raise options.wrong("--peak-rss", str(target), "it on a CPU only (--device cpu)")
     precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
-    if precision == "float32" and our_variants and "plain" not in our_variants:
-        told = "plain among them: the others fold float16 or bfloat16 weights, see --precision"
-        raise options.wrong("--variants", ",".join(our_variants), told)
+    refused = {name: _refused(VARIANTS[name], target, precision) for name in our_variants or ()}
+    if refused and all(refused.values()):
+        told = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
+        raise options.wrong("--variants", ",".join(refused), f"plain among them, or another --precision ({told})")
     options.backend(backend, target)
     if family is None:
         options.check_buildable(model, kwargs, img_size)
@@ -191,7 +241,7 @@ def bench(
     from . import report
 
     if our_variants is None:
-        our_variants = _default_variants(target, precision, family)
+        our_variants = _default_variants(target, precision, amp, family)
     if others is None:
         others = _default_baselines(target, our_variants)
 
@@ -209,6 +259,8 @@ def bench(
         bench_iterations=num_bench_iter,
         channels_last=channels_last,
         pretrained=pretrained,
+        weights=weights,
+        peak_rss=peak_rss,
         images=images,
         backend=backend,
         load_average=load,

@@ -76,7 +76,9 @@ def print_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
             ("peak MiB", [_number(row, "peak_memory_mib", ".0f") for row in timed]),
             ("TFLOP/s", [_number(row, "achieved_tflops", ".3g") for row in timed]),
             ("% of peak", [_number(row, "percent_of_peak", ".1f") for row in timed]),
-            ("max error", [f"{row['parity_error']:.1e}" for row in timed]),
+            ("peak RSS MiB", [_number(row, "peak_rss_mib", ".0f") for row in timed]),
+            ("max error", [_number(row, "parity_error", ".1e") for row in timed]),
+            ("rms error", [_number(row, "parity_relative_error", ".1e") for row in timed]),
         ]
         products = [row["product_dtype"] for row in timed]
         if len(set(products)) > 1:
@@ -92,15 +94,17 @@ def print_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
         say()
 
 
-def _in_float8(row):
-    return row["product_dtype"].startswith("float8")
+def _narrow(row):
+    """The dtype of a row's products where it has 8 bits ("float8" or "int8"), else ""."""
+    return next((name for name in ("float8", "int8") if row["product_dtype"].startswith(name)), "")
 
 
 def _verdicts(rows):
-    """Sentences: the fastest of our variants against the best baseline, at each batch size, and the same for float8."""
-    for batch, float8 in dict.fromkeys((row["infer_batch_size"], _in_float8(row)) for row in rows):
+    """Sentences: the fastest of our variants against the best baseline, at each batch size, and the same for those with
+    products of 8 bits."""
+    for batch, narrow in dict.fromkeys((row["infer_batch_size"], _narrow(row)) for row in rows):
         here = [row for row in rows if row["infer_batch_size"] == batch]
-        ours = [row for row in here if row.get("best_baseline") and _in_float8(row) == float8]
+        ours = [row for row in here if row.get("best_baseline") and _narrow(row) == narrow]
         if ours:
             yield f"Batch {batch}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_baseline']))}."
 
@@ -149,13 +153,16 @@ def _disturbances(rows):
 
 
 def _parity(rows, eager):
-    """Sentences: whether our variants keep the error budget (float8 has its own), and the accuracy cost of float8."""
+    """Sentences: whether our variants keep the error budget (products of 8 bits have their own), and what such products
+    cost in accuracy."""
     rows = [row for row in rows if "parity_passed" in row]
-    plain = "the plain PyTorch form of the same float8 model"
-    for float8, reference, its in ((False, eager, "eager's"), (True, plain, "that form's")):
-        ours = [row for row in rows if row["provider"].startswith("vit_fast") and _in_float8(row) == float8]
+    for narrow in ("", "float8", "int8"):
+        ours = [row for row in rows if row["provider"].startswith("vit_fast") and _narrow(row) == narrow]
         if not ours:
             continue
+        reference, its = (
+            (f"the plain PyTorch form of the same {narrow} model", "that form's") if narrow else (eager, "eager's")
+        )
         worst = max(ours, key=lambda row: row["parity_error"] / max(row["parity_allowed"], 1e-300))
         yield (
             f"Parity with {reference} {'holds' if all(row['parity_passed'] for row in ours) else 'FAILS'}: "
@@ -163,18 +170,33 @@ def _parity(rows, eager):
             f"{worst['parity_reference_error']:.2e}; against eager max-abs {worst['parity_max_abs']:.2e}, "
             f"cosine {worst['parity_cosine']:.7f}, top-1 agreement {worst['parity_top1']:.1%}."
         )
-    costs = {}
-    for row in filter(_in_float8, rows):
-        costs[row["provider"]] = max(row, costs.get(row["provider"], row), key=lambda row: row["parity_relative_error"])
-    told = [
-        f"{name} {row['parity_relative_error']:.2%}, cosine {row['parity_cosine_float64']:.5f}, "
-        f"top-1 agreement {row['parity_top1_float64']:.1%}"
-        for name, row in costs.items()
-    ]
+    for narrow in ("float8", "int8"):
+        costs = {}
+        for row in rows:
+            if _narrow(row) == narrow:
+                worst = costs.get(row["provider"], row)
+                costs[row["provider"]] = max(row, worst, key=lambda row: row["parity_relative_error"])
+        told = [
+            f"{name} {row['parity_relative_error']:.2%}, cosine {row['parity_cosine_float64']:.5f}, "
+            f"top-1 agreement {row['parity_top1_float64']:.1%}"
+            for name, row in costs.items()
+        ]
+        if told:
+            own = max(row["parity_eager_relative_error"] for row in costs.values())
+            told = "; ".join([*told, f"eager in the dtype of the weights {own:.2%}"])
+            yield f"What {narrow} costs, the norm of the errors against float64 over that of the logits: {told}."
+
+
+def _engines(rows):
+    """A sentence on the baselines of other engines: versions, settings, calibration."""
+    told = {
+        row["provider"]: f"{row['provider']}: {row['engine']}, {row['engine_settings']}"
+        + (f", calibrated on {row['calibration']}" if row.get("calibration") else "")
+        for row in rows
+        if row.get("engine")
+    }
     if told:
-        own = max(row["parity_eager_relative_error"] for row in costs.values())
-        told = "; ".join([*told, f"eager in the dtype of the weights {own:.2%}"])
-        yield f"What float8 costs, the norm of the errors against float64 over that of the logits: {told}."
+        yield f"Other engines: {'. '.join(told.values())}."
 
 
 def _sentences(rows, settings, seconds):
@@ -201,7 +223,11 @@ def _sentences(rows, settings, seconds):
         for name, row in peaks.items()
     )
     yield f"Peak of a matrix product in this run: {told or 'not measured'}."
-    yield "First call includes compilation. Max error is against float64."
+    yield (
+        "First call includes compilation. Max error is against float64; rms error is the norm of all errors over that "
+        "of the logits."
+    )
+    yield from _engines(rows)
     yield from _verdicts(rows)
     yield from _disturbances(rows)
     ways = {}
@@ -216,6 +242,9 @@ def _sentences(rows, settings, seconds):
     methods = dict.fromkeys(row["peak_memory_method"] for row in rows if row.get("peak_memory_method"))
     if methods:
         yield f"Peak memory: {'; '.join(methods)}."
+    methods = dict.fromkeys(row["peak_rss_method"] for row in rows if row.get("peak_rss_method"))
+    if methods:
+        yield f"Peak RSS: {'; '.join(methods)}."
     done = sorted({row["num_bench_iter"] for row in rows if row.get("num_bench_iter")})
     if done and done[0] < settings.bench_iterations:
         yield (
