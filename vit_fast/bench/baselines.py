@@ -229,11 +229,11 @@ def compiled_model(model: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     Freezing makes constants of the weights, which a CPU then packs for its matrix products. It is set around the first
     call: as an option of torch.compile it does not reach Dynamo, which makes inputs of the weights, and nothing is
-    frozen.
+    frozen. It is an option too, so that Dynamo does not take the graph of ``compile`` of the same model.
     """
-    compiled = torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
     if name != FREEZING:
-        return compiled
+        return torch.compile(model, mode=COMPILE_MODES[name], dynamic=False)
+    compiled = torch.compile(model, options={"freezing": True}, dynamic=False)
     import torch._inductor.config as inductor
 
     calls = 0
