@@ -136,14 +136,18 @@ def pass_over_prepared(blocks: nn.Module, reason: str) -> None:
     once."""
     prepared = _prepared(blocks)
     if prepared is not None:
+        prepared.need_weights(blocks, reason)
         prepared.pass_over(reason)
 
 
 def _prepared(blocks: nn.Module) -> Any:
     """The prepared weights of a stack, or None. A graph that is recorded or compiled uses the model's own weights."""
+    prepared: Any = blocks.__dict__.get(PREPARED)
     if torch.compiler.is_compiling() or is_recording():
+        if prepared is not None:
+            prepared.need_weights(blocks, "a graph uses the model's own")
         return None
-    return blocks.__dict__.get(PREPARED)
+    return prepared
 
 
 def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
@@ -168,7 +172,7 @@ def run_blocks(
     ``run(block, x)``, by default ``block(x)``, is called for each block.
     """
     prepared = _prepared(blocks)
-    if prepared is not None and prepared.serves(x):
+    if prepared is not None and prepared.serves(x, blocks):
         return prepared.run(x, first, last)
     chosen: Any = blocks if (first, last) == (0, None) else blocks[first:last]  # slicing builds a new module
     for block in chosen:

@@ -46,22 +46,44 @@ class Stale:
         name: of the stack in its model.
         precision: the name of the precision, as ``prepare`` takes it.
         unused: why the last call ran without prepared weights, or None.
+        released: whether ``prepare`` gave the blocks' own weights back to the system.
     """
 
-    def __init__(self, name: str, precision: str | None, unused: str | None, told: Iterable[str] = ()) -> None:
-        self.name, self.precision, self._gone = name, precision, unused
+    def __init__(
+        self,
+        name: str,
+        precision: str | None,
+        unused: str | None,
+        told: Iterable[str] = (),
+        released: bool = False,
+    ) -> None:
+        self.name, self.precision, self._gone, self.released = name, precision, unused, released
         self.unused = unused
         self._told = set(told)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stale, (self.name, self.precision, _COPIED)
+        return Stale, (self.name, self.precision, _COPIED, (), self.released)
 
-    def serves(self, x: torch.Tensor) -> bool:
-        """Whether prepared weights may be used for x [B, N, C]. The first time they may not, a warning says why."""
+    def serves(self, x: torch.Tensor, blocks: Stack) -> bool:
+        """Whether prepared weights may be used for x [B, N, C]. The first time they may not, a warning says why.
+
+        Raises:
+            RuntimeError: they may not, and the blocks' own weights were released.
+        """
         self.unused = reason = self._why_unused(x)  # a local, because another thread may set self.unused meanwhile
         if reason is not None:
+            self.need_weights(blocks, reason)
             self.pass_over(reason)
         return reason is None
+
+    def need_weights(self, blocks: Stack, reason: str) -> None:
+        """Raises RuntimeError where a call needs the blocks' own weights and they were released."""
+        if self.released and any(parameter.is_meta for parameter in blocks.parameters()):
+            raise RuntimeError(
+                f"vit_fast.prepare: prepared weights of {self.name or 'the blocks'} are not used ({reason}), and the "
+                "weights that they were made of were released; load these again with "
+                "model.load_state_dict(state_dict, assign=True)"
+            )
 
     def pass_over(self, reason: str) -> None:
         """Records why a call does not use prepared weights; each reason is warned about once."""
@@ -86,16 +108,22 @@ class Prepared(Stale):
         arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
     """
 
-    def __init__(self, name: str, blocks: Stack, precision: Precision) -> None:
-        super().__init__(name, precision.name, None)
+    def __init__(self, name: str, blocks: Stack, precision: Precision, release: bool) -> None:
+        super().__init__(name, precision.name, None, released=release)
         self.blocks, self.form = blocks, precision
         params = _params(blocks)
         first = params[0]
         assert first.norm1 is not None and first.norm2 is not None  # ensured by _not_supported_reasons
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
+        del first
+        self.records = []
         with torch.no_grad():
-            self.records = [precision.fold(p) for p in params]
+            for block, p in zip(blocks, _emptied(params)):
+                self.records.append(precision.fold(p))
+                del p
+                if release:
+                    _release(block)
         self.weights = flatten(self.records)
         self._stack = tuple(blocks)
         self._parts = dict(blocks.named_modules(prefix=name))
@@ -117,7 +145,9 @@ class Prepared(Stale):
             changed = self.name or "the blocks"
         if changed is not None:
             reason = f"{changed} changed, so the prepared weights are dropped; vit_fast.refresh(model) folds anew"
-            self.blocks.__dict__[PREPARED] = Stale(self.name, self.precision, reason, told=[reason])
+            self.blocks.__dict__[PREPARED] = Stale(
+                self.name, self.precision, reason, told=[reason], released=self.released
+            )
             return reason
         if x.dtype != self.dtype or x.device != self.device:
             return f"tokens are {x.dtype} on {x.device}; they are {self.dtype} on {self.device}"
@@ -139,6 +169,22 @@ class Prepared(Stale):
         """x [B, N, C] through blocks[first:last]."""
         weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
         return ops.blocks(self.form, x, weights, *self.arguments) if weights else x
+
+
+def _emptied(items: list[Any]) -> Iterator[Any]:
+    """The items of a list, which lets go of each: what is made of one need not share memory with those before."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def _release(block: nn.Module) -> None:
+    """Gives the matrices of a block back to the system: the parameters keep their shapes, on the device meta."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 @functools.cache
@@ -203,7 +249,7 @@ def _stacks_of_blocks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
                 yield name, module
 
 
-def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
+def prepare(model: nn.Module, precision: str | None = None, *, release: bool = False) -> nn.Module:
     """Folds the weights of a model's transformer blocks for inference, in place.
 
     Used in ``eval`` without gradients (``torch.no_grad``, ``torch.inference_mode``), outside ``torch.compile`` and
@@ -213,17 +259,26 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
     ``num_heads``, ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes
     ``prepare``. Writes through ``parameter.data`` go unnoticed: call ``refresh`` after them; ``check`` finds them.
     Copies and pickles of the model do not hold the folded weights, which take as much memory as the blocks (in float8
-    half of it). Results differ from the unprepared model's by the rounding of the folded weights, within the error
+    half of it, in int8 a quarter of float32's). Results differ from the unprepared model's by the rounding of the folded weights, within the error
     budget of a whole model.
 
     ``precision="fp8"`` quantises the weights of the four projections, and what they multiply, to float8 e4m3. No data
     is needed for it: all scales follow from the weights, and no value saturates. Each product then errs by some 5 % of
     its spread instead of 0.3 % in bfloat16; see what that does to your task before you rely on it.
 
+    On a CPU the weights are packed for the C++ library (``vit-fast build``), which takes float32 too, and
+    ``precision="int8"`` quantises the weights of the four projections, a scale for each output, and what they multiply,
+    a step and a zero point for each token, found as it passes: no data is needed. Attention, residual and statistics
+    stay in float.
+
     Args:
         model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or
-            a module that holds one; float16 or bfloat16 weights.
-        precision: None keeps the dtype of the weights; "fp8" needs capability 8.9 on a GPU.
+            a module that holds one; float16 or bfloat16 weights, with the C++ library on a CPU float32 too.
+        precision: None keeps the dtype of the weights; "fp8" needs capability 8.9 on a GPU; "int8" is for a CPU.
+        release: give the memory of the blocks' own matrices back, so that the prepared weights replace them. The model
+            then runs prepared alone: a call that cannot use them raises, and so do ``check``, ``refresh`` and
+            ``unprepare``, until ``model.load_state_dict(state_dict, assign=True)`` has loaded the matrices again.
+            Tensors that share their memory elsewhere are not freed.
     Returns:
         the model itself.
     Raises:
@@ -234,7 +289,7 @@ def prepare(model: nn.Module, precision: str | None = None) -> nn.Module:
         centred before rounding; their sums taken after it. e4m3: Micikevicius et al., "FP8 Formats for Deep Learning".
     """
     _named("prepare", precision)  # a wrong name is reported before a wrong model
-    return _prepare("prepare", model, lambda blocks: precision)
+    return _prepare("prepare", model, lambda blocks: precision, release)
 
 
 def refresh(model: nn.Module) -> nn.Module:
@@ -251,9 +306,13 @@ def unprepare(model: nn.Module) -> nn.Module:
         the model itself.
     Raises:
         TypeError: no module.
+        RuntimeError: the model's own weights were released, and not loaded again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.unprepare: model is {type(model).__name__}, expected an nn.Module")
+    for module in model.modules():
+        if (held := module.__dict__.get(PREPARED)) is not None:
+            held.need_weights(module, "unprepare drops them")
     for module in model.modules():
         module.__dict__.pop(PREPARED, None)
     return model
@@ -271,7 +330,9 @@ def _device(blocks: nn.Module) -> torch.device:
     return next((parameter.device for parameter in blocks.parameters()), torch.device("cpu"))
 
 
-def _prepare(caller: str, model: nn.Module, precision_of: Callable[[nn.Module], str | None]) -> nn.Module:
+def _prepare(
+    caller: str, model: nn.Module, precision_of: Callable[[nn.Module], str | None], release: bool = False
+) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
@@ -293,5 +354,5 @@ def _prepare(caller: str, model: nn.Module, precision_of: Callable[[nn.Module], 
         if reasons[name]:
             _logger.info("prepare leaves %s as it is: %s", name, "; ".join(reasons[name]))
         else:
-            blocks.__dict__[PREPARED] = Prepared(name, blocks, precision)
+            blocks.__dict__[PREPARED] = Prepared(name, blocks, precision, release)
     return model

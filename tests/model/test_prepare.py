@@ -7,6 +7,7 @@ value, so that a fold that forgets one shows.
 import copy
 import logging
 import pickle
+import weakref
 import threading
 
 import pytest
@@ -431,3 +432,44 @@ def test_gpu_models(name, dtype):
         actual = check(model, x)
         with torch.inference_mode():
             assert torch.equal(actual, logits(model(x)))
+
+
+def test_released_weights_come_back_by_loading():
+    model, x = small(), images()
+    saved = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        eager = model(x)
+    assert vit_fast.prepare(model, release=True) is model
+    weight = model.blocks[0].mlp.fc1.weight
+    assert weight.is_meta and weight.shape == saved["blocks.0.mlp.fc1.weight"].shape and not model.head.weight.is_meta
+    assert model.blocks[0].norm1.weight.device == model.blocks[0].mlp.fc1.bias.device == torch.device("cpu")
+    with torch.inference_mode():
+        assert used(model, x)
+        released = model(x)
+    other = copy.deepcopy(model)
+    calls = (
+        ("gradients are enabled", lambda: model(x)),
+        ("a copy or pickle", lambda: torch.no_grad()(other)(x)),
+        ("unprepare", lambda: vit_fast.unprepare(model)),
+        ("unprepare", lambda: vit_fast.check(model, x)),
+    )
+    for reason, call in calls:
+        with pytest.raises(RuntimeError, match=rf"(?s){reason}.*were released; load these again with"):
+            call()
+    with pytest.raises(vit_fast.UnsupportedError, match="the weights are on the device meta"):
+        vit_fast.refresh(model)
+    for each in (model, other):
+        each.load_state_dict(saved, assign=True)
+        with torch.inference_mode():
+            assert torch.equal(each(x), eager) and not used(each, x)
+            assert torch.equal(vit_fast.refresh(each)(x), released) and used(each, x)
+        assert vit_fast.check(each, x).passed
+        vit_fast.unprepare(each)
+
+
+def test_released_weights_are_no_longer_held():
+    """Block by block: the folded weights of one block need the memory of no other."""
+    model = small()
+    held = [weakref.ref(p) for p in model.blocks.parameters() if p.dim() > 1]
+    vit_fast.prepare(model, release=True)
+    assert len(held) == 12 and not any(reference() is not None for reference in held)
