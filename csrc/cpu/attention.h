@@ -112,18 +112,12 @@ void pack_values(AttentionSpace<Word>& space, const char* v, int64_t stride, Typ
   }
 }
 
-// The exponentials of a row of scores with `count` keys, as words; updates the row's maximum and sum, and returns the
-// factor by which what was added before has to be scaled.
+// The exponentials of a row of scaled scores with `count` keys, as words; updates the row's maximum and sum, and returns
+// the factor by which what was added before has to be scaled. `top`: the maxima of the row's whole vectors.
 template <class Word>
-VF_INLINE float softmax_row(float* s, char* weights, int64_t count, float scale, float& row_max, float& row_sum) {
+VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, float& row_max, float& row_sum) {
+  constexpr bool LOW = GROUP<Word> == 2;
   const int64_t padded = round_up(count, NR);
-  for (int64_t i = count; i < padded; i++) s[i] = 0;
-  vf top = splat(-__builtin_inff());
-  for (int64_t i = 0; i + VL <= count; i += VL) {
-    const vf x = load(s + i) * scale;
-    store(s + i, x);
-    top = max_nan(top, x);
-  }
   float m = row_max;
   bool nan = row_max != row_max;
   for (int i = 0; i < VL; i++) {
@@ -131,18 +125,16 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, float scale,
     m = top[i] > m ? top[i] : m;
   }
   for (int64_t i = count / VL * VL; i < count; i++) {
-    s[i] *= scale;
     nan |= s[i] != s[i];
     m = s[i] > m ? s[i] : m;
   }
   if (nan) m = __builtin_nanf("");
+  for (int64_t i = count; i < padded; i++) s[i] = -__builtin_inff();
   const float correction = exp_of(splat(row_max - m))[0];
   vf total = {};
   for (int64_t i = 0; i < padded; i += VL) {
-    vf e = exp_of(load(s + i) - m);
-    if (i + VL > count)
-      for (int64_t j = 0; j < VL; j++)
-        if (i + j >= count) e[j] = 0;
+    // exp(−104) is 0 beside the row's maximum, whose exponential is 1.
+    const vf x = load(s + i) - m, e = select(x > -104.0f, exp_in_range<LOW>(vmax(x, splat(-104.0f))), vf{});
     total += e;
     if constexpr (GROUP<Word> == 1) {
       store(reinterpret_cast<float*>(weights) + i, e);
@@ -151,7 +143,7 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, float scale,
     }
   }
   row_max = m;
-  row_sum = row_sum * correction + sum(total);
+  row_sum = row_sum * correction + sum(total) + m * 0.0f;  // a NaN among the scores makes the row NaN
   return correction;
 }
 
@@ -175,17 +167,22 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
     }
     for (int64_t block = 0; block < a.keys; block += BLOCK) {
       const int64_t count = a.keys - block < BLOCK ? a.keys - block : BLOCK;
+      vf top[MR];
+      for (int m = 0; m < rows; m++) top[m] = splat(-__builtin_inff());
       for (int64_t panel = 0; panel * NR < count; panel++) {
         const char* words = space.keys + (block / NR + panel) * space.head_groups * NR * 4;
         panel_product<Word>(rows, space.queries, space.query_stride(), words, space.head_groups, tile);
         for (int m = 0; m < rows; m++)
-          for (int n = 0; n < NR; n += VL)
-            store(space.scores + m * space.SCORES + panel * NR + n, load(tile + m * NR + n));
+          for (int n = 0; n < NR; n += VL) {
+            const vf x = load(tile + m * NR + n) * a.scale;
+            store(space.scores + m * space.SCORES + panel * NR + n, x);
+            if (panel * NR + n + VL <= count) top[m] = max_nan(top[m], x);
+          }
       }
       float correction[MR];
       for (int m = 0; m < rows; m++)
         correction[m] = softmax_row<Word>(space.scores + m * space.SCORES, space.weights + m * space.SCORES * 4, count,
-                                          a.scale, space.row_max[m], space.row_sum[m]);
+                                          top[m], space.row_max[m], space.row_sum[m]);
       for (int64_t panel = 0; panel < space.head_panels; panel++) {
         const char* words = space.values + (panel * space.key_groups + block / GROUP<Word>) * NR * 4;
         panel_product<Word>(rows, space.weights, space.SCORES * 4, words, ceil_div(count, GROUP<Word>), tile);

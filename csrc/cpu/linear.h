@@ -156,9 +156,9 @@ void linear_layer(const Linear& l) {
     if (gated) {
       constexpr int HALF = NR / VL / 2;
       column = n / 2, count = features - column < NR / 2 ? features - column : NR / 2;
-      for (int i = 0; i < HALF; i++) results[i] = values[i] * sigmoid(values[i]) * values[i + HALF];
+      for (int i = 0; i < HALF; i++) results[i] = values[i] * sigmoid<false>(values[i]) * values[i + HALF];
     } else {
-      for (int i = 0; i < NR / VL; i++) results[i] = activate(values[i], l.activation);
+      for (int i = 0; i < NR / VL; i++) results[i] = activate<false>(values[i], l.activation);
     }
     if (l.residual) {
       const float factor = l.row_scale ? l.row_scale[row / l.rows_per_scale] : 1.0f;

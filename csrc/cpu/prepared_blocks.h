@@ -94,7 +94,6 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
     const float zero = __builtin_rintf(-lowest * inverse);
     to.scale[row] = step + not_finite;
     to.zero[row] = static_cast<int32_t>(zero);
-    const vi top = splat_int(255);
     for (i = 0; i < padded; i += VL) {
       vf v;
       if (i + VL <= width) {
@@ -102,9 +101,8 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
       } else {
         for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] : 0.0f;
       }
-      vi q = round_to_int(fma(v, splat(inverse), splat(zero)));
-      q = q < 0 ? vi{} : q;
-      q = q > top ? top : q;
+      // Rounding may lead half a step out of the range.
+      const vi q = round_to_int(vmin(vmax(fma(v, splat(inverse), splat(zero)), splat(0.0f)), splat(255.0f)));
       const int64_t count = padded - i < VL ? padded - i : VL;
       if constexpr (Products<TYPE>::GROUP == 4) {
         const vb bytes = __builtin_convertvector((vu)q, vb);
@@ -233,6 +231,9 @@ struct Stack {
   char* spaces;
   Attention attention;
 
+  // Whether activations are rounded more coarsely than float16 before they are multiplied.
+  static constexpr bool LOW = TYPE == Type::int8 || (TYPE == Type::bfloat16 && Products<TYPE>::GROUP == 2);
+
   explicit Stack(const PreparedBlocks& stack) : s(stack) {
     rows = s.batch * s.tokens;
     // The qkv rows are read as heads; a padding keeps them out of one set of the cache.
@@ -322,9 +323,9 @@ struct Stack {
       if (gated) {  // half of a panel gates, the other half is gated
         constexpr int HALF = NR / VL / 2;
         for (int i = 0; i < HALF; i++)
-          store(hidden + n / 2 + i * VL, values[i] * sigmoid(values[i]) * values[i + HALF]);
+          store(hidden + n / 2 + i * VL, values[i] * sigmoid<LOW>(values[i]) * values[i + HALF]);
       } else {
-        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate(values[i], s.activation));
+        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], s.activation));
       }
     });
     const int64_t hidden_padded = round_up(s.hidden, stored_group(TYPE));

@@ -84,11 +84,12 @@ VF_INLINE vi round_to_int(vf x) {
 #endif
 }
 
-// 1/x of a normal x, to an ulp.
+// 1/x of a normal x: to an ulp, or with LOW to 2^-14.
+template <bool LOW = false>
 VF_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
   const vf y = (vf)_mm512_rcp14_ps((__m512)x);
-  return y + y * fma(-x, y, splat(1.0f));
+  return LOW ? y : y + y * fma(-x, y, splat(1.0f));
 #else
   return splat(1.0f) / x;
 #endif
@@ -115,24 +116,47 @@ VF_INLINE float smallest(vf x) {
   return lanes[0];
 }
 
-// e^x to 1.5 ulp; 0 below −87.3, +inf above 88.7, NaN for NaN.
+// p·2^n of a whole |n| < 252; 0 or inf where that leaves the range.
+VF_INLINE vf scale_by_power(vf p, vf n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vi whole = round_to_int(n), half = whole >> 1;  // in two factors, neither of which leaves the range
+  return p * float_of_bits((half + 127) << 23) * float_of_bits((whole - half + 127) << 23);
+#endif
+}
+
+VF_INLINE vf nearest_whole(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  return to_float(round_to_int(x));
+#endif
+}
+
+// e^x of −104 ≤ x ≤ 89: to 1.5 ulp, or with LOW to 6e-6, for what is rounded to bfloat16 or int8 afterwards.
+template <bool LOW = false>
+VF_INLINE vf exp_in_range(vf x) {
+  const vf n = nearest_whole(x * splat(1.44269504f));
+  vf r = fma(n, splat(-0.693359375f), x), p;
+  if constexpr (LOW) {
+    r = fma(n, splat(2.12194440e-4f), r);
+    p = fma(splat(4.127699e-2f), r, splat(1.6753689e-1f));
+    p = fma(p, r, splat(5.0005136e-1f));
+  } else {
+    r = fma(n, splat(2.12194440e-4f), r);
+    p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+  }
+  return scale_by_power(fma(p, r * r, r) + splat(1.0f), n);
+}
+
+// e^x to 1.5 ulp; 0 below −104, +inf above 88.7, NaN for NaN.
 VF_INLINE vf exp_of(vf x) {
-  const vf clamped = vmin(vmax(x, splat(-104.0f)), splat(89.0f));
-  const vi n = round_to_int(clamped * splat(1.44269504f));
-  const vf whole = to_float(n);
-  vf r = fma(whole, splat(-0.693359375f), clamped);
-  r = fma(whole, splat(2.12194440e-4f), r);
-  vf p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r) + splat(1.0f);
-  // 2^n in two factors, so that neither leaves the range of exponents.
-  const vi half = n >> 1;
-  const vf a = float_of_bits((half + 127) << 23), b = float_of_bits((n - half + 127) << 23);
-  return select(x != x, x, p * a * b);
+  return select(x != x, x, exp_in_range(vmin(vmax(x, splat(-104.0f)), splat(89.0f))));
 }
 
 // 16-bit floats.
