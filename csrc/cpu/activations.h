@@ -36,7 +36,7 @@ VF_INLINE vf gelu(vf z) {
 #pragma GCC unroll 16
   for (int i = 1; i < TERMS; i++) p = fma(p, t, splat(P[i]));
   p = p * (t * size) * exp_in_range<LOW>(splat(-0.5f) * size * size);
-  return select(z != z, z, vmax(z, splat(0.0f)) - p);
+  return vmax(splat(0.0f), z) - p;  // z where it is NaN
 }
 
 template <bool LOW>

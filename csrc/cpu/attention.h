@@ -133,8 +133,8 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, floa
   const float correction = exp_of(splat(row_max - m))[0];
   vf total = {};
   for (int64_t i = 0; i < padded; i += VL) {
-    // exp(−104) is 0 beside the row's maximum, whose exponential is 1.
-    const vf x = load(s + i) - m, e = select(x > -104.0f, exp_in_range<LOW>(vmax(x, splat(-104.0f))), vf{});
+    // exp(−87) is nothing beside the row's maximum, whose exponential is 1.
+    const vf e = exp_in_range<LOW>(vmax(load(s + i) - m, splat(-87.0f)));
     total += e;
     if constexpr (GROUP<Word> == 1) {
       store(reinterpret_cast<float*>(weights) + i, e);

@@ -105,10 +105,10 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
       const vi q = round_to_int(vmin(vmax(fma(v, splat(inverse), splat(zero)), splat(0.0f)), splat(255.0f)));
       const int64_t count = padded - i < VL ? padded - i : VL;
       if constexpr (Products<TYPE>::GROUP == 4) {
-        const vb bytes = __builtin_convertvector((vu)q, vb);
+        const vb bytes = low_bytes(q);
         memcpy(words + i, &bytes, count);
       } else if constexpr (Products<TYPE>::GROUP == 2) {
-        const vh shorts = __builtin_convertvector((vu)q, vh);
+        const vh shorts = low_halves(q);
         memcpy(words + 2 * i, &shorts, 2 * count);
       } else {
         const vf floats = to_float(q);

@@ -159,6 +159,22 @@ VF_INLINE vf exp_of(vf x) {
   return select(x != x, x, exp_in_range(vmin(vmax(x, splat(-104.0f)), splat(89.0f))));
 }
 
+// The low bytes or halves of lanes that hold 0 … 255, or 0 … 65535.
+VF_INLINE vb low_bytes(vi x) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector((vu)x, vb);
+#endif
+}
+VF_INLINE vh low_halves(vi x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector((vu)x, vh);
+#endif
+}
+
 // 16-bit floats.
 
 VF_INLINE vf widen_bfloat16(vh x) { return float_of_bits(__builtin_convertvector(x, vi) << 16); }
@@ -172,7 +188,7 @@ VF_INLINE vh narrow_bfloat16(vf x) {
   vi rounded = (vi)(((vu)b + 0x7fffu + (((vu)b >> 16) & 1u)) >> 16);
   const vi nan = x != x;
   rounded = (nan & 0x7fc0) | (~nan & rounded);
-  return __builtin_convertvector((vu)rounded, vh);
+  return low_halves(rounded);
 }
 
 VF_INLINE vf widen_float16(vh x) {
