@@ -228,6 +228,6 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-template <class T> constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
 }  // namespace vf

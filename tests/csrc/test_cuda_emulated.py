@@ -5,19 +5,21 @@ are the random ones of the Triton kernels, where the CUDA kernels take them, and
 the sources, one for each kind of fault, show that the emulator sees it.
 """
 
+from dataclasses import dataclass
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import cuda_emulator, properties
-from support.budget import assert_within_budget
+from support import properties
+from support.attention import AttentionCase
 from support.cuda_emulator import EmulatorFault, build, reads, type_of, writes
 from support.layer_norm import LayerNormCase
 
 EXAMPLES = 400 if properties.FULL else 40
 
 
-def explore(cases, check, count, examples=EXAMPLES):
+def explore(cases, count, examples=EXAMPLES):
     @hypothesis.seed(properties.SEED)
     @hypothesis.settings(
         max_examples=examples,
@@ -109,7 +111,7 @@ def layer_norm_cases(draw):
 
 
 def test_layer_norm(count):
-    explore(layer_norm_cases(), None, count)
+    explore(layer_norm_cases(), count)
 
 
 def test_layer_norm_without_statistics_and_rows():
@@ -119,6 +121,91 @@ def test_layer_norm_without_statistics_and_rows():
     assert torch.equal(y, run_layer_norm(x, weight, None, 1e-6)[0])
     assert torch.equal(run_layer_norm(x[:, 1:], weight, None, 1e-6)[0], y[:, 1:])
     assert run_layer_norm(x[:0], weight, None, 1e-6)[0].shape == (0, 5, 64)
+
+
+def run_attention(q, num_heads, scale, k=None, v=None, library=None, with_lse=True, **options):
+    if k is None:
+        q, k, v = q.chunk(3, 2)
+    batch, queries, size = q.shape
+    out = torch.empty(batch, queries, size, dtype=q.dtype)
+    lse = torch.empty(batch, num_heads, queries) if with_lse else None
+    strides = [stride for t in (q, k, v) for stride in t.stride()[:2]]
+    (library or build("attention")).call(
+        "emulated_attention", writes(out, "out"), writes(lse, "lse"), reads(q, "q"), reads(k, "k"), reads(v, "v"),
+        batch, num_heads, queries, k.shape[1], size // num_heads, strides, type_of(q), scale, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def in_pieces(t):
+    """t where the kernel takes it: heads contiguous, images and rows in pieces of 16 bytes; else a copy."""
+    aligned = t is None or (t.stride(2) == 1 and not any(n % 8 for n in t.stride()[:2]) and t.data_ptr() % 16 == 0)
+    return t if aligned else t.contiguous()
+
+
+@dataclass(frozen=True)
+class EmulatedAttention(AttentionCase):
+    shared_limit: int = 232448
+
+    def kernel(self, q, k, v, with_lse=True, schedule=0):
+        return run_attention(
+            *(in_pieces(q), self.num_heads, self.scale, in_pieces(k), in_pieces(v)),
+            with_lse=with_lse, schedule=schedule, shared_limit=self.shared_limit,
+        )  # fmt: skip
+
+    def check(self):
+        inputs = self.inputs(self.seed)
+        results = self.kernel(*inputs)
+        self.within_budget(inputs, results)
+        self.same_bits(self.kernel(*inputs, schedule=self.seed), results)
+        views = properties.each(lambda t: properties.laid_out(t, self.layout), *inputs)
+        self.same_bits(self.kernel(*views, with_lse=False)[:1], results[:1])
+        image = slice(self.seed % self.batch, self.seed % self.batch + 1)
+        self.same_bits(self.kernel(*properties.each(lambda t: t[image], *inputs)), [t[image] for t in results])
+
+
+@st.composite
+def attention_cases(draw):
+    packed = draw(st.booleans())
+    keys = draw(st.one_of(st.integers(1, 40), st.sampled_from((17, 63, 64, 65, 80, 128, 130, 197))))
+    head_size = draw(st.sampled_from(range(16, 136, 8)))
+    return EmulatedAttention(
+        dtype=draw(st.sampled_from(("bfloat16", "float16"))),
+        batch=draw(st.integers(1, 2)),
+        queries=keys if packed else draw(st.integers(1, 70)),
+        keys=keys,
+        num_heads=draw(st.integers(1, 3)) if keys <= 65 else 1,
+        head_size=head_size,
+        packed=packed,
+        block_m=0,
+        block_n=0,
+        tma=False,
+        scale=draw(st.sampled_from((0.125, 0.25, 0.1, 1.0, -0.3))),
+        values=draw(properties.values_to_the_limit),
+        layout=draw(properties.layouts),
+        relation="",
+        seed=draw(properties.seeds),
+        shared_limit=draw(st.sampled_from((232448, 4 * 64 * (head_size + 23) * 2))),  # resident, streaming
+    )
+
+
+def test_attention(count):
+    explore(attention_cases(), count)
+
+
+def test_attention_with_half_steps(count):
+    """fp16 as sm_75 has it, by m16n8k8: the same sums."""
+    qkv = torch.randn(1, 50, 3 * 2 * 72).half()
+    older = run_attention(qkv, 2, 0.125, library=build("attention", flags=("-DVF_EMULATED_ARCH=750",)))
+    for one, other in zip(older, run_attention(qkv, 2, 0.125), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_has_no_bank_conflicts():
+    library = build("attention")
+    run_attention(torch.randn(1, 197, 3 * 64).bfloat16(), 1, 0.125, library=library)
+    phases, conflicts = library.counts[4:]
+    assert phases > 1000 and conflicts == 0
 
 
 # Mutants: (stem, old, new, what runs it, the words that tell the fault).

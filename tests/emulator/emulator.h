@@ -27,6 +27,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -68,6 +69,8 @@ inline uint16_t round_bfloat(float value) {
 }
 
 }  // namespace emulator
+
+using std::min;
 
 extern emulator::Index threadIdx, blockIdx, blockDim, gridDim;
 
