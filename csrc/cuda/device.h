@@ -210,6 +210,11 @@ template <class T, int VEC> __device__ __forceinline__ void store_vector(T* addr
     }
 }
 
+// Element i of a vector of T or, where `wide`, of float32.
+template <class T> __device__ __forceinline__ float load_either(const void* address, int64_t i, bool wide) {
+    return wide ? load(static_cast<const float*>(address) + i) : to_float(load(static_cast<const T*>(address) + i));
+}
+
 // c += a b, m16n8k16 in fragments; the halves of a fragment in depth are fragments of m16n8k8.
 template <class T> __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef VF_HALF_STEP
