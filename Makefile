@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# 0 leaves out the compilation of the C++ extension before make bench and make test.
+BUILD ?= 1
 
 RUN := $(VENV)/bin/python -P -m
 READY := $(VENV)/.setup
 TRITON36 := $(VENV)/triton-3.6.0
 
-.PHONY: help bench test test-full mutants gpu lint aot setup clean
+.PHONY: help bench test test-full mutants gpu lint aot setup extension wheel clean
 
 help:
 	@echo "make bench   benchmark vit_fast against timm eager and torch.compile on this machine; results in out/"
@@ -18,10 +20,19 @@ help:
 	@echo "make gpu     on a GPU: limits, tests, all benchmarks, profiles, tuning, into benchmarks/results/ (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make extension   compile the C++ library for CPU tensors (ARGS=--cuda: that for GPUs too); bench and test do it, BUILD=0 not"
+	@echo "make wheel   a wheel with the CPU library inside, in dist/"
 	@echo "make setup   only the virtual environment, $(VENV)"
 	@echo "make clean   remove $(VENV), out/ and caches"
 
 setup: $(READY)
+
+extension: $(READY)
+	$(RUN) vit_fast build $(ARGS)
+
+# A wheel with the CPU library inside, for this machine's platform; it fits every Python and every torch from 2.11 on.
+wheel: $(READY)
+	VIT_FAST_BUILD_EXT=1 $(RUN) pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 $(READY): pyproject.toml setup.py constraints.txt .ci/setup .ci/torchvision_schemas.py
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -34,12 +45,15 @@ $(TRITON36)/.setup: $(READY)
 
 bench: $(READY)
 	@mkdir -p out
+	@BUILD="$(BUILD)" PYTHON="$(VENV)/bin/python" bash .ci/extension
 	$(RUN) vit_fast bench --results-file out/bench.json --plot out/bench.png $(ARGS)
 
 test: $(READY) $(TRITON36)/.setup
+	@BUILD="$(BUILD)" PYTHON="$(VENV)/bin/python" bash .ci/extension
 	@PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
 
 test-full: $(READY) $(TRITON36)/.setup
+	@BUILD="$(BUILD)" PYTHON="$(VENV)/bin/python" bash .ci/extension
 	@VIT_FAST_DEPTH=full VIT_FAST_SEED="$(or $(SEED),0)" PYTHON="$(VENV)/bin/python" TRITON36="$(TRITON36)" bash .ci/test
 
 mutants: $(READY)
@@ -58,5 +72,5 @@ lint: $(READY)
 	$(RUN) mypy
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) out build dist vit_fast/_lib .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,8 +26,14 @@ INTERPRETED = interpreter_cures.INTERPRETED
 BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())
 NO_GPU = "no CUDA device of capability 8.0 or more"
 PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxscript")  # a GPU machine may lack them
+NO_COMPILER = "no C++ compiler and ninja"
+NO_NVCC = "no nvcc"
+NOT_BUILT = "the cpu extension is not built"
 ALLOWED_SKIPS = (
     NO_GPU,
+    NO_COMPILER,
+    NO_NVCC,
+    NOT_BUILT,
     "Triton is not installed",
     "VIT_FAST_TRITON36 is not set",
     "the GPU has less than 24 GiB of free memory",
@@ -41,6 +47,7 @@ COUNTS = {
     "aot_compiles": 0,
     "cases": 0,
     "gpu_skipped": 0,
+    "extension_skipped": 0,
     "deselected_interp": 0,
     "deselected_aot": 0,
     "deselected_gpu": 0,
@@ -113,6 +120,8 @@ def _note_skip(report):
     reason = _skip_reason(report)
     if reason == NO_GPU:
         COUNTS["gpu_skipped"] += 1
+    elif reason in (NO_COMPILER, NO_NVCC, NOT_BUILT):
+        COUNTS["extension_skipped"] += 1
     elif reason not in ALLOWED_SKIPS:
         UNLISTED_SKIPS.append(f"{report.nodeid}: {reason}")
 
@@ -151,6 +160,8 @@ def pytest_terminal_summary(terminalreporter):
     line = terminalreporter.write_line
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
+    if COUNTS["extension_skipped"]:
+        line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({NO_COMPILER}, {NO_NVCC}, or {NOT_BUILT})")
     if INTERPRETED:
         line(f"  interp tests: {PASSED['interp']} passed, {COUNTS['cases']} random cases in them")
         line(f"  memory sanitizer: {sanitizer.COUNTS['launches']} launches, {sanitizer.COUNTS['accesses']} accesses")
@@ -203,6 +214,35 @@ def row_scales():
         if torch.__version__ >= "2.13":
             raise
         pytest.skip("torch's CPU has no float8 products with a scale a row")
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """For tests that compile C++."""
+    from vit_fast.csrc import build
+
+    if build.compiler() is None or build.ninja() is None:
+        pytest.skip(NO_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    """For tests that compile CUDA."""
+    from vit_fast.csrc import build
+
+    if build.nvcc() is None:
+        pytest.skip(NO_NVCC)
+
+
+@pytest.fixture(scope="session")
+def cpu_extension():
+    """For tests that run the library for CPU tensors: skips where none was built, fails where one does not load."""
+    from vit_fast import extension
+
+    reasons = extension.load("cpu")
+    if reasons and NOT_BUILT in reasons[0]:
+        pytest.skip(NOT_BUILT)
+    assert not reasons, reasons
 
 
 @pytest.fixture

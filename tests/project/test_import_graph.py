@@ -10,11 +10,11 @@ import pytest
 from support.imports import imports
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"vit_fast": ROOT / "vit_fast", "vit_fast.kernels": ROOT / "kernels"}
+FOLDERS = {"vit_fast": ROOT / "vit_fast", "vit_fast.kernels": ROOT / "kernels", "vit_fast.csrc": ROOT / "csrc"}
 # A name stands for a module and for all modules of a package; "vit_fast" is the public interface alone.
 LAYERS = (
-    ("vit_fast.kernels",),
-    ("vit_fast.block_params", "vit_fast.parity"),
+    ("vit_fast.kernels", "vit_fast.csrc"),
+    ("vit_fast.block_params", "vit_fast.parity", "vit_fast.extension"),
     ("vit_fast.precisions",),
     ("vit_fast.backends",),
     ("vit_fast.ops",),

@@ -1,4 +1,4 @@
-"""Rules over the source of kernels/ and vit_fast/, read by Python's ast and never run.
+"""Rules over the source of kernels/, csrc/ and vit_fast/, read by Python's ast and never run.
 
 A rule is a function of a source text that returns its violations as (line, words). Each is applied to every file it
 is meant for, and shown to fail on a bad snippet and to pass on a good one.
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-PACKAGE = sorted((ROOT / "vit_fast").rglob("*.py"))
+PACKAGE = sorted([*(ROOT / "vit_fast").rglob("*.py"), *(ROOT / "csrc").rglob("*.py")])
 # Modules of kernels/ that vit_fast may import at once.
 WITHOUT_TRITON = ("arguments", "configs", "folding", "reference", "tracing")
 WITH_TWIN = ()  # kernel files that may use what the interpreter lacks: each has a twin that it can run

@@ -14,6 +14,7 @@ def _app():
     typer = require("typer", "cli")
     require("rich", "cli")
     from .bench import bench
+    from .build import build
     from .check import check
     from .convert import convert
     from .info import info, show_version
@@ -30,6 +31,7 @@ def _app():
     )
     app.callback()(show_version)
     app.command()(bench)
+    app.command()(build)
     app.command()(check)
     app.command()(convert)
     app.command()(info)

@@ -1,0 +1,499 @@
+"""Builds the C++/CUDA libraries with ninja: the commands, the lock, the atomic publication in the cache.
+
+Uses the standard library, the headers of the installed torch, a C++ compiler, ninja and, for the CUDA library, nvcc.
+A build writes into a folder of its own inside the cache and renames it when all is done, so that nobody sees half a
+library. ``flock`` on a file beside it makes one of several builders build and the others find the result; the lock dies
+with its process, and the next holder removes what a killed one left.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from . import cache
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+# Instruction-set level → its flags. kernels.cpp is compiled once for each level of the machine's architecture.
+X86_LEVELS: Mapping[str, tuple[str, ...]] = {
+    "generic": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+}
+OTHER_LEVELS: Mapping[str, tuple[str, ...]] = {"generic": ()}
+
+# CUDA architecture → the first CUDA version whose nvcc knows it. PTX is made for the newest.
+CUDA_ARCHITECTURES: Mapping[str, tuple[int, int]] = {
+    "75": (10, 0),
+    "80": (11, 0),
+    "89": (11, 8),
+    "90a": (12, 0),
+    "100": (12, 8),
+}
+
+_TARGET = f"-DTORCH_TARGET_VERSION=0x{cache.ABI_TARGET[0]:02x}{cache.ABI_TARGET[1]:02x}000000000000"
+_CXX = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden")
+_MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+LOCK_SECONDS = 15 * 60  # how long a builder waits for another one
+BUILD_SECONDS = 60 * 60  # how long the compilers may take
+MIB = 2**20
+FREE_BYTES = {"cpu": 200 * MIB, "cuda": 1000 * MIB}  # in the cache folder, before a build
+JOB_BYTES = {"cpu": 1024 * MIB, "cuda": 2048 * MIB}  # of memory for each compiler that runs at a time
+STEP_SECONDS = {"cpu": 10, "cuda": 30}  # rough time of one compile, for the estimate
+
+INSTALL = {
+    "compiler": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
+    "ninja": "pip install ninja",
+    "nvcc": "pip install nvidia-cuda-nvcc, or put the CUDA toolkit's nvcc on PATH or its folder into CUDA_HOME",
+}
+
+
+class BuildError(Exception):
+    """A library could not be built; the text says why, and what to do."""
+
+
+class Tool(NamedTuple):
+    """A program: the words it is called with, and its version as it tells it."""
+
+    command: tuple[str, ...]
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.version} ({shlex.join(self.command)})"
+
+
+class Step(NamedTuple):
+    """One command of a build: the file that it makes, the files that it is made of, and what it is called."""
+
+    output: str
+    inputs: tuple[str, ...]
+    command: tuple[str, ...]
+    title: str
+
+
+class Result(NamedTuple):
+    """A library that stands ready: its file, whether it was found rather than built, and the seconds that it took."""
+
+    library: Path
+    found: bool
+    seconds: float
+
+
+def levels() -> Mapping[str, tuple[str, ...]]:
+    """The instruction-set levels of this machine's architecture, each with its flags."""
+    return X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else OTHER_LEVELS
+
+
+# Tools
+
+
+def _version(command: tuple[str, ...], pattern: str) -> str | None:
+    """What a program says of its version; None where it cannot be run."""
+    ask, silent = [*command, "--version"], subprocess.DEVNULL
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=60, stdin=silent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    told = re.search(pattern, done.stdout, re.MULTILINE)
+    return told[0].strip() if done.returncode == 0 and told else None
+
+
+def compiler() -> Tool | None:
+    """The C++ compiler: that of ``CXX``, else g++, c++ or clang++; None without one that runs."""
+    named = os.environ.get("CXX")
+    for words in [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]:
+        path = shutil.which(words[0])
+        command = (path, *words[1:]) if path else ()
+        if command and (version := _version(command, r"^.+$")):
+            return Tool(command, version)
+    return None
+
+
+def ninja() -> Tool | None:
+    """ninja: the wheel's, else that on PATH; None without one that runs."""
+    paths = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = importlib.metadata.distribution("ninja").files or ()
+        paths = [
+            os.path.realpath(file.locate()) for file in files if file.name == "ninja" and file.parent.name == "bin"
+        ]
+    for path in [*paths, shutil.which("ninja")]:
+        if path and (version := _version((path,), r"^\d+(\.\d+)*")):
+            return Tool((path,), version)
+    return None
+
+
+def nvcc() -> Tool | None:
+    """nvcc: that of ``CUDA_HOME``, else of the wheel ``nvidia-cuda-nvcc``, else that on PATH; None without one."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    spec = importlib.util.find_spec("nvidia")
+    for site in (spec.submodule_search_locations or ()) if spec else ():
+        homes += sorted(Path(site).glob("cu[0-9]*"), reverse=True)  # CUDA 13 and later
+        homes.append(Path(site) / "cuda_nvcc")  # CUDA 12
+    for path in [*(str(home / "bin" / "nvcc") for home in homes), shutil.which("nvcc")]:
+        if path and (version := _version((path,), r"release .*$")):
+            return Tool((path,), version.split()[-1].removeprefix("V"))
+    return None
+
+
+def _need(kind: str, found: Tool | None) -> Tool:
+    if found is None:
+        looked = {
+            "compiler": f"no C++ compiler: {os.environ['CXX']!r} of CXX does not run"
+            if os.environ.get("CXX")
+            else "no C++ compiler: none of g++, c++, clang++ runs",
+            "ninja": "no ninja",
+            "nvcc": "no nvcc",
+        }
+        raise BuildError(f"{looked[kind]}; {INSTALL[kind]}")
+    return found
+
+
+def _torch() -> Path:
+    """The folder of the installed torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed here; with pip, add --no-build-isolation")
+    root = Path(spec.origin).parent
+    try:
+        text = (root / "include" / "torch" / "headeronly" / "version.h").read_text()
+        version = tuple(int(re.search(rf"define TORCH_VERSION_{part} (\d+)", text)[1]) for part in ("MAJOR", "MINOR"))  # type: ignore[index]
+    except (OSError, TypeError):
+        raise BuildError(f"torch has no headers of a known version in {root / 'include'}; reinstall torch") from None
+    if version < cache.ABI_TARGET:
+        raise BuildError(f"torch {version[0]}.{version[1]} is too old, wanted 2.11 or newer")
+    return root
+
+
+# The commands of a build
+
+
+def _includes(torch: Path) -> tuple[str, ...]:
+    return (f"-I{torch / 'include'}",)
+
+
+def _cpu_steps(sources: Path, torch: Path, cxx: Tool) -> list[Step]:
+    """kernels.cpp once for each level, every other file once, and the link."""
+    levels_here = levels()
+    defines = [_TARGET] + (["-DVF_LEVELS_X86=1"] if levels_here is X86_LEVELS else [])
+    # __FILE__, which stands in PyTorch's messages, shall not name folders of the machine that built the library.
+    names = [f"-ffile-prefix-map={sources}=csrc", f"-ffile-prefix-map={torch / 'include'}=include"]
+    steps = []
+    for path in sorted((sources / "cpu").glob("*.cpp")):
+        if path.name == "kernels.cpp":
+            for level, flags in levels_here.items():
+                output = f"kernels_{level}.o"
+                command = [*cxx.command, *_CXX, *_MATH, *names, *flags, f"-DVF_LEVEL={level}"]
+                command += ["-c", str(path), "-o", output]
+                steps.append(Step(output, (str(path),), tuple(command), f"{path.name} for {level}"))
+        else:
+            output = f"{path.stem}.o"
+            command = [*cxx.command, *_CXX, *names, *defines, *_includes(torch), "-c", str(path), "-o", output]
+            steps.append(Step(output, (str(path),), tuple(command), path.name))
+    objects = tuple(step.output for step in steps)
+    library = cache.file_name("cpu")
+    # Without a DT_NEEDED of libtorch_cpu the library does not load; no run path, as Python has libtorch_cpu loaded.
+    link = [*cxx.command, "-shared", "-o", library, *objects, f"-L{torch / 'lib'}", "-Wl,--no-as-needed"]
+    link += ["-ltorch_cpu", "-Wl,-z,defs"]
+    return [*steps, Step(library, objects, tuple(link), f"link {library}")]
+
+
+def architectures(nvcc_version: str) -> tuple[str, ...]:
+    """The architectures of ``CUDA_ARCHITECTURES`` that an nvcc of this version knows."""
+    version = tuple(int(part) for part in nvcc_version.split(".")[:2])
+    return tuple(name for name, since in CUDA_ARCHITECTURES.items() if version >= since)
+
+
+def _cuda_steps(sources: Path, torch: Path, cxx: Tool, cuda: Tool) -> list[Step]:
+    """Every .cu file once for all architectures, and the link; a stub of libtorch_cuda where torch has none."""
+    names = architectures(cuda.version)
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    codes.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
+    steps = []
+    host = ["-ccbin", cxx.command[0]]
+    for path in sorted((sources / "cuda").glob("*.cu")):
+        output = f"{path.stem}.o"
+        command = [*cuda.command, *host, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+        command += [_TARGET, *_includes(torch), *codes, "-c", str(path), "-o", output]
+        steps.append(Step(output, (str(path),), tuple(command), path.name))
+    objects = tuple(step.output for step in steps)
+    library, needed = cache.file_name("cuda"), objects
+    folders = [f"-L{torch / 'lib'}"]
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        stub = "stub/libtorch_cuda.so"
+        command = [*cxx.command, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull, "-o", stub]
+        steps.append(Step(stub, (), tuple(command), "stub of libtorch_cuda.so"))
+        folders.append("-Lstub")
+        needed = (*objects, stub)
+    home = Path(cuda.command[0]).resolve().parents[1]
+    folders += [f"-L{path}" for path in (home / "lib", home / "lib64") if path.is_dir()]  # of libcudart_static.a
+    link = [*cuda.command, *host, "-shared", "-cudart", "static", "-o", library, *objects, *folders]
+    link += ["-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+    return [*steps, Step(library, needed, tuple(link), f"link {library}")]
+
+
+def _ninja_path(path: str) -> str:
+    return re.sub(r"([$ :])", r"$\1", path)
+
+
+def _ninja_file(steps: list[Step]) -> str:
+    """The text of build.ninja."""
+    lines = ["ninja_required_version = 1.5", "rule run", "  command = $run", "  description = $title"]
+    for step in steps:
+        inputs = " ".join(map(_ninja_path, step.inputs))
+        command = shlex.join(step.command).replace("$", "$$")
+        lines += ["", f"build {_ninja_path(step.output)}: run {inputs}"]
+        lines += [f"  run = {command}", f"  title = {step.title.replace('$', '$$')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _free_memory() -> int:
+    """The bytes of memory that processes may still take, of the machine and of the control group."""
+    free = [2**63]
+    with contextlib.suppress(OSError, TypeError):
+        told = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free.append(int(told[1]) * 1024)  # type: ignore[index]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(free)
+
+
+def jobs(name: str) -> int:
+    """How many compilers run at a time: capped by cores, by free memory and by ``MAX_JOBS``."""
+    caps = [len(os.sched_getaffinity(0)), _free_memory() // JOB_BYTES[name]]
+    text = os.environ.get("MAX_JOBS", "")
+    if text.isdecimal():
+        caps.append(int(text))
+    elif text:
+        raise BuildError(f"MAX_JOBS is {text!r}, wanted a number of compilers to run at a time")
+    return max(1, min(caps))
+
+
+# The build
+
+
+class Plan(NamedTuple):
+    """What a build would do, found without building: see ``plan``."""
+
+    name: str
+    key: str
+    toolchain: str  # compilers and architectures, in words
+    library: Path  # where the library will be
+    steps: tuple[Step, ...]
+    ninja: Tool
+    jobs: int
+
+    @property
+    def estimate(self) -> float:
+        """Seconds, roughly."""
+        return STEP_SECONDS[self.name] * -(-len(self.steps) // self.jobs)
+
+
+def plan(name: str, sources: Path = cache.SOURCES) -> Plan:
+    """How a library will be built here.
+
+    Args:
+        name: "cpu" or "cuda".
+        sources: the folder csrc.
+
+    Raises:
+        BuildError: a tool is missing, torch is too old, or there is nothing to compile.
+    """
+    if name not in cache.NAMES:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(cache.NAMES)}")
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"the extension is built on Linux alone, this is {sys.platform}")
+    files = [path for path in cache.source_files(name, sources) if path.suffix == {"cpu": ".cpp", "cuda": ".cu"}[name]]
+    if not files:
+        raise BuildError(f"there is nothing to compile in {sources / name}")
+    cxx, runner = _need("compiler", compiler()), _need("ninja", ninja())
+    if name == "cuda":
+        cuda = _need("nvcc", nvcc())
+        steps = _cuda_steps(sources, _torch(), cxx, cuda)
+        toolchain = f"nvcc {cuda}, {cxx}, sm_{' sm_'.join(architectures(cuda.version))}"
+    else:
+        steps, toolchain = _cpu_steps(sources, _torch(), cxx), str(cxx)
+    try:
+        folder = cache.folder()
+    except RuntimeError as error:
+        raise BuildError(f"no cache folder ({error}); set VIT_FAST_EXT_DIR") from None
+    key = cache.key(name, sources)
+    entry = folder / key / hashlib.sha256(toolchain.encode()).hexdigest()[:12]
+    return Plan(name, key, toolchain, entry / cache.file_name(name), tuple(steps), runner, jobs(name))
+
+
+def build(
+    name: str, *, force: bool = False, sources: Path = cache.SOURCES, tell: Callable[[str], None] = print
+) -> Result:
+    """Builds a library into the cache, or finds it there.
+
+    Args:
+        name: "cpu" or "cuda".
+        force: build although it is there.
+        sources: the folder csrc.
+        tell: is given a line of progress at a time.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    return run(plan(name, sources), force=force, tell=tell)
+
+
+def run(plan: Plan, *, force: bool = False, tell: Callable[[str], None] = print) -> Result:
+    """Does what a plan says; arguments and errors as of ``build``."""
+    start = time.monotonic()
+    folder = plan.library.parents[2]
+    if not force and stands(plan):
+        return _found(plan, start)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder / f"{plan.key}.lock", tell) as waited:
+            for leftover in folder.glob(f"{plan.key}.tmp-*"):  # of builders that were killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            if (waited or not force) and stands(plan):
+                return _found(plan, start)
+            free = shutil.disk_usage(folder).free
+            if free < FREE_BYTES[plan.name]:
+                raise BuildError(
+                    f"{free // MIB} MiB are free in {folder}, wanted {FREE_BYTES[plan.name] // MIB}; "
+                    "make room, or name another folder in VIT_FAST_EXT_DIR"
+                )
+            work = Path(tempfile.mkdtemp(prefix=f"{plan.key}.tmp-", dir=folder))
+            try:
+                _compile(plan, work, tell)
+                _publish(plan, work)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder {folder} cannot be used ({error.strerror or error}); "
+            "make it writable, or name another one in VIT_FAST_EXT_DIR"
+        ) from error
+    return Result(plan.library, False, time.monotonic() - start)
+
+
+def _found(plan: Plan, start: float) -> Result:
+    with contextlib.suppress(OSError):  # a read-only cache will do
+        plan.library.touch()  # the loader takes the newest of several toolchains
+    return Result(plan.library, True, time.monotonic() - start)
+
+
+def stands(plan: Plan) -> bool:
+    """Whether the library is in its place, whole."""
+    with contextlib.suppress(cache.DamagedError):
+        cache.check(plan.library, plan.key)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path, tell: Callable[[str], None]) -> Iterator[bool]:
+    """Holds a lock that dies with the process; gives whether another process had it first."""
+    import fcntl  # not on Windows, where this file can be imported all the same
+
+    waited, start = False, time.monotonic()
+    with path.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                if not waited:
+                    tell(f"waiting for process {holder}, which is building the same library")
+                    waited = True
+                if time.monotonic() - start > LOCK_SECONDS:
+                    raise BuildError(
+                        f"process {holder} has been building for {LOCK_SECONDS:.0f} s ({path}); "
+                        "end it if it hangs, then build again"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield waited
+
+
+def _compile(plan: Plan, work: Path, tell: Callable[[str], None]) -> None:
+    """Runs ninja in a folder."""
+    (work / "build.ninja").write_text(_ninja_file(list(plan.steps)))
+    environment = os.environ | {"NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C", "TMPDIR": str(work)}
+    command = [*plan.ninja.command, "-j", str(plan.jobs)]
+    lines: list[str] = []
+    late = threading.Event()
+    with subprocess.Popen(
+        command, cwd=work, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+
+        def stop() -> None:
+            late.set()
+            process.terminate()  # ninja ends its compilers
+
+        watch = threading.Timer(BUILD_SECONDS, stop)
+        watch.start()
+        try:
+            assert process.stdout is not None
+            for line in map(str.rstrip, process.stdout):
+                if re.match(r"\[\d+/\d+\] ", line) and not lines:
+                    tell(line)
+                elif line:
+                    lines.append(line)
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            watch.cancel()
+    if late.is_set():
+        raise BuildError(f"the compilers took more than {BUILD_SECONDS} s and were ended")
+    if process.returncode:
+        raise BuildError(_failure(plan, work, lines))
+
+
+def _failure(plan: Plan, work: Path, lines: list[str]) -> str:
+    """What went wrong, from the output of ninja: the last lines of the compilers."""
+    commands = {shlex.join(step.command) for step in plan.steps}
+    told = [line for line in lines if line not in commands and not line.startswith("ninja: build stopped")]
+    told = [line for line in told if not re.match(r"\[\d+/\d+\] ", line)]
+    why = f"the compiler failed ({plan.toolchain})"
+    if shutil.disk_usage(work).free < MIB or any("No space left on device" in line for line in told):
+        why = f"the disk of {work.parent} is full; make room, or name another folder in VIT_FAST_EXT_DIR"
+    elif any("Killed" in line for line in told):
+        why += "; a compiler was killed, perhaps for want of memory: try MAX_JOBS=1"
+    return "\n".join([why + ":", *(f"  {line}" for line in told[-15:])])
+
+
+def _publish(plan: Plan, work: Path) -> None:
+    """Moves a finished library, with its record, to its place in one step."""
+    ready = work / "entry"
+    ready.mkdir()
+    library = ready / plan.library.name
+    (work / plan.library.name).rename(library)
+    cache.write_record(library, plan.key, plan.toolchain)
+    for path in ready.iterdir():  # on the disk before they can be found
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    entry = plan.library.parent
+    entry.parent.mkdir(exist_ok=True)
+    if entry.exists():  # built anew, or damaged
+        entry.rename(work / "replaced")
+    ready.rename(entry)
