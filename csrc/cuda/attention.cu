@@ -234,7 +234,8 @@ using namespace vf;
 
 void attention_operator(Tensor out, MaybeTensor lse, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale) {
     for (const Tensor& x : {q, k, v}) {
-        STD_TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
+        STD_TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && (x.size(0) == 1 || x.stride(0) % 8 == 0) &&
+                            (x.size(1) == 1 || x.stride(1) % 8 == 0) &&
                             reinterpret_cast<int64_t>(x.data_ptr()) % 16 == 0 && type_of(x) == type_of(out),
                         "vit_fast_cuda::attention: layout");
     }
@@ -252,5 +253,5 @@ void attention_operator(Tensor out, MaybeTensor lse, Tensor q, Tensor k, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, CUDA, m) { m.impl("attention", TORCH_BOX(&attention_operator)); }
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, VF_DISPATCH_KEY, m) { m.impl("attention", TORCH_BOX(&attention_operator)); }
 #endif

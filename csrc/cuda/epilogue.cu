@@ -159,7 +159,7 @@ void residual_operator(Tensor out, Tensor x, Tensor residual_, MaybeTensor gamma
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, VF_DISPATCH_KEY, m) {
     m.impl("activation", TORCH_BOX(&activation_operator));
     m.impl("residual", TORCH_BOX(&residual_operator));
 }

@@ -210,7 +210,7 @@ void layer_norm_operator(Tensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, VF_DISPATCH_KEY, m) {
     m.impl("layer_norm", TORCH_BOX(&layer_norm_operator));
 }
 #endif

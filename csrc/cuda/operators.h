@@ -1,6 +1,7 @@
 // What the torch operators of this folder share: device guard, stream, types and rows of tensors, through the stable ABI.
 // Arguments are checked in Python (kernels/arguments.py, backends/cuda.py), with the words that a user reads; a check here
 // fails only where that one is wrong. Schemas are defined in backends/cuda.py.
+// Under the emulator the operators are those of CPU tensors, so that tests run the whole path.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -39,6 +40,14 @@ inline Rows rows_of(const Tensor& x) {
 }
 
 // Makes the device of a tensor current; the stream is its current one.
+#ifdef VF_EMULATED
+#define VF_DISPATCH_KEY CPU
+struct OnDevice {
+    Stream stream = nullptr;
+    explicit OnDevice(const Tensor&) {}
+};
+#else
+#define VF_DISPATCH_KEY CUDA
 struct OnDevice {
     torch::stable::accelerator::DeviceGuard guard;
     Stream stream;
@@ -48,5 +57,6 @@ struct OnDevice {
         stream = static_cast<Stream>(current);
     }
 };
+#endif
 
 }  // namespace vf

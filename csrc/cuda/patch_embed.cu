@@ -208,5 +208,5 @@ void patch_embed_operator(Tensor out, Tensor images, Tensor weight, MaybeTensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, CUDA, m) { m.impl("patch_embed", TORCH_BOX(&patch_embed_operator)); }
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cuda, VF_DISPATCH_KEY, m) { m.impl("patch_embed", TORCH_BOX(&patch_embed_operator)); }
 #endif

@@ -12,9 +12,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from support import properties
-from support.attention import AttentionCase
-from support.cuda_emulator import EmulatorFault, build, reads, type_of, writes
+from support.attention import AttentionCase, formula
+from support.budget import assert_within_budget
+from support.cuda_emulator import EmulatorFault, View, build, reads, type_of, writes
 from support.layer_norm import LayerNormCase
+from support.linear import exact_activation, wide
+from support.patch_embed import PatchEmbedCase
+from vit_fast.kernels import reference
 
 EXAMPLES = 400 if properties.FULL else 40
 
@@ -208,64 +212,318 @@ def test_attention_has_no_bank_conflicts():
     assert phases > 1000 and conflicts == 0
 
 
-# Mutants: (stem, old, new, what runs it, the words that tell the fault).
+def run_patch_embed(images, weight, bias, pos, prefix, stride, mean=None, std=None, library=None, **options):
+    dim, channels, patch_height, patch_width = weight.shape
+    grid = [(n - p) // s + 1 for n, p, s in zip(images.shape[2:], weight.shape[2:], stride)]
+    num_prefix = 0 if prefix is None else prefix.shape[1]
+    out = torch.empty(images.shape[0], num_prefix + grid[0] * grid[1], dim, dtype=weight.dtype)
+    inner = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
+    flat = (weight.permute(0, 2, 3, 1) if inner else weight).reshape(dim, -1).contiguous()
+    unit, pixels = 255.0 if images.dtype == torch.uint8 else 1.0, None
+    if mean or unit != 1.0:
+        shift, scale = mean or [0.0] * channels, std or [1.0] * channels
+        pixels = torch.tensor([[m * unit for m in shift], [1 / (s * unit) for s in scale]])
+    prefix = prefix if num_prefix else None
+    sizes = [images.shape[0], channels, patch_height, patch_width, *stride, grid[0] * grid[1], grid[1], num_prefix, dim]
+    strides = [*images.stride(), flat.stride(0), *(bias.stride() if bias is not None else (0,))]
+    strides += pos.stride()[1:] if pos is not None else (0, 0)
+    strides += (0, 0, 0) if prefix is None else [prefix.stride(0) * (prefix.shape[0] > 1), *prefix.stride()[1:]]
+    (library or build("patch_embed")).call(
+        "emulated_patch_embed", writes(out, "out"), reads(images, "images"), reads(flat, "weight"), reads(bias, "bias"),
+        reads(pos, "pos_embed"), reads(prefix, "prefix"), reads(pixels, "pixels"), sizes, strides, int(inner),
+        type_of(weight), type_of(images), type_of(pos) == 0, type_of(prefix) == 0, **options,
+    )  # fmt: skip
+    return out
+
+
+class EmulatedPatchEmbed(PatchEmbedCase):
+    def kernel(self, *inputs, schedule=0):
+        return [run_patch_embed(*inputs, *self.options(), schedule=schedule)]
+
+    def check(self):
+        inputs = self.inputs(self.seed)
+        results = self.kernel(*inputs)
+        self.within_budget(inputs, results)
+        self.same_bits(self.kernel(*inputs, schedule=self.seed), results)
+        images, weight, *rest = inputs
+        self.same_but_for_order(inputs, self.kernel(properties.laid_out(images, self.layout), weight, *rest), results)
+        self.same_bits(self.kernel(images, weight, *properties.all_laid_out(self.layout, *rest)), results)
+        self.relation_prefix_as_it_stands(inputs, results)
+        self.relation_integers(inputs, results)
+
+
+@st.composite
+def patch_embed_cases(draw):
+    dtype = draw(st.sampled_from(("bfloat16", "float16")))
+    patch = draw(st.tuples(st.integers(1, 16), st.integers(1, 16)))
+    grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 6)))
+    stride = draw(st.sampled_from((patch, tuple(max(1, p - 1) for p in patch), tuple(p + 2 for p in patch), (1, 3))))
+    extra = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    return EmulatedPatchEmbed(
+        dtype=dtype,
+        pixels=draw(st.sampled_from((dtype, dtype, "uint8", "float32"))),
+        side_dtype=draw(st.sampled_from((dtype, "float32"))),
+        batch=draw(st.integers(1, 4)),
+        channels=draw(st.integers(1, 4)),
+        size=tuple(p + (g - 1) * s + e for p, g, s, e in zip(patch, grid, stride, extra, strict=True)),
+        patch=patch,
+        stride=stride,
+        dim=draw(st.integers(1, 130)),
+        prefix=draw(st.integers(-1, 4)),
+        per_image=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        pos=draw(st.booleans()),
+        normalised=draw(st.booleans()),
+        channels_last=draw(st.booleans()),
+        block_m=0,
+        block_n=0,
+        block_k=0,
+        layout=draw(properties.layouts),
+        relation="",
+        seed=draw(properties.seeds),
+    )
+
+
+def test_patch_embed(count):
+    explore(patch_embed_cases(), count, EXAMPLES // 2)
+
+
+ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
+
+
+def run_activation(z, activation, in_place=False, **options):
+    out = z if in_place else torch.empty(*z.shape[:-1], z.shape[-1] // (2 if activation == "swiglu" else 1), dtype=z.dtype)
+    views = (View(z, "z", "inout"), z.data_ptr()) if in_place else (writes(out, "out"), reads(z, "z"))
+    build("epilogue").call(
+        "emulated_activation", *views, out.numel(), out.shape[-1], ACTIVATIONS[activation], type_of(z), **options
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation(activation, dtype):
+    for shape in ((3, 5, 64), (2, 37, 34), (700, 8)):
+        z = (torch.randn(shape) * 3).to(dtype)
+        out = run_activation(z, activation)
+        eager = reference.activate(z, activation)
+        order = 2.0**-22 * z.abs().max().item() ** (2 if activation == "swiglu" else 1)
+        zeros = 0.7 if activation == "relu" else 0.1
+        if activation == "relu":
+            assert torch.equal(out, eager)
+        else:
+            assert_within_budget(out, eager, exact_activation(wide(z), activation), expected_zeros=zeros, order=order)
+        if activation != "swiglu":
+            assert torch.equal(run_activation(z.clone(), activation, in_place=True), out)
+    assert run_activation(torch.full((1, 16), float("nan"), dtype=dtype), activation).isnan().all()
+
+
+def run_residual(x, residual, gamma, row_scale, library=None, **options):
+    out = torch.empty(residual.shape, dtype=residual.dtype)
+    images = 1 if row_scale is None else row_scale.numel()
+    (library or build("epilogue")).call(
+        "emulated_residual", writes(out, "out"), reads(x, "x"), reads(residual, "residual"), reads(gamma, "gamma"),
+        reads(row_scale, "row_scale"), residual.dim(), tuple(residual.shape), residual.stride(),
+        max(1, x.numel() // x.shape[-1] // images), type_of(x), type_of(residual), type_of(gamma) == 0,
+        type_of(row_scale) == 0, **options,
+    )  # fmt: skip
+    return out
+
+
+@st.composite
+def residual_cases(draw):
+    dtype = draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32)))
+    return ResidualCase(
+        dtype=dtype,
+        residual_dtype=draw(st.sampled_from((dtype, torch.float32))),
+        side_dtype=draw(st.sampled_from((dtype, torch.float32))),
+        shape=(draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.sampled_from((1, 7, 8, 24, 64, 100, 768)))),
+        gamma=draw(st.booleans()),
+        row_scale=draw(st.booleans()),
+        layout=draw(st.sampled_from(("contiguous", "padded rows", "tail of a longer axis", "axes swapped"))),
+        seed=draw(properties.seeds),
+    )
+
+
+@dataclass(frozen=True)
+class ResidualCase:
+    dtype: torch.dtype
+    residual_dtype: torch.dtype
+    side_dtype: torch.dtype
+    shape: tuple
+    gamma: bool
+    row_scale: bool
+    layout: str
+    seed: int
+
+    def check(self):
+        torch.manual_seed(self.seed)
+        x, residual = torch.randn(self.shape).to(self.dtype), torch.randn(self.shape).to(self.residual_dtype)
+        gamma = torch.randn(self.shape[-1]).to(self.side_dtype) if self.gamma else None
+        row_scale = (torch.rand(self.shape[0]) * 2).to(self.side_dtype) if self.row_scale else None
+        out = run_residual(x, residual, gamma, row_scale)
+        golden = wide(x) * (1 if gamma is None else wide(gamma))
+        golden = wide(residual) + golden * (1 if row_scale is None else wide(row_scale)[:, None, None])
+        error = torch.finfo(out.dtype).eps * golden.abs().max() + 2.0**-22 * 16
+        assert (out - golden).abs().max() <= error / (1 if out.dtype == torch.float32 else 2) + 2.0**-22 * 16
+        view = properties.laid_out(residual, self.layout)
+        assert torch.equal(run_residual(x, view, gamma, row_scale, schedule=self.seed), out)
+
+
+def test_residual(count):
+    explore(residual_cases(), count)
+
+
+# Mutants: stem, old text, new text, what runs it, the words that tell the fault.
 MUTANTS = {
     "no barrier before shared memory is read": (
-        "layer_norm", "    __syncthreads();\n    float sum", "    float sum", "wide", "data race|never written"
+        "layer_norm", "    __syncthreads();\n    float sum", "    float sum", "wide", "data race|never written",
     ),
-    "no barrier before shared memory is used again": (
-        "layer_norm", "    __syncthreads();\n    return sum", "    return sum", "wide", "data race"
+    "no second barrier": (
+        "layer_norm", "    __syncthreads();\n    return sum", "    return sum", "wide", "data race",
+    ),
+    "no barrier before a stage is filled again": (
+        "attention", "                __syncthreads();  // all", "                // all", "streaming", "data race|in flight|cp_async_wait",
+    ),
+    "no barrier between stages of the implicit GEMM": (
+        "patch_embed", "        __syncthreads();  // this stage", "        // this stage", "patches", "data race|never written",
     ),
     "a barrier that some threads do not reach": (
         "layer_norm", "    if (p.mean && threadIdx.x == 0)",
         "    if (threadIdx.x < 40) __syncthreads();\n    if (p.mean && threadIdx.x == 0)", "wide", "divergent barrier",
     ),
+    "a barrier that a warp without queries does not reach": (
+        "attention", "if (p.resident && first_query", "if (first_query", "streaming",
+        "divergent barrier|without cp_async_wait",
+    ),
+    "a shuffle in a part of a warp": (
+        "layer_norm", "const float mean = warp_sum(sum) / p.width",
+        "const float mean = (lane < 31 ? warp_sum(sum) : 0) / p.width", "rows", "divergent",
+    ),
+    "no wait for cp.async": (
+        "attention", "                cp_async_wait<0>();\n", "", "streaming", "before cp_async_wait",
+    ),
+    "a wait for too few groups of cp.async": (
+        "attention", "                cp_async_wait<0>();\n", "                cp_async_wait<1>();\n", "streaming",
+        "before cp_async_wait",
+    ),
     "shared memory beyond its end": (
         "layer_norm", "shared_store(shared + threadIdx.x / 32, x)", "shared_store(shared + threadIdx.x / 32 + 1, x)",
         "wide", "shared memory at byte 32, it has 32",
     ),
-    "a row too many": ("layer_norm", "if (row >= p.rows) return", "if (row > p.rows) return", "rows", "outside of all views|beyond"),
+    "too little shared memory": (
+        "attention", "whole = 2 * row * (", "whole = 2 * row * (-1 + ", "resident", "shared memory at byte",
+    ),
+    "zeros that are not written": (
+        "attention", "const int padded_keys = ceil_div(p.num_keys, 16) * 16", "const int padded_keys = p.num_keys",
+        "resident", "shared memory at byte|never written",
+    ),
+    "a row too many": (
+        "layer_norm", "if (row >= p.rows) return", "if (row > p.rows) return", "rows", "outside of all views|beyond",
+    ),
     "a column too many": (
-        "layer_norm", "column < p.width; column +=", "column <= p.width; column +=", "wide", "x outside|of x|beyond|outside of all views"
+        "layer_norm", "column < p.width; column +=", "column <= p.width; column +=", "wide", "outside of all views|beyond",
+    ),
+    "a key too many": (
+        "attention", "first + row < count &&", "first + row <= count &&", "resident", "outside of all views",
+    ),
+    "a query too many": (
+        "attention", "if (row >= p.num_queries) continue", "if (row > p.num_queries) continue", "resident",
+        "outside of all views|another thread wrote",
+    ),
+    "a pixel too many": ("patch_embed", "if (k < depth && first_row", "if (k <= depth && first_row", "patches", "images|outside"),
+    "a pixel of a patch too many": (
+        "patch_embed", "first_row + row < p.rows)", "first_row + row <= p.rows)", "patches", "images|outside",
     ),
     "an element that is not written": (
-        "layer_norm", "if (column < p.width) write_normal", "if (column + VEC < p.width) write_normal", "rows", "not written"
-    ),
-    "a shuffle in a part of a warp": (
-        "layer_norm", "const float mean = warp_sum(sum) / p.width", "const float mean = (lane < 31 ? warp_sum(sum) : 0) / p.width",
-        "rows", "divergent",
+        "layer_norm", "if (column < p.width) write_normal", "if (column + VEC < p.width) write_normal", "rows", "not written",
     ),
     "two threads that write one element": (
-        "layer_norm", "if (p.mean && lane == 0)", "if (p.mean && lane < 2)", "rows", "another thread wrote to mean"
+        "layer_norm", "if (p.mean && lane == 0)", "if (p.mean && lane < 2)", "rows", "another thread wrote to mean",
     ),
+    "a write to an input": (
+        "epilogue", "static_cast<R*>(p.out) + i, residual", "const_cast<R*>(static_cast<const R*>(p.residual)) + i, residual",
+        "residual", "writes to the input residual",
+    ),
+    "a load of 16 bytes that is not aligned": (
+        "epilogue", "rows_aligned(p.residual, p.residual_rows, sizeof(R))", "true", "residual", "misaligned|beyond",
+    ),
+    "a wrong fragment": ("attention", "mma<T>(s[j], query[d], b[0], b[1])", "mma<T>(s[j], query[d], b[1], b[0])", "resident", "budget|max|rms"),
+    "no rescaling": ("attention", "acc[c][i] *= alpha[i / 2]", "acc[c][i] *= 1.0f", "streaming", "max|rms"),
+    "no padding of rows": ("attention", "constexpr int PAD = 8", "constexpr int PAD = 0", "resident", "bank conflicts"),
 }  # fmt: skip
 
 
 def run_wide(library):
-    x = torch.randn(2, 3000)
-    run_layer_norm(x, torch.randn(3000), None, 1e-6, library=library)
+    run_layer_norm(torch.randn(2, 3000), torch.randn(3000), None, 1e-6, library=library)
 
 
 def run_rows(library):
-    x = torch.randn(3, 64)
-    run_layer_norm(x, torch.randn(64), None, 1e-6, library=library)
+    run_layer_norm(torch.randn(3, 64), torch.randn(64), None, 1e-6, library=library)
 
 
-RUNS = {"wide": run_wide, "rows": run_rows}
+def run_resident(library, limit=232448):
+    q, k, v = (torch.randn(1, n, 2 * 24).bfloat16() for n in (75, 150, 150))
+    out, lse = run_attention(q, 2, 0.3, k, v, library=library, shared_limit=limit)
+    eager, golden = reference.attention_fwd(q, 2, 0.3, k=k, v=v), formula(q, 2, 0.3, k, v)
+    assert_within_budget(out, eager[0], golden[0])
+    assert_within_budget(lse, eager[1], golden[1], order=1e-5)
+    if library.counts[5]:
+        raise EmulatorFault(f"{library.counts[5]} bank conflicts")
+
+
+def run_streaming(library):
+    run_resident(library, 4 * 64 * (32 + 8) * 2)
+
+
+def run_patches(library):
+    images, weight = torch.randn(3, 3, 20, 20).bfloat16(), torch.randn(70, 3, 5, 5).bfloat16()
+    run_patch_embed(images, weight, None, None, None, (5, 5), library=library)
+
+
+def run_residual_rows(library):
+    run_residual(torch.randn(3, 8), torch.randn(3, 9)[:, :8], None, None, library=library)
+
+
+RUNS = {
+    "wide": run_wide,
+    "rows": run_rows,
+    "resident": run_resident,
+    "streaming": run_streaming,
+    "patches": run_patches,
+    "residual": run_residual_rows,
+}
+SMALLER = {"attention": ("-DVF_HEAD_WIDTHS(f)=f(32)",)}  # what mutants and sanitizers compile
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(name):
     stem, old, new, run, words = MUTANTS[name]
-    with pytest.raises(EmulatorFault, match=words):
-        RUNS[run](build(stem, ((old, new),)))
+    with pytest.raises(AssertionError, match=words):
+        RUNS[run](build(stem, ((old, new),), SMALLER.get(stem, ())))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_fault_without_one(run):
+    stem = {"wide": "layer_norm", "rows": "layer_norm", "patches": "patch_embed", "residual": "epilogue"}.get(run, "attention")
     RUNS[run](build(stem))
 
 
-def test_sanitizers():
-    """The kernels under ASan and UBSan, which see what does not go through the emulator's words: arrays of a thread."""
-    run_rows(build("layer_norm", sanitized=True))
-    run_wide(build("layer_norm", sanitized=True))
+@pytest.mark.parametrize("stem", ("layer_norm", "attention", "patch_embed", "epilogue"))
+def test_sanitizers(stem):
+    """Under ASan and UBSan, which see what does not go through the emulator's words: arrays of a thread, arithmetic."""
+    runs = {"layer_norm": ("rows", "wide"), "attention": ("resident", "streaming"), "patch_embed": ("patches",)}
+    library = build(stem, (), SMALLER.get(stem, ()), sanitized=True)
+    for run in runs.get(stem, ("residual",)):
+        RUNS[run](library)
+
+
+def test_sanitizers_find_an_index():
     bad = (("values[j][i];\n        }", "values[j + PIECES][i];\n        }"),)
     with pytest.raises(EmulatorFault, match="index|overflow"):
         run_rows(build("layer_norm", bad, sanitized=True))
+
+
+def test_launch_beyond_the_limit_of_shared_memory():
+    with pytest.raises(EmulatorFault, match=r"asks for \d+ bytes of shared memory, limit 1000"):
+        run_attention(torch.randn(1, 40, 3 * 32).half(), 1, 1.0, shared_limit=1000)
