@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -93,6 +95,7 @@ struct Shared {
     std::vector<Cell> cells;
 };
 
+bool has_views = false;  // whether a test has begun a run
 std::vector<View> views;
 std::string error;
 uint64_t seed, random_state;
@@ -421,6 +424,10 @@ void block_barrier(int line) {
 
 void global_access(const void* address, int64_t bytes, bool write, int line) {
     const char* what = write ? "writes" : "reads";
+    if (!has_views) {
+        if (reinterpret_cast<uintptr_t>(address) % bytes) fail(line, "%s misaligned", what);
+        return;
+    }
     const View* nearest = nullptr;
     for (View& view : views) {
         const int64_t offset = static_cast<const char*>(address) - view.base;
@@ -554,6 +561,10 @@ void launch(int64_t grid, int threads, size_t shared_bytes, const std::function<
     free(shared.memory);
 }
 
+void raise_unless_called_by_a_test() {
+    if (!has_views && !error.empty()) throw std::runtime_error(std::exchange(error, ""));
+}
+
 float widen_half(uint16_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
     if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
@@ -580,6 +591,7 @@ vf::Limits vf::device_limits() { return {emulator::shared_limit, 8}; }
 extern "C" {
 
 void emulator_begin(int64_t schedule, int64_t shared_limit) {
+    emulator::has_views = true;
     emulator::views.clear();
     emulator::error.clear();
     emulator::seed = static_cast<uint64_t>(schedule);

@@ -172,3 +172,17 @@ def build(
     entry = ["-x", "c++", str(EMULATOR / f"{stem}.cpp"), "-x", "none", str(emulator)]
     path = _make(BUILD / f"{stem}-{name}.so", [command[0], f"-I{folder}", *command[1:], "-shared", *entry])
     return Library(path, sanitized, [])
+
+
+def build_operators() -> Path:
+    """The library of the torch operators, for ``torch.ops.load_library``: CPU tensors, run by the emulator."""
+    compiler, root = _compiler(), Path(torch.__file__).parent
+    command = [compiler, *_FLAGS, "-O1", f"-I{EMULATOR}", f"-I{SOURCES}", f"-isystem{root / 'include'}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared"]
+    digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
+    for path in sorted([*SOURCES.glob("*"), *EMULATOR.glob("*.h"), *EMULATOR.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    files = [str(EMULATOR / name) for name in ("operators.cpp", "emulator.cpp")]
+    link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    return _make(BUILD / f"operators-{digest.hexdigest()[:16]}.so", [*command, *files, *link])

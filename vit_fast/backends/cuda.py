@@ -71,14 +71,14 @@ def _normalise(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(LN(x) in a dtype, mean [rows], rstd [rows])."""
     own = dtype if x.dtype == torch.float32 else x.dtype  # the kernel narrows a float32 x alone
-    if x.dtype == torch.float32 and dtype != torch.float32:
-        sides = {t.dtype for t in (weight, bias) if t is not None}
-        own = dtype if sides <= {torch.float32} or sides == {dtype} else torch.float32
+    sides = [_vector(t) for t in (weight, bias)]
+    if {t.dtype for t in sides if t is not None} not in ({own}, {torch.float32}):
+        sides = [None if t is None else t.float() for t in sides]
     y = torch.empty(x.shape, dtype=own, device=x.device)
     rows = x.numel() // x.shape[-1]
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) if statistics else None for _ in range(2))
     if rows:
-        torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), _vector(weight), _vector(bias), eps)
+        torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), *sides, eps)
     return y.to(dtype), mean, rstd
 
 
@@ -311,11 +311,7 @@ def _product_reasons(x: Tensor) -> list[str]:
 
 def layer_norm_reasons(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
     """Of layer_norm."""
-    reasons = _dtype_reasons(_FLOAT, x=x)
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        reasons.append(f"weight has dtype {weight.dtype} and bias {bias.dtype}, the CUDA extension takes one dtype")
-    else:
-        reasons += _dtype_reasons((x.dtype, torch.float32), weight=weight, bias=bias)
+    reasons = _dtype_reasons(_FLOAT, x=x, weight=weight, bias=bias)
     if x.shape[-1] >= _MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is not below {_MAX_WIDTH}")
     return reasons
@@ -381,8 +377,9 @@ def attention_reasons(
     head_size = qkv.shape[2] // (num_heads * (3 if k is None else 1))
     if head_size % 8 or not 16 <= head_size <= 128:
         reasons.append(f"head size {head_size} is not a multiple of 8 from 16 to 128")
-    for name, t in {"qkv": qkv} | ({} if k is None else {"k": k, "v": v}).items():
-        assert t is not None
+    for name, t in {"qkv": qkv, "k": k, "v": v}.items():
+        if t is None:
+            continue
         steps = [stride for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True) if size != 1]
         if t.stride(2) != 1 or math.gcd(t.storage_offset(), *steps) % 8:
             reasons.append(
