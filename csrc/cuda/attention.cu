@@ -6,8 +6,8 @@
 // they meet v. The scale, times log2(e), is applied after the row's largest score is subtracted, as in kernels/attention.py.
 //
 // A block of four warps works on one head. K and V lie in shared memory: all of them where they fit (resident: one load and
-// one barrier, then each warp takes tiles of 16 queries by itself), else two stages of 64 keys, filled by cp.async while the
-// other is computed on (streaming: four tiles a block). In both a warp takes 64 keys a step with online softmax: running
+// one barrier, then each warp takes tiles of 16 queries by itself), else two stages of 64 keys (32 where that is too much),
+// one filled by cp.async while the other is computed on (streaming: four tiles a block). In both a warp takes 64 keys a step with online softmax: running
 // maximum m_i, denominator l_i, rescaling by alpha. Scores of a step stay in registers: the layout in which mma.sync leaves
 // them is the one in which it takes the weights.
 // Rows in shared memory are padded by 16 bytes, an odd number of pieces, so that ldmatrix meets no bank conflict. Heads are
@@ -26,11 +26,12 @@ struct AttentionParams {
     int64_t q_image, q_row, k_image, k_row, v_image, v_row;  // strides in elements
     int num_heads, num_queries, num_keys, head_size;
     int blocks_per_head, tiles_per_block;  // tiles of 16 queries
+    int step;                              // keys of a step: 64, or 32 where two stages of 64 do not fit
     bool resident, negative;               // negative: the scale is below zero
     float scale_log2;                      // |scale| · log2(e)
 };
 
-constexpr int ATTENTION_WARPS = 4, TILE = 16, STEP = 64;  // queries of a warp, keys of a step
+constexpr int ATTENTION_WARPS = 4, TILE = 16, STEP = 64;  // queries of a warp, keys of a step at most
 constexpr int PAD = 8;                                    // elements after each row of K and V
 
 // Starts copying `rows` rows of one head from row `first` on; zeros outside of [count, head_size].
@@ -44,8 +45,9 @@ __device__ __forceinline__ void copy_rows(T* shared, const T* x, int64_t stride,
     }
 }
 
+// The blocks of a multiprocessor are told, because ptxas would spill to reach more of them (four at WIDTH 64 on sm_89).
 template <class T, int WIDTH>
-__global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(32 * ATTENTION_WARPS, WIDTH <= 96 ? 3 : 2) attention_fwd_kernel(const AttentionParams p) {
     constexpr int ROW = WIDTH + PAD, DEPTH = WIDTH / 16, COLUMNS = WIDTH / 8, KEYS = STEP / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
     const int64_t head_of_image = blockIdx.x / p.blocks_per_head;
@@ -56,9 +58,9 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(con
     const T* v = static_cast<const T*>(p.v) + image * p.v_image + head * p.head_size;
     T* shared = reinterpret_cast<T*>(shared_memory());
     const int padded_keys = ceil_div(p.num_keys, 16) * 16;
-    const int stage = p.resident ? padded_keys * ROW : STEP * ROW;  // elements of K, and of V behind it
+    const int stage = (p.resident ? padded_keys : p.step) * ROW;  // elements of K, and of V behind it
 
-    const int loaded = p.resident ? padded_keys : min(STEP, padded_keys);
+    const int loaded = p.resident ? padded_keys : min(p.step, padded_keys);
     copy_rows<T, WIDTH>(shared, k, p.k_row, 0, loaded, p.num_keys, p.head_size);
     copy_rows<T, WIDTH>(shared + stage, v, p.v_row, 0, loaded, p.num_keys, p.head_size);
     cp_async_commit();
@@ -84,17 +86,18 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(con
         }
         float acc[COLUMNS][4] = {}, l_i[2] = {0.0f, 0.0f}, m_i[2] = {-INFINITY, -INFINITY};
 
-        for (int first = 0; first < p.num_keys; first += STEP) {
-            const T* keys = shared + (p.resident ? first * ROW : first / STEP % 2 * 2 * stage);
+        for (int first = 0; first < p.num_keys; first += p.step) {
+            const int end = min(first + p.step, p.num_keys);
+            const T* keys = shared + (p.resident ? first * ROW : first / p.step % 2 * 2 * stage);
             const T* values = keys + stage;
             if (!p.resident) {
                 cp_async_wait<0>();
                 __syncthreads();  // all have loaded this stage and are done with the other
-                if (first + STEP < p.num_keys) {
-                    T* next = shared + (first / STEP + 1) % 2 * 2 * stage;
-                    const int rows = min(STEP, padded_keys - first - STEP);
-                    copy_rows<T, WIDTH>(next, k, p.k_row, first + STEP, rows, p.num_keys, p.head_size);
-                    copy_rows<T, WIDTH>(next + stage, v, p.v_row, first + STEP, rows, p.num_keys, p.head_size);
+                if (end < p.num_keys) {
+                    T* next = shared + (first / p.step + 1) % 2 * 2 * stage;
+                    const int rows = min(p.step, padded_keys - end);
+                    copy_rows<T, WIDTH>(next, k, p.k_row, end, rows, p.num_keys, p.head_size);
+                    copy_rows<T, WIDTH>(next + stage, v, p.v_row, end, rows, p.num_keys, p.head_size);
                     cp_async_commit();
                 }
             }
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(con
             float s[KEYS][4] = {};
 #pragma unroll
             for (int j = 0; j < KEYS; j += 2) {
-                if (first + j * 8 >= p.num_keys) break;
+                if (first + j * 8 >= end) break;
 #pragma unroll
                 for (int d = 0; d < DEPTH; d++) {
                     uint32_t b[4];
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(con
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     if (p.negative) s[j][i] = -s[j][i];
-                    if (first + j * 8 + pair + i % 2 >= p.num_keys) s[j][i] = -INFINITY;
+                    if (first + j * 8 + pair + i % 2 >= end) s[j][i] = -INFINITY;
                     m_new[i / 2] = fmaxf(m_new[i / 2], s[j][i]);
                 }
             }
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS) attention_fwd_kernel(con
             }
 #pragma unroll
             for (int j = 0; j < KEYS; j += 2) {
-                if (first + j * 8 >= p.num_keys) break;
+                if (first + j * 8 >= end) break;
                 const uint32_t weights[4] = {pack<T>(s[j][0], s[j][1]), pack<T>(s[j][2], s[j][3]),
                                              pack<T>(s[j + 1][0], s[j + 1][1]), pack<T>(s[j + 1][2], s[j + 1][3])};
 #pragma unroll
@@ -189,8 +192,9 @@ template <class T> bool launch_attention(AttentionParams p, int64_t batch, Strea
     const int width = ceil_div(p.head_size, 16) * 16, tiles = ceil_div(p.num_queries, TILE);
     const Limits limits = device_limits();
     const size_t row = (width + PAD) * sizeof(T);
-    const size_t whole = 2 * row * (ceil_div(p.num_keys, 16) * 16), stages = 4 * row * STEP;
-    p.resident = whole <= static_cast<size_t>(limits.shared);
+    const size_t limit = limits.shared, whole = 2 * row * (ceil_div(p.num_keys, 16) * 16);
+    p.resident = whole <= limit;
+    p.step = p.resident || 4 * row * STEP <= limit ? STEP : STEP / 2;
     // Streaming: four tiles a block. Resident: enough blocks for two on every multiprocessor, as few as that takes.
     p.blocks_per_head = ceil_div(tiles, ATTENTION_WARPS);
     if (p.resident) {
@@ -202,7 +206,7 @@ template <class T> bool launch_attention(AttentionParams p, int64_t batch, Strea
     const int64_t grid = batch * p.num_heads * p.blocks_per_head;
 #define VF_LAUNCH(WIDTH)                                                                                    \
     if (width == WIDTH) {                                                                                   \
-        const size_t shared = p.resident ? whole : stages;                                                  \
+        const size_t shared = p.resident ? whole : 4 * row * p.step;                                                  \
         launch(attention_fwd_kernel<T, WIDTH>, grid, 32 * ATTENTION_WARPS, shared, stream, p);              \
         return true;                                                                                        \
     }
