@@ -61,7 +61,7 @@ STEP_SECONDS = {"cpu": 10, "cuda": 30}  # rough time of one compile, for the est
 INSTALL = {
     "compiler": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
     "ninja": "pip install ninja",
-    "nvcc": "pip install nvidia-cuda-nvcc, or put the CUDA toolkit's nvcc on PATH or its folder into CUDA_HOME",
+    "nvcc": "pip install 'vit-fast[cuda]', or put the CUDA toolkit's nvcc on PATH or its folder into CUDA_HOME",
 }
 
 
@@ -141,12 +141,11 @@ def ninja() -> Tool | None:
 
 
 def nvcc() -> Tool | None:
-    """nvcc: that of ``CUDA_HOME``, else of the wheel ``nvidia-cuda-nvcc``, else that on PATH; None without one."""
+    """nvcc: that of ``CUDA_HOME``, else of the wheels of CUDA 13 and later, else that on PATH; None without one."""
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
     spec = importlib.util.find_spec("nvidia")
     for site in (spec.submodule_search_locations or ()) if spec else ():
-        homes += sorted(Path(site).glob("cu[0-9]*"), reverse=True)  # CUDA 13 and later
-        homes.append(Path(site) / "cuda_nvcc")  # CUDA 12
+        homes += sorted(Path(site).glob("cu[0-9]*"), reverse=True)
     for path in [*(str(home / "bin" / "nvcc") for home in homes), shutil.which("nvcc")]:
         if path and (version := _version((path,), r"release .*$")):
             return Tool((path,), version.split()[-1].removeprefix("V"))

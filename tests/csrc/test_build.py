@@ -392,7 +392,7 @@ def test_waiting_ends(sources, cache_folder, monkeypatch):
 
 @pytest.mark.usefixtures("compiler")
 def test_a_compiler_that_hangs_is_ended(sources, cache_folder, monkeypatch, wrapper, tmp_path):
-    wrapper(f"echo $$ > {tmp_path / 'pid'}; exec sleep 600")
+    wrapper(f"echo $$ > {tmp_path / 'pid'}; exec sleep 20")
     monkeypatch.setattr(build, "BUILD_SECONDS", 1)
     with pytest.raises(build.BuildError, match="took more than 1 s"):
         build.build("cpu", sources=sources)
@@ -414,7 +414,7 @@ def test_four_at_once(sources, cache_folder, wrapper):
 
 @pytest.mark.usefixtures("compiler")
 def test_a_killed_builder_is_cleaned_up_after(sources, cache_folder, wrapper, monkeypatch, tmp_path):
-    wrapper(f"echo $$ > {tmp_path / 'pid'}; exec sleep 600")
+    wrapper(f"echo $$ > {tmp_path / 'pid'}; exec sleep 20")
     process = child(sources)
     wait_for((tmp_path / "pid").exists)
     process.send_signal(signal.SIGKILL)
