@@ -2,8 +2,8 @@
 
     python tests/csrc/cuda_ledger.py [--all] [--update] [--match TEXT] [--jobs N]
 
-A compile is one file of csrc/cuda for one architecture, with all its kernels: files that changed since the ledger, and a
-sample of the others; --all: everything. --update rewrites the ledger. An entry is a kernel: registers, spills, static
+A compile is one file of csrc/cuda for one architecture, with all its kernels: files that changed since the ledger, and
+a sample of the others; --all: everything. --update rewrites the ledger. An entry is a kernel: registers, spills, static
 shared memory, and how many mma.sync, ldmatrix and cp.async its PTX has. Under another version of CUDA than the ledger's
 the rules are checked and nothing is compared. Dynamic shared memory is chosen by the host code within the limit of the
 device, which test_cuda_emulated.py runs. Exit status 1: drift, or a broken rule.
@@ -80,19 +80,24 @@ def short(name):
 def entries_of(log, ptx):
     """(mangled name, figures) of each kernel, from what ptxas prints and from the PTX."""
     bodies = dict(re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", ptx, re.DOTALL))
-    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL):
+    for name, text in re.findall(
+        r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+    ):
         registers = re.search(r"Used (\d+) registers", text)
         if registers is None or name not in bodies:
             raise AssertionError(f"no registers or no PTX of {name}")
         shared, body = re.search(r"(\d+)(?:\+\d+)? bytes smem", text), bodies[name]
-        yield name, {
-            "regs": int(registers[1]),
-            "spill": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text))),
-            "shared": int(shared[1]) if shared else 0,
-            "mma": len(re.findall(r"\bmma\.sync", body)),
-            "ldmatrix": len(re.findall(r"\bldmatrix\.sync", body)),
-            "cp_async": len(re.findall(r"\bcp\.async\.c[ag]", body)),
-        }
+        yield (
+            name,
+            {
+                "regs": int(registers[1]),
+                "spill": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text))),
+                "shared": int(shared[1]) if shared else 0,
+                "mma": len(re.findall(r"\bmma\.sync", body)),
+                "ldmatrix": len(re.findall(r"\bldmatrix\.sync", body)),
+                "cp_async": len(re.findall(r"\bcp\.async\.c[ag]", body)),
+            },
+        )
 
 
 def compile_file(stem, arch, tools, source=None):

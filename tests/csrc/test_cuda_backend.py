@@ -1,5 +1,7 @@
-"""The backend ``cuda`` from ``vit_fast.ops`` down to the device code, on CPU tensors: the torch operators of ``csrc/cuda``
-are built for the CPU, and the emulator runs their kernels. What differs on a GPU: device guard, stream and launch.
+"""The backend ``cuda`` from ``vit_fast.ops`` down to the device code, on CPU tensors.
+
+The torch operators of ``csrc/cuda`` are built for the CPU, and the emulator runs their kernels. What differs on a GPU:
+device guard, stream and launch.
 """
 
 import copy
@@ -47,7 +49,9 @@ def test_every_operator_has_its_kernel(operators):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vit_fast_cuda::{name}", "CPU"), name
 
 
-@pytest.mark.parametrize("x_dtype,dtype", [(torch.float32,) * 2, *((d, d) for d in HALF), *((torch.float32, d) for d in HALF)])
+@pytest.mark.parametrize(
+    "x_dtype,dtype", [(torch.float32,) * 2, *((d, d) for d in HALF), *((torch.float32, d) for d in HALF)]
+)
 def test_layer_norm_and_linear(backend, x_dtype, dtype):
     x, weight, bias = torch.randn(2, 5, 64).to(x_dtype), torch.randn(64).to(x_dtype), torch.randn(64).to(x_dtype)
     for view in (x, x[:, 1:], x.transpose(0, 1), torch.randn(2, 5, 128).to(x_dtype)[..., ::2]):
@@ -145,11 +149,15 @@ def test_a_model_with_gradients(backend):
 
 
 NOT_SUPPORTED = {
-    "float32": (lambda: ops.attention(torch.randn(1, 4, 96), 2, 1.0), "qkv has dtype float32, .* takes float16 or bfloat16"),
+    "float32": (
+        lambda: ops.attention(torch.randn(1, 4, 96), 2, 1.0),
+        "qkv has dtype float32, .* takes float16 or bfloat16",
+    ),
     "head of 12": (lambda: ops.attention(torch.randn(1, 4, 72).half(), 2, 1.0), "head size 12 is not a multiple of 8"),
     "head of 136": (lambda: ops.attention(torch.randn(1, 4, 408).half(), 1, 1.0), "head size 136 is not"),
     "strides": (
-        lambda: ops.attention(torch.randn(1, 4, 49).half()[..., 1:], 1, 1.0), "qkv has strides .* and offset 1, the kernel",
+        lambda: ops.attention(torch.randn(1, 4, 49).half()[..., 1:], 1, 1.0),
+        "qkv has strides .* and offset 1, the kernel",
     ),
     "float64": (lambda: ops.layer_norm(torch.randn(2, 8).double(), None, None, 1e-6), "x has dtype float64"),
     "weight": (
@@ -157,16 +165,16 @@ NOT_SUPPORTED = {
         "weight has dtype float32",
     ),
     "pixels": (
-        lambda: ops.patch_embed(torch.randn(1, 3, 8, 8).half(), torch.randn(4, 3, 4, 4).bfloat16(), None, None, None, 4),
+        lambda: ops.patch_embed(
+            torch.randn(1, 3, 8, 8).half(), torch.randn(4, 3, 4, 4).bfloat16(), None, None, None, 4
+        ),
         "images has dtype float16, .* takes uint8 or float32 or bfloat16",
     ),
     "residual": (
-        lambda: ops.linear_residual(
-            torch.randn(2, 8), torch.randn(8, 8), None, None, torch.randn(2, 8).half()
-        ),
+        lambda: ops.linear_residual(torch.randn(2, 8), torch.randn(8, 8), None, None, torch.randn(2, 8).half()),
         "residual has dtype float16",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("call,words", NOT_SUPPORTED.values(), ids=NOT_SUPPORTED)

@@ -1,17 +1,18 @@
-"""The device code of ``csrc/cuda`` on a CPU: numbers within the error budget of float64, and no fault of memory or order.
+"""The device code of ``csrc/cuda`` on a CPU: numbers within the error budget of float64, no fault of memory or order.
 
-``tests/emulator`` runs each CUDA thread as a fibre; its head comment has what it finds and what it cannot show. The cases
-are the random ones of the Triton kernels, where the CUDA kernels take them, and shapes at the edges of tiles. Mutants of
-the sources, one for each kind of fault, show that the emulator sees it.
+``tests/emulator`` runs each CUDA thread as a fibre; its head comment has what it finds and what it cannot show. The
+cases are random ones like those of the Triton kernels, and shapes at the edges of tiles. Mutants of the sources, one or
+more for each kind of fault, show that the emulator sees it.
 """
 
 from dataclasses import dataclass
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import properties
+from support import large_tensors, properties
 from support.attention import AttentionCase, formula
 from support.budget import assert_within_budget
 from support.cuda_emulator import EmulatorFault, View, build, reads, type_of, writes
@@ -292,7 +293,11 @@ ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 
 
 
 def run_activation(z, activation, in_place=False, **options):
-    out = z if in_place else torch.empty(*z.shape[:-1], z.shape[-1] // (2 if activation == "swiglu" else 1), dtype=z.dtype)
+    out = (
+        z
+        if in_place
+        else torch.empty(*z.shape[:-1], z.shape[-1] // (2 if activation == "swiglu" else 1), dtype=z.dtype)
+    )
     views = (View(z, "z", "inout"), z.data_ptr()) if in_place else (writes(out, "out"), reads(z, "z"))
     build("epilogue").call(
         "emulated_activation", *views, out.numel(), out.shape[-1], ACTIVATIONS[activation], type_of(z), **options
@@ -374,84 +379,265 @@ def test_residual(count):
     explore(residual_cases(), count)
 
 
+def far_apart(*shape, step, dtype=torch.bfloat16):
+    """Random values whose first axis has a stride beyond 2^31 elements."""
+    count = step * (shape[0] - 1) + torch.Size(shape[1:]).numel()
+    view = large_tensors.reserved(count, dtype=dtype).as_strided(shape, (step, *torch.empty(shape[1:]).stride()))
+    return view.copy_(torch.randn(shape))
+
+
+def reserved_empty(*shape, dtype=torch.float32):
+    """``torch.empty`` that takes memory only for the pages that are touched."""
+    return large_tensors.reserved(*(shape if isinstance(shape[0], int) else shape[0]), dtype=dtype)
+
+
+FAR = 2**31 + 2**20
+
+
+def test_inputs_beyond_32_bits():
+    x = far_apart(2, 3, 64, step=FAR)
+    assert torch.equal(run_layer_norm(x, None, None, 1e-6)[0], run_layer_norm(x.clone(), None, None, 1e-6)[0])
+    qkv = far_apart(2, 20, 3 * 32, step=FAR)
+    for one, other in zip(run_attention(qkv, 2, 0.25), run_attention(qkv.clone(), 2, 0.25), strict=True):
+        assert torch.equal(one, other)
+    rows = far_apart(20, 32, step=2**28)[None]
+    near = rows.clone()
+    assert torch.equal(run_attention(rows, 1, 0.25, rows, rows)[0], run_attention(near, 1, 0.25, near, near)[0])
+    images, weight = far_apart(2, 3, 8, 8, step=FAR), torch.randn(8, 3, 4, 4).bfloat16()
+    outs = (run_patch_embed(pixels, weight, None, None, None, (4, 4)) for pixels in (images, images.clone()))
+    assert torch.equal(*outs)
+    planes = far_apart(3, 8, 8, step=FAR)[None]
+    outs = (run_patch_embed(pixels, weight, None, None, None, (4, 4)) for pixels in (planes, planes.clone()))
+    assert torch.equal(*outs)
+    x = torch.randn(2, 3, 64).bfloat16()
+    residual = far_apart(2, 3, 64, step=FAR)
+    assert torch.equal(run_residual(x, residual, None, None), run_residual(x, residual.clone(), None, None))
+
+
+def test_outputs_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(torch, "empty", reserved_empty)
+    width, rows = 1024, 2**21 + 8
+    x = large_tensors.reserved(rows, width, dtype=torch.float16)
+    x[-4:] = torch.randn(4, width)
+    y, mean, rstd = run_layer_norm(x, None, None, 1e-6, last_blocks=1)
+    for one, other in zip(
+        (y[-4:], mean[-4:], rstd[-4:]), run_layer_norm(x[-4:].clone(), None, None, 1e-6), strict=True
+    ):
+        assert torch.equal(one, other) and other.any()
+    out = run_residual(x, x, None, None, last_blocks=2)
+    assert torch.equal(out[-2:], x[-2:] + x[-2:])
+    out = run_activation(x, "relu", last_blocks=2)
+    assert torch.equal(out[-2:], x[-2:].relu())
+    out = run_activation(x, "swiglu", last_blocks=2)
+    assert torch.equal(out[-2:], run_activation(x[-2:].clone(), "swiglu"))
+    qkv = large_tensors.reserved(2**21 // 16 + 2, 16, 3 * 1024, dtype=torch.bfloat16)
+    qkv[-1] = torch.randn(16, 3 * 1024)
+    out, lse = run_attention(qkv, 16, 0.1, last_blocks=16)
+    alone = run_attention(qkv[-1:].clone(), 16, 0.1)
+    assert torch.equal(out[-1:], alone[0]) and torch.equal(lse[-1:], alone[1]) and out[-1].any()
+    images = large_tensors.reserved(2**15 + 1, 1, 16, 64, dtype=torch.bfloat16)
+    images[-1] = torch.randn(1, 16, 64)
+    weight = torch.randn(1024, 1, 2, 8).bfloat16()
+    out = run_patch_embed(images, weight, None, None, None, (2, 8), last_blocks=16)
+    assert (
+        torch.equal(out[-1:], run_patch_embed(images[-1:].clone(), weight, None, None, None, (2, 8))) and out[-1].any()
+    )
+
+
 # Mutants: stem, old text, new text, what runs it, the words that tell the fault.
 MUTANTS = {
     "no barrier before shared memory is read": (
-        "layer_norm", "    __syncthreads();\n    float sum", "    float sum", "wide", "data race|never written",
+        "layer_norm",
+        "    __syncthreads();\n    float sum",
+        "    float sum",
+        "wide",
+        "data race|never written",
     ),
     "no second barrier": (
-        "layer_norm", "    __syncthreads();\n    return sum", "    return sum", "wide", "data race",
+        "layer_norm",
+        "    __syncthreads();\n    return sum",
+        "    return sum",
+        "wide",
+        "data race",
     ),
     "no barrier before a stage is filled again": (
-        "attention", "                __syncthreads();  // all", "                // all", "streaming", "data race|in flight|cp_async_wait",
+        "attention",
+        "                __syncthreads();  // all",
+        "                // all",
+        "streaming",
+        "data race|in flight|cp_async_wait",
     ),
     "no barrier between stages of the implicit GEMM": (
-        "patch_embed", "        __syncthreads();  // this stage", "        // this stage", "patches", "data race|never written",
+        "patch_embed",
+        "        __syncthreads();  // this stage",
+        "        // this stage",
+        "patches",
+        "data race|never written",
     ),
     "a barrier that some threads do not reach": (
-        "layer_norm", "    if (p.mean && threadIdx.x == 0)",
-        "    if (threadIdx.x < 40) __syncthreads();\n    if (p.mean && threadIdx.x == 0)", "wide", "divergent barrier",
+        "layer_norm",
+        "    if (p.mean && threadIdx.x == 0)",
+        "    if (threadIdx.x < 40) __syncthreads();\n    if (p.mean && threadIdx.x == 0)",
+        "wide",
+        "divergent barrier",
     ),
     "a barrier that a warp without queries does not reach": (
-        "attention", "if (p.resident && first_query", "if (first_query", "streaming",
+        "attention",
+        "if (p.resident && first_query",
+        "if (first_query",
+        "streaming",
         "divergent barrier|without cp_async_wait",
     ),
     "a shuffle in a part of a warp": (
-        "layer_norm", "const float mean = warp_sum(sum) / p.width",
-        "const float mean = (lane < 31 ? warp_sum(sum) : 0) / p.width", "rows", "divergent",
+        "layer_norm",
+        "const float mean = warp_sum(sum) / p.width",
+        "const float mean = (lane < 31 ? warp_sum(sum) : 0) / p.width",
+        "rows",
+        "divergent",
     ),
     "no wait for cp.async": (
-        "attention", "                cp_async_wait<0>();\n", "", "streaming", "before cp_async_wait",
+        "attention",
+        "                cp_async_wait<0>();\n",
+        "",
+        "streaming",
+        "before cp_async_wait",
     ),
     "a wait for too few groups of cp.async": (
-        "attention", "                cp_async_wait<0>();\n", "                cp_async_wait<1>();\n", "streaming",
+        "attention",
+        "                cp_async_wait<0>();\n",
+        "                cp_async_wait<1>();\n",
+        "streaming",
         "before cp_async_wait",
     ),
     "shared memory beyond its end": (
-        "layer_norm", "shared_store(shared + threadIdx.x / 32, x)", "shared_store(shared + threadIdx.x / 32 + 1, x)",
-        "wide", "shared memory at byte 32, it has 32",
+        "layer_norm",
+        "shared_store(shared + threadIdx.x / 32, x)",
+        "shared_store(shared + threadIdx.x / 32 + 1, x)",
+        "wide",
+        "shared memory at byte 32, it has 32",
     ),
     "too little shared memory": (
-        "attention", "whole = 2 * row * (", "whole = 2 * row * (-1 + ", "resident", "shared memory at byte",
+        "attention",
+        "whole = 2 * row * (",
+        "whole = 2 * row * (-1 + ",
+        "resident",
+        "shared memory at byte",
     ),
     "zeros that are not written": (
-        "attention", "const int padded_keys = ceil_div(p.num_keys, 16) * 16", "const int padded_keys = p.num_keys",
-        "resident", "shared memory at byte|never written",
+        "attention",
+        "const int padded_keys = ceil_div(p.num_keys, 16) * 16",
+        "const int padded_keys = p.num_keys",
+        "resident",
+        "shared memory at byte|never written",
     ),
     "a row too many": (
-        "layer_norm", "if (row >= p.rows) return", "if (row > p.rows) return", "rows", "outside of all views|beyond",
+        "layer_norm",
+        "if (row >= p.rows) return",
+        "if (row > p.rows) return",
+        "rows",
+        "outside of all views|beyond",
     ),
     "a column too many": (
-        "layer_norm", "column < p.width; column +=", "column <= p.width; column +=", "wide", "outside of all views|beyond",
+        "layer_norm",
+        "column < p.width; column +=",
+        "column <= p.width; column +=",
+        "wide",
+        "outside of all views|beyond",
     ),
     "a key too many": (
-        "attention", "first + row < count &&", "first + row <= count &&", "resident", "outside of all views",
+        "attention",
+        "first + row < count &&",
+        "first + row <= count &&",
+        "resident",
+        "outside of all views",
     ),
     "a query too many": (
-        "attention", "if (row >= p.num_queries) continue", "if (row > p.num_queries) continue", "resident",
+        "attention",
+        "if (row >= p.num_queries) continue",
+        "if (row > p.num_queries) continue",
+        "resident",
         "outside of all views|another thread wrote",
     ),
-    "a pixel too many": ("patch_embed", "if (k < depth && first_row", "if (k <= depth && first_row", "patches", "images|outside"),
+    "a pixel too many": (
+        "patch_embed",
+        "if (k < depth && first_row",
+        "if (k <= depth && first_row",
+        "patches",
+        "images|outside",
+    ),
     "a pixel of a patch too many": (
-        "patch_embed", "first_row + row < p.rows)", "first_row + row <= p.rows)", "patches", "images|outside",
+        "patch_embed",
+        "first_row + row < p.rows)",
+        "first_row + row <= p.rows)",
+        "patches",
+        "images|outside",
     ),
     "an element that is not written": (
-        "layer_norm", "if (column < p.width) write_normal", "if (column + VEC < p.width) write_normal", "rows", "not written",
+        "layer_norm",
+        "if (column < p.width) write_normal",
+        "if (column + VEC < p.width) write_normal",
+        "rows",
+        "not written",
     ),
     "two threads that write one element": (
-        "layer_norm", "if (p.mean && lane == 0)", "if (p.mean && lane < 2)", "rows", "another thread wrote to mean",
+        "layer_norm",
+        "if (p.mean && lane == 0)",
+        "if (p.mean && lane < 2)",
+        "rows",
+        "another thread wrote to mean",
     ),
     "a write to an input": (
-        "epilogue", "static_cast<R*>(p.out) + i, residual", "const_cast<R*>(static_cast<const R*>(p.residual)) + i, residual",
-        "residual", "writes to the input residual",
+        "epilogue",
+        "static_cast<R*>(p.out) + i, residual",
+        "(R*)p.residual + i, residual",
+        "residual",
+        "writes to the input residual",
     ),
     "a load of 16 bytes that is not aligned": (
-        "epilogue", "rows_aligned(p.residual, p.residual_rows, sizeof(R))", "true", "residual", "misaligned|beyond",
+        "epilogue",
+        "rows_aligned(p.residual, p.residual_rows, sizeof(R))",
+        "true",
+        "residual",
+        "misaligned|beyond",
     ),
-    "a wrong fragment": ("attention", "mma<T>(s[j], query[d], b[0], b[1])", "mma<T>(s[j], query[d], b[1], b[0])", "resident", "budget|max|rms"),
+    "32 bits for the row of an input": (
+        "layer_norm",
+        "static_cast<const X*>(p.x) + p.x_rows.offset(row)",
+        "static_cast<const X*>(p.x) + static_cast<int>(p.x_rows.offset(row))",
+        "far rows",
+        "outside of all views",
+    ),
+    "32 bits for the row of an output": (
+        "layer_norm",
+        "static_cast<Y*>(p.y) + row * p.width",
+        "static_cast<Y*>(p.y) + static_cast<int>(row * p.width)",
+        "far output",
+        "outside of all views",
+    ),
+    "32 bits for a key": (
+        "attention",
+        "x + (first + row) * stride + column",
+        "x + static_cast<int>((first + row) * stride) + column",
+        "far keys",
+        "outside of all views",
+    ),
+    "32 bits for a patch": (
+        "patch_embed",
+        "corners + threadIdx.x, image *",
+        "corners + threadIdx.x, static_cast<int>(image) * static_cast<int>",
+        "far images",
+        "outside of all views",
+    ),
+    "a wrong fragment": (
+        "attention",
+        "mma<T>(s[j], query[d], b[0], b[1])",
+        "mma<T>(s[j], query[d], b[1], b[0])",
+        "resident",
+        "max|rms",
+    ),
     "no rescaling": ("attention", "acc[c][i] *= alpha[i / 2]", "acc[c][i] *= 1.0f", "streaming", "max|rms"),
     "no padding of rows": ("attention", "constexpr int PAD = 8", "constexpr int PAD = 0", "resident", "bank conflicts"),
-}  # fmt: skip
+}
 
 
 def run_wide(library):
@@ -486,7 +672,31 @@ def run_residual_rows(library):
     run_residual(torch.randn(3, 8), torch.randn(3, 9)[:, :8], None, None, library=library)
 
 
+def run_far_rows(library):
+    run_layer_norm(far_apart(2, 3, 64, step=FAR), None, None, 1e-6, library=library)
+
+
+def run_far_output(library):
+    x = large_tensors.reserved(2**25 + 8, 64, dtype=torch.float16)
+    with mock.patch.object(torch, "empty", reserved_empty):
+        run_layer_norm(x, None, None, 1e-6, library=library, last_blocks=1)
+
+
+def run_far_keys(library):
+    rows = far_apart(20, 32, step=2**28)[None]
+    run_attention(rows, 1, 0.25, rows, rows, library=library)
+
+
+def run_far_images(library):
+    images = far_apart(2, 3, 8, 8, step=FAR)
+    run_patch_embed(images, torch.randn(8, 3, 4, 4).bfloat16(), None, None, None, (4, 4), library=library)
+
+
 RUNS = {
+    "far rows": run_far_rows,
+    "far output": run_far_output,
+    "far keys": run_far_keys,
+    "far images": run_far_images,
     "wide": run_wide,
     "rows": run_rows,
     "resident": run_resident,
@@ -506,22 +716,21 @@ def test_fault_is_found(name):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_no_fault_without_one(run):
-    stem = {"wide": "layer_norm", "rows": "layer_norm", "patches": "patch_embed", "residual": "epilogue"}.get(run, "attention")
+    (stem,) = {stem for stem, _, _, name, _ in MUTANTS.values() if name == run}
     RUNS[run](build(stem))
 
 
 @pytest.mark.parametrize("stem", ("layer_norm", "attention", "patch_embed", "epilogue"))
 def test_sanitizers(stem):
     """Under ASan and UBSan, which see what does not go through the emulator's words: arrays of a thread, arithmetic."""
-    runs = {"layer_norm": ("rows", "wide"), "attention": ("resident", "streaming"), "patch_embed": ("patches",)}
     library = build(stem, (), SMALLER.get(stem, ()), sanitized=True)
-    for run in runs.get(stem, ("residual",)):
+    for run in {run for name, _, _, run, _ in MUTANTS.values() if name == stem and not run.startswith("far")}:
         RUNS[run](library)
 
 
 def test_sanitizers_find_an_index():
     bad = (("values[j][i];\n        }", "values[j + PIECES][i];\n        }"),)
-    with pytest.raises(EmulatorFault, match="index|overflow"):
+    with pytest.raises(EmulatorFault, match=r"index|overflow"):
         run_rows(build("layer_norm", bad, sanitized=True))
 
 

@@ -1,7 +1,7 @@
 """nvcc compiles every CUDA kernel for every architecture within the resources that the committed ledger records.
 
-The head comment of ``cuda_ledger.py`` has the method: files that changed since the ledger, and a sample of the others, are
-compiled; ``make aot`` compiles all. The other tests show that the rules and the comparison can fail.
+The head comment of ``cuda_ledger.py`` has the method: files that changed since the ledger, and a sample of the others,
+are compiled; ``make aot`` compiles all. The other tests show that the rules and the comparison can fail.
 """
 
 import sys
@@ -15,9 +15,19 @@ import cuda_ledger as ledger
 from vit_fast.csrc import build
 
 ENTRY = {
-    "cuda": "0", "file": "attention", "arch": "90a", "kernel": "attention_fwd_kernel<bf16, 64>", "source": "s", "regs": 100,
-    "spill": 0, "shared": 0, "mma": 8, "ldmatrix": 4, "cp_async": 2, "ptxas": "",
-}  # fmt: skip
+    "cuda": "0",
+    "file": "attention",
+    "arch": "90a",
+    "kernel": "attention_fwd_kernel<bf16, 64>",
+    "source": "s",
+    "regs": 100,
+    "spill": 0,
+    "shared": 0,
+    "mma": 8,
+    "ldmatrix": 4,
+    "cp_async": 2,
+    "ptxas": "",
+}
 
 
 @pytest.mark.aot
@@ -45,7 +55,7 @@ def test_spills_and_errors_are_seen(nvcc):
 
 
 def test_ledger_keeps_the_rules():
-    """The rules hold for every entry, also for those that no run here compiles, and every file has every architecture."""
+    """The rules hold for every entry, compiled here or not, and every file has every architecture."""
     entries = ledger.load()
     for entry in entries:
         assert not ledger.violations(entry), ledger.label(entry)
@@ -97,7 +107,10 @@ def test_drift_shows():
 
 def test_changed_source_is_compiled_again():
     wanted = {("a", "80"): "1", ("b", "80"): "2", ("c", "80"): "3"}
-    entries = [{**ENTRY, "file": "a", "arch": "80", "source": "1"}, {**ENTRY, "file": "b", "arch": "80", "source": "old"}]
+    entries = [
+        {**ENTRY, "file": "a", "arch": "80", "source": "1"},
+        {**ENTRY, "file": "b", "arch": "80", "source": "old"},
+    ]
     assert ledger.select(wanted, entries, "0", False, ()) == [("b", "80"), ("c", "80")]
     assert ledger.select(wanted, entries, "0", False, (("a", "80"),)) == list(wanted)
     assert ledger.select(wanted, entries, "1", False, (("a", "80"),)) == [("a", "80")]
@@ -122,7 +135,8 @@ def test_what_ptxas_prints_is_read():
         "    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
         "ptxas info    : Used 30 registers, used 1 barriers, 32 bytes smem, 380 bytes cmem[0]\n"
     )
-    ptx = ".visible .entry f(\n\t.param .u64 a\n)\n.maxntid 128\n{\n\tmma.sync.x;\n\tldmatrix.sync.y;\n\tcp.async.cg.z;\n\n}\n"
+    ptx = ".visible .entry f(\n\t.param .u64 a\n)\n.maxntid 128\n{\n"
+    ptx += "\tmma.sync.x;\n\tldmatrix.sync.y;\n\tcp.async.cg.z;\n\n}\n"
     figures = {"regs": 30, "spill": 16, "shared": 32, "mma": 1, "ldmatrix": 1, "cp_async": 1}
     assert list(ledger.entries_of(log, ptx)) == [("f", figures)]
     with pytest.raises(AssertionError, match="no registers"):

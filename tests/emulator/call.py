@@ -21,11 +21,13 @@ def call(library: str, request: dict[str, Any], buffers: list[int]) -> dict[str,
 
     request: "function"; "arguments", each an int, a float, None (a null pointer), a list of ints (an array of int64) or
     {"buffer", "offset" in bytes, "name", "element" in bytes, "sizes", "strides", "mode": "in", "out" or "inout"}, a
-    tensor; "schedule", 0 or the seed of a random one; "shared_limit", bytes of shared memory a block.
+    tensor; "schedule", 0 or the seed of a random one; "shared_limit", bytes of shared memory a block;
+    "last_blocks", how many blocks run, from the end of the grid, 0 for all.
     """
     lib = ctypes.CDLL(library)
     lib.emulator_error.restype = ctypes.c_char_p
-    lib.emulator_begin(ctypes.c_int64(request["schedule"]), ctypes.c_int64(request["shared_limit"]))
+    begin = (ctypes.c_int64(request[name]) for name in ("schedule", "shared_limit", "last_blocks"))
+    lib.emulator_begin(*begin)
     arguments: list[Any] = []
     for value in request["arguments"]:
         if isinstance(value, dict):

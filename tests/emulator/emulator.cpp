@@ -86,7 +86,7 @@ struct View {
     int64_t element, count;
     std::vector<int64_t> sizes, strides;  // in elements, by falling stride
     bool writable, updated, dense;  // updated: an input that is overwritten in place
-    std::vector<int32_t> writers;   // by linear index; −1: none
+    std::vector<int32_t> writers;   // by linear index; −1: none; empty where not all blocks run
 };
 
 struct Shared {
@@ -96,6 +96,7 @@ struct Shared {
 };
 
 bool has_views = false;  // whether a test has begun a run
+int64_t last_blocks;     // how many blocks of a launch run, from its end; 0: all
 std::vector<View> views;
 std::string error;
 uint64_t seed, random_state;
@@ -439,7 +440,7 @@ void global_access(const void* address, int64_t bytes, bool write, int line) {
         for (int64_t at = 0; at < bytes; at += view.element) {
             index = element_at(view, offset + at);
             if (index < 0) fail(line, "%s beyond the view of %s", what, view.name.c_str());
-            if (!view.writable) continue;
+            if (view.writers.empty()) continue;
             int32_t& writer = view.writers[index];
             const auto me = static_cast<int32_t>(blockIdx.x * MAX_THREADS + threadIdx.x);
             if (!write && writer < 0 && !view.updated) fail(line, "reads %s where it was not written", view.name.c_str());
@@ -548,8 +549,9 @@ void launch(int64_t grid, int threads, size_t shared_bytes, const std::function<
     shared.size = static_cast<int>(shared_bytes);
     shared.memory = static_cast<unsigned char*>(aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
     shared.cells.resize(shared_bytes / 2);
-    std::vector<unsigned> order(grid);
-    std::iota(order.begin(), order.end(), 0u);
+    const int64_t first = last_blocks ? std::max<int64_t>(0, grid - last_blocks) : 0;
+    std::vector<unsigned> order(grid - first);
+    std::iota(order.begin(), order.end(), static_cast<unsigned>(first));
     random_state = seed * 0x9e3779b97f4a7c15u + 1;
     for (size_t i = order.size(); seed && i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
     for (unsigned block : order) {
@@ -590,7 +592,8 @@ vf::Limits vf::device_limits() { return {emulator::shared_limit, 8}; }
 // What tests call. A run: begin, a view for each tensor, a launch of entry.cpp, error.
 extern "C" {
 
-void emulator_begin(int64_t schedule, int64_t shared_limit) {
+void emulator_begin(int64_t schedule, int64_t shared_limit, int64_t last_blocks) {
+    emulator::last_blocks = last_blocks;
     emulator::has_views = true;
     emulator::views.clear();
     emulator::error.clear();
@@ -617,7 +620,7 @@ void emulator_view(void* base, const char* name, int64_t element, int64_t dim, c
         view.dense &= view.strides[i] == below;
         below *= view.sizes[i];
     }
-    if (mode) view.writers.assign(view.count, -1);
+    if (mode && !emulator::last_blocks) view.writers.assign(view.count, -1);
     if (view.count) emulator::views.push_back(std::move(view));
 }
 

@@ -1,7 +1,7 @@
-"""Builds the kernels of ``csrc/cuda`` with g++ against the emulator (``tests/emulator``), and calls them on CPU tensors.
+"""Builds the kernels of ``csrc/cuda`` with g++ and the emulator (``tests/emulator``), and calls them on CPU tensors.
 
-A build is kept in ``build/emulator`` under the hash of its sources and flags. ``replaced`` builds a mutant: the source of
-the kernels with one text in the place of another.
+A build is kept in ``build/emulator`` under the hash of its sources and flags. ``replaced`` builds a mutant: the source
+of the kernels with one text in the place of another.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
-NO_COMPILER = "g++ with C++20 on x86-64 is not here"
+NO_EMULATOR = "no g++ 11 or newer on x86-64"
 _FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DVF_EMULATED")
 _SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
@@ -41,9 +41,9 @@ class EmulatorFault(AssertionError):
 def _compiler() -> str:
     program = shutil.which("g++")
     if program is None or platform.machine() != "x86_64":
-        pytest.skip(NO_COMPILER)
+        pytest.skip(NO_EMULATOR)
     if int(subprocess.run([program, "-dumpversion"], capture_output=True, text=True).stdout.split(".")[0]) < 11:
-        pytest.skip(NO_COMPILER)
+        pytest.skip(NO_EMULATOR)
     return program
 
 
@@ -75,7 +75,9 @@ class Library:
     sanitized: bool
     counts: list[int]  # launches, blocks, meetings of warps, block barriers, ldmatrix phases, bank conflicts in them
 
-    def call(self, function: str, *arguments: Any, schedule: int = 0, shared_limit: int = 232448) -> None:
+    def call(
+        self, function: str, *arguments: Any, schedule: int = 0, shared_limit: int = 232448, last_blocks: int = 0
+    ) -> None:
         """Runs a function. Raises EmulatorFault for what the emulator or a sanitizer finds."""
         storages: dict[int, Tensor] = {}
         words = []
@@ -90,7 +92,10 @@ class Library:
                     "sizes": list(t.shape), "strides": list(t.stride()), "mode": value.mode,
                 }  # fmt: skip
             words.append(list(value) if isinstance(value, (tuple, torch.Size)) else value)
-        request = {"function": function, "arguments": words, "schedule": schedule, "shared_limit": shared_limit}
+        request = {
+            "function": function, "arguments": words, "schedule": schedule, "shared_limit": shared_limit,
+            "last_blocks": last_blocks,
+        }  # fmt: skip
         run = self._in_a_child if self.sanitized else self._here
         answer = run(request, storages)
         self.counts = answer["counts"]
@@ -105,7 +110,9 @@ class Library:
         folder = self.path.with_suffix(f".{os.getpid()}")
         folder.mkdir()
         try:
-            flat = [t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in storages.values()]
+            flat = [
+                t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in storages.values()
+            ]
             files = [folder / str(i) for i in range(len(flat))]
             for name, t in zip(files, flat):
                 name.write_bytes(bytes(t.untyped_storage()))

@@ -22,7 +22,8 @@ from .base import Backend
 
 # The implementations are in csrc/cuda/<name>.cu, epilogue.cu for the last two.
 _SCHEMAS = (
-    "layer_norm(Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, float eps) -> ()",
+    "layer_norm(Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, "
+    "float eps) -> ()",
     "attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, int num_heads, float scale) -> ()",
     "patch_embed(Tensor(a!) out, Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
     "Tensor? pixels, int patch_height, int patch_width, int step_height, int step_width, int grid_width, "
@@ -212,9 +213,7 @@ def _attention(
     return out, lse
 
 
-def attention(
-    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None
-) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
     """As ``kernels.reference.attention``, without bias, mask and dropout."""
     return _attention(qkv, num_heads, scale, k, v, False)[0]
 
@@ -369,9 +368,7 @@ def layernorm_mlp_reasons(
     ]
 
 
-def attention_reasons(
-    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None
-) -> list[str]:
+def attention_reasons(qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None) -> list[str]:
     """Of attention."""
     reasons = _dtype_reasons(_HALF, qkv=qkv) + _product_reasons(qkv)
     head_size = qkv.shape[2] // (num_heads * (3 if k is None else 1))
