@@ -163,7 +163,8 @@ def pytest_terminal_summary(terminalreporter):
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
     if COUNTS["extension_skipped"]:
-        line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({NO_COMPILER}, {NO_EMULATOR}, {NO_NVCC}, or {NOT_BUILT})")
+        reasons = f"{NO_COMPILER}, {NO_EMULATOR}, {NO_NVCC}, or {NOT_BUILT}"
+        line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({reasons})")
     if INTERPRETED:
         line(f"  interp tests: {PASSED['interp']} passed, {COUNTS['cases']} random cases in them")
         line(f"  memory sanitizer: {sanitizer.COUNTS['launches']} launches, {sanitizer.COUNTS['accesses']} accesses")

@@ -623,8 +623,8 @@ MUTANTS = {
     ),
     "32 bits for a patch": (
         "patch_embed",
-        "corners + threadIdx.x, image *",
-        "corners + threadIdx.x, static_cast<int>(image) * static_cast<int>",
+        "image * p.image_stride + y",
+        "static_cast<int>(image * p.image_stride) + y",
         "far images",
         "outside of all views",
     ),
