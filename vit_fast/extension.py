@@ -73,6 +73,8 @@ def _attempt(name: str) -> _State:
     if version < cache.ABI_TARGET:
         wanted = ".".join(map(str, cache.ABI_TARGET))
         return _State(None, (f"the {name} extension needs torch {wanted} or newer, this is {torch.__version__}",))
+    if name == "cuda" and torch.version.cuda is None:
+        return _State(None, (f"torch {torch.__version__} is built without CUDA",))
     failures = []
     try:
         key = cache.key(name)

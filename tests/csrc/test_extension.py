@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -92,8 +93,13 @@ def assert_one_warning(reasons, told, cause):
     assert extension.library("cpu") is None
 
 
-def test_an_absent_library_is_no_warning(capsys):
+def test_an_absent_library_is_no_warning(monkeypatch):
     assert load() == (NOT_BUILT, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", None)
+        assert extension.load("cuda") == (f"torch {torch.__version__} is built without CUDA",)
+    extension._states.clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert extension.load("cuda") == ("the cuda extension is not built: run `vit-fast build --cuda`",)
     assert extension.library("cpu") is None
     with pytest.raises(ValueError, match="name is 'tpu', expected one of cpu, cuda"):
@@ -202,16 +208,24 @@ def test_old_torch_and_other_systems(monkeypatch):
     assert load() == (("the cpu extension exists for Linux alone, this is win32",), [])
 
 
-def test_threads_load_once(places, tiny, monkeypatch):
-    place(tiny.read_bytes(), places / "_lib")
-    calls = []
-    monkeypatch.setattr(torch.ops, "load_library", calls.append)
+def test_threads_load_and_warn_once(places, tiny, monkeypatch):
+    place(tiny.read_bytes(), places / "_lib").write_bytes(b"")
+    attempts, attempt = [], extension._attempt
+
+    def slow(name):
+        attempts.append(name)
+        time.sleep(0.2)  # meanwhile the others are waiting
+        return attempt(name)
+
+    monkeypatch.setattr(extension, "_attempt", slow)
     threads = [threading.Thread(target=extension.load, args=("cpu",)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(calls) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert len(attempts) == len(caught) == 1
 
 
 def test_a_warning_that_is_an_error_comes_once(places, tiny):
@@ -245,7 +259,7 @@ def test_info_tells_of_the_extension(places, tiny, capsys):
     told = capsys.readouterr()
     assert not end.value.code and told.err == ""
     assert "cpu extension    the cpu extension is there and cannot be loaded: " in told.out
-    assert "run `vit-fast build --cuda`" in told.out and "instruction sets generic" in told.out
+    assert "cuda extension " in told.out and "instruction sets generic" in told.out
     assert str(build.compiler()) in told.out and str(build.ninja()) in told.out
 
 

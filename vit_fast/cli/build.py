@@ -33,7 +33,7 @@ def _build(name, force):
     size = f"{library.stat().st_size / 1024:.0f} KiB"
     say(f"  {'already there' if found else 'built'}: {library.name}, {size}, {seconds:.1f} s")
     if name == "cuda" and not _has_cuda():
-        say("  this torch is built without CUDA, so it cannot load the library")
+        say("  this torch is built without CUDA and cannot load it")
     elif reasons := extension.load(name):
         raise CommandError("; ".join(reasons))
     elif extension.library(name) == library:
