@@ -451,10 +451,10 @@ class Cuda(Backend):
         }
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
-        if reasons := self.load():
-            return reasons
         if device.type != "cuda":
             return (f"the cuda extension does not run on device type {device.type}",)
+        if reasons := self.load():
+            return reasons
         major, minor = torch.cuda.get_device_capability(device.index)
         if (major, minor) < (7, 5):
             return (f"the cuda extension needs compute capability 7.5, the device has {major}.{minor}",)
