@@ -144,6 +144,7 @@ inline Limits device_limits() {
 template <class Params>
 void launch(void (*kernel)(Params), int64_t grid, int threads, size_t shared, Stream stream, const Params& params) {
     if (grid == 0) return;
+    if (grid > 0x7fffffff) throw std::runtime_error("launch: more than 2^31 - 1 blocks");
     if (shared > 48 * 1024) {
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
               "cudaFuncSetAttribute");

@@ -5,6 +5,7 @@ device guard, stream and launch.
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vit_fast.kernels.folding import FoldedBlock
 import vit_fast
 from vit_fast import ops
 from vit_fast.backends import cuda, select
+from vit_fast.backends.torch import TORCH
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -148,6 +150,27 @@ def test_a_model_with_gradients(backend):
     assert len(actual) > 20 and sum(errors) <= 1.25 * sum(allowed), (sum(errors), sum(allowed))
 
 
+def test_compiled_in_one_graph(backend):
+    model = vit_fast.VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=5)
+    model = model.bfloat16().eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        images = torch.randn(batch, 3, 16, 16).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(compiled(images), model(images))
+
+
+def test_tables_hold_operations_with_the_references_arguments(backend):
+    for table in ("forward", "inference"):
+        ours, wanted = getattr(backend, table), getattr(TORCH, table)
+        assert ours and set(ours) <= set(wanted)
+        for name, function in ours.items():
+            own, other = (inspect.signature(f).parameters for f in (function, wanted[name]))
+            assert set(own) <= set(other) or name == "prepared_blocks", name
+            assert [n for n in other if n in own] == list(own), name
+    assert set(backend.not_supported) == set(backend.forward)
+
+
 NOT_SUPPORTED = {
     "float32": (
         lambda: ops.attention(torch.randn(1, 4, 96), 2, 1.0),
@@ -157,7 +180,7 @@ NOT_SUPPORTED = {
     "head of 136": (lambda: ops.attention(torch.randn(1, 4, 408).half(), 1, 1.0), "head size 136 is not"),
     "strides": (
         lambda: ops.attention(torch.randn(1, 4, 49).half()[..., 1:], 1, 1.0),
-        "qkv has strides .* and offset 1, the kernel",
+        "qkv has strides .*, the kernel takes contiguous heads",
     ),
     "float64": (lambda: ops.layer_norm(torch.randn(2, 8).double(), None, None, 1e-6), "x has dtype float64"),
     "weight": (

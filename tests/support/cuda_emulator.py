@@ -26,7 +26,7 @@ SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"
 _FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DVF_EMULATED")
-_SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
+_SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 _spec = importlib.util.spec_from_file_location("emulator_call", EMULATOR / "call.py")

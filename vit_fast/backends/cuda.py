@@ -7,7 +7,6 @@ made here, have no fake and no gradient, and are called inside the operators of 
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +33,7 @@ _SCHEMAS = (
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
 _HALF = (torch.float16, torch.bfloat16)
 _FLOAT = (torch.float32, *_HALF)
-_MAX_WIDTH = 2**24  # of a row; columns are int32 in the kernels
+_MAX_WIDTH = 2**24  # of a row, and tokens of an image: int32 in the kernels
 
 
 @functools.cache
@@ -77,6 +76,7 @@ def _normalise(
         sides = [None if t is None else t.float() for t in sides]
     y = torch.empty(x.shape, dtype=own, device=x.device)
     rows = x.numel() // x.shape[-1]
+    check_rows("layer_norm", rows)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) if statistics else None for _ in range(2))
     if rows:
         torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), *sides, eps)
@@ -204,7 +204,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     if k is None or v is None:
         qkv, k, v = qkv.chunk(3, dim=2)
-    # A view that torch cannot know to be unaligned: memory of another library.
+    # A begin between pieces of 16 bytes, which is seen here alone: a traced tensor has no address and no offset.
     q, k, v = (t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t for t in (qkv, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32) if with_lse else None
@@ -299,10 +299,17 @@ def _dtype_reasons(allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> 
     ]
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as select.unavailable
+
+
 def _product_reasons(x: Tensor) -> list[str]:
     """Of a kernel with tensor-core products."""
     if x.dtype == torch.bfloat16 and x.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(x.device)
+        major, minor = _capability(x.device)
         if major < 8:
             return [f"bfloat16 products need compute capability 8.0, the device has {major}.{minor}"]
     return []
@@ -377,11 +384,13 @@ def attention_reasons(qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v
     for name, t in {"qkv": qkv, "k": k, "v": v}.items():
         if t is None:
             continue
+        if t.shape[1] >= _MAX_WIDTH:
+            reasons.append(f"{name} has {t.shape[1]} tokens, not below {_MAX_WIDTH}")
         steps = [stride for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True) if size != 1]
-        if t.stride(2) != 1 or math.gcd(t.storage_offset(), *steps) % 8:
+        if t.stride(2) != 1 or any(step % 8 for step in steps):
             reasons.append(
-                f"{name} has strides {tuple(t.stride())} and offset {t.storage_offset()}, the kernel takes contiguous "
-                "heads at multiples of 8 elements"
+                f"{name} has strides {tuple(t.stride())}, the kernel takes contiguous heads, and rows and images at "
+                "multiples of 8 elements"
             )
     return reasons
 
@@ -455,7 +464,7 @@ class Cuda(Backend):
             return (f"the cuda extension does not run on device type {device.type}",)
         if reasons := self.load():
             return reasons
-        major, minor = torch.cuda.get_device_capability(device.index)
+        major, minor = _capability(device)
         if (major, minor) < (7, 5):
             return (f"the cuda extension needs compute capability 7.5, the device has {major}.{minor}",)
         return ()
