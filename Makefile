@@ -73,5 +73,5 @@ lint: $(READY)
 	$(RUN) mypy
 
 clean:
-	rm -rf $(VENV) out build/emulator build dist vit_fast/_lib .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) out build dist vit_fast/_lib .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
