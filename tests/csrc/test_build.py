@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,8 @@ def wrapper(tmp_path, monkeypatch):
 
     def make(words):
         script, log = tmp_path / "cxx", tmp_path / "log"
-        compile_ = f'case "$*" in *--version) ;; *) echo x >> {log}; {words} ;; esac; exec g++ "$@"\n'
+        compiler = shlex.join(build.compiler().command)
+        compile_ = f'case "$*" in *--version) ;; *) echo x >> {log}; {words} ;; esac; exec {compiler} "$@"\n'
         script.write_text("#!/bin/sh\n" + compile_)
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
@@ -317,7 +319,7 @@ def test_compile_error(sources, cache_folder):
         build.build("cpu", sources=sources)
     first, *rest = str(error.value).splitlines()
     assert first.startswith("the compiler failed (") and len(rest) == 15
-    assert "'no_such_name' was not declared" in str(error.value) and "-ffile-prefix-map" not in str(error.value)
+    assert "no_such_name" in str(error.value) and "-ffile-prefix-map" not in str(error.value)
     assert not leftovers(cache_folder) and not cache.entries("cpu", cache.key("cpu", sources))
     (sources / "cpu" / "answer.cpp").write_text("int nowhere(); int f() { return nowhere(); }\n")
     with pytest.raises(build.BuildError, match="undefined reference"):
