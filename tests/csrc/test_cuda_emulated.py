@@ -145,7 +145,7 @@ def run_attention(q, num_heads, scale, k=None, v=None, library=None, with_lse=Tr
 def in_pieces(t):
     """t where the kernel takes it: heads contiguous, images and rows in pieces of 16 bytes; else a copy."""
     aligned = t is None or (t.stride(2) == 1 and not any(n % 8 for n in t.stride()[:2]) and t.data_ptr() % 16 == 0)
-    return t if aligned else t.contiguous()
+    return t if aligned else t.clone(memory_format=torch.contiguous_format)  # contiguous() may return t itself
 
 
 @dataclass(frozen=True)
