@@ -34,11 +34,13 @@ NO_GPU = "no CUDA device of capability 8.0 or more"
 PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxscript")  # a GPU machine may lack them
 NO_COMPILER = "no C++ compiler and ninja"
 NO_NVCC = "no nvcc"
+NO_EMULATOR = "no g++ 11 or newer on x86-64"
 NOT_BUILT = "the cpu extension is not built"
 ALLOWED_SKIPS = (
     NO_GPU,
     NO_COMPILER,
     NO_NVCC,
+    NO_EMULATOR,
     NOT_BUILT,
     "Triton is not installed",
     "VIT_FAST_TRITON36 is not set",
@@ -129,7 +131,7 @@ def _note_skip(report):
     reason = _skip_reason(report)
     if reason == NO_GPU:
         COUNTS["gpu_skipped"] += 1
-    elif reason in (NO_COMPILER, NO_NVCC, NOT_BUILT):
+    elif reason in (NO_COMPILER, NO_NVCC, NO_EMULATOR, NOT_BUILT):
         COUNTS["extension_skipped"] += 1
     elif reason not in ALLOWED_SKIPS:
         UNLISTED_SKIPS.append(f"{report.nodeid}: {reason}")
@@ -170,7 +172,8 @@ def pytest_terminal_summary(terminalreporter):
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
     if COUNTS["extension_skipped"]:
-        line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({NO_COMPILER}, {NO_NVCC}, or {NOT_BUILT})")
+        reasons = f"{NO_COMPILER}, {NO_EMULATOR}, {NO_NVCC}, or {NOT_BUILT}"
+        line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({reasons})")
     if EXTENSION:
         line(f"  extension tests: {PASSED['extension']} passed, {COUNTS['cases']} random cases in them")
     if INTERPRETED:

@@ -740,7 +740,7 @@ def test_profile_on_a_gpu(provider, tmp_path):
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),
         (["--device", "tpu"], "--device", "cpu, cuda or cuda:N"),
         (["--model-kwargs", "depth"], "--model-kwargs", "key=value"),
-        (["--device", "cpu", "--backend", "cuda"], "--backend", "the cuda extension is not built"),
+        (["--device", "cpu", "--backend", "cuda"], "--backend", "the cuda extension does not run on device type"),
         (["--device", "cpu", "--trace", "/proc/x.json"], "--trace", "a file that can be written"),
     ),
 )

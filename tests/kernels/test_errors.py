@@ -388,8 +388,8 @@ def test_operation_compiled_as_one_graph(op, changes, error, message):
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 @pytest.mark.parametrize("op", GOOD)
 def test_forced_extension(op, name):
-    message = f"vit_fast.{op}: backend {name!r} was forced and cannot run: the {name} extension is not built"
-    message += ": run `vit-fast build`" if name == "cpu" else ""
+    why = {"cuda": "does not run on device type cpu", "cpu": "is not built: run `vit-fast build`"}[name]
+    message = f"vit_fast.{op}: backend {name!r} was forced and cannot run: the {name} extension {why}"
     with vit_fast.backend(name), raises_first(UnsupportedError, message):
         getattr(ops, op)(**GOOD[op])
 

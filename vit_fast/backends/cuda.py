@@ -1,13 +1,473 @@
-"""The backend ``cuda``: the compiled extension for CUDA tensors. It does not exist yet, so its tables are empty."""
+"""The backend ``cuda``: the kernels of ``csrc/cuda`` for CUDA tensors, from compute capability 7.5 on.
+
+Attention, LayerNorm and patch embedding are kernels of their own. Linear layers are LayerNorm, a matrix product by
+PyTorch, and a pass for the activation or for LayerScale, drop-path and residual. No backward: the reference's runs.
+The library is loaded on the first use. Its operators ``torch.ops.vit_fast_cuda.<name>`` write into tensors that are
+made here, have no fake and no gradient, and are called inside the operators of ``vit_fast.ops`` alone.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vit_fast import extension
+from vit_fast.kernels.arguments import check_rows
+from vit_fast.kernels.folding import FoldedBlock, unflatten
 
 from .base import Backend
+
+# The implementations are in csrc/cuda/<name>.cu, epilogue.cu for the last two.
+_SCHEMAS = (
+    "layer_norm(Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, "
+    "float eps) -> ()",
+    "attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, int num_heads, float scale) -> ()",
+    "patch_embed(Tensor(a!) out, Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
+    "Tensor? pixels, int patch_height, int patch_width, int step_height, int step_width, int grid_width, "
+    "bool channels_inner) -> ()",
+    "activation(Tensor(a!) out, Tensor z, int activation) -> ()",
+    "residual(Tensor(a!) out, Tensor x, Tensor residual, Tensor? gamma, Tensor? row_scale) -> ()",
+)
+_ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
+_HALF = (torch.float16, torch.bfloat16)
+_FLOAT = (torch.float32, *_HALF)
+_MAX_WIDTH = 2**24  # of a row, and tokens of an image: int32 in the kernels
+
+
+@functools.cache
+def define_operators() -> torch.library.Library:
+    """The schemas of ``torch.ops.vit_fast_cuda``. They are defined in Python, as a library that defines them twice, or
+    is loaded from two places, would end the process."""
+    library = torch.library.Library("vit_fast_cuda", "DEF")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    return library
+
+
+def _no_copy(x: Tensor) -> bool:
+    """Whether the kernels read the rows of x [..., C] in place: C contiguous, rows at two strides at most."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return False
+    axes, continued = 0, None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size != 1:
+            axes += stride != continued
+            continued = size * stride
+    return axes <= 2
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if _no_copy(x) else x.contiguous()
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return v if v is None or v.is_contiguous() else v.contiguous()
+
+
+def _normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(LN(x) in a dtype, mean [rows], rstd [rows])."""
+    own = dtype if x.dtype == torch.float32 else x.dtype  # the kernel narrows a float32 x alone
+    sides = [_vector(t) for t in (weight, bias)]
+    if {t.dtype for t in sides if t is not None} not in ({own}, {torch.float32}):
+        sides = [None if t is None else t.float() for t in sides]
+    y = torch.empty(x.shape, dtype=own, device=x.device)
+    rows = x.numel() // x.shape[-1]
+    check_rows("layer_norm", rows)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) if statistics else None for _ in range(2))
+    if rows:
+        torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), *sides, eps)
+    return y.to(dtype), mean, rstd
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As ``kernels.reference.layer_norm``."""
+    return _normalise(x, weight, bias, eps, x.dtype, False)[0]
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``kernels.reference.layer_norm_fwd``."""
+    return _normalise(x, weight, bias, eps, x.dtype, True)
+
+
+def _activate(z: Tensor, activation: str | None) -> Tensor:
+    """The activation of z, which nobody else has: in place but for "swiglu"."""
+    if activation is None or not z.numel():
+        return z if activation != "swiglu" else z.new_empty((*z.shape[:-1], z.shape[-1] // 2))
+    out = z.new_empty((*z.shape[:-1], z.shape[-1] // 2)) if activation == "swiglu" else z
+    torch.ops.vit_fast_cuda.activation(out, z, _ACTIVATIONS[activation])
+    return out
+
+
+def _layer_norm_linear(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    y, mean, rstd = _normalise(x, ln_weight, ln_bias, eps, weight.dtype, statistics)
+    return _activate(F.linear(y, weight, bias).contiguous(), activation), mean, rstd
+
+
+def layer_norm_linear(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
+    """As ``kernels.reference.layer_norm_linear``."""
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
+
+
+def layer_norm_linear_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``kernels.reference.layer_norm_linear_fwd``."""
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """As ``kernels.reference.linear_residual``, without dropout."""
+    branch = F.linear(x.to(weight.dtype), weight, bias).contiguous()
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    if out.numel():
+        torch.ops.vit_fast_cuda.residual(out, branch, _rows(residual), _vector(gamma), _vector(row_scale))
+    return out
+
+
+def layernorm_mlp(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """As ``kernels.reference.layernorm_mlp``, without dropout."""
+    hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale)
+
+
+def layernorm_mlp_fwd(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``kernels.reference.layernorm_mlp_fwd``, without dropout."""
+    hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), mean, rstd
+
+
+def _attention(
+    qkv: Tensor, num_heads: int, scale: float, k: Tensor | None, v: Tensor | None, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if k is None or v is None:
+        qkv, k, v = qkv.chunk(3, dim=2)
+    # A begin between pieces of 16 bytes, which is seen here alone: a traced tensor has no address and no offset.
+    q, k, v = (t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t for t in (qkv, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32) if with_lse else None
+    if out.numel():
+        torch.ops.vit_fast_cuda.attention(out, lse, q, k, v, num_heads, scale)
+    return out, lse
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    """As ``kernels.reference.attention``, without bias, mask and dropout."""
+    return _attention(qkv, num_heads, scale, k, v, False)[0]
+
+
+def attention_fwd(
+    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As ``kernels.reference.attention_fwd``."""
+    return _attention(qkv, num_heads, scale, k, v, True)
+
+
+@functools.lru_cache(maxsize=64)
+def _pixel_table(
+    channels: int,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    unit: float,
+    device: torch.device,
+) -> Tensor | None:
+    """[2, in]: shift and scale with (x/unit − mean)/std = (x − shift)·scale; None for the identity. Cached, because a
+    copy from the host cannot be captured in a CUDA graph."""
+    shift = [value * unit for value in mean or [0.0] * channels]
+    scale = [1.0 / (value * unit) for value in std or [1.0] * channels]
+    if set(shift) == {0.0} and set(scale) == {1.0}:
+        return None
+    return torch.tensor([shift, scale], dtype=torch.float32, device=device)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: Sequence[int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """As ``kernels.reference.patch_embed``."""
+    batch, channels, height, width = images.shape
+    dim, _, patch_height, patch_width = weight.shape
+    grid_width = (width - patch_width) // stride[1] + 1
+    tokens = ((height - patch_height) // stride[0] + 1) * grid_width
+    num_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    check_rows("patch_embed", batch * tokens)
+    out = torch.empty(batch, num_prefix + tokens, dim, dtype=weight.dtype, device=images.device)
+    if not out.numel():
+        return out
+    unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    mean, std = (None if values is None else tuple(map(float, values)) for values in (mean, std))
+    channels_inner = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
+    flat = (weight.permute(0, 2, 3, 1) if channels_inner else weight).reshape(dim, -1)
+    torch.ops.vit_fast_cuda.patch_embed(
+        out, images, flat if flat.stride(1) == 1 else flat.contiguous(), bias, pos_embed,
+        prefix_tokens if num_prefix else None, _pixel_table(channels, mean, std, unit, images.device),
+        patch_height, patch_width, *stride, grid_width, channels_inner,
+    )  # fmt: skip
+    return out
+
+
+def prepared_blocks(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+) -> Tensor:
+    """As ``kernels.reference.prepared_blocks``."""
+    for block in unflatten(FoldedBlock, weights):
+        packed = layer_norm_linear(x, None, None, eps1, block.qkv_weight, block.qkv_bias.to(x.dtype))
+        out = attention(packed, num_heads, scale)
+        x = linear_residual(out, block.proj_weight, block.proj_bias.to(x.dtype), None, x)
+        hidden = layer_norm_linear(x, None, None, eps2, block.fc1_weight, block.fc1_bias.to(x.dtype), activation)
+        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias.to(x.dtype), None, x)
+    return x
+
+
+# Why the kernels cannot take a call; empty where they can. The batch size plays no part.
+
+
+def _dtype_reasons(allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> list[str]:
+    words = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
+    return [
+        f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, the CUDA extension takes {words} here"
+        for name, t in tensors.items()
+        if t is not None and t.dtype not in allowed
+    ]
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as select.unavailable
+
+
+def _product_reasons(x: Tensor) -> list[str]:
+    """Of a kernel with tensor-core products."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cuda":
+        major, minor = _capability(x.device)
+        if major < 8:
+            return [f"bfloat16 products need compute capability 8.0, the device has {major}.{minor}"]
+    return []
+
+
+def layer_norm_reasons(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    """Of layer_norm."""
+    reasons = _dtype_reasons(_FLOAT, x=x, weight=weight, bias=bias)
+    if x.shape[-1] >= _MAX_WIDTH:
+        reasons.append(f"width {x.shape[-1]} is not below {_MAX_WIDTH}")
+    return reasons
+
+
+def layer_norm_linear_reasons(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> list[str]:
+    """Of layer_norm_linear."""
+    return layer_norm_reasons(x, ln_weight, ln_bias, eps) + _dtype_reasons(_FLOAT, weight=weight)
+
+
+def linear_residual_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+) -> list[str]:
+    """Of linear_residual."""
+    sides = (weight.dtype, torch.float32)
+    reasons = _dtype_reasons(_FLOAT, weight=weight) + _dtype_reasons(sides, residual=residual)
+    return reasons + _dtype_reasons(sides, gamma=gamma, row_scale=row_scale)
+
+
+def layernorm_mlp_reasons(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+) -> list[str]:
+    """Of layernorm_mlp."""
+    first = layer_norm_linear_reasons(x, ln_weight, ln_bias, eps, w1, b1, activation)
+    sides = (w2.dtype, torch.float32)
+    return first + [
+        reason
+        for reason in _dtype_reasons(_FLOAT, w2=w2) + _dtype_reasons(sides, x=x, gamma=gamma, row_scale=row_scale)
+        if reason not in first
+    ]
+
+
+def attention_reasons(qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+    """Of attention."""
+    reasons = _dtype_reasons(_HALF, qkv=qkv) + _product_reasons(qkv)
+    head_size = qkv.shape[2] // (num_heads * (3 if k is None else 1))
+    if head_size % 8 or not 16 <= head_size <= 128:
+        reasons.append(f"head size {head_size} is not a multiple of 8 from 16 to 128")
+    for name, t in {"qkv": qkv, "k": k, "v": v}.items():
+        if t is None:
+            continue
+        if t.shape[1] >= _MAX_WIDTH:
+            reasons.append(f"{name} has {t.shape[1]} tokens, not below {_MAX_WIDTH}")
+        steps = [stride for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True) if size != 1]
+        if t.stride(2) != 1 or any(step % 8 for step in steps):
+            reasons.append(
+                f"{name} has strides {tuple(t.stride())}, the kernel takes contiguous heads, and rows and images at "
+                "multiples of 8 elements"
+            )
+    return reasons
+
+
+def patch_embed_reasons(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    stride: Sequence[int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> list[str]:
+    """Of patch_embed."""
+    reasons = _dtype_reasons(_HALF, weight=weight) + _product_reasons(weight)
+    if not reasons:
+        reasons = _dtype_reasons((torch.uint8, torch.float32, weight.dtype), images=images)
+        reasons += _dtype_reasons((weight.dtype,), bias=bias)
+        reasons += _dtype_reasons((weight.dtype, torch.float32), pos_embed=pos_embed, prefix_tokens=prefix_tokens)
+    return reasons
+
+
+def prepared_blocks_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
+    """Of prepared_blocks."""
+    packed = x.new_empty((1, 1, 3 * x.shape[-1]), device="meta")
+    return layer_norm_reasons(x, None, None, 0.0) + attention_reasons(packed, num_heads) + _product_reasons(x)
 
 
 class Cuda(Backend):
     name = "cuda"
 
     def load(self) -> tuple[str, ...]:
-        return ("the cuda extension is not built",)
+        if self.forward:
+            return ()
+        define_operators()
+        reasons = extension.load("cuda")
+        if not reasons:
+            self.fill_tables()
+        return reasons
+
+    def fill_tables(self) -> None:
+        """The functions by operation; the library has been loaded."""
+        self.not_supported = {
+            "patch_embed": patch_embed_reasons,
+            "attention": attention_reasons,
+            "layer_norm": layer_norm_reasons,
+            "layer_norm_linear": layer_norm_linear_reasons,
+            "linear_residual": linear_residual_reasons,
+            "layernorm_mlp": layernorm_mlp_reasons,
+            "prepared_blocks": prepared_blocks_reasons,
+        }
+        self.inference = {
+            "attention": attention,
+            "layer_norm": layer_norm,
+            "layer_norm_linear": layer_norm_linear,
+            "layernorm_mlp": layernorm_mlp,
+        }
+        self.forward = {
+            "patch_embed": patch_embed,
+            "attention": attention_fwd,
+            "layer_norm": layer_norm_fwd,
+            "layer_norm_linear": layer_norm_linear_fwd,
+            "linear_residual": linear_residual,
+            "layernorm_mlp": layernorm_mlp_fwd,
+            "prepared_blocks": prepared_blocks,
+        }
+
+    def unavailable(self, device: torch.device) -> tuple[str, ...]:
+        if device.type != "cuda":
+            return (f"the cuda extension does not run on device type {device.type}",)
+        if reasons := self.load():
+            return reasons
+        major, minor = _capability(device)
+        if (major, minor) < (7, 5):
+            return (f"the cuda extension needs compute capability 7.5, the device has {major}.{minor}",)
+        return ()
 
 
 CUDA = Cuda()
