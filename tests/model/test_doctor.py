@@ -13,7 +13,7 @@ from vit_fast import cli
 from vit_fast.backends import select
 from vit_fast.backends.base import Backend
 from vit_fast.backends.torch import TORCH
-from vit_fast.doctor import _public
+from vit_fast.diagnosis import _public
 
 OPERATIONS = ("layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp", "attention", "patch_embed")
 

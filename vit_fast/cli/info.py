@@ -38,7 +38,7 @@ def info() -> None:
 
     import vit_fast
     from vit_fast.bench import machine
-    from vit_fast.doctor import extension_facts
+    from vit_fast.diagnosis import extension_facts
 
     from .output import say
 

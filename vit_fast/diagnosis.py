@@ -8,6 +8,7 @@ Errors are held to the rule of whole models, ``parity``: 1.25 times eager's and 
 float32 2 times and 4 units. The tests of this repository are stricter, on thousands of cases.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -171,23 +172,24 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str,
         yield "patch_embed", named, _patch_embed, [images, kernel, bias, normal(1, 6, width), normal(1, 1, width)]
 
 
-def _layer_norm_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *linear: torch.Tensor
-) -> torch.Tensor:
-    return ops.layer_norm_linear(x, weight, bias, 1e-6, *linear, "gelu")
+def _layer_norm_linear(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    ln_weight, ln_bias, weight, bias = others
+    return ops.layer_norm_linear(x, ln_weight, ln_bias, 1e-6, weight, bias, "gelu")
 
 
 def _linear_residual(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    return ops.linear_residual(x, *others)
+    weight, bias, gamma, residual = others
+    return ops.linear_residual(x, weight, bias, gamma, residual)
 
 
-def _layernorm_mlp(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    *linears, gamma = others
-    return ops.layernorm_mlp(x, weight, bias, 1e-6, *linears, "gelu", gamma)
+def _layernorm_mlp(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    ln_weight, ln_bias, w1, b1, w2, b2, gamma = others
+    return ops.layernorm_mlp(x, ln_weight, ln_bias, 1e-6, w1, b1, w2, b2, "gelu", gamma)
 
 
-def _patch_embed(images: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    return ops.patch_embed(images, weight, *others, weight.shape[-1])
+def _patch_embed(images: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    weight, bias, pos_embed, prefix_tokens = others
+    return ops.patch_embed(images, weight, bias, pos_embed, prefix_tokens, weight.shape[-1])
 
 
 def _gradient(call: _Call, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -241,9 +243,9 @@ def _operations(device: torch.device) -> Iterator[Finding]:
                 if operation not in select.BACKENDS[name].forward:
                     continue
                 named = f"{name} {operation} {str(dtype).removeprefix('torch.')} {shape}"
-                yield _compared(named, lambda t, call=call: _forward(call, t), name, tensors)
+                yield _compared(named, functools.partial(_forward, call), name, tensors)
                 if operation in select.BACKENDS[name].backward:
-                    yield _compared(f"{named} gradient", lambda t, call=call: _gradient(call, t), name, tensors)
+                    yield _compared(f"{named} gradient", functools.partial(_gradient, call), name, tensors)
 
 
 def _forward(call: _Call, tensors: list[torch.Tensor]) -> torch.Tensor:
