@@ -6,6 +6,7 @@ from .certificate import check
 from .checkpoints import WeightsError
 from .class_swap import optimize, restore
 from .cuda_graphs import graphed
+from .diagnosis import doctor
 from .explanation import explain
 from .kernels.arguments import UnsupportedError
 from .pos_embed import resize_pos_embed
@@ -22,6 +23,7 @@ __all__ = [
     "backend",
     "check",
     "create_model",
+    "doctor",
     "explain",
     "graphed",
     "list_models",

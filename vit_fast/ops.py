@@ -11,9 +11,11 @@ Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and
 (``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
 Shapes: B batch, N tokens, C width, H heads, D head size, P patch, K prefix tokens.
-Stacks of prepared blocks, one operation for each form of a precision of ``vit_fast.precisions``, have no gradient: ``vit_fast.prepare`` calls them in inference only.
+Stacks of prepared blocks, one operation for each form of a precision of ``vit_fast.precisions``, have no gradient:
+``vit_fast.prepare`` calls them in inference only.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from .backends import select
+from .backends.base import Backend, backward_key
 from .kernels import arguments, reference
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
@@ -62,6 +65,7 @@ def _register(
     flops: Callable[..., int],
     save_output: bool = False,
     flag: str | None = None,
+    reasons: Callable[..., Any] | None = None,
 ) -> None:
     """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
 
@@ -70,6 +74,8 @@ def _register(
     ``backward(run, grad, inputs, saved, needs)`` yields them; ``forward(run, *inputs)`` yields the outputs; ``run`` is
     a function of a backend's table. Inputs and statistics are saved, with ``save_output`` the output too.
     ``flag`` names the argument that says whether statistics are wanted; without, they are empty and have no backward.
+    ``reasons(ask, *inputs)`` calls ``ask`` as ``select.choose`` is called; default ``forward``, where those arguments
+    are the function's.
     """
     signature = f"{signature}, bool {flag}" if flag else signature
     statistics = results.count("Tensor") - 1
@@ -79,16 +85,21 @@ def _register(
     _library.define(f"{name}_fwd({signature}, str backend) -> {results}", tags=tags)
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
+    def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
+        told: Sequence[str] = (reasons or forward)(functools.partial(method, name), *inputs[: -2 if flag else -1])
+        return told
+
     def fwd(*inputs: Any) -> Any:
         _refuse_transforms(name, inputs[-1])
-        backend = select.loaded(inputs[-1], name)
-        with backend.launching(inputs[0].device):
-            if not flag:
-                return forward(backend.forward[name], *inputs[:-1]).contiguous()
-            if inputs[-2]:
-                return tuple(t.contiguous() for t in forward(backend.forward[name], *inputs[:-2]))
-            out, stat = forward(backend.output(name), *inputs[:-2]).contiguous(), _stat(inputs[0])
-            return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
+        return select.run(name, select.loaded(inputs[-1], name), inputs[0].device, fwd_on, inputs, ask)
+
+    def fwd_on(backend: Backend, *inputs: Any) -> Any:
+        if not flag:
+            return forward(backend.forward[name], *inputs[:-1]).contiguous()
+        if inputs[-2]:
+            return tuple(t.contiguous() for t in forward(backend.forward[name], *inputs[:-2]))
+        out, stat = forward(backend.output(name), *inputs[:-2]).contiguous(), _stat(inputs[0])
+        return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
     def bwd(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         *inputs, needs, word = values
@@ -97,10 +108,12 @@ def _register(
             *inputs, wanted = inputs
             if not wanted:
                 raise RuntimeError(f"vit_fast.{name}: {flag} is False, expected True where gradients are wanted")
-        backend = select.of_backward(word, name)
-        with backend.launching(grad.device):
-            grads: Sequence[Any] = backward(backend.backward[name], grad, inputs, saved, needs)
+        on, values = select.of_backward(word, name), (grad, inputs, saved, needs)
+        grads: Sequence[Any] = select.run(backward_key(name), on, grad.device, bwd_on, values, None)
         return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
+
+    def bwd_on(backend: Backend, *values: Any) -> Sequence[Any]:
+        return backward(backend.backward[name], *values)
 
     def bwd_fake(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         *inputs, needs, _ = values
@@ -482,6 +495,7 @@ _register(
     _attention_flops,
     save_output=True,
     flag="with_lse",
+    reasons=lambda ask, qkv, k, v, num_heads, scale: ask(qkv, num_heads, k=k, v=v),
 )
 
 
@@ -563,8 +577,14 @@ def _register_blocks(precision: Precision) -> None:
         *arguments, word = values
         _refuse_transforms(name, word)
         backend = select.loaded(word, name)
-        with backend.launching(x.device):
-            return backend.forward[name](x, weights, *arguments).contiguous()
+        out: torch.Tensor = select.run(name, backend, x.device, run_on, (x, weights, *arguments), ask)
+        return out
+
+    def run_on(backend: Backend, *inputs: Any) -> torch.Tensor:
+        return backend.forward[name](*inputs).contiguous()
+
+    def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
+        return method(name, *inputs[:3])
 
     def flops(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
         batch, tokens, width = x

@@ -31,6 +31,7 @@ LAYERS = (
         "vit_fast.cuda_graphs",
         "vit_fast.certificate",
     ),
+    ("vit_fast.diagnosis",),
     ("vit_fast",),
     ("vit_fast.bench",),
     ("vit_fast.cli", "vit_fast.__main__"),

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 
+from . import quarantine
+
 Table = Mapping[str, Callable[..., Any]]
 
 _nothing = contextlib.nullcontext()
+
+
+def backward_key(operation: str) -> str:
+    """The key of the backward of an operation in ``Backend.quarantined``."""
+    return f"{operation} backward"
 
 
 class Backend:
@@ -24,15 +31,20 @@ class Backend:
         inference: the output alone, where leaving out the statistics is cheaper than ``forward``.
         backward: the gradients; where an operation is missing, the reference's backward runs.
         not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
+        remedy: what a user may do where it fails; a sentence of the warning.
+        quarantined: operation → why it failed in this process; it is left to the next backend from then on. The
+            backward of an operation has a key of its own, ``backward_key``.
     """
 
     name: str
+    remedy = "Report it with what `vit-fast doctor` prints."
 
     def __init__(self) -> None:
         self.forward: Table = {}
         self.inference: Table = {}
         self.backward: Table = {}
         self.not_supported: Table = {}
+        self.quarantined: dict[str, str] = {}
 
     def load(self) -> tuple[str, ...]:
         """Fills the tables, once; returns why that is impossible in this process, empty if it is done."""
@@ -50,12 +62,18 @@ class Backend:
         """Why an available backend cannot run an operation on these arguments; empty where it can."""
         if operation not in self.forward:
             return [f"{self.name} has no {operation}"]
+        if operation in self.quarantined:
+            return [quarantine.reason(self.quarantined[operation])]
         not_supported = self.not_supported.get(operation)
         return list(not_supported(*arguments, **options)) if not_supported else []
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         """Why a backend that can run an operation on these arguments leaves it to the next, unless it is forced."""
         return []
+
+    def is_failure(self, error: Exception, device: torch.device) -> bool:
+        """Whether an error that a function of the tables raised is the backend's: then the next one runs the call."""
+        return quarantine.is_failure(error)
 
     def launching(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context around each call of a function of ``forward``, ``inference`` or ``backward``."""

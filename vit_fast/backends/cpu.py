@@ -9,8 +9,8 @@ import torch
 from vit_fast import extension
 from vit_fast.precisions import INT8, PACKED
 
-from . import cpu_choice
-from .base import Backend
+from . import canary, cpu_choice
+from .base import Backend, Table
 
 # The operators of csrc/cpu/*.cpp. Their schemas are defined here, because a namespace that two libraries define crashes
 # the process.
@@ -296,15 +296,17 @@ _SIZES: dict[str, Callable[..., tuple[int, torch.dtype]]] = {
 
 class Cpu(Backend):
     name = "cpu"
+    remedy = "Run `vit-fast build --force`, or reinstall vit-fast."
 
     def __init__(self) -> None:
         super().__init__()
         self._library: torch.library.Library | None = None
         self._level = ""  # the instruction-set level whose kernels run
+        self._wrong: tuple[str, ...] = ()  # why what is loaded is not trusted
 
     def load(self) -> tuple[str, ...]:
-        if self.forward:
-            return ()
+        if self.forward or self._wrong:
+            return self._wrong
         if self._library is None:
             self._library = torch.library.Library("vit_fast_cpu", "DEF")
             for schema in _SCHEMAS:
@@ -327,7 +329,7 @@ class Cpu(Backend):
             "layernorm_mlp": layernorm_mlp,
         }
         self.backward = {"attention": attention_bwd, "layer_norm": layer_norm_bwd}
-        self.forward = {
+        forward: Table = {
             "patch_embed": patch_embed,
             "attention": attention_fwd,
             "layer_norm": layer_norm_fwd,
@@ -335,7 +337,9 @@ class Cpu(Backend):
             "linear_residual": linear_residual,
             "layernorm_mlp": layernorm_mlp_fwd,
         } | {form.operation: _blocks for form in (PACKED, INT8)}
-        return ()
+        self._wrong = canary.reasons("cpu", forward, self.remedy)
+        self.forward = {} if self._wrong else forward
+        return self._wrong
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         of = _SIZES.get(operation)

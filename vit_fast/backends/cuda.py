@@ -422,6 +422,7 @@ def prepared_blocks_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int
 
 class Cuda(Backend):
     name = "cuda"
+    remedy = "Run `vit-fast build --cuda --force`, or update the GPU's driver."
 
     def load(self) -> tuple[str, ...]:
         if self.forward:

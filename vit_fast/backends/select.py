@@ -1,15 +1,17 @@
 """Which backend runs an operation: the order, the requested backend, the choice for a call, and its recording.
 
 Order: ``triton`` → ``cuda`` → ``cpu`` (extensions) → ``torch`` (the reference). The choice is made ahead of a
-launch from capability, never by catching an exception around one. ``VIT_FAST_BACKEND`` or
+launch from capability. A backend that fails nevertheless is quarantined for that operation: one warning, and the next
+backend runs this call and all later ones (``run``, ``quarantine``). ``VIT_FAST_BACKEND`` or
 ``with vit_fast.backend(...)`` force a backend: a forced backend never falls back. ``VIT_FAST_STRICT=1``
-raises wherever the reference would run an operation on a device that has a faster backend.
+raises wherever the reference would run an operation on a device that has a faster backend, and where one fails.
 """
 
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.kernels.tracing import transform_reasons
 
-from .base import Backend
+from . import quarantine
+from .base import Backend, backward_key
 from .cpu import CPU
 from .cuda import CUDA
 from .torch import TORCH
@@ -34,6 +37,7 @@ _STRICT = os.environ.get("VIT_FAST_STRICT", "0")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vit_fast_backend", default=None)
 # Dynamo guards module globals, and neither context variables nor thread locals.
 _forced_when_compiling: str | None = None
+_failing = threading.Lock()
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("vit_fast_recorder", default=None)
 
 
@@ -185,10 +189,102 @@ def loaded(name: str, operation: str) -> Backend:
 
 
 def of_backward(name: str, operation: str) -> Backend:
-    """The backend that runs the backward of an operation whose forward ran on the named one."""
+    """The backend that runs the backward of an operation whose forward was sent to the named one.
+
+    Where the forward has failed there, another backend ran it; statistics mean the same in all, and the reference's
+    backward follows.
+    """
     backend = BACKENDS[name]
     backend.load()
-    return backend if operation in backend.backward else TORCH
+    lost = backend.quarantined
+    own = operation in backend.backward and operation not in lost and backward_key(operation) not in lost
+    return backend if own else TORCH
+
+
+Ask = Callable[[Callable[..., Sequence[str]], Sequence[Any]], Sequence[str]]
+
+
+def run(
+    key: str,
+    backend: Backend,
+    device: torch.device,
+    compute: Callable[..., Any],
+    inputs: Sequence[Any],
+    ask: Ask | None,
+) -> Any:
+    """``compute(backend, *inputs)``; where that fails, and where it failed before, the same on the next backend.
+
+    Args:
+        key: the operation, or ``backward_key`` of it.
+        ask: calls ``reasons`` or ``slower_reasons`` of a backend with the inputs of an operator; None for a backward,
+            which the reference takes over.
+
+    Raises:
+        UnsupportedError: a forced backend failed, or any in strict mode.
+        Exception: of the caller, of a full memory and of a lost CUDA context, as they came.
+    """
+    if key in backend.quarantined:  # the name is one that a graph has recorded
+        backend = _successor(key, backend, device, inputs, ask)
+    while True:
+        try:
+            with backend.launching(device):
+                return compute(backend, *inputs)
+        except Exception as error:  # compilers, drivers and libraries raise anything
+            if backend is TORCH or not backend.is_failure(error, device):
+                raise
+            backend = _after_failure(key, backend, device, inputs, ask, error)
+
+
+def _successor(
+    key: str,
+    failed: Backend,
+    device: torch.device,
+    inputs: Sequence[Any],
+    ask: Ask | None,
+    cause: Exception | None = None,
+) -> Backend:
+    """The next backend in the order that can run a call."""
+    operation = key.removesuffix(backward_key(""))
+    # A backward may run in a thread of autograd, which does not have the context of the call.
+    forced = failed.name in (requested(), _forced_when_compiling)
+    if forced or _strict():
+        why = quarantine.cause(cause) if cause else quarantine.reason(failed.quarantined[key])
+        told = "was forced and failed" if forced else "failed (VIT_FAST_STRICT=1)"
+        raise UnsupportedError(
+            f"vit_fast.{operation}: backend {failed.name!r} {told}: {why}. {failed.remedy}"
+        ) from cause
+    order = list(BACKENDS)
+    for name in order[order.index(failed.name) + 1 :]:
+        backend = BACKENDS[name]
+        if ask is None or backend is TORCH:
+            break
+        if not (unavailable(name, device) or ask(backend.reasons, inputs) or ask(backend.slower_reasons, inputs)):
+            return backend
+    return TORCH
+
+
+def _after_failure(
+    key: str, failed: Backend, device: torch.device, inputs: Sequence[Any], ask: Ask | None, error: Exception
+) -> Backend:
+    """Quarantines an operation, warns once, and names the backend that goes on."""
+    successor, why = _successor(key, failed, device, inputs, ask, error), quarantine.cause(error)
+    with _failing:
+        first = key not in failed.quarantined
+        failed.quarantined.setdefault(key, why)
+    if ask:
+        _correct(key, failed.name, successor.name, quarantine.reason(why))
+    if first:
+        quarantine.warn(failed.name, key, why, successor.name, failed.remedy)
+    return successor
+
+
+def _correct(operation: str, failed: str, successor: str, reason: str) -> None:
+    """Puts the backend that goes on in the place of the one that ``choose`` has recorded last for an operation."""
+    rows = _recorder.get() or []
+    for index in reversed(range(len(rows))):
+        if rows[index][:2] == (operation, failed):
+            rows[index] = (operation, successor, (*rows[index][2], reason))
+            return
 
 
 def backward_name(chosen: str, operation: str) -> str | None:
@@ -206,6 +302,7 @@ class Status:
     versions: dict[str, str]
     reasons: dict[str, tuple[str, ...]]
     operations: dict[str, frozenset[str]]
+    quarantine: dict[str, dict[str, str]]  # backend → operation, or its backward → why it failed in this process
 
     def __str__(self) -> str:
         lines = [f"device {self.device}, backend {self.requested}"]
@@ -213,11 +310,19 @@ class Status:
         width = max(len(operation) for operation in TORCH.forward)
         lines.append(" ".join([" " * width, *(f"{name:>7}" for name in self.reasons)]))
         for operation in TORCH.forward:
-            cells = (
-                "yes" if operation in self.operations[name] and not why else "no" for name, why in self.reasons.items()
-            )
+            cells = [
+                "failed" if operation in self.quarantine.get(name, {})
+                else "yes" if operation in self.operations[name] and not why
+                else "no"
+                for name, why in self.reasons.items()
+            ]  # fmt: skip
             lines.append(" ".join([f"{operation:<{width}}", *(f"{cell:>7}" for cell in cells)]))
         lines += [f"{name}: {'; '.join(why)}" for name, why in self.reasons.items() if why]
+        lines += [
+            f"{name} failed in this process, {operation}: {why}"
+            for name, lost in self.quarantine.items()
+            for operation, why in lost.items()
+        ]
         return "\n".join(lines)
 
 
@@ -251,7 +356,8 @@ def status(device: torch.device | str | None = None) -> Status:
     reasons = {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
     versions = {name: version for name, backend in BACKENDS.items() if (version := backend.version())}
     operations = {name: frozenset(backend.forward) for name, backend in BACKENDS.items()}
-    return Status(str(device), requested(), {"torch": torch.__version__} | versions, reasons, operations)
+    lost = {name: dict(backend.quarantined) for name, backend in BACKENDS.items() if backend.quarantined}
+    return Status(str(device), requested(), {"torch": torch.__version__} | versions, reasons, operations, lost)
 
 
 @contextlib.contextmanager

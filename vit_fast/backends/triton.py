@@ -11,6 +11,7 @@ import torch
 
 from vit_fast.precisions import forms
 
+from . import quarantine
 from .base import Backend
 
 _no_lock = contextlib.nullcontext()
@@ -18,10 +19,15 @@ _no_lock = contextlib.nullcontext()
 
 class Triton(Backend):
     name = "triton"
+    remedy = (
+        "Install the triton that this torch asks for, update the GPU's driver, or delete Triton's cache "
+        "(TRITON_CACHE_DIR, else ~/.triton/cache)."
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self._failure: tuple[str, ...] | None = None  # None: not tried yet
+        self._no_driver: tuple[str, ...] | None = None  # None: not asked yet
         self._interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
 
     def load(self) -> tuple[str, ...]:
@@ -80,12 +86,30 @@ class Triton(Backend):
             major, minor = torch.cuda.get_device_capability(device.index)
             if major < 8:
                 return (f"Triton kernels need compute capability 8.0, the device has {major}.{minor}",)
-            return ()
+            if self._no_driver is None:
+                self._no_driver = self._driver_reasons()
+            return self._no_driver
         if device_type == "cpu":
             if os.environ.get("TRITON_INTERPRET", "0") != "1":
                 return ("Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)",)
             return ()
         return (f"Triton kernels do not run on device type {device_type}",)
+
+    def _driver_reasons(self) -> tuple[str, ...]:
+        """Why Triton finds no driver beside a GPU that torch has found, with one warning; empty where it finds one."""
+        from triton.runtime import driver
+
+        try:
+            driver.active.get_current_target()
+        except Exception as error:  # of its own, of the loader and of the C compiler that builds its launcher
+            reason = f"triton finds no GPU driver: {quarantine.cause(error)}"
+            warnings.warn(f"vit_fast: {reason}; the next backend is used. {self.remedy}", RuntimeWarning, stacklevel=2)
+            return (reason,)
+        return ()
+
+    def is_failure(self, error: Exception, device: torch.device) -> bool:
+        # The interpreter is there to find faults in kernels: its errors are shown.
+        return device.type != "cpu" and super().is_failure(error, device)
 
     def version(self) -> str | None:
         if self.load():

@@ -17,6 +17,7 @@ def _app():
     from .build import build
     from .check import check
     from .convert import convert
+    from .doctor import doctor
     from .info import info, show_version
     from .list import list_models
     from .profile import profile
@@ -34,6 +35,7 @@ def _app():
     app.command()(build)
     app.command()(check)
     app.command()(convert)
+    app.command()(doctor)
     app.command()(info)
     app.command("list")(list_models)
     app.command()(profile)

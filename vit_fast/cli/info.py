@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import platform
-import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,45 +32,13 @@ def show_version(
     """The flags that stand before a verb."""
 
 
-def _instruction_sets():
-    """The levels of csrc/build.py that this processor has, and the one that torch itself uses."""
-    import torch
-
-    from vit_fast.csrc import build
-
-    try:
-        told = {word.replace("_", "") for word in Path("/proc/cpuinfo").read_text().split()}
-    except OSError:
-        told = set()
-    levels = [
-        level
-        for level, flags in build.levels().items()
-        if all(flag.startswith("-mprefer") or flag.removeprefix("-m") in told for flag in flags)
-    ]
-    return f"{', '.join(levels)}; torch uses {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _extension():
-    """(name, text) about the C++/CUDA extension: what is loaded or why not, and what building needs."""
-    from vit_fast import extension
-    from vit_fast.csrc import build, cache
-
-    for name in cache.NAMES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the reason is printed
-            reasons = extension.load(name)
-        yield f"{name} extension", "; ".join(reasons) or str(extension.library(name))
-    yield "instruction sets", _instruction_sets()
-    for name, tool in {"compiler": build.compiler(), "ninja": build.ninja(), "nvcc": build.nvcc()}.items():
-        yield name, f"{tool}" if tool else f"not found; to build, {build.INSTALL[name]}"
-
-
 def info() -> None:
     """Print versions, the devices, what the compiled extension is, and which backend may run which operation here."""
     import torch
 
     import vit_fast
     from vit_fast.bench import machine
+    from vit_fast.diagnosis import extension_facts
 
     from .output import say
 
@@ -87,7 +53,7 @@ def info() -> None:
         say(f"{f'cuda:{index}':<16} {machine.name(device)}{', ' + facts if facts else ''}")
     if not torch.cuda.is_available():
         say(f"{'cuda':<16} no device")
-    for name, text in _extension():
+    for name, text in extension_facts():
         say(f"{name:<16} {text}")
     say()
     say(str(vit_fast.status()))
