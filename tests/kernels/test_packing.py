@@ -120,7 +120,9 @@ def test_packed_blocks_are_the_blocks(width, hidden, tokens, activation, optiona
     torch.testing.assert_close(actual, again, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("float32", "bfloat16", "float16")
+)
 @pytest.mark.parametrize("activation", GATED)
 @pytest.mark.parametrize("width,hidden,tokens", ((48, 80, 5), (34, 46, 7), (62, 30, 1)))
 def test_int8_blocks_are_near_the_blocks(width, hidden, tokens, activation, dtype):
