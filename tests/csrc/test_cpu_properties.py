@@ -46,13 +46,19 @@ dtypes = st.sampled_from(DTYPES)
 SCALES = (0.125, 0.25, 0.1, 1.0, -0.3, 0.0)
 
 
+def not_flushed(dtype, level, kind):
+    """AVX512-BF16 takes numbers below the smallest normal one for zero: there is no budget for them."""
+    return "small" if (dtype, level, kind) == ("bfloat16", "avx512_bf16", "subnormal") else kind
+
+
 @st.composite
 def attention_cases(draw, level):
+    dtype = draw(dtypes)
     packed = draw(st.booleans())
     keys = draw(st.one_of(st.integers(1, 70), st.integers(1, 70), st.sampled_from((197, 257, 511, 512, 513, 1025))))
     small = keys <= 70
     return CpuAttentionCase(
-        dtype=draw(dtypes),
+        dtype=dtype,
         batch=draw(st.integers(1, 3)) if small else 1,
         queries=keys if packed else draw(st.integers(1, 40)),
         keys=keys,
@@ -63,7 +69,7 @@ def attention_cases(draw, level):
         block_n=0,
         tma=False,
         scale=draw(st.sampled_from(SCALES)),
-        values=draw(properties.values_to_the_limit),
+        values=not_flushed(dtype, level, draw(properties.values_to_the_limit)),
         layout=draw(properties.layouts),
         relation=draw(properties.relations(CpuAttentionCase)),
         seed=draw(properties.seeds),
@@ -87,7 +93,7 @@ def layer_norm_cases(draw, level):
         mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
         rows=0,
         block=0,
-        values=draw(properties.values_to_the_limit),
+        values=not_flushed(dtype, level, draw(properties.values_to_the_limit)),
         layout=draw(properties.layouts),
         relation=draw(properties.relations(CpuLayerNormCase)),
         seed=draw(properties.seeds),
@@ -123,14 +129,16 @@ def linear_fields(draw, case_type, dtype, activation, values):
 @st.composite
 def linear_residual_cases(draw, level):
     dtype = draw(dtypes)
-    fields = linear_fields(draw, CpuLinearResidualCase, dtype, None, draw(properties.values))
+    values = not_flushed(dtype, level, draw(properties.values))
+    fields = linear_fields(draw, CpuLinearResidualCase, dtype, None, values)
     residual = draw(st.sampled_from((dtype, "float32")))
     return CpuLinearResidualCase(**fields, residual_dtype=residual, level=level)
 
 
 @st.composite
 def layer_norm_linear_cases(draw, level):
-    dtype, activation, values = draw(dtypes), draw(st.sampled_from(ACTIVATIONS)), draw(properties.values)
+    dtype, activation = draw(dtypes), draw(st.sampled_from(ACTIVATIONS))
+    values = not_flushed(dtype, level, draw(properties.values))
     fields = linear_fields(draw, CpuLayerNormLinearCase, dtype, activation, values)
     return CpuLayerNormLinearCase(**fields, residual_dtype="", level=level)
 
@@ -191,7 +199,9 @@ def patch_embed_cases(draw, level):
 
 def stack_cases(case_type):
     def at(level):
-        return stacks(case_type, DTYPES).map(lambda case: case_type(**vars(case) | {"level": level}))
+        return stacks(case_type, DTYPES).map(
+            lambda case: replace(case, level=level, values=not_flushed(case.dtype, level, case.values))
+        )
 
     return at
 
