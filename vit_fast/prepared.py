@@ -102,7 +102,7 @@ class Prepared(Stale):
     Attributes:
         blocks: the stack.
         form: the precision, as it is prepared for the backend that runs on the device of the weights.
-        dtype, device: of the tokens that they accept.
+        dtype, device, width: of the tokens that they accept.
         records: the folded weights, one record of the precision for each block.
         weights: the tensors of all records in one list, as the operator takes them.
         arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
@@ -116,6 +116,7 @@ class Prepared(Stale):
         assert first.norm1 is not None and first.norm2 is not None  # ensured by _not_supported_reasons
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
+        self.width = first.qkv_weight.shape[1]
         del first
         self.records = []
         with torch.no_grad():
@@ -167,6 +168,10 @@ class Prepared(Stale):
 
     def run(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """x [B, N, C] through blocks[first:last]."""
+        if x.shape[-1] != self.width:  # which packed weights alone tell only up to their padding
+            raise ValueError(
+                f"vit_fast.{self.form.operation}: x has width {x.shape[-1]}, expected {self.width} (as the weights)"
+            )
         weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
         return ops.blocks(self.form, x, weights, *self.arguments) if weights else x
 

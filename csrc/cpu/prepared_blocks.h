@@ -191,9 +191,9 @@ VF_INLINE void linear(const Encoded& x, int64_t rows, const PackedLinear& linear
   }
 }
 
-// Rows of a task: more where each task widens the weights for itself.
+// Rows of a task: more where weights are widened for each task, or read in float32.
 template <Type TYPE>
-constexpr int64_t TASK_ROWS = Products<TYPE>::WIDENED ? 9 * MR : 4 * MR;
+constexpr int64_t TASK_ROWS = Products<TYPE>::WIDENED || TYPE == Type::float32 ? 9 * MR : 4 * MR;
 
 template <Type TYPE>
 struct BlockSpace {

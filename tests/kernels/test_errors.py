@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import bfloat16, complex64, float16, float64, inf, int32, int64, nan, nn, ones, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vit_fast.kernels import folding
+from vit_fast.kernels import folding, packing
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
 from vit_fast import checkpoints, ops
 from vit_fast.backends import select
 from vit_fast.backends.torch import TORCH
+from vit_fast.precisions import INT8, PACKED
 
 GOOD = {
     "attention": dict(qkv=ones(2, 5, 24), num_heads=2, scale=0.5),
@@ -278,6 +279,32 @@ CASES = {
 }  # fmt: skip
 
 
+BLOCK = (
+    *((ones(4), ones(4)), (ones(12, 4), ones(12)), (ones(4, 4), ones(4)), ones(4)),
+    *((ones(4), ones(4)), (ones(8, 4), ones(8)), (ones(4, 8), ones(4)), ones(4)), "gelu",
+)  # fmt: skip
+# Stacks for a CPU, whose operations only a prepared model calls. A packed weight tells its width up to its padding.
+STACKS = {
+    "packed_blocks": (PACKED, packing.packed_block(*BLOCK), [
+        (dict(x=ones(3, 4)), ValueError, "x has 2 dimensions [3, 4], expected 3"),
+        (dict(x=ones(2, 3, 4).to_sparse()), ValueError, "x has layout torch.sparse_coo, expected a dense tensor"),
+        (dict(x=ones(2, 3, 5)), ValueError, "x has width 5, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 3)), ValueError, "x has width 3, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 4).int()), ValueError, f"x has dtype torch.int32, {FLOATS}"),
+        (dict(x=ones(2, 3, 4, device="meta")), ValueError, "x is on meta, expected cpu (as weights)"),
+        (dict(x=None), TypeError, "x is NoneType, expected a torch.Tensor"),
+    ]),
+    "int8_blocks": (INT8, packing.int8_block(*BLOCK), [
+        (dict(x=ones(3, 4)), ValueError, "x has 2 dimensions [3, 4], expected 3"),
+        (dict(x=ones(2, 3, 5)), ValueError, "x has width 5, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 36)), ValueError, "x has width 36, expected 4 (as the weights)"),
+        (dict(x=ones(2, 3, 4).to(torch.int8)), ValueError, f"x has dtype torch.int8, {FLOATS}"),
+        (dict(x=ones(2, 3, 4, device="meta")), ValueError, "x is on meta, expected cpu (as weights)"),
+        (dict(x=None), TypeError, "x is NoneType, expected a torch.Tensor"),
+    ]),
+}  # fmt: skip
+
+
 def _parametrized(cases):
     return pytest.mark.parametrize(
         "op, changes, error, message",
@@ -331,6 +358,14 @@ def no_launch(monkeypatch):
 
 def test_every_operation_is_called():
     assert set(TORCH.backward) <= set(GOOD) and set(TORCH.backward) <= set(CASES)
+
+
+@_parametrized({op: rows for op, (_, _, rows) in STACKS.items()})
+def test_bad_input_to_a_stack_on_a_cpu(op, changes, error, message):
+    precision, weights, _ = STACKS[op]
+    assert ops.blocks(precision, ones(2, 3, 4), weights, 2, 0.5, "gelu", 1e-6, 1e-6).shape == (2, 3, 4)
+    with raises_first(error, message):
+        ops.blocks(precision, *changes.values(), weights, 2, 0.5, "gelu", 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("op", GOOD)

@@ -122,6 +122,13 @@ def test_opcheck_interpreted(name):
     opcheck(_operator(name), _samples("triton")[name])
 
 
+@pytest.mark.extension
+@pytest.mark.usefixtures("cpu_extension")
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_on_a_cpu(name):
+    opcheck(_operator(name), _samples("cpu")[name])
+
+
 FLAGS = {
     "attention": "with_lse",
     "layer_norm": "with_stats",

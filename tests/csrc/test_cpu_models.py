@@ -1,0 +1,207 @@
+"""Small models on the backend ``cpu``: prepared in every precision, checked against plain PyTorch, and what drops the
+packed weights. All properties of prepared models, on every device, are in tests/model/test_prepare.py."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support import families, library_models
+from support.families import FAMILIES
+from support.library_models import PREPARABLE
+from torch import nn
+
+import vit_fast
+from vit_fast.backends.cpu import CPU
+from vit_fast.block import PREPARED, run_blocks
+
+pytestmark = [pytest.mark.extension, pytest.mark.usefixtures("cpu_extension")]
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
+OPERATIONS = {None: "packed_blocks", "int8": "int8_blocks"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+# Images of a check. In int8 the rounding of a row may fall otherwise than in plain PyTorch, which few outputs show as a
+# larger or smaller error by chance.
+BATCH = {"float32": 2, "bfloat16": 4, "float16": 4, "int8": 32}
+
+
+def small(dtype=torch.float32, **words):
+    return library_models.moved(vit_fast.VisionTransformer(**SMALL | words), dtype)
+
+
+def images(dtype=torch.float32, batch=2):
+    return torch.randn(batch, 3, 32, 32).to(dtype)
+
+
+def chosen(model, x):
+    """{operation: backend} of a call."""
+    with vit_fast.backends.recording() as choices:
+        model(x)
+    return {operation: backend for operation, backend, _ in choices}
+
+
+def prepared(model, kind):
+    """The model, and the operation that runs its stack; (model, None) where its blocks cannot be prepared."""
+    precision = "int8" if kind == "int8" else None
+    try:
+        return vit_fast.prepare(model, precision=precision), OPERATIONS[precision]
+    except (ValueError, vit_fast.UnsupportedError):
+        return model, None
+
+
+def holds(model, operation, x):
+    """A prepared model: on the extension, within the budget, and the same but for rounding in plain PyTorch."""
+    with torch.inference_mode():
+        assert chosen(model, x)[operation] == "cpu"
+        certificate = vit_fast.check(model, x)
+        assert certificate.passed, str(certificate)
+        out = families.first(model(x))
+        with vit_fast.backend("torch"):
+            plain = families.first(model(x))
+    assert not torch.equal(out, plain)
+    limit = 0.02 if x.dtype == torch.float32 and operation == "packed_blocks" else 0.15
+    assert (out.double() - plain.double()).norm() <= limit * plain.double().norm()
+
+
+# qk_norm, or blocks that are not pre-norm of this library.
+NOT_PREPARED = ("vit", "deit, literal", "scratch", "lanl", "lanl, t2t")
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, kind):
+    model, two, _ = families.family(name)
+    model, operation = prepared(model.to(DTYPES[kind]), kind)
+    assert (operation is None) == (name in NOT_PREPARED)
+    if operation is not None:
+        holds(model, operation, torch.randn(BATCH[kind], *two.shape[1:]).to(DTYPES[kind]))
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("library", PREPARABLE)
+def test_models_of_libraries(library, kind, peer):
+    if library == "open_clip":
+        peer("open_clip")
+    model = library_models.CASES[library].build().to(DTYPES[kind])
+    model, operation = prepared(vit_fast.optimize(model), kind)
+    assert operation is not None
+    x = images(DTYPES[kind], BATCH[kind])
+    with torch.inference_mode():
+        assert chosen(model, x)[operation] == "cpu"
+    certificate = vit_fast.check(model, x)
+    assert certificate.passed, str(certificate)
+
+
+@pytest.mark.parametrize(
+    "words",
+    (
+        dict(init_values=0.5),
+        dict(mlp_layer="swiglu", act_layer="silu"),
+        dict(qkv_bias=False, proj_bias=False),
+        dict(pre_norm=True, act_layer="quick_gelu"),
+        dict(global_pool="map", class_token=False, act_layer="gelu_tanh"),
+        dict(embed_dim=45, mlp_ratio=2.6, depth=2),
+    ),
+    ids=lambda words: ", ".join(words),
+)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_variants_at_every_level(words, kind):
+    model, operation = prepared(small(DTYPES[kind], **words), kind)
+    before = CPU.version()
+    try:
+        for level in CPU.levels():
+            CPU.use_level(level)
+            holds(model, operation, images(DTYPES[kind], BATCH[kind]))
+    finally:
+        CPU.use_level(before)
+
+
+@pytest.mark.parametrize("kind", ("float32", "int8"))
+def test_explain_tells_the_backend(kind):
+    model, operation = prepared(small(), kind)
+    rows = {row.operation: row for row in vit_fast.explain(model)}
+    assert rows[operation].backend == "cpu"
+    with vit_fast.backend("torch"):
+        assert {row.backend for row in vit_fast.explain(model)} == {"torch"}
+
+
+@pytest.mark.parametrize("kind", ("bfloat16", "int8"))
+def test_a_changed_weight_drops_them_and_refresh_folds_anew(kind):
+    model, operation = prepared(small(DTYPES[kind]), kind)
+    x = images(DTYPES[kind])
+    with torch.no_grad():
+        before = model(x)
+        assert operation in chosen(model, x)
+        model.blocks[2].mlp.fc2.weight.mul_(2)
+        plain = copy.deepcopy(model)
+        assert operation not in chosen(model, x) and torch.equal(model(x), plain(x))
+        vit_fast.refresh(model)
+        assert chosen(model, x)[operation] == "cpu"
+        assert not torch.allclose(model(x), before, rtol=0.02, atol=0.02)
+        assert (model(x).double() - plain(x).double()).norm() < 0.05 * plain(x).double().norm()
+
+
+@pytest.mark.parametrize("kind", ("float32", "int8"))
+def test_gradients_training_and_hooks_go_past_the_copies(kind):
+    model, operation = prepared(small(), kind)
+    x, plain = images(), copy.deepcopy(model)
+    assert operation not in chosen(model, x) and torch.equal(model(x), plain(x))
+    with torch.no_grad():
+        handle = model.blocks[1].attn.register_forward_hook(lambda *_: None)
+        assert operation not in chosen(model, x)
+        handle.remove()
+        assert operation in chosen(model, x)
+        model.train()
+        assert operation not in chosen(model, x)
+        model.eval()
+        assert operation in chosen(model, x)
+
+
+@pytest.mark.parametrize("kind", ("float32", "int8"))
+def test_unprepare_copies_and_pickles(kind):
+    model = small()
+    keys, parameters, x = list(model.state_dict()), [id(p) for p in model.parameters()], images()
+    with torch.no_grad():
+        plain = model(x)
+        model, operation = prepared(model, kind)
+        assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+        assert not list(model.buffers())
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not hasattr(other.blocks.__dict__[PREPARED], "weights") and operation not in chosen(other, x)
+            assert torch.equal(other(x), plain)
+        vit_fast.unprepare(model)
+        assert operation not in chosen(model, x) and torch.equal(model(x), plain)
+
+
+def test_parts_of_a_stack_and_other_sizes():
+    model, x = small(dynamic_img_size=True), images()
+    with torch.no_grad():
+        plain = model.forward_intermediates(x, [0, 2], norm=True)
+        larger = model(torch.zeros(1, 3, 48, 40) + 0.5)
+        vit_fast.prepare(model)
+        out = model.forward_intermediates(x, [0, 2], norm=True)
+        for one, other in zip((out[0], *out[1]), (plain[0], *plain[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(torch.zeros(1, 3, 48, 40) + 0.5), larger, rtol=1e-4, atol=1e-4)
+        assert model(x[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize("width", (45, 46, 47, 49, 96))
+@pytest.mark.parametrize("kind", DTYPES)
+def test_tokens_of_another_width_are_refused(kind, width):
+    """A packed weight tells its width up to a padding: no other width may pass for it."""
+    model, operation = prepared(small(DTYPES[kind]), kind)
+    tokens = torch.randn(1, 5, width).to(DTYPES[kind])
+    with torch.no_grad(), pytest.raises(ValueError, match=f"vit_fast.{operation}: x has width {width}, expected 48"):
+        run_blocks(model.blocks, tokens)
+
+
+def test_a_prepared_model_in_a_linear_probe():
+    """Frozen and prepared, under a head that learns."""
+    model = vit_fast.prepare(small(num_classes=0))
+    head, x = nn.Linear(48, 3), images()
+    with torch.no_grad():
+        features = model(x)
+        assert chosen(model, x)["packed_blocks"] == "cpu"
+    head(features).sum().backward()
+    assert head.weight.grad.isfinite().all() and all(p.grad is None for p in model.parameters())
