@@ -163,7 +163,7 @@ def _wide(pair: Pair) -> Pair:
 def unpacked_linears(
     block: Sequence[torch.Tensor], width: int, activation: str | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """(weight [out, in], then its rows' values [out]) of qkv, proj, fc1 and fc2, without padding, gates before values."""
+    """(weight [out, in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates before values."""
     size = len(block) // 4
     hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group
     outputs = (3 * width, width, 2 * hidden if activation == "swiglu" else hidden, width)

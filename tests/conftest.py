@@ -15,9 +15,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-EXTENSION = os.environ.get("VIT_FAST_TEST_EXTENSION") == "1"
-if not EXTENSION:
-    os.environ["VIT_FAST_EXT_DIR"] = str(Path(__file__).parent / "no-extension")
 
 # First, because it says how many threads numpy may have.
 from support import interpreter_cures
@@ -29,6 +26,9 @@ import torch
 from support import sanitizer
 
 INTERPRETED = interpreter_cures.INTERPRETED
+EXTENSION = os.environ.get("VIT_FAST_TEST_EXTENSION") == "1"
+if not EXTENSION:
+    os.environ["VIT_FAST_EXT_DIR"] = str(Path(__file__).parent / "no-extension")
 BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())
 NO_GPU = "no CUDA device of capability 8.0 or more"
 PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxscript")  # a GPU machine may lack them

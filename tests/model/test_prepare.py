@@ -7,8 +7,8 @@ value, so that a fold that forgets one shows.
 import copy
 import logging
 import pickle
-import weakref
 import threading
+import weakref
 
 import pytest
 import torch

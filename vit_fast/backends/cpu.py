@@ -1,6 +1,7 @@
 """The backend ``cpu``: the compiled extension for CPU tensors (``csrc/cpu/``), which ``vit-fast build`` builds."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,9 +69,9 @@ def _attention(
     v: torch.Tensor | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    qkv, k, v = (t if t is None else _dense(t) for t in (qkv, k, v))
+    k, v = (t if t is None else _dense(t) for t in (k, v))
     out: tuple[torch.Tensor, torch.Tensor]
-    out = torch.ops.vit_fast_cpu.attention(qkv, k, v, num_heads, scale, with_lse)
+    out = torch.ops.vit_fast_cpu.attention(_dense(qkv), k, v, num_heads, scale, with_lse)
     return out
 
 
@@ -97,8 +98,10 @@ def attention_bwd(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     grad = _dense(grad.to(qkv.dtype))
-    qkv, k, v = (t if t is None else _dense(t) for t in (qkv, k, v))
-    grads = torch.ops.vit_fast_cpu.attention_bwd(grad, qkv, num_heads, scale, k, v, _dense(out), lse.contiguous())
+    k, v = (t if t is None else _dense(t) for t in (k, v))
+    grads = torch.ops.vit_fast_cpu.attention_bwd(
+        grad, _dense(qkv), num_heads, scale, k, v, _dense(out), lse.contiguous()
+    )
     return (*grads, None, None)[:3]
 
 
@@ -109,9 +112,7 @@ def _layer_norm(
     return out.view(x.shape), *stats
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     return _layer_norm(x, weight, bias, eps, False)[0]
 
 
@@ -208,7 +209,8 @@ def _layernorm_mlp(
     with_stats: bool,
 ) -> _Stats:
     hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, with_stats)
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), *stats
+    mean, rstd = stats
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), mean, rstd
 
 
 def layernorm_mlp(
@@ -256,9 +258,9 @@ def patch_embed(
     std: Sequence[float] | None = None,
 ) -> torch.Tensor:
     prefix = None if prefix_tokens is None else prefix_tokens.detach().to(weight.dtype).contiguous()
-    mean, std = (None if values is None else torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+    of_pixels = (None if values is None else torch.tensor(values, dtype=torch.float32) for values in (mean, std))
     out: torch.Tensor = torch.ops.vit_fast_cpu.patch_embed(
-        images, weight.contiguous(), _vector(bias), _vector(pos_embed), prefix, list(stride), mean, std
+        images, weight.contiguous(), _vector(bias), _vector(pos_embed), prefix, list(stride), *of_pixels
     )
     return out
 
@@ -302,10 +304,17 @@ class Cpu(Backend):
         super().__init__()
         self._library: torch.library.Library | None = None
         self._level = ""  # the instruction-set level whose kernels run
+        self._loading = threading.Lock()
         self._wrong: tuple[str, ...] = ()  # why what is loaded is not trusted
 
     def load(self) -> tuple[str, ...]:
         if self.forward or self._wrong:
+            return self._wrong
+        with self._loading:
+            return self._load()
+
+    def _load(self) -> tuple[str, ...]:
+        if self.forward or self._wrong:  # another thread was here first
             return self._wrong
         if self._library is None:
             self._library = torch.library.Library("vit_fast_cpu", "DEF")
@@ -314,14 +323,16 @@ class Cpu(Backend):
         if reasons := extension.load("cpu"):
             return reasons
         self._level = torch.ops.vit_fast_cpu.level()
-        self.not_supported = {
+        not_supported: Table = {
             "patch_embed": _patch_embed_reasons,
             "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
             "layer_norm": lambda x, weight, bias, eps: _dtype_reasons(x),
             "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _dtype_reasons(x, weight),
             "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),
             "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: _dtype_reasons(x, w1),
-        } | {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
+        }
+        stacks = {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
+        self.not_supported = {**not_supported, **stacks}
         self.inference = {
             "attention": attention,
             "layer_norm": layer_norm,
@@ -336,7 +347,8 @@ class Cpu(Backend):
             "layer_norm_linear": layer_norm_linear_fwd,
             "linear_residual": linear_residual,
             "layernorm_mlp": layernorm_mlp_fwd,
-        } | {form.operation: _blocks for form in (PACKED, INT8)}
+        }
+        forward = {**forward, **{form.operation: _blocks for form in (PACKED, INT8)}}
         self._wrong = canary.reasons("cpu", forward, self.remedy)
         self.forward = {} if self._wrong else forward
         return self._wrong

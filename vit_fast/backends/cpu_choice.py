@@ -12,7 +12,7 @@ rows. A bfloat16 without instructions was measured on an Intel machine alone (do
 import torch
 
 # Operation → the fewest rows from which it is chosen, None for never. Rows of a product; tokens of attention.
-NATIVE_FLOAT32 = {  # attention, patch_embed: equal within 5 %
+NATIVE_FLOAT32: dict[str, int | None] = {  # attention, patch_embed: equal within 5 %
     "layer_norm": None,  # 0.56
     "layer_norm_linear": None,  # 0.83
     "linear_residual": None,  # 0.78
@@ -20,7 +20,7 @@ NATIVE_FLOAT32 = {  # attention, patch_embed: equal within 5 %
     "attention": None,  # 1.01
     "patch_embed": None,  # 1.00
 }
-NATIVE_BFLOAT16 = {
+NATIVE_BFLOAT16: dict[str, int | None] = {
     "layer_norm": None,  # 0.72
     "layer_norm_linear": None,  # 0.80
     "linear_residual": None,  # 0.84
@@ -28,7 +28,7 @@ NATIVE_BFLOAT16 = {
     "attention": 32,  # 1.60
     "patch_embed": 64,  # 1.60
 }
-EMULATED_16_BIT = {
+EMULATED_16_BIT: dict[str, int | None] = {
     "layer_norm": None,  # 0.67
     "layer_norm_linear": 16,  # 4.0
     "linear_residual": 16,  # 4.2
