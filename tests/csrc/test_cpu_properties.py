@@ -221,7 +221,7 @@ RANDOM = {
 @pytest.mark.parametrize("operation", RANDOM)
 def test_random_cases(operation, count):
     for shard, level in enumerate(CPU.levels()):
-        properties.explore(RANDOM[operation](level), quick=80, full=3200, shard=shard, count=count)
+        properties.explore(RANDOM[operation](level), quick=80, full=800, shard=shard, count=count)
 
 
 # Cases that once failed, and those with which planted faults were found; VIT_FAST_CASE holds another.

@@ -122,7 +122,10 @@ FAULTS = {
         "tasks.h", "__atomic_fetch_add(&context.next, 1, __ATOMIC_RELAXED)", "context.next++",
         THREAD, "prepared_blocks", "data race",
     ),
-    "a padding that is not zeroed": ("attention.h", "if (i + j >= count) e[j] = 0;", "", (), "attention", "wrong: "),
+    "a padding that is not zeroed": (
+        "prepared_blocks.h", "memset(words + width * size_of(as), 0, (padded - width) * size_of(as));", "",
+        (), "prepared_blocks", "wrong: ",
+    ),
 }  # fmt: skip
 
 
@@ -149,7 +152,6 @@ MUTANTS = (
     ("layer_norm.h", "row * n.stride * size", "row * n.width * size"),
     ("attention.h", "row_sum * correction + sum(total)", "row_sum + sum(total)"),
     ("attention.h", "block ? fma(load(out), splat(correction[m]), x) : x", "block ? load(out) + x : x"),
-    ("attention.h", "s[i] *= scale;", ""),
     ("attention.h", "+ __builtin_logf(space.row_sum[m])", "- __builtin_logf(space.row_sum[m])"),
     ("attention.h", "batch * stride[0] + token * stride[1] + head * D", "batch * stride[0] + token * stride[1] + head"),
     ("attention.h", "last < a.queries ? last : a.queries", "last"),
