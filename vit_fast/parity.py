@@ -10,7 +10,8 @@ golden stays the unquantised model. Numbers near a tie round to one or the other
 correct forms differ by whole roundings: the largest error of one image moves by a quarter, the norm of all errors by a
 twelfth (ViT-S and ViT-Ti on a CPU). Hence the norm is held to 1.25 times, the largest error to 2 times that form's. As
 that form shares the quantised weights, a second limit bounds what quantising them costs: the norm stays below eager's
-times the ratio of the unit roundoffs, 16 for bfloat16 and 128 for float16.
+times the ratio of the unit roundoffs, 16 for bfloat16 and 128 for float16. A model in int8 is held the same way, by the
+numbers of ``INT8_BUDGET``.
 """
 
 import copy
@@ -36,8 +37,9 @@ class Budget(NamedTuple):
 
 
 FLOAT8_BUDGET = Budget(largest=2.0, norm=1.25, roundoff=2.0**-4)
-# Half a step of 1/255 of a row's range, which is some eight times the spread of its values.
-INT8_BUDGET = Budget(largest=2.0, norm=1.25, roundoff=2.0**-6)
+# Half a step of 1/255 of a row's range, which is some eight times the spread of its values. In attention the kernels
+# multiply bfloat16 where the processor can, the plain form float32: that moved the norm of twenty logits by up to 1.3.
+INT8_BUDGET = Budget(largest=2.0, norm=1.5, roundoff=2.0**-6)
 
 
 @dataclass(frozen=True)

@@ -259,13 +259,14 @@ def prepare(model: nn.Module, precision: str | None = None, *, release: bool = F
 
     Used in ``eval`` without gradients (``torch.no_grad``, ``torch.inference_mode``), outside ``torch.compile`` and
     autocast; in other calls, and with hooks in the blocks, the blocks run as they were, and the logger "vit_fast" warns
-    once of each reason. ``explain(model)`` shows ``prepared_blocks`` where the folded weights are used. Any change of
-    what the blocks compute (parameters trained, moved, loaded or replaced, modules, ``.to()``, attributes such as
+    once of each reason. ``explain(model)`` shows ``prepared_blocks`` where the folded weights are used, on a CPU with
+    the C++ library ``packed_blocks``, by precision ``fp8_blocks`` or ``int8_blocks``. Any change of what the blocks
+    compute (parameters trained, moved, loaded or replaced, modules, ``.to()``, attributes such as
     ``num_heads``, ``scale`` and ``eps``) drops them, with a warning; ``refresh`` folds anew, ``unprepare`` undoes
     ``prepare``. Writes through ``parameter.data`` go unnoticed: call ``refresh`` after them; ``check`` finds them.
     Copies and pickles of the model do not hold the folded weights, which take as much memory as the blocks (in float8
-    half of it, in int8 a quarter of float32's). Results differ from the unprepared model's by the rounding of the folded weights, within the error
-    budget of a whole model.
+    half of it, in int8 a quarter of float32's). Results differ from the unprepared model's by the rounding of the
+    folded weights, within the error budget of a whole model.
 
     ``precision="fp8"`` quantises the weights of the four projections, and what they multiply, to float8 e4m3. No data
     is needed for it: all scales follow from the weights, and no value saturates. Each product then errs by some 5 % of

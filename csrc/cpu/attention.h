@@ -129,6 +129,10 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, floa
     m = s[i] > m ? s[i] : m;
   }
   if (nan) m = __builtin_nanf("");
+  if (m == -__builtin_inff()) {  // no key with a score yet
+    memset(weights, 0, padded * 4 / GROUP<Word>);
+    return 1.0f;
+  }
   for (int64_t i = count; i < padded; i++) s[i] = -__builtin_inff();
   const float correction = exp_of(splat(row_max - m))[0];
   vf total = {};

@@ -382,7 +382,7 @@ def test_bad_models():
             small(torch.float32),
             vit_fast.UnsupportedError,
             "nothing can be prepared: blocks: the weights are float32, folding is for all float16 or all bfloat16 "
-            "(model.to(torch.bfloat16))",
+            "(model.to(torch.bfloat16)), float32 is for a CPU with its C++ library (run `vit-fast build`)",
         ),
         (
             small(qk_norm=True),

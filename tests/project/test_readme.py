@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import timm
 
 import vit_fast
@@ -11,16 +12,27 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_runs_as_printed(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    results = []
-    for block in blocks:
+ON_A_CPU = README.index("## On a CPU"), README.index("## Check it yourself")  # needs the C++ library
+
+
+def run(text):
+    """What the Python blocks of a text compute."""
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         scope = {}
         exec(compile(block, "README.md", "exec"), scope)
-        results.append(scope["logits"].shape if "logits" in scope else scope["certificate"].passed)
-    assert results == [(2, 1000), (2, 1000), (2, 1000), True]
+        yield scope["logits"].shape if "logits" in scope else scope["certificate"].passed
+
+
+def test_python_runs_as_printed(capsys):
+    start, end = ON_A_CPU
+    assert [*run(README[:start] + README[end:])] == [(2, 1000), (2, 1000), (2, 1000), True]
     out = capsys.readouterr().out
     assert out.count("layernorm_mlp") == 2 and "parity holds" in out
+
+
+@pytest.mark.extension
+def test_python_for_a_cpu_runs_as_printed(cpu_extension):
+    assert [*run(README[slice(*ON_A_CPU)])] == [(1, 1000)]
 
 
 def test_commands_and_counts_are_true():

@@ -159,7 +159,7 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
         return linear.formula(y, weight, bias, self.activation), mean, rstd
 
     def order(self, x, weight, bias, ln_weight, ln_bias):
-        y, mean, rstd = normalised(x, ln_weight, ln_bias, self.EPS)
+        y, _, rstd = normalised(x, ln_weight, ln_bias, self.EPS)
         change = 2.0**-22 * x.double().abs().mean(-1).flatten()
         slope = 1.0 if ln_weight is None else ln_weight.double().abs().max().item()
         (of_product,) = LinearCase.order(self, y, weight, bias, None, None, None)

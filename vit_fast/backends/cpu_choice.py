@@ -1,7 +1,7 @@
 """Where the CPU extension is measured to be at least as fast as PyTorch, as data: ``cpu`` is chosen there alone.
 
-PyTorch's own products are hard to beat on weights that are packed anew in every call, except in the 16-bit dtypes that a
-processor cannot multiply: there PyTorch is several times slower than in float32. Stacks of prepared blocks, whose
+PyTorch's own products are hard to beat on weights that are packed anew in every call, except in the 16-bit dtypes that
+a processor cannot multiply: there PyTorch is several times slower than in float32. Stacks of prepared blocks, whose
 weights are packed once, are always chosen.
 
 Measured on one thread, CPU seconds, fastest of 9, on an AMD EPYC (Zen 4: AVX-512 with VNNI and BF16, no FP16), ViT-B

@@ -29,6 +29,12 @@ class Folded(Precision):
     def forms(self) -> tuple[Precision, ...]:
         return self, PACKED
 
+    def not_supported_reasons(self, weights: Sequence[torch.Tensor]) -> list[str]:
+        reasons = super().not_supported_reasons(weights)
+        if {(weight.device.type, weight.dtype) for weight in weights} == {("cpu", torch.float32)}:
+            reasons.append("float32 is for a CPU with its C++ library (run `vit-fast build`)")
+        return reasons
+
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
         return folding.prepare_block(*folding_arguments(params))
 
