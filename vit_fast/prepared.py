@@ -332,8 +332,10 @@ def _named(caller: str, name: str | None) -> Precision:
     return PRECISIONS[name]
 
 
-def _device(blocks: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in blocks.parameters()), torch.device("cpu"))
+def _kind(blocks: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the matrices of blocks."""
+    found = ((p.device, p.dtype) for p in blocks.parameters() if p.dim() > 1)
+    return next(found, (torch.device("cpu"), torch.float32))
 
 
 def _prepare(
@@ -344,7 +346,7 @@ def _prepare(
     if model.training:
         raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
     stacks = [
-        (name, blocks, _named(caller, precision_of(blocks)).form(backends.preferred(_device(blocks))))
+        (name, blocks, _named(caller, precision_of(blocks)).form(backends.preferred(*_kind(blocks))))
         for name, blocks in _stacks_of_blocks(model)
     ]
     if not stacks:

@@ -12,6 +12,7 @@ from support.library_models import PREPARABLE
 from torch import nn
 
 import vit_fast
+from vit_fast.backends import cpu_choice
 from vit_fast.backends.cpu import CPU
 from vit_fast.block import PREPARED, run_blocks
 
@@ -23,6 +24,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Images of a check. In int8 the rounding of a row may fall otherwise than in plain PyTorch, which few outputs show as a
 # larger or smaller error by chance.
 BATCH = {"float32": 2, "bfloat16": 4, "float16": 4, "int8": 32}
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch):
+    """Packed on processors with AMX or AVX512-FP16 too, where 16-bit stacks are left to PyTorch."""
+    monkeypatch.setattr(cpu_choice, "faster_in_torch", lambda dtype, capabilities: None)
 
 
 def small(dtype=torch.float32, **words):
@@ -205,3 +212,20 @@ def test_a_prepared_model_in_a_linear_probe():
         assert chosen(model, x)["packed_blocks"] == "cpu"
     head(features).sum().backward()
     assert head.weight.grad.isfinite().all() and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "dtype,capability", ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16"), (torch.float16, "avx512_fp16"))
+)
+def test_stacks_are_left_to_instructions_that_only_pytorch_uses(dtype, capability, monkeypatch):
+    monkeypatch.undo()  # of the fixture
+    monkeypatch.setattr(CPU, "_capabilities", {capability: True})
+    model = vit_fast.prepare(small(dtype))
+    with torch.no_grad():
+        choices = chosen(model, images(dtype))
+        assert "packed_blocks" not in choices and set(choices.values()) == {"torch"}
+        assert choices["prepared_blocks"] == "torch"
+        with vit_fast.backend("cpu"):
+            other = vit_fast.prepare(small(dtype))
+        assert chosen(other, images(dtype))["packed_blocks"] == "cpu"
+        assert chosen(vit_fast.prepare(small()), images())["packed_blocks"] == "cpu"

@@ -16,7 +16,7 @@ from vit_fast.kernels import reference
 
 import vit_fast
 from vit_fast import ops
-from vit_fast.backends import select
+from vit_fast.backends import cpu_choice, select
 from vit_fast.backends.base import Backend
 from vit_fast.backends.cpu import CPU
 from vit_fast.backends.cuda import CUDA
@@ -268,3 +268,23 @@ def test_a_triton_that_fails_to_import_is_told_once(monkeypatch):
     assert "Reinstall triton" in str(warning.message)
     with vit_fast.backend("triton"), pytest.raises(vit_fast.UnsupportedError, match="triton fails to import"):
         ops.layer_norm(torch.ones(2, 8), None, None)
+
+
+def test_where_the_cpu_extension_is_chosen():
+    def rows(operation, dtype, level="avx512_vnni", **capabilities):
+        return cpu_choice.fewest_rows(operation, dtype, level, capabilities)
+
+    assert rows("attention", torch.bfloat16) == rows("attention", torch.float16) == 16
+    assert rows("attention", torch.bfloat16, "avx512_bf16") == 32
+    assert rows("layernorm_mlp", torch.bfloat16, "avx512_bf16") is None and rows("layernorm_mlp", torch.bfloat16) == 16
+    for dtype, capability in (
+        (torch.bfloat16, "amx_bf16"),
+        (torch.float16, "avx512_fp16"),
+        (torch.float16, "amx_fp16"),
+    ):
+        assert rows("attention", dtype, "avx512_bf16", **{capability: True}) is None
+        assert capability in cpu_choice.stack_reasons(dtype, {capability: True})[0]
+    assert rows("attention", torch.float16, "generic") is None
+    for operation in TORCH.backward:
+        assert rows(operation, torch.float32) is None
+    assert not any(cpu_choice.stack_reasons(dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float16))

@@ -71,6 +71,10 @@ class Backend:
         """Why a backend that can run an operation on these arguments leaves it to the next, unless it is forced."""
         return []
 
+    def slower_stack_reasons(self, dtype: torch.dtype) -> list[str]:
+        """Why stacks of blocks whose weights have a dtype are not prepared for it, unless it is forced."""
+        return []
+
     def is_failure(self, error: Exception, device: torch.device) -> bool:
         """Whether an error that a function of the tables raised is the backend's: then the next one runs the call."""
         return quarantine.is_failure(error)

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -304,6 +304,7 @@ class Cpu(Backend):
         super().__init__()
         self._library: torch.library.Library | None = None
         self._level = ""  # the instruction-set level whose kernels run
+        self._capabilities: Mapping[str, Any] = {}  # of the processor, as PyTorch finds them
         self._loading = threading.Lock()
         self._wrong: tuple[str, ...] = ()  # why what is loaded is not trusted
 
@@ -322,7 +323,7 @@ class Cpu(Backend):
                 self._library.define(schema)
         if reasons := extension.load("cpu"):
             return reasons
-        self._level = torch.ops.vit_fast_cpu.level()
+        self._level, self._capabilities = torch.ops.vit_fast_cpu.level(), torch.cpu.get_capabilities()
         not_supported: Table = {
             "patch_embed": _patch_embed_reasons,
             "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
@@ -353,15 +354,19 @@ class Cpu(Backend):
         self.forward = {} if self._wrong else forward
         return self._wrong
 
+    def slower_stack_reasons(self, dtype: torch.dtype) -> list[str]:
+        return [] if self.load() else cpu_choice.stack_reasons(dtype, self._capabilities)
+
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         of = _SIZES.get(operation)
         if of is None:
             return []
         rows, dtype = of(*arguments)
-        fewest = cpu_choice.fewest_rows(operation, dtype, self._level)
+        fewest = cpu_choice.fewest_rows(operation, dtype, self._level, self._capabilities)
         named = str(dtype).removeprefix("torch.")
         if fewest is None:
-            return [f"PyTorch is measured to be as fast or faster for {operation} in {named} on a CPU"]
+            known = cpu_choice.stack_reasons(dtype, self._capabilities)
+            return known or [f"PyTorch is measured to be as fast or faster for {operation} in {named} on a CPU"]
         return [] if rows >= fewest else [f"{rows} rows, the cpu extension is measured to be faster from {fewest} on"]
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:

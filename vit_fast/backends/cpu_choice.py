@@ -2,12 +2,16 @@
 
 PyTorch's own products are hard to beat on weights that are packed anew in every call, except in the 16-bit dtypes that
 a processor cannot multiply: there PyTorch is several times slower than in float32. Stacks of prepared blocks, whose
-weights are packed once, are always chosen.
+weights are packed once, are chosen, except where PyTorch multiplies their dtype with instructions that the extension
+does not use (AMX, AVX512-FP16); such processors, and the level generic, were not measured.
 
 Measured on one thread, CPU seconds, fastest of 9, on an AMD EPYC (Zen 4: AVX-512 with VNNI and BF16, no FP16), ViT-B
 sizes at 16, 64, 197 and 1576 rows, torch 2.13.0, 2026-11-29; in brackets PyTorch's time over the extension's at 197
 rows. A bfloat16 without instructions was measured on an Intel machine alone (docs/measured_facts.md).
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -38,12 +42,34 @@ EMULATED_16_BIT: dict[str, int | None] = {
 }
 
 
-def fewest_rows(operation: str, dtype: torch.dtype, level: str) -> int | None:
+# Dtype → capabilities (``torch.cpu.get_capabilities()``) with which PyTorch multiplies it, and the extension does not.
+_FASTER_IN_TORCH = {
+    torch.bfloat16: ("amx_bf16", "sve_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+
+
+def faster_in_torch(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> str | None:
+    """The instructions with which PyTorch multiplies a dtype on this processor and the extension does not, or None."""
+    return next((name for name in _FASTER_IN_TORCH.get(dtype, ()) if capabilities.get(name)), None)
+
+
+def stack_reasons(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> list[str]:
+    """Why stacks of blocks with weights of a dtype are left to PyTorch; empty where they are packed."""
+    if instructions := faster_in_torch(dtype, capabilities):
+        return [f"PyTorch multiplies {str(dtype).removeprefix('torch.')} by {instructions}, the cpu extension does not"]
+    return []
+
+
+def fewest_rows(operation: str, dtype: torch.dtype, level: str, capabilities: Mapping[str, Any]) -> int | None:
     """From how many rows on the extension is chosen for an operation on weights of a dtype; None for never.
 
     Args:
         level: the instruction-set level whose kernels run.
+        capabilities: what ``torch.cpu.get_capabilities()`` returns.
     """
+    if level == "generic" or faster_in_torch(dtype, capabilities):
+        return None
     if dtype == torch.float32:
         table = NATIVE_FLOAT32
     else:

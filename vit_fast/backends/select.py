@@ -95,10 +95,14 @@ def unavailable(name: str, device: torch.device) -> tuple[str, ...]:
     return BACKENDS[name].unavailable(device)
 
 
-def preferred(device: torch.device) -> str:
-    """The requested backend, or the first of the order that runs on a device: weights are prepared for it."""
+def preferred(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for which stacks of blocks are prepared whose weights have a dtype: the requested one, or the first
+    of the order that runs on the device and is not known to be slower than the next."""
     word = requested()
-    return word if word != "auto" else next(name for name in BACKENDS if not unavailable(name, device))
+    if word != "auto":
+        return word
+    able = (name for name in BACKENDS if not unavailable(name, device))
+    return next(name for name in able if not BACKENDS[name].slower_stack_reasons(dtype))
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s). Dynamo could not trace
