@@ -484,7 +484,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
     step = torch.where(high - low > 1e-30, (high - low) / 255, 1.0)
     zero = (-low / step).round()
     q = (x / step + zero).round().clamp(0, 255) - zero
-    out = F.linear(q, weight.to(x.dtype)) * (step * scale.to(x.dtype)) + bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # sums of integers leave the range of float16
+        out = F.linear(q, weight.to(x.dtype)) * (step * scale.to(x.dtype)) + bias.to(x.dtype)
     return torch.where((high - low).isfinite(), out, math.nan)
 
 

@@ -361,11 +361,11 @@ def toy(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "reasons", "wanted"),
     [
-        ([], (), ("plain", "prepared", "toy-int8")),
+        ([], (), ("plain", "prepared", "int8", "toy-int8")),
         ([], ("it is not built",), ("plain",)),
-        (["--precision", "bf16"], (), ("plain", "prepared", "toy-int8")),
+        (["--precision", "bf16"], (), ("plain", "prepared", "int8", "toy-int8")),
         (["--precision", "bf16"], ("it is not built",), ("plain", "prepared")),
-        (["--precision", "fp16"], (), ("plain", "prepared")),
+        (["--precision", "fp16"], (), ("plain", "prepared", "int8")),
         (["--amp"], (), ("plain",)),
         (["--variants", "prepared,toy-int8"], ("it is not built",), ("prepared", "toy-int8")),
     ],

@@ -729,7 +729,7 @@ def test_profile_on_a_gpu(provider, tmp_path):
 @pytest.mark.parametrize(
     "words,named,wanted",
     (
-        (["--provider", "timm"], "--provider", "got 'timm', wanted vit_fast, prepared, fp8, eager, compile or"),
+        (["--provider", "timm"], "--provider", "got 'timm', wanted vit_fast, prepared, fp8, int8, eager, compile or"),
         (["--batch-size", "0"], "--batch-size", "got 0, wanted a whole number of 1 or more"),
         (["--num-iter", "0"], "--num-iter", "a whole number of 1 or more"),
         (["--img-size", "-3"], "--img-size", "a whole number of 1 or more"),

@@ -631,5 +631,5 @@ def test_check_fails_where_prepared_weights_serve_all_the_same(change, monkeypat
     model = vit_fast.prepare(made("vit"))
     assert vit_fast.check(model).passed
     change(model.blocks)
-    monkeypatch.setattr(type(vars(model.blocks)[PREPARED]), "serves", lambda prepared, x: True)
+    monkeypatch.setattr(type(vars(model.blocks)[PREPARED]), "serves", lambda prepared, x, blocks: True)
     assert not vit_fast.check(model).passed

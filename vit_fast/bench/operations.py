@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from vit_fast.block import PREPARED
 from vit_fast.kernels.folding import Float8Block, unflatten
+from vit_fast.kernels.packing import Int8Block
 from vit_fast.precisions import PRECISIONS
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -161,6 +162,27 @@ def _fp8_blocks(a, out):
         yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_bias)
 
 
+def _int8_blocks(a, out):
+    """Bytes: 1 an element for what is multiplied, 4 for what is float32 between the products."""
+    _, tokens, width = out.shape
+    rows = out.numel() // width
+    narrow, wide = rows * width, 4 * rows * width
+
+    def linear(moved, weight, *vectors):
+        return "linear", weight, 2 * rows * weight.numel(), moved_bytes(weight, *vectors) + moved
+
+    for b in unflatten(Int8Block, a["weights"]):
+        hidden = rows * b.fc2_weight.shape[1] * b.fc2_weight.shape[3]
+        norm = ("layer_norm", None, 0, wide + narrow)
+        yield norm
+        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_scale, b.qkv_sums, b.qkv_bias)
+        yield "attention", None, 4 * rows * tokens * width, 4 * wide
+        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_scale, b.proj_sums, b.proj_bias)
+        yield norm
+        yield linear(narrow + hidden, b.fc1_weight, b.fc1_scale, b.fc1_sums, b.fc1_bias)
+        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_sums, b.fc2_bias)
+
+
 # Each function yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in order.
 _VIT_FAST = {
     "vit_fast::attention_fwd": _attention,
@@ -170,6 +192,7 @@ _VIT_FAST = {
     "vit_fast::layernorm_mlp_fwd": _layernorm_mlp,
     "vit_fast::patch_embed_fwd": _patch_embed,
     "vit_fast::fp8_blocks": _fp8_blocks,
+    "vit_fast::int8_blocks": _int8_blocks,
 }
 
 

@@ -35,7 +35,8 @@ class Variant:
 VARIANTS = {"plain": Variant(PLAIN)}
 for _precision in PRECISIONS.values():
     for _name, _graphed in ((_precision.variant, False), (_precision.graphed_variant, True)):
-        VARIANTS[_name] = Variant(f"{PLAIN}-{_name}", _precision, _graphed)
+        if _name is not None:
+            VARIANTS[_name] = Variant(f"{PLAIN}-{_name}", _precision, _graphed)
 SCALED_MM = "scaled-mm"
 # Other inference engines, on a CPU, made from timm's model (``engines``).
 INT8_ENGINES = ("openvino-int8", "onnxruntime-int8")

@@ -60,11 +60,15 @@ def _refused(variant, target, precision):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from vit_fast import backends
+
     if variant.precision is None:
         return []
+    compiled = target.type == "cpu" and not backends.unavailable("cpu", target)
+    form = variant.precision.form("cpu") if compiled else variant.precision
     with FakeTensorMode():
         weight = torch.empty(64, 64, dtype=getattr(torch, precision), device=target)
-    return variant.precision.not_supported_reasons([weight])
+    return form.not_supported_reasons([weight])
 
 
 def _default_variants(target, precision, amp, family):

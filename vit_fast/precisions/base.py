@@ -32,7 +32,7 @@ class Precision:
         weight_dtypes: the dtypes of models that it can prepare.
         products: what the matrix products multiply, in words; None where it is the dtype of the weights.
         budget: how far the outputs may be from float64; None where they are held to eager PyTorch (``parity``).
-        variant, graphed_variant: its names on the command line, alone and as CUDA graphs.
+        variant, graphed_variant: its names on the command line, alone and as CUDA graphs (None where no GPU runs it).
     """
 
     name: str | None
@@ -42,7 +42,7 @@ class Precision:
     products: str | None = None
     budget: Budget | None = None
     variant: str
-    graphed_variant: str
+    graphed_variant: str | None
 
     def form(self, backend: str) -> "Precision":
         """The precision as it is prepared for a backend; its name stays."""

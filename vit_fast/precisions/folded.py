@@ -31,7 +31,7 @@ class Folded(Precision):
 
     def not_supported_reasons(self, weights: Sequence[torch.Tensor]) -> list[str]:
         reasons = super().not_supported_reasons(weights)
-        if {(weight.device.type, weight.dtype) for weight in weights} == {("cpu", torch.float32)}:
+        if reasons and {(weight.device.type, weight.dtype) for weight in weights} == {("cpu", torch.float32)}:
             reasons.append("float32 is for a CPU with its C++ library (run `vit-fast build`)")
         return reasons
 

@@ -25,7 +25,7 @@ class Int8(Precision):
     weight_dtypes = (torch.float32, torch.float16, torch.bfloat16)
     products = "int8"
     budget = INT8_BUDGET
-    variant, graphed_variant = "int8", "int8-graphed"
+    variant, graphed_variant = "int8", None
 
     def fold(self, params: BlockParams) -> packing.Int8Block:
         return packing.int8_block(*folding_arguments(params), params.activation)
