@@ -484,8 +484,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
     step = torch.where(high - low > 1e-30, (high - low) / 255, 1.0)
     zero = (-low / step).round()
     q = (x / step + zero).round().clamp(0, 255) - zero
-    with torch.autocast(x.device.type, enabled=False):  # sums of integers leave the range of float16
-        out = F.linear(q, weight.to(x.dtype)) * (step * scale.to(x.dtype)) + bias.to(x.dtype)
+    out = F.linear(q, weight.to(x.dtype)) * (step * scale.to(x.dtype)) + bias.to(x.dtype)
     return torch.where((high - low).isfinite(), out, math.nan)
 
 
@@ -494,13 +493,14 @@ def int8_blocks(
 ) -> Tensor:
     """x [B, N, C] through the blocks of a list of ``packing.Int8Block`` tensors; float32 between the products."""
     wide = x.to(_stat_dtype(x))
-    for block in unflatten(Int8Block, weights):
-        linears = unpacked_linears(block, x.shape[2], activation)
-        qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
-        out = attention(int8_linear(layer_norm(wide, None, None, eps1), *qkv), num_heads, scale)
-        wide = wide + int8_linear(out, *proj)
-        hidden = activate(int8_linear(layer_norm(wide, None, None, eps2), *fc1), activation)
-        wide = wide + int8_linear(hidden, *fc2)
+    with torch.autocast(x.device.type, enabled=False):  # sums of integers leave the range of float16
+        for block in unflatten(Int8Block, weights):
+            linears = unpacked_linears(block, x.shape[2], activation)
+            qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
+            out = attention(int8_linear(layer_norm(wide, None, None, eps1), *qkv), num_heads, scale)
+            wide = wide + int8_linear(out, *proj)
+            hidden = activate(int8_linear(layer_norm(wide, None, None, eps2), *fc1), activation)
+            wide = wide + int8_linear(hidden, *fc2)
     return wide.to(x.dtype)
 
 
