@@ -80,11 +80,13 @@ def main(
     pretend()
     module = vit_fast.create_model(model).eval().bfloat16()
     images, rows = torch.randn(batch_size, *module.default_cfg["input_size"]).bfloat16(), []
-    for form, precision in (("plain", None), *((precision.variant, precision) for precision in PRECISIONS.values())):
-        if precision is not None:
-            vit_fast.prepare(module, precision=precision.name)
-        with torch.inference_mode(), vit_fast.backend("triton"):
-            fastest, median, launches = host_time(lambda: module(images), calls)
+    on_triton = (precision for precision in PRECISIONS.values() if precision.kernels())
+    for form, precision in (("plain", None), *((precision.variant, precision) for precision in on_triton)):
+        with vit_fast.backend("triton"):
+            if precision is not None:
+                vit_fast.prepare(module, precision=precision.name)
+            with torch.inference_mode():
+                fastest, median, launches = host_time(lambda: module(images), calls)
         rows.append({"form": form, "launches": launches, "fastest_ms": fastest, "median_ms": median})
     table = Table("form", "launches", "fastest ms", "median ms", title=f"{model}, batch {batch_size}, host time")
     for row in rows:
