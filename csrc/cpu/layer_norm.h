@@ -15,20 +15,7 @@ void layer_norm(const LayerNorm& n) {
     for (int64_t row = task * per_task; row < last; row++) {
       const char* x = static_cast<const char*>(n.x) + row * n.stride * size;
       const Moments m = moments(x, n.type, n.width, n.eps);
-      int64_t i = 0;
-      const int64_t start = row * n.width;
-      for (; i + VL <= n.width; i += VL) {
-        vf y = (load_as_float(x, i, n.type) - m.mean) * m.rstd;
-        if (n.weight) y = y * load(n.weight + i);
-        if (n.bias) y = y + load(n.bias + i);
-        store_as(n.out, start + i, y, n.out_type);
-      }
-      for (; i < n.width; i++) {
-        float y = (load_one(x, i, n.type) - m.mean) * m.rstd;
-        if (n.weight) y *= n.weight[i];
-        if (n.bias) y += n.bias[i];
-        store_one(n.out, start + i, y, n.out_type);
-      }
+      normalise_row(x, n.type, n.width, m, n.weight, n.bias, n.out, row * n.width, n.out_type);
       if (n.mean) n.mean[row] = m.mean, n.rstd[row] = m.rstd;
     }
   });

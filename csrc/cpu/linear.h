@@ -87,8 +87,7 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
     }
   });
   const PackedLinear packed{words, nullptr, nullptr, bias, panels, groups};
-  const int64_t least = ceil_div(rows, TASK);
-  const int64_t tasks = round_up(least, pool.slots) <= rows ? round_up(least, pool.slots) : least;
+  const int64_t tasks = row_tasks(pool, rows, TASK);
   run_tasks(pool, tasks, [&](int64_t task, int64_t slot) {
     Arena own{spaces + slot * linear_space(w.width, G)};
     float* row_values = own.take<float>(w.width + VL);
@@ -134,20 +133,7 @@ void linear_layer(const Linear& l) {
     const char* x = static_cast<const char*>(l.x) + row * l.stride * size_of(l.type);
     if (!l.normalise) return widen_row(x, l.type, width, out);
     const Moments m = moments(x, l.type, width, l.eps);
-    for (int64_t i = 0; i < width; i += VL) {
-      const bool whole = i + VL <= width;
-      for (int64_t j = i; j < (whole ? i + 1 : width); j++) {
-        if (whole) {
-          vf y = (load_as_float(x, i, l.type) - m.mean) * m.rstd;
-          if (l.ln_weight) y = y * load(l.ln_weight + i);
-          if (l.ln_bias) y = y + load(l.ln_bias + i);
-          store(out + i, y);
-        } else {
-          const float y = (load_one(x, j, l.type) - m.mean) * m.rstd;
-          out[j] = y * (l.ln_weight ? l.ln_weight[j] : 1.0f) + (l.ln_bias ? l.ln_bias[j] : 0.0f);
-        }
-      }
-    }
+    normalise_row(x, l.type, width, m, l.ln_weight, l.ln_bias, out, 0, Type::float32);
     if (l.mean) l.mean[row] = m.mean, l.rstd[row] = m.rstd;
   };
   auto write = [&](int64_t row, int64_t n, const vf* values) {

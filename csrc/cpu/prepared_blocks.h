@@ -273,9 +273,7 @@ struct Stack {
     for (int64_t row = first; row < last; row++) {
       const float* x = s.x + row * s.width;
       const Moments m = moments(x, Type::float32, s.width, eps);
-      int64_t i = 0;
-      for (; i + VL <= s.width; i += VL) store(space.normal + i, (load(x + i) - m.mean) * m.rstd);
-      for (; i < s.width; i++) space.normal[i] = (x[i] - m.mean) * m.rstd;
+      normalise_row(x, Type::float32, s.width, m, nullptr, nullptr, space.normal, 0, Type::float32);
       encode_row<TYPE>(space.normal, s.width, padded, space.narrow, row - first);
     }
   }
@@ -335,9 +333,7 @@ struct Stack {
   }
 
   void run() const {
-    // Tasks of equal size, several a thread where there are rows enough.
-    const int64_t least = ceil_div(rows, TASK_ROWS<TYPE>);
-    const int64_t tasks = round_up(least, s.pool.slots) <= rows ? round_up(least, s.pool.slots) : least;
+    const int64_t tasks = row_tasks(s.pool, rows, TASK_ROWS<TYPE>);
     for (int64_t b = -1; b < s.depth; b++) {
       run_tasks(s.pool, tasks, [&](int64_t task, int64_t slot) {
         Arena arena{spaces + slot * space_bytes};

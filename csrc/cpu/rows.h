@@ -78,4 +78,22 @@ VF_INLINE Moments moments(const void* x, Type type, int64_t width, float eps) {
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
+// (x − mean)·rstd·weight + bias of a row, from element `start` of out on; weight and bias may be null.
+VF_INLINE void normalise_row(const void* x, Type type, int64_t width, Moments m, const float* weight, const float* bias,
+                             void* out, int64_t start, Type out_type) {
+  int64_t i = 0;
+  for (; i + VL <= width; i += VL) {
+    vf y = (load_as_float(x, i, type) - m.mean) * m.rstd;
+    if (weight) y = y * load(weight + i);
+    if (bias) y = y + load(bias + i);
+    store_as(out, start + i, y, out_type);
+  }
+  for (; i < width; i++) {
+    float y = (load_one(x, i, type) - m.mean) * m.rstd;
+    if (weight) y *= weight[i];
+    if (bias) y += bias[i];
+    store_one(out, start + i, y, out_type);
+  }
+}
+
 }  // namespace

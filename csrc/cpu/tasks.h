@@ -33,6 +33,12 @@ void run_tasks(const vit_fast::Pool& pool, int64_t count, const Task& task) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// How many tasks share rows evenly, each of at most `most`: a multiple of the threads where there are rows enough.
+inline int64_t row_tasks(const vit_fast::Pool& pool, int64_t rows, int64_t most) {
+  const int64_t least = ceil_div(rows, most), even = round_up(least, pool.slots);
+  return even <= rows ? even : least;
+}
+
 // Pieces of a workspace, each aligned to a cache line; with a null base it only counts.
 struct Arena {
   char* base;
