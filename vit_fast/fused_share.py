@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from . import backends
 from .block import PREPARED
@@ -158,21 +159,43 @@ def coverage(model: nn.Module, example: Any = None) -> Coverage:
     return Coverage(type(model).__name__, rows)
 
 
+class _FlopCount(TorchDispatchMode):
+    """Sums the FLOPs of the matrix products of the calls inside; torch's own FlopCounterMode wants gradients of
+    parameters that are inputs of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
 def _measured(model: nn.Module, counted: dict[nn.Module, Any], example: Any) -> tuple[CoverageRow, ...]:
     """The rows of one call, in the order of execution."""
     flops: dict[nn.Module, int] = {}
     told: dict[nn.Module, str] = {}
-    counter = FlopCounterMode(display=False)
+    counter = _FlopCount()
     with backends.recording() as choices:
 
         def enter(module: nn.Module, inputs: Any) -> None:
             if module in counted:
                 choices.clear()
-                flops[module] = flops.get(module, 0) - counter.get_total_flops()
+                flops[module] = flops.get(module, 0) - counter.total
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             if module in counted:
-                flops[module] += counter.get_total_flops()
+                flops[module] += counter.total
                 for name, backend, reasons in choices:
                     if reasons and (backend == "library" or name == "block"):
                         told[module] = reasons[0]

@@ -324,7 +324,7 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options["bias"] = bias
+            options["bias"] = bias[(None,) * (4 - bias.dim())]
         return self.fused(x, gammas, paths, drops, options)
 
     def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
