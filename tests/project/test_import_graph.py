@@ -31,13 +31,9 @@ LAYERS = (
         "vit_fast.cuda_graphs",
         "vit_fast.certificate",
     ),
-<<<<<<< HEAD
     ("vit_fast.timm_models", "vit_fast.registry"),
-    ("vit_fast.diagnosis",),
-=======
     ("vit_fast.diagnosis", "vit_fast.fused_share"),
     ("vit_fast.library_coverage",),
->>>>>>> timm17
     ("vit_fast",),
     ("vit_fast.bench",),
     ("vit_fast.cli", "vit_fast.__main__"),
