@@ -506,6 +506,18 @@ def check_prepared_blocks(x: Any, weights: Any) -> None:
 
 
 @untraced
+def check_block_options(op: str, x: Any, num_heads: int, options: Any) -> None:
+    """The options of prepared blocks ``op`` on x [B, N, C], which has been checked."""
+    batch, tokens, width = x.shape
+    sizes = (batch, num_heads, tokens, tokens)
+    _check_score_options(op, x, sizes, options.bias, None, options.key_lengths, None)
+    _check_head_options(
+        op, x, sizes, width // num_heads, options.rope, options.rope_layout, options.num_prefix, options.q_norm,
+        options.k_norm, options.norm,
+    )  # fmt: skip
+
+
+@untraced
 def check_fp8_blocks(x: Any, weights: Any) -> None:
     weight = folding.first_block(folding.Float8Block, weights).qkv_weight
     _check_blocks("fp8_blocks", x, weight, (torch.float16, torch.bfloat16))

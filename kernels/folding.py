@@ -80,15 +80,16 @@ def first_block(record: type[Block], tensors: Sequence[torch.Tensor]) -> Block:
     return record._make(tensors[: len(record._fields)])
 
 
-def _without_layer_norm(weight, bias, ln_weight, ln_bias):
-    """(weight, bias) in float64 such that LN(x) weightᵀ + bias becomes that of an LN without parameters.
+def _without_norm(weight, bias, pair, norm):
+    """(weight, bias) in float64 such that norm(x) weightᵀ + bias becomes that of a norm without parameters.
 
-    Each row of weight · ln_weight is centred, which does not change its product with a normalised x.
+    Behind a LayerNorm the rows of the folded weight are centred, which does not change its product with a normalised x.
     """
-    wide = weight.double()
-    folded = wide if ln_weight is None else wide * ln_weight.double()
-    shift = wide.new_zeros(wide.shape[0]) if ln_bias is None else wide @ ln_bias.double()
-    return folded - folded.mean(1, keepdim=True), shift if bias is None else shift + bias.double()
+    wide, (norm_weight, norm_bias) = weight.double(), pair
+    folded = wide if norm_weight is None else wide * norm_weight.double()
+    shift = wide.new_zeros(wide.shape[0]) if norm_bias is None else wide @ norm_bias.double()
+    centred = folded - folded.mean(1, keepdim=True) if norm == "layer" else folded
+    return centred, shift if bias is None else shift + bias.double()
 
 
 def _without_layer_scale(weight, bias, gamma):
@@ -98,25 +99,36 @@ def _without_layer_scale(weight, bias, gamma):
     return (wide, shift) if gamma is None else (wide * gamma.double()[:, None], shift * gamma.double())
 
 
-def fold_layer_norm(
-    weight: torch.Tensor, bias: torch.Tensor | None, ln_weight: torch.Tensor | None, ln_bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, its row sums [out], bias [out]) for an x normalised by an LN without parameters.
+def fold_norm(linear: Pair, pair: Pair, norm: str = "layer") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight, its row sums [out], bias [out]) of a linear layer for an x normalised by a norm without parameters.
 
-    The weight is rounded to its dtype after its rows are centred, the sums are those of the rounded weight. Sums and
-    bias are float32 (float64 for float64), computed in float64.
+    The weight is rounded to its dtype after its rows are centred (behind a LayerNorm; an RMSNorm subtracts no mean, and
+    its sums are 0), the sums are those of the rounded weight. Sums and bias are float32 (float64 for float64), computed
+    in float64.
     """
-    folded, shift = _without_layer_norm(weight, bias, ln_weight, ln_bias)
-    rounded, wide = folded.to(weight.dtype), torch.promote_types(weight.dtype, torch.float32)
-    return rounded, rounded.double().sum(1).to(wide), shift.to(wide)
+    dtype, wide = _dtypes(linear)
+    folded, shift = _without_norm(*linear, pair, norm)
+    rounded = folded.to(dtype)
+    sums = rounded.double().sum(1) if norm == "layer" else torch.zeros_like(shift)
+    return rounded, sums.to(wide), shift.to(wide)
 
 
-def fold_layer_scale(
-    weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor | None
+def fold_branch_end(
+    linear: Pair, gamma: torch.Tensor | None, inner: Pair | None = None, norm: str = "layer"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, bias) that need no gamma; the bias is float32 (float64 for float64)."""
-    folded, shift = _without_layer_scale(weight, bias, gamma)
-    return folded.to(weight.dtype), shift.to(torch.promote_types(weight.dtype, torch.float32))
+    """(weight, bias) of a linear layer that need no gamma and, where its input is normalised, no parameters of that
+    norm (``inner``); the bias is float32 (float64 for float64)."""
+    dtype, wide = _dtypes(linear)
+    if inner is not None:
+        linear = _without_norm(*linear, inner, norm)
+    folded, shift = _without_layer_scale(*linear, gamma)
+    return folded.to(dtype), shift.to(wide)
+
+
+def _dtypes(linear):
+    """The dtype of a folded weight, and that of its sums and bias."""
+    dtype = linear[0].dtype
+    return dtype, torch.promote_types(dtype, torch.float32)
 
 
 def prepare_block(
@@ -128,14 +140,22 @@ def prepare_block(
     fc1: Pair,
     fc2: Pair,
     gamma2: torch.Tensor | None,
+    *,
+    out_norm: Pair | None = None,
+    inner_norm: Pair | None = None,
+    norm: str = "layer",
 ) -> FoldedBlock:
-    """A block, folded. norm1, norm2: (weight, bias) of a LayerNorm, each or None; qkv, proj, fc1, fc2: (weight, bias or
-    None) of a linear layer; gamma1, gamma2: LayerScale or None."""
+    """A block, folded.
+
+    norm1, norm2: (weight, bias) of a norm, each or None; qkv, proj, fc1, fc2: (weight, bias or None) of a linear layer;
+    gamma1, gamma2: LayerScale or None; out_norm, inner_norm: the norms before proj and fc2, where there are any; norm:
+    the kind of all, "layer" or "rms".
+    """
     return FoldedBlock(
-        *fold_layer_norm(*qkv, *norm1),
-        *fold_layer_scale(*proj, gamma1),
-        *fold_layer_norm(*fc1, *norm2),
-        *fold_layer_scale(*fc2, gamma2),
+        *fold_norm(qkv, norm1, norm),
+        *fold_branch_end(proj, gamma1, out_norm, norm),
+        *fold_norm(fc1, norm2, norm),
+        *fold_branch_end(fc2, gamma2, inner_norm, norm),
     )
 
 
@@ -162,6 +182,8 @@ def fp8_block(
     fc2: Pair,
     gamma2: torch.Tensor | None,
     activation: str,
+    *,
+    norm: str = "layer",
 ) -> Float8Block:
     """A block, folded and quantised; arguments as in ``prepare_block``.
 
@@ -175,9 +197,9 @@ def fp8_block(
     longest = _SLACK * math.sqrt(width)
     norm_scale = power_of_two_scale(qkv[0].new_tensor(math.sqrt(max(width - 1, 1)), dtype=torch.float64))
 
-    def after_norm(linear, norm):
+    def after_norm(linear, pair):
         """Quantised weight, its scale without that of x̂, the bias, and a bound of each output."""
-        folded, shift = _without_layer_norm(*linear, *norm)
+        folded, shift = _without_norm(*linear, pair, norm)
         weight, scale = quantise_rows(folded)
         bound = longest * (weight.double() * scale[:, None]).norm(dim=1) + shift.abs()
         return weight, scale / norm_scale, shift, bound

@@ -31,32 +31,44 @@ from torch import Tensor
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
+from .block_options import PLAIN, BlockOptions
 from .folding import E4M3, Float8Block, first_block, unflatten
 from .linear import fp8_linear
 from .prepared_blocks import SEMAPHORE_TILES
 
 
-def not_supported_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
+def not_supported_reasons(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, options: BlockOptions = PLAIN
+) -> list[str]:
     packed = x.new_empty(0, 0, first_block(Float8Block, weights).qkv_weight.shape[0])
-    reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(packed, num_heads)
+    reasons = ln.not_supported_reasons(x, None, None, 0.0) + attn.not_supported_reasons(
+        packed, num_heads, **options.of_attention()
+    )
     if x.device.type == "cuda" and configs.arch_of(x.device) < 89:
         reasons.append(f"float8 needs capability 8.9, the device has {configs.arch_of(x.device) / 10}")
     return list(dict.fromkeys(reasons))
 
 
 def fp8_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     blocks = unflatten(Float8Block, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for b in blocks:
-        normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, pdl=pdl)
+        normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, norm=options.norm, pdl=pdl)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype, pdl=pdl)
-        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl)
+        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl, **options.of_attention())
         x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
-        normal = ln.layer_norm(x, b.norm_scale, None, eps2, E4M3, pdl=pdl)
+        normal = ln.layer_norm(x, b.norm_scale, None, eps2, E4M3, norm=options.norm, pdl=pdl)
         hidden = fp8_linear(
             normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=b.hidden_scale, out_dtype=E4M3, pdl=pdl
         )

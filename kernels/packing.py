@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .activation_names import GATED
-from .folding import Pair, fold_layer_norm, fold_layer_scale, prepare_block
+from .folding import Pair, fold_branch_end, fold_norm, prepare_block
 
 PANEL = 32  # NR of csrc/cpu/gemm.h
 GROUP = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that one instruction takes
@@ -103,9 +103,15 @@ def packed_block(
     fc2: Pair,
     gamma2: torch.Tensor | None,
     activation: str,
+    *,
+    out_norm: Pair | None = None,
+    inner_norm: Pair | None = None,
+    norm: str = "layer",
 ) -> PackedBlock:
     """A block, folded and packed; arguments as in ``folding.prepare_block``."""
-    folded = prepare_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2)
+    folded = prepare_block(
+        norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2, out_norm=out_norm, inner_norm=inner_norm, norm=norm
+    )
     order = interleave if activation in GATED else _as_it_is
     tensors = []
     for name in ("qkv", "proj", "fc1", "fc2"):
@@ -137,14 +143,18 @@ def int8_block(
     fc2: Pair,
     gamma2: torch.Tensor | None,
     activation: str,
+    *,
+    out_norm: Pair | None = None,
+    inner_norm: Pair | None = None,
+    norm: str = "layer",
 ) -> Int8Block:
     """A block, folded, quantised and packed; arguments as in ``folding.prepare_block``. No data is needed."""
     order = interleave if activation in GATED else _as_it_is
     linears = [
-        fold_layer_norm(*_wide(qkv), *norm1)[::2],
-        fold_layer_scale(*_wide(proj), gamma1),
-        tuple(map(order, fold_layer_norm(*_wide(fc1), *norm2)[::2])),
-        fold_layer_scale(*_wide(fc2), gamma2),
+        fold_norm(_wide(qkv), norm1, norm)[::2],
+        fold_branch_end(_wide(proj), gamma1, out_norm, norm),
+        tuple(map(order, fold_norm(_wide(fc1), norm2, norm)[::2])),
+        fold_branch_end(_wide(fc2), gamma2, inner_norm, norm),
     ]
     tensors = []
     for weight, bias in linears:

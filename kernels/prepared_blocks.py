@@ -18,6 +18,8 @@ into the projection that follows it, LayerScale into the one that ends the branc
 and two more before the first block: zeros for the split-K semaphores (``gemm``), and the row-statistics partials of x.
 On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``).
 This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements each.
+RMSNorm is not folded: its rows are normalised by a launch of their own (two more a block), as are the rows before a
+norm inside a branch (``BlockOptions.out_eps``, ``hidden_eps``), whose parameters are folded all the same.
 Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
 Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean as a rank-one correction.
 """
@@ -30,34 +32,54 @@ from torch import Tensor
 from . import attention as attn
 from . import configs
 from . import layer_norm as ln
+from .block_options import PLAIN, BlockOptions
 from .folding import FoldedBlock, first_block, unflatten
-from .linear import folded_linear, linear_with_partials
+from .linear import folded_linear, layer_norm_linear, linear_residual, linear_with_partials
 
 SEMAPHORE_TILES = 256  # counters a GEMM; split-K is for fewer tiles than there are multiprocessors
 
 
-def not_supported_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
+def not_supported_reasons(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, options: BlockOptions = PLAIN
+) -> list[str]:
     packed = first_block(FoldedBlock, weights).qkv_weight.t()[None]  # has width, dtype and device of qkv
-    reasons = ln.row_partials_not_supported_reasons(x) + attn.not_supported_reasons(packed, num_heads)
+    reasons = ln.row_partials_not_supported_reasons(x)
+    reasons += attn.not_supported_reasons(packed, num_heads, **options.of_attention())
     return list(dict.fromkeys(reasons))
 
 
 def prepared_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
-    partials = ln.row_partials(x, pdl=pdl)
+    fold = options.norm == "layer"
+    partials = ln.row_partials(x, pdl=pdl) if fold else None
+
+    def after_norm(eps, weight, sums, bias, activation=None):
+        if fold:
+            return folded_linear(x, partials, eps, weight, sums, bias, activation, pdl=pdl)
+        return layer_norm_linear(x, None, None, eps, weight, bias, activation, norm=options.norm)
+
+    def before_residual(y, eps, weight, bias):
+        y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
+        if fold:
+            return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
+        return linear_residual(y, weight, bias, None, x), None
+
     for block in blocks:
-        packed = folded_linear(x, partials, eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias, pdl=pdl)
-        out = attn.attention(packed, num_heads, scale, pdl=pdl)
-        x, partials = linear_with_partials(
-            out, block.proj_weight, block.proj_bias, x, semaphore=next(semaphores), pdl=pdl
-        )
-        hidden = folded_linear(x, partials, eps2, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation, pdl=pdl)
-        x, partials = linear_with_partials(
-            hidden, block.fc2_weight, block.fc2_bias, x, semaphore=next(semaphores), pdl=pdl
-        )
+        packed = after_norm(eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)
+        out = attn.attention(packed, num_heads, scale, pdl=pdl, **options.of_attention())
+        x, partials = before_residual(out, options.out_eps, block.proj_weight, block.proj_bias)
+        hidden = after_norm(eps2, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation)
+        x, partials = before_residual(hidden, options.hidden_eps, block.fc2_weight, block.fc2_bias)
     return x

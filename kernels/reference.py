@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation_names import GATED
+from .block_options import PLAIN, BlockOptions
 from .folding import E4M3, Float8Block, FoldedBlock, unflatten
 from .packing import Int8Block, PackedBlock, unpacked_linears
 from .tracing import is_transformed, known_values, transform_reasons, untraced
@@ -552,16 +553,50 @@ def attention_bwd(
 
 
 def prepared_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks of a list of ``folding.FoldedBlock`` tensors, in the dtype of the weights."""
-    for block in unflatten(FoldedBlock, weights):
-        packed = layer_norm_linear(x, None, None, eps1, block.qkv_weight, block.qkv_bias.to(x.dtype))
-        out = attention(packed, num_heads, scale)
-        x = linear_residual(out, block.proj_weight, block.proj_bias.to(x.dtype), None, x)
-        hidden = layer_norm_linear(x, None, None, eps2, block.fc1_weight, block.fc1_bias.to(x.dtype), activation)
-        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias.to(x.dtype), None, x)
+    for b in unflatten(FoldedBlock, weights):
+        linears = [
+            (weight, bias.to(x.dtype))
+            for weight, bias in (
+                (b.qkv_weight, b.qkv_bias), (b.proj_weight, b.proj_bias),
+                (b.fc1_weight, b.fc1_bias), (b.fc2_weight, b.fc2_bias),
+            )
+        ]  # fmt: skip
+        x = _folded_block(x, linears, num_heads, scale, activation, eps1, eps2, options)
     return x
+
+
+def _folded_block(x, linears, num_heads, scale, activation, eps1, eps2, options):
+    """x [B, N, C] through a block of folded linear layers: (weight, bias) of qkv, proj, fc1, fc2."""
+    qkv, proj, fc1, fc2 = linears
+    packed = layer_norm_linear(x, None, None, eps1, *qkv, norm=options.norm)
+    out = attention(packed, num_heads, scale, **options.of_attention())
+    x = linear_residual(_bare_norm(out, options.out_eps, options.norm), *proj, None, x)
+    hidden = layer_norm_linear(x, None, None, eps2, *fc1, activation, norm=options.norm)
+    hidden, weight = _hidden_norm(hidden, fc2[0], options)
+    return linear_residual(hidden, weight, fc2[1], None, x)
+
+
+def _bare_norm(x, eps, norm):
+    """A norm without parameters, or nothing where eps is None."""
+    return x if eps is None else layer_norm(x, None, None, eps, norm=norm)
+
+
+def _hidden_norm(hidden, weight, options):
+    """The hidden activations and the weight of fc2, without padding and normalised where there is a norm of them."""
+    if options.hidden_eps is None:
+        return hidden, weight
+    features = options.hidden_features
+    return _bare_norm(hidden[..., :features], options.hidden_eps, options.norm), weight[:, :features]
 
 
 # fp8_blocks: transformer blocks whose matrix products are taken in float8 e4m3.
@@ -587,15 +622,22 @@ def fp8_linear(
 
 
 def fp8_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks of a list of ``folding.Float8Block`` tensors, in the dtype of x."""
     for b in unflatten(Float8Block, weights):
-        normal = _fp8_norm(x, b.norm_scale, eps1)
+        normal = _fp8_norm(x, b.norm_scale, eps1, options.norm)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype)
-        out = attention(packed, num_heads, scale).to(E4M3)
+        out = attention(packed, num_heads, scale, **options.of_attention()).to(E4M3)
         x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x)
-        normal, hidden_scale = _fp8_norm(x, b.norm_scale, eps2), b.hidden_scale
+        normal, hidden_scale = _fp8_norm(x, b.norm_scale, eps2, options.norm), b.hidden_scale
         hidden = fp8_linear(
             normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=hidden_scale, out_dtype=E4M3
         )
@@ -603,24 +645,30 @@ def fp8_blocks(
     return x
 
 
-def _fp8_norm(x, norm_scale, eps):
+def _fp8_norm(x, norm_scale, eps, norm):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return layer_norm(wide, norm_scale.to(wide.dtype), None, eps).to(E4M3)
+    return layer_norm(wide, norm_scale.to(wide.dtype), None, eps, norm=norm).to(E4M3)
 
 
 # packed_blocks, int8_blocks: transformer blocks on weights packed for the CPU extension.
 
 
 def packed_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks of a list of ``packing.PackedBlock`` tensors, in the dtype of x."""
     for block in unflatten(PackedBlock, weights):
-        linears = unpacked_linears(block, x.shape[2], activation)
-        qkv, proj, fc1, fc2 = ((weight.to(x.dtype), bias.to(x.dtype)) for weight, bias in linears)
-        out = attention(layer_norm_linear(x, None, None, eps1, *qkv), num_heads, scale)
-        x = linear_residual(out, *proj, None, x)
-        x = linear_residual(layer_norm_linear(x, None, None, eps2, *fc1, activation), *fc2, None, x)
+        linears = [
+            (weight.to(x.dtype), bias.to(x.dtype)) for weight, bias in unpacked_linears(block, x.shape[2], activation)
+        ]
+        x = _folded_block(x, linears, num_heads, scale, activation, eps1, eps2, options)
     return x
 
 
@@ -636,7 +684,14 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
 
 
 def int8_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks of a list of ``packing.Int8Block`` tensors; float32 between the products."""
     wide = x.to(_stat_dtype(x))
@@ -644,10 +699,12 @@ def int8_blocks(
         for block in unflatten(Int8Block, weights):
             linears = unpacked_linears(block, x.shape[2], activation)
             qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
-            out = attention(int8_linear(layer_norm(wide, None, None, eps1), *qkv), num_heads, scale)
-            wide = wide + int8_linear(out, *proj)
-            hidden = activate(int8_linear(layer_norm(wide, None, None, eps2), *fc1), activation)
-            wide = wide + int8_linear(hidden, *fc2)
+            packed = int8_linear(_bare_norm(wide, eps1, options.norm), *qkv)
+            out = attention(packed, num_heads, scale, **options.of_attention())
+            wide = wide + int8_linear(_bare_norm(out, options.out_eps, options.norm), *proj)
+            hidden = activate(int8_linear(_bare_norm(wide, eps2, options.norm), *fc1), activation)
+            hidden, weight = _hidden_norm(hidden, fc2[0], options)
+            wide = wide + int8_linear(hidden, weight, *fc2[1:])
     return wide.to(x.dtype)
 
 

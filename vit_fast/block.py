@@ -183,6 +183,14 @@ def _prepared(blocks: nn.Module) -> Any:
     return prepared
 
 
+def prepared_for(block: nn.Module, x: torch.Tensor) -> Any:
+    """The prepared weights of a block alone (``prepared.Prepared``) where they serve tokens x, else None."""
+    if PREPARED not in block.__dict__:
+        return None
+    prepared = _prepared(block)
+    return prepared if prepared is not None and prepared.serves(x, block) else None
+
+
 def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recomputes: bool) -> torch.Tensor:
     """``run_blocks`` over a whole ``nn.Sequential``. If the stack carries a hook or is of another class, its own
     ``__call__`` runs instead, unless its blocks are recomputed in the backward (``recomputes``)."""

@@ -103,12 +103,19 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _told(model: nn.Module, left: dict[str, tuple[str, str]]) -> str:
-    """Text about the modules that stay and why: names with the same reason together, consecutive ones as first–last."""
+def grouped(left: dict[str, str], unnamed: str) -> list[tuple[str, str]]:
+    """(names, reason) of what stays as it is (name → reason): names with the same reason together, consecutive ones as
+    first–last; ``unnamed`` stands for a name that is empty."""
     names: dict[str, list[str]] = {}
-    for name, (_, reason) in left.items():
-        names.setdefault(reason, []).append(name or type(model).__name__)
-    return "; ".join(f"{', '.join(_ranges(group))}: {reason}" for reason, group in names.items())
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name or unnamed)
+    return [(", ".join(_ranges(group)), reason) for reason, group in names.items()]
+
+
+def _told(model: nn.Module, left: dict[str, tuple[str, str]]) -> str:
+    """Text about the modules that stay (name → operation and reason)."""
+    reasons = {name: reason for name, (_, reason) in left.items()}
+    return "; ".join(f"{names}: {reason}" for names, reason in grouped(reasons, type(model).__name__))
 
 
 def _ranges(names: Iterable[str]) -> list[str]:

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops, plain
-from .block import attention_branch, attention_probabilities, drop_path_scale, mlp_branch, project_qkv
+from .block import (
+    attention_branch,
+    attention_probabilities,
+    drop_path_scale,
+    mlp_branch,
+    pass_over_prepared,
+    prepared_for,
+    project_qkv,
+)
 from .block_params import BlockParams, Norm
 from .kernels.arguments import UnsupportedError
 from .kernels.reference import activate, attention_weights, split_heads
@@ -160,6 +168,7 @@ class Mlp(nn.Module):
 class Block(plain.Fusible, nn.Module):
     """Pre-norm transformer block: [B, N, C] → [B, N, C]."""
 
+    RUNS_PREPARED = True
     SUBMODULES = plain.submodules(
         norm1=plain.NORM,
         attn=(Attention,),
@@ -229,6 +238,8 @@ class Block(plain.Fusible, nn.Module):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         bias = attention_bias(x, attn_mask, is_causal)
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x, bias=bias)
         if not self.is_fused():
             masks = {} if bias is None else {"attn_mask": bias}  # a user's attention class may take no mask
             x = x + self._drop_path(self.ls1(self.attn(plain.layer_norm(self.norm1, x), **masks)))
@@ -256,6 +267,7 @@ class Block(plain.Fusible, nn.Module):
         Raises:
             UnsupportedError: an attention of another class, which may have no probabilities.
         """
+        pass_over_prepared(self, "attention maps are asked for")
         if plain.why_not_plain(self, (type(self),)) is None and self.is_fused():
             p = self.params()
             qkv = project_qkv(x, p)

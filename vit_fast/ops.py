@@ -28,6 +28,7 @@ from .backends.base import Backend, backward_key
 from .kernels import arguments, reference
 from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
+from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
 from .kernels.tracing import is_transformed
 from .precisions import FOLDED, FP8, Precision, forms
 
@@ -634,22 +635,23 @@ def _register_blocks(precision: Precision) -> None:
     name, tensors_per_block = precision.operation, len(precision.record._fields)
     _library.define(
         f"{name}(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
-        "str backend) -> Tensor",
+        f"{SCHEMA}, str backend) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
     def run(x: torch.Tensor, weights: Sequence[torch.Tensor], *values: Any) -> torch.Tensor:
         *arguments, word = values
         _refuse_transforms(name, word)
-        backend = select.loaded(word, name)
-        out: torch.Tensor = select.run(name, backend, x.device, run_on, (x, weights, *arguments), ask)
+        backend, options = select.loaded(word, name), BlockOptions.unflatten(arguments[5:])
+        inputs = (x, weights, *arguments[:5], options)
+        out: torch.Tensor = select.run(name, backend, x.device, run_on, inputs, ask)
         return out
 
     def run_on(backend: Backend, *inputs: Any) -> torch.Tensor:
         return backend.forward[name](*inputs).contiguous()
 
     def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
-        return method(name, *inputs[:3])
+        return method(name, *inputs[:3], inputs[-1])
 
     def flops(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
         batch, tokens, width = x
@@ -674,15 +676,19 @@ def blocks(
     activation: str,
     eps1: float,
     eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> torch.Tensor:
     """x [B, N, C] through blocks that ``precision`` has folded, by the operation of that precision."""
     precision.check(x, weights)
+    if options is not PLAIN:
+        arguments.check_block_options(precision.operation, x, num_heads, options)
     name = precision.operation
-    backend = select.choose(name, x.device, (), x, weights, num_heads)
+    backend = select.choose(name, x.device, (), x, weights, num_heads, options)
     if backend == "torch":
-        return precision.reference(x, weights, num_heads, scale, activation, eps1, eps2)
+        return precision.reference(x, weights, num_heads, scale, activation, eps1, eps2, options)
     operator = getattr(torch.ops.vit_fast, name)
-    out: torch.Tensor = operator(x, list(weights), num_heads, scale, activation, eps1, eps2, backend)
+    out: torch.Tensor
+    out = operator(x, list(weights), num_heads, scale, activation, eps1, eps2, *options.flatten(), backend)
     return out
 
 
@@ -694,6 +700,7 @@ def prepared_blocks(
     activation: str,
     eps1: float,
     eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> torch.Tensor:
     """x through a stack of pre-norm transformer blocks with folded weights (``vit_fast.prepare``); inference only.
 
@@ -701,14 +708,15 @@ def prepared_blocks(
         x: [B, N, C] in the dtype of the weights.
         weights: the tensors of a ``folding.FoldedBlock`` for each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``.
-        eps1, eps2: of the LayerNorm before qkv and before fc1.
+        eps1, eps2: of the norm before qkv and before fc1.
+        options: further norms, rotary embedding and masks, the same for every block.
     Returns:
         [B, N, C] in the dtype of x.
     Raises:
         ValueError: x does not fit the weights.
         UnsupportedError: a forced backend cannot.
     """
-    return blocks(FOLDED, x, weights, num_heads, scale, activation, eps1, eps2)
+    return blocks(FOLDED, x, weights, num_heads, scale, activation, eps1, eps2, options)
 
 
 def fp8_blocks(
@@ -719,6 +727,7 @@ def fp8_blocks(
     activation: str,
     eps1: float,
     eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> torch.Tensor:
     """x through a stack of pre-norm transformer blocks in float8 e4m3 (``vit_fast.prepare``); inference only.
 
@@ -726,7 +735,8 @@ def fp8_blocks(
         x: [B, N, C], float16 or bfloat16.
         weights: the tensors of a ``folding.Float8Block`` for each block, one block after the other.
         num_heads, scale: as in ``attention``; activation: as in ``layernorm_mlp``, that of the weights.
-        eps1, eps2: of the LayerNorm before qkv and before fc1.
+        eps1, eps2: of the norm before qkv and before fc1.
+        options: further norms, rotary embedding and masks, the same for every block.
     Returns:
         [B, N, C] in the dtype of x.
     Raises:
@@ -734,7 +744,7 @@ def fp8_blocks(
         UnsupportedError: a forced backend cannot.
     Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
     """
-    return blocks(FP8, x, weights, num_heads, scale, activation, eps1, eps2)
+    return blocks(FP8, x, weights, num_heads, scale, activation, eps1, eps2, options)
 
 
 # patch_embed

@@ -1,28 +1,32 @@
 """prepare(model): weights folded once for inference, so that a transformer block is five launches, or runs in float8.
 
-LayerNorm's weight and bias are folded into the projection that follows it (its statistics are applied in the epilogue
-of that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what
-else is done to the weights. The folded copies are an attribute of the stack of blocks they were made of
-(``nn.Sequential``, ``nn.ModuleList``): no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them
-out. ``block.run_blocks`` checks in each call whether they may be used; where not, a warning says why, once. They are
-dropped as soon as anything that the blocks compute with has changed (``snapshot``).
+The weight and bias of a norm are folded into the projection behind it (its statistics are applied in the epilogue of
+that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what else
+is done to the weights. A stack of blocks (``nn.Sequential``, ``nn.ModuleList``) that runs as a whole is folded as a
+whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. The folded
+copies are an attribute of the stack or block that they were made of: no parameter changes, and ``state_dict``,
+``deepcopy`` and pickles leave them out. ``block.run_blocks`` and the blocks check in each call whether they may be
+used; where not, a warning says why, once. They are dropped as soon as anything that the blocks compute with has changed
+(``snapshot``).
 """
 
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends, ops
-from .block import PREPARED, Stack
+from . import backends, integrations, ops
+from .block import PREPARED
 from .block_params import BlockParams
+from .class_swap import grouped
 from .kernels.arguments import UnsupportedError
+from .kernels.block_options import PLAIN, BlockOptions
 from .kernels.folding import flatten
 from .plain import why_not_plain
 from .precisions import PRECISIONS, Precision
@@ -43,7 +47,7 @@ class Stale:
     """Replaces prepared weights that were dropped: keeps their precision, for ``refresh``, and the reason.
 
     Attributes:
-        name: of the stack in its model.
+        name: of the stack or block in its model.
         precision: the name of the precision, as ``prepare`` takes it.
         unused: why the last call ran without prepared weights, or None.
         released: whether ``prepare`` gave the blocks' own weights back to the system.
@@ -64,7 +68,7 @@ class Stale:
     def __reduce__(self) -> tuple[Any, ...]:
         return Stale, (self.name, self.precision, _COPIED, (), self.released)
 
-    def serves(self, x: torch.Tensor, blocks: Stack) -> bool:
+    def serves(self, x: torch.Tensor, holder: nn.Module) -> bool:
         """Whether prepared weights may be used for x [B, N, C]. The first time they may not, a warning says why.
 
         Raises:
@@ -72,13 +76,13 @@ class Stale:
         """
         self.unused = reason = self._why_unused(x)  # a local, because another thread may set self.unused meanwhile
         if reason is not None:
-            self.need_weights(blocks, reason)
+            self.need_weights(holder, reason)
             self.pass_over(reason)
         return reason is None
 
-    def need_weights(self, blocks: Stack, reason: str) -> None:
+    def need_weights(self, holder: nn.Module, reason: str) -> None:
         """Raises RuntimeError where a call needs the blocks' own weights and they were released."""
-        if self.released and any(parameter.is_meta for parameter in blocks.parameters()):
+        if self.released and any(parameter.is_meta for parameter in holder.parameters()):
             raise RuntimeError(
                 f"vit_fast.prepare: prepared weights of {self.name or 'the blocks'} are not used ({reason}), and the "
                 "weights that they were made of were released; load these again with "
@@ -97,38 +101,44 @@ class Stale:
 
 
 class Prepared(Stale):
-    """The folded weights of a stack of blocks, and what they were folded from.
+    """The folded weights of a stack of blocks or of one block, and what they were folded from.
 
     Attributes:
-        blocks: the stack.
+        holder: the stack or block, which has them as an attribute.
         form: the precision, as it is prepared for the backend that runs on the device of the weights.
         dtype, device, width: of the tokens that they accept.
         records: the folded weights, one record of the precision for each block.
         weights: the tensors of all records in one list, as the operator takes them.
         arguments: heads, scale, activation and both eps, which follow the weights in the operator's signature.
+        options: what the blocks have beside these.
     """
 
-    def __init__(self, name: str, blocks: Stack, precision: Precision, release: bool) -> None:
+    def __init__(
+        self, name: str, holder: nn.Module, blocks: Sequence[nn.Module], precision: Precision, release: bool
+    ) -> None:
         super().__init__(name, precision.name, None, released=release)
-        self.blocks, self.form = blocks, precision
+        self.holder, self.form = holder, precision
         params = _params(blocks)
         first = params[0]
         assert first.norm1 is not None and first.norm2 is not None  # ensured by _not_supported_reasons
         self.arguments = first.num_heads, first.scale, first.activation, first.norm1.eps, first.norm2.eps
+        self.options = _options(first)
         self.dtype, self.device = first.qkv_weight.dtype, first.qkv_weight.device
         self.width = first.qkv_weight.shape[1]
         del first
         self.records = []
         with torch.no_grad():
-            for block, p in zip(blocks, _emptied(params)):
+            for block, p in zip(blocks, _emptied(params), strict=True):
                 self.records.append(precision.fold(p))
                 del p
                 if release:
                     _release(block)
         self.weights = flatten(self.records)
-        self._stack = tuple(blocks)
-        self._parts = dict(blocks.named_modules(prefix=name))
-        del self._parts[name]  # the stack is only a container: its own forward does not run
+        self._blocks = None if holder is blocks[0] else tuple(blocks)
+        self._parts = dict(holder.named_modules(prefix=name))
+        if self._blocks is not None:
+            del self._parts[name]  # the stack is only a container: its own forward does not run
+        vars(holder)[PREPARED] = self  # before the snapshot, which sees it where the holder is a block
         self._snapshot = Snapshot(self._parts)
         _folded.update(dict.fromkeys(self._snapshot.tensors, True))
         _count_steps()
@@ -142,11 +152,11 @@ class Prepared(Stale):
         changed = self._snapshot.changed()
         if changed is not None and (reason := self._steps_aside()):
             return reason
-        if tuple(self.blocks._modules.values()) != self._stack:
+        if self._blocks is not None and tuple(self.holder._modules.values()) != self._blocks:
             changed = self.name or "the blocks"
         if changed is not None:
             reason = f"{changed} changed, so the prepared weights are dropped; vit_fast.refresh(model) folds anew"
-            self.blocks.__dict__[PREPARED] = Stale(
+            vars(self.holder)[PREPARED] = Stale(
                 self.name, self.precision, reason, told=[reason], released=self.released
             )
             return reason
@@ -167,13 +177,32 @@ class Prepared(Stale):
         return None
 
     def run(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """x [B, N, C] through blocks[first:last]."""
+        """x [B, N, C] through blocks[first:last] of a stack."""
         if x.shape[-1] != self.width:  # which packed weights alone tell only up to their padding
             raise ValueError(
                 f"vit_fast.{self.form.operation}: x has width {x.shape[-1]}, expected {self.width} (as the weights)"
             )
         weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
-        return ops.blocks(self.form, x, weights, *self.arguments) if weights else x
+        return ops.blocks(self.form, x, weights, *self.arguments, self.options) if weights else x
+
+    def run_block(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """x [B, N, C] through a block that is prepared for itself; ``options`` are fields of ``BlockOptions`` that
+        differ from call to call."""
+        chosen = self.options._replace(**options) if options else self.options
+        return ops.blocks(self.form, x, self.weights, *self.arguments, chosen)
+
+
+def _options(p: BlockParams) -> BlockOptions:
+    """What a block has beside its weights, heads, scale, activation and the eps of norm1 and norm2."""
+    norms = (p.out_norm, p.inner_norm, p.q_norm, p.k_norm)
+    if p.norm == "layer" and all(norm is None for norm in norms):
+        return PLAIN
+    options = BlockOptions(norm=p.norm, q_norm=p.q_norm, k_norm=p.k_norm)
+    if p.out_norm is not None:
+        options = options._replace(out_eps=p.out_norm.eps)
+    if p.inner_norm is not None:
+        options = options._replace(hidden_eps=p.inner_norm.eps, hidden_features=p.fc2_weight.shape[1])
+    return options
 
 
 def _emptied(items: list[Any]) -> Iterator[Any]:
@@ -212,35 +241,28 @@ def _runs_its_params(cls: Any) -> bool:
     return owner is not None and inspect.unwrap(cls.forward) is inspect.unwrap(owner.forward)
 
 
-def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
-    """Why a stack of blocks cannot be prepared."""
+def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[str]:
+    """Why a stack of blocks, or a block alone, cannot be prepared."""
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
     if any(not _runs_its_params(type(b)) or why_not_plain(b, (type(b),), b.ignores) for b in blocks):
         return ["a block carries a hook or has a forward of its own"]
     if any(module.training for block in blocks for module in block.modules()):
         return ["a part of the blocks is in training mode"]
+    if reason := next(filter(None, (getattr(block, "not_folded", _nothing)() for block in blocks)), None):
+        return [reason]
     params = _params(blocks)
-    reasons: list[str] = []
-    eps = [(p.norm1.eps, p.norm2.eps) for p in params if p.norm1 is not None and p.norm2 is not None]
-    if len(eps) < len(params):
+    if any(p.norm1 is None or p.norm2 is None for p in params):
         return ["the blocks are not pre-norm"]
+    reasons: list[str] = []
     if any(p.value_skip for p in params):
         reasons.append("the blocks add the values to the branch (value_skip)")
-    if any(p.q_norm is not None or p.k_norm is not None for p in params):
+    if any(p.qkv_weight.shape != (3 * p.qkv_weight.shape[1], p.proj_weight.shape[0]) for p in params):
+        reasons.append("the heads are not as wide as the tokens in all")
+    if len(blocks) > 1 and any(p.q_norm is not None or p.k_norm is not None for p in params):
         reasons.append("the blocks normalise q and k (qk_norm)")
-    if any(p.norm != "layer" for p in params):
-        reasons.append("the blocks have RMSNorm (norm 'rms')")
-    if any(p.inner_norm is not None or p.out_norm is not None for p in params):
-        reasons.append("the blocks normalise before fc2 or proj (inner_norm, out_norm)")
-    if any(p.activation in ("silu", "geglu", "geglu_tanh") for p in params):
-        reasons.append(f"the activation is {params[0].activation}")
-    shared = [
-        (p.num_heads, p.scale, p.activation, *its_eps, p.qkv_weight.shape, p.qkv_weight.device)
-        for p, its_eps in zip(params, eps, strict=True)
-    ]
-    if any(values != shared[0] for values in shared):
-        reasons.append("the blocks differ in heads, scale, activation, eps, width or device")
+    if any(values != _shared(params[0]) for values in map(_shared, params)):
+        reasons.append("the blocks differ in heads, scale, activation, norms, width or device")
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
     if any(t.device.type == "meta" for t in tensors):
         reasons.append("the weights are on the device meta")
@@ -249,15 +271,47 @@ def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
             "the weights are inference tensors, whose changes torch does not count (make, load and move the model "
             "outside of torch.inference_mode())"
         )
-    return reasons + precision.not_supported_reasons(tensors)
+    return reasons + precision.not_supported_reasons(tensors) + precision.options_not_supported_reasons(params[0])
 
 
-def _stacks_of_blocks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
-    """(name, container) of every stack of blocks in a model."""
+def _nothing() -> None:
+    """What a block without ``not_folded`` says."""
+
+
+def _shared(p: BlockParams) -> tuple[Any, ...]:
+    """What the blocks of a stack have in common."""
+    norms = (p.norm1, p.norm2, p.out_norm, p.inner_norm)
+    eps = [norm and norm.eps for norm in norms]
+    return p.num_heads, p.scale, p.activation, p.norm, eps, p.qkv_weight.shape, p.fc2_weight.shape, p.qkv_weight.device
+
+
+class _Unit(NamedTuple):
+    """What is prepared at once: a stack of blocks, or a block alone, which then is the holder."""
+
+    name: str
+    holder: nn.Module
+    blocks: tuple[nn.Module, ...]
+
+
+def _units(model: nn.Module) -> Iterator[tuple[_Unit | None, list[_Unit]]]:
+    """For every stack of blocks in a model the stack, where it runs as a whole, and those of its blocks that can be
+    prepared alone."""
+    whole = {stack for module in model.modules() for stack in integrations.stacks_of(module)}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
-            if all(hasattr(block, "params") for block in module):
-                yield name, module
+        if not isinstance(module, (nn.Sequential, nn.ModuleList)) or not len(module):
+            continue
+        blocks = tuple(module)
+        alone = [
+            _Unit(f"{name}.{key}".removeprefix("."), block, (block,))
+            for key, block in module.named_children()
+            if getattr(block, "RUNS_PREPARED", False) and hasattr(block, "params")
+        ]
+        runs_whole = module in whole or not any(isinstance(block, integrations.Fused) for block in blocks)
+        stack = _Unit(name, module, blocks)
+        if runs_whole and all(hasattr(block, "params") and getattr(block, "STACKABLE", True) for block in blocks):
+            yield stack, alone
+        elif alone:
+            yield None, alone
 
 
 def prepare(model: nn.Module, precision: str | None = None, *, release: bool = False) -> nn.Module:
@@ -351,22 +405,36 @@ def _prepare(
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
         raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
-    stacks = [
-        (name, blocks, _named(caller, precision_of(blocks)).form(backends.preferred(*_kind(blocks))))
-        for name, blocks in _stacks_of_blocks(model)
-    ]
-    if not stacks:
+    chosen: list[tuple[_Unit, Precision]] = []
+    left: dict[str, str] = {}
+
+    def choose(unit: _Unit) -> str:
+        """Why a unit cannot be prepared; an empty text where it can, and is chosen."""
+        precision = _named(caller, precision_of(unit.holder)).form(backends.preferred(*_kind(unit.holder)))
+        reasons = _not_supported_reasons(unit.blocks, precision)
+        if not reasons:
+            chosen.append((unit, precision))
+        return ", ".join(reasons)
+
+    for stack, alone in _units(model):
+        reason = choose(stack) if stack is not None else ""
+        if stack is not None and not reason:
+            continue
+        reasons = {unit.name: why for unit in alone if (why := choose(unit))}
+        left |= reasons if stack is None or len(reasons) < len(alone) else {stack.name: reason}
+    if not (chosen or left):
         raise ValueError(
             f"vit_fast.{caller}: model is {type(model).__name__} without transformer blocks of this library, expected "
             "a VisionTransformer, a model of vit_fast.systems or an optimised model"
         )
-    reasons = {name: _not_supported_reasons(blocks, precision) for name, blocks, precision in stacks}
-    if all(reasons.values()):
-        told = "; ".join(f"{name or type(model).__name__}: {', '.join(why)}" for name, why in reasons.items())
-        raise UnsupportedError(f"vit_fast.{caller}: nothing can be prepared: {told}")
-    for name, blocks, precision in stacks:
-        if reasons[name]:
-            _logger.info("prepare leaves %s as it is: %s", name, "; ".join(reasons[name]))
-        else:
-            blocks.__dict__[PREPARED] = Prepared(name, blocks, precision, release)
+    told = grouped(left, type(model).__name__)
+    if not chosen:
+        text = "; ".join(f"{names}: {reason}" for names, reason in told)
+        raise UnsupportedError(f"vit_fast.{caller}: nothing can be prepared: {text}")
+    for names, reason in told:
+        _logger.info("prepare leaves %s as it is: %s", names, reason)
+    for unit, precision in chosen:
+        for module in unit.holder.modules():
+            module.__dict__.pop(PREPARED, None)
+        Prepared(*unit, precision, release)
     return model

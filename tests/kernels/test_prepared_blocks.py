@@ -33,7 +33,7 @@ def test_the_folds_are_algebra(activation, optional):
 def test_rows_are_centred_before_they_are_rounded_and_summed_after(dtype):
     weight, bias = (torch.randn(64, 96) + 5).to(dtype), torch.randn(64).to(dtype)
     ln_weight, ln_bias = (1 + 0.3 * torch.randn(96)).to(dtype), torch.randn(96).to(dtype)
-    folded, sums, shift = folding.fold_layer_norm(weight, bias, ln_weight, ln_bias)
+    folded, sums, shift = folding.fold_norm((weight, bias), (ln_weight, ln_bias))
     wide = weight.double() * ln_weight.double()
     assert folded.dtype == dtype and sums.dtype == shift.dtype == torch.float32
     assert torch.equal(folded, (wide - wide.mean(1, keepdim=True)).to(dtype))

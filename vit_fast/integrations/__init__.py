@@ -10,7 +10,7 @@ and the reason is noted for ``explain``. A fast class has
     not_covered(self)  why the fused form does not cover it, or None; also called on the library's instance, before the
                        swap
     CALLED             paths of sub-modules that it calls, so that they may be of any class
-    params(self)       its weights (``BlockParams``), where its stack can be prepared; not_folded(self): why they do not
+    params(self)       its weights (``BlockParams``), where it can be prepared; not_folded(self): why they do not
                        describe the block, or None
 
 and the file has ``FAST``, class → fast class; ``find(model)``, which yields (name, module, class of the library) of the
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from vit_fast import backends
-from vit_fast.block import run_blocks
+from vit_fast.block import pass_over_prepared, run_blocks
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.plain import TENSORS, Fusible
 
@@ -59,6 +59,8 @@ class BlockStack(Swapped, nn.Sequential):
 class Fused(Swapped, Fusible):
     """Base of the fast classes of blocks and patch embeddings."""
 
+    RUNS_PREPARED = False  # whether a block looks for prepared weights of its own
+    STACKABLE = True  # whether ``params`` is all that a block computes with, so that a stack can be prepared as a whole
     CALLED: tuple[str, ...] = ()  # paths of sub-modules that the fused form calls, whatever they are
 
     def not_folded(self) -> str | None:
@@ -67,12 +69,18 @@ class Fused(Swapped, Fusible):
 
     def run_library(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """The library's own forward; the reason is noted for ``explain``."""
+        pass_over_prepared(self, reason)
         backends.note(self.OPERATION, "library", (reason,))
         return super().forward(*args, **kwargs)
 
     def is_fused(self) -> bool:
         """Whether the block may run fused; ``run_library`` notes the reason where it does not."""
         return self.not_fused() is None
+
+
+def stacks_of(module: nn.Module) -> list[nn.Module]:
+    """The stacks of blocks that a module of an optimised model runs as a whole."""
+    return [module.stack(module)] if isinstance(module, Swapped) and hasattr(module, "stack") else []
 
 
 def unknown_submodules(module: nn.Module, fast: type[Fused]) -> list[str]:

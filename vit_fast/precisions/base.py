@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vit_fast.block_params import BlockParams
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.parity import Budget
 
 # The module of timm's block that the fields of a record are made of, by the first word of their name. The scale of the
@@ -18,8 +19,8 @@ _MODULES = {"norm": "", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1"
 class Kernels(NamedTuple):
     """The Triton kernels of an operation on prepared blocks."""
 
-    run: Callable[..., torch.Tensor]  # (x, weights, num_heads, scale, activation, eps1, eps2)
-    not_supported_reasons: Callable[..., list[str]]  # (x, weights, num_heads): why they cannot run a call
+    run: Callable[..., torch.Tensor]  # (x, weights, num_heads, scale, activation, eps1, eps2, options)
+    not_supported_reasons: Callable[..., list[str]]  # (x, weights, num_heads, options): why they cannot run a call
 
 
 class Precision:
@@ -69,6 +70,7 @@ class Precision:
         activation: str,
         eps1: float,
         eps2: float,
+        options: BlockOptions = PLAIN,
     ) -> torch.Tensor:
         """The operation in plain PyTorch: x [B, N, C] through the blocks whose tensors ``weights`` lists."""
         raise NotImplementedError
@@ -103,6 +105,10 @@ class Precision:
             reasons.append(f"the weights are {came}, folding is for {wanted} ({remedy})")
         return reasons + self.device_reasons(weights[0].device)
 
+    def options_not_supported_reasons(self, params: BlockParams) -> list[str]:
+        """Why a block cannot be prepared for what it has beside its four projections; empty where it can."""
+        return []
+
     def modules(self) -> tuple[str, ...]:
         """Which module of a block (timm's names) each tensor of a record is made of; "" for a tensor of none."""
         return tuple(_MODULES[field.partition("_")[0]] for field in self.record._fields)
@@ -113,9 +119,19 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def folding_arguments(p: BlockParams) -> tuple[Any, ...]:
-    """The parameters of a block as ``folding.prepare_block`` and ``folding.fp8_block`` take them."""
+    """The parameters of a block as the functions of ``folding`` and ``packing`` take them; ``norms_to_fold`` has the
+    other norms."""
     assert p.norm1 is not None and p.norm2 is not None  # ``prepare`` refuses blocks without
     return (
         p.norm1[:2], (p.qkv_weight, p.qkv_bias), (p.proj_weight, p.proj_bias), p.gamma1,
         p.norm2[:2], (p.fc1_weight, p.fc1_bias), (p.fc2_weight, p.fc2_bias), p.gamma2,
     )  # fmt: skip
+
+
+def norms_to_fold(p: BlockParams) -> dict[str, Any]:
+    """The kind of a block's norms, and the parameters of those inside its branches."""
+    return dict(
+        norm=p.norm,
+        out_norm=None if p.out_norm is None else p.out_norm[:2],
+        inner_norm=None if p.inner_norm is None else p.inner_norm[:2],
+    )

@@ -10,8 +10,9 @@ import torch
 
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
-from .base import Kernels, Precision, folding_arguments
+from .base import Kernels, Precision, folding_arguments, norms_to_fold
 from .packed import PACKED
 
 
@@ -36,7 +37,7 @@ class Folded(Precision):
         return reasons
 
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
-        return folding.prepare_block(*folding_arguments(params))
+        return folding.prepare_block(*folding_arguments(params), **norms_to_fold(params))
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_prepared_blocks(x, weights)
@@ -50,8 +51,9 @@ class Folded(Precision):
         activation: str,
         eps1: float,
         eps2: float,
+        options: BlockOptions = PLAIN,
     ) -> torch.Tensor:
-        out: torch.Tensor = reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        out: torch.Tensor = reference.prepared_blocks(x, weights, num_heads, scale, activation, eps1, eps2, options)
         return out
 
     def kernels(self) -> Kernels:

@@ -11,6 +11,7 @@ import torch
 
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, folding, reference
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.parity import FLOAT8_BUDGET
 
 from .base import Kernels, Precision, folding_arguments
@@ -29,7 +30,7 @@ class Float8(Precision):
     variant, graphed_variant = "fp8", "fp8-graphed"
 
     def fold(self, params: BlockParams) -> folding.Float8Block:
-        return folding.fp8_block(*folding_arguments(params), params.activation)
+        return folding.fp8_block(*folding_arguments(params), params.activation, norm=params.norm)
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_fp8_blocks(x, weights)
@@ -43,9 +44,14 @@ class Float8(Precision):
         activation: str,
         eps1: float,
         eps2: float,
+        options: BlockOptions = PLAIN,
     ) -> torch.Tensor:
-        out: torch.Tensor = reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        out: torch.Tensor = reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2, options)
         return out
+
+    def options_not_supported_reasons(self, params: BlockParams) -> list[str]:
+        inside = params.out_norm is not None or params.inner_norm is not None
+        return ["float8 has no norms inside the branches (before proj or fc2)"] if inside else []
 
     def kernels(self) -> Kernels:
         from vit_fast.kernels import fp8_blocks

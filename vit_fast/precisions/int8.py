@@ -11,9 +11,10 @@ import torch
 
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, packing, reference
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.parity import INT8_BUDGET
 
-from .base import Precision, folding_arguments
+from .base import Precision, folding_arguments, norms_to_fold
 
 
 class Int8(Precision):
@@ -28,7 +29,7 @@ class Int8(Precision):
     variant, graphed_variant = "int8", None
 
     def fold(self, params: BlockParams) -> packing.Int8Block:
-        return packing.int8_block(*folding_arguments(params), params.activation)
+        return packing.int8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_int8_blocks(x, weights)
@@ -42,8 +43,9 @@ class Int8(Precision):
         activation: str,
         eps1: float,
         eps2: float,
+        options: BlockOptions = PLAIN,
     ) -> torch.Tensor:
-        out: torch.Tensor = reference.int8_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        out: torch.Tensor = reference.int8_blocks(x, weights, num_heads, scale, activation, eps1, eps2, options)
         return out
 
     def product_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:

@@ -11,8 +11,9 @@ import torch
 
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels import arguments, packing, reference
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
-from .base import Precision, folding_arguments
+from .base import Precision, folding_arguments, norms_to_fold
 
 
 class Packed(Precision):
@@ -25,7 +26,7 @@ class Packed(Precision):
     variant, graphed_variant = "prepared", "graphed"
 
     def fold(self, params: BlockParams) -> packing.PackedBlock:
-        return packing.packed_block(*folding_arguments(params), params.activation)
+        return packing.packed_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_packed_blocks(x, weights)
@@ -39,8 +40,9 @@ class Packed(Precision):
         activation: str,
         eps1: float,
         eps2: float,
+        options: BlockOptions = PLAIN,
     ) -> torch.Tensor:
-        out: torch.Tensor = reference.packed_blocks(x, weights, num_heads, scale, activation, eps1, eps2)
+        out: torch.Tensor = reference.packed_blocks(x, weights, num_heads, scale, activation, eps1, eps2, options)
         return out
 
 

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import DropPath, LayerScale, Mlp
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
-from vit_fast.block_params import Norm
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
 
@@ -257,9 +257,7 @@ def mlp_branch(
     y = hidden(mlp, x, norm)
     y = F.dropout(y, drop) if drop else y
     residual = x if residual is None else residual
-    return ops.linear_residual(
-        y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner
-    )
+    return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
 
 
 def drop_path_rate(module: Any) -> float:
@@ -287,6 +285,7 @@ class TimmBlock(Fused):
     ``ARGUMENTS`` are those of the library's forward behind x; ``BIAS`` is the one that is added to the scores.
     """
 
+    STACKABLE = False
     ARGUMENTS: tuple[str, ...] = ("attn_mask", "is_causal")
     BIAS = "attn_mask"
     DIMS = 3  # of x
@@ -325,6 +324,8 @@ class TimmBlock(Fused):
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
             options["bias"] = bias[(None,) * (4 - bias.dim())]
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x, **options)
         return self.fused(x, gammas, paths, drops, options)
 
     def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
@@ -343,6 +344,60 @@ class TimmBlock(Fused):
 
 
 class PreNormBlock(TimmBlock):
+    RUNS_PREPARED = True
+
+    def not_folded(self) -> str | None:
+        attn, mlp = self.attn, self.mlp
+        norms = (self.norm1, self.norm2, attn.q_norm, attn.k_norm, getattr(attn, "norm", None), mlp.norm)
+        if len({kind(norm) for norm in norms if not isinstance(norm, NOTHING)}) > 1:
+            return "the blocks have LayerNorms and RMSNorms"
+        if type(attn) in _DIFFERENTIAL or self.DIMS != 3:
+            return f"the blocks have a {type(attn).__name__}"
+        if getattr(attn, "gate", None) is not None:
+            return "the blocks gate their attention"
+        if getattr(attn, "num_kv_groups", 1) > 1:
+            return "the blocks have fewer heads of keys than of queries"
+        if type(mlp) in GEGLU:
+            return "the blocks have a GeGluMlp, which normalises its input again"
+        if type(mlp) not in SWIGLU and activation(mlp) is None:
+            return f"mlp is {type(mlp).__name__} with {type(mlp.act).__name__}"
+        return None
+
+    def params(self) -> BlockParams:
+        """The weights for folding, with q, k, v and with gate and value packed where they are layers of their own."""
+        attn, mlp = self.attn, self.mlp
+        if attn.qkv is None:
+            qkv_weight, its_bias = pack((attn.q_proj, attn.k_proj, attn.v_proj))
+        else:
+            qkv_weight, its_bias = attn.qkv.weight, qkv_bias(attn)
+        if type(mlp) in SWIGLU:
+            (fc1_weight, fc1_bias), word = pack((mlp.fc1_g, mlp.fc1_x)), "swiglu"
+        else:
+            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp)
+        gamma1, gamma2 = self.gammas()
+        inner = inner_norm(mlp)
+        return BlockParams(
+            norm1=Norm.of(self.norm1),
+            qkv_weight=qkv_weight,
+            qkv_bias=its_bias,
+            proj_weight=attn.proj.weight,
+            proj_bias=attn.proj.bias,
+            norm2=Norm.of(self.norm2),
+            fc1_weight=fc1_weight,
+            fc1_bias=fc1_bias,
+            fc2_weight=mlp.fc2.weight,
+            fc2_bias=mlp.fc2.bias,
+            num_heads=attn.num_heads,
+            scale=head_scale(attn),
+            activation=word,
+            gamma1=gamma1,
+            gamma2=gamma2,
+            norm=kind(self.norm1),
+            out_norm=None if getattr(attn, "norm", None) is None else Norm.of(attn.norm),
+            inner_norm=inner.get("inner_norm"),
+            **{name: norm for name, norm in head_norms(attn).items() if name != "norm"},
+        )
+
     def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
         x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
         return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], drops[2])

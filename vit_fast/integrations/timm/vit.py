@@ -13,25 +13,22 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack
-from vit_fast.block_params import BlockParams, Norm
-from vit_fast.plain import NOTHING, submodules
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
+from vit_fast.block_params import Norm
+from vit_fast.plain import submodules
 
 from .. import Fused, given, not_taken
 from .parts import (
     ACTIVATIONS,
     DROP_PATHS,
     DROPOUTS,
-    GEGLU,
     MLP,
     NORM_OR_NONE,
     NORMS,
     OPTIONAL,
     SCALES,
-    SWIGLU,
     PostNormBlock,
     PreNormBlock,
-    activation,
     attend,
     attention_branch,
     attention_drop,
@@ -40,7 +37,6 @@ from .parts import (
     drop_path_not_covered,
     drop_path_rate,
     head_norms,
-    head_scale,
     kind,
     mlp_branch,
 )
@@ -50,6 +46,7 @@ _ATTENTION_PARTS = attention_submodules(*_ATTENTION, norm=NORM_OR_NONE, gate=OPT
 
 
 class FastBlock(PreNormBlock, vit.Block):
+    STACKABLE = True
     SUBMODULES = submodules(
         norm1=NORMS,
         **_ATTENTION_PARTS,
@@ -63,52 +60,6 @@ class FastBlock(PreNormBlock, vit.Block):
 
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
-
-    def not_folded(self) -> str | None:
-        """Why ``params`` does not describe the block, or None."""
-        norms = (self.norm1, self.norm2, self.attn.q_norm, self.attn.k_norm, getattr(self.attn, "norm", None))
-        if len({kind(norm) for norm in (*norms, self.mlp.norm) if not isinstance(norm, NOTHING)}) > 1:
-            return "the blocks have LayerNorms and RMSNorms"
-        if type(self.attn) is not vit.Attention:
-            return f"the blocks have a {type(self.attn).__name__}"
-        if getattr(self.attn, "gate", None) is not None:
-            return "the blocks gate their attention"
-        if type(self.mlp) in GEGLU:
-            return "the blocks have a GeGluMlp, which normalises its input again"
-        if type(self.mlp) not in SWIGLU and activation(self.mlp) is None:
-            return f"mlp is {type(self.mlp).__name__} with {type(self.mlp.act).__name__}"
-        return None
-
-    def params(self) -> BlockParams:
-        """The weights for folding, with gate and value of a split SwiGLU packed."""
-        attn, mlp = self.attn, self.mlp
-        if type(mlp) in SWIGLU:
-            (fc1_weight, fc1_bias), word = pack((mlp.fc1_g, mlp.fc1_x)), "swiglu"
-        else:
-            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp)
-        gamma1, gamma2 = self.gammas()
-        return BlockParams(
-            norm1=Norm.of(self.norm1),
-            qkv_weight=attn.qkv.weight,
-            qkv_bias=attn.qkv.bias,
-            proj_weight=attn.proj.weight,
-            proj_bias=attn.proj.bias,
-            norm2=Norm.of(self.norm2),
-            fc1_weight=fc1_weight,
-            fc1_bias=fc1_bias,
-            fc2_weight=mlp.fc2.weight,
-            fc2_bias=mlp.fc2.bias,
-            num_heads=attn.num_heads,
-            scale=head_scale(attn),
-            activation=word,
-            gamma1=gamma1,
-            gamma2=gamma2,
-            q_norm=Norm.of(attn.q_norm),
-            k_norm=Norm.of(attn.k_norm),
-            norm=kind(self.norm1),
-            out_norm=None if getattr(attn, "norm", None) is None else Norm.of(attn.norm),
-            inner_norm=Norm.of(mlp.norm),
-        )
 
 
 class FastResPostBlock(PostNormBlock, vit.ResPostBlock):
