@@ -55,12 +55,15 @@ class BlockOptions(NamedTuple):
 
     @classmethod
     def unflatten(cls, values: Sequence[Any]) -> "BlockOptions":
-        """The inverse of ``flatten``."""
+        """The inverse of ``flatten``; ``PLAIN`` itself where there are no options."""
         norm, out_eps, hidden_eps, hidden_features, *rest = values
         norms = [None if head_norm[2] is None else tuple(head_norm) for head_norm in (rest[:3], rest[3:6])]
         cos, sin, rope_layout, num_prefix, bias, key_lengths = rest[6:]
         rope = None if cos is None else (cos, sin)
-        return cls(norm, out_eps, hidden_eps, hidden_features, *norms, rope, rope_layout, num_prefix, bias, key_lengths)
+        options = cls(
+            norm, out_eps, hidden_eps, hidden_features, *norms, rope, rope_layout, num_prefix, bias, key_lengths
+        )
+        return PLAIN if options == PLAIN else options
 
 
 _NO_NORM = (None, None, None)

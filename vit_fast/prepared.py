@@ -13,6 +13,7 @@ used; where not, a warning says why, once. They are dropped as soon as anything 
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -138,7 +139,11 @@ class Prepared(Stale):
         self._parts = dict(holder.named_modules(prefix=name))
         if self._blocks is not None:
             del self._parts[name]  # the stack is only a container: its own forward does not run
-        vars(holder)[PREPARED] = self  # before the snapshot, which sees it where the holder is a block
+        # Before the snapshot, which sees what blocks hold.
+        vars(holder)[PREPARED] = self
+        for index, block in enumerate(self._blocks or ()):
+            if getattr(block, "RUNS_PREPARED", False):
+                vars(block)[PREPARED] = Part(holder, index)
         self._snapshot = Snapshot(self._parts)
         _folded.update(dict.fromkeys(self._snapshot.tensors, True))
         _count_steps()
@@ -185,11 +190,47 @@ class Prepared(Stale):
         weights = self.weights if (first, last) == (0, None) else flatten(self.records[first:last])
         return ops.blocks(self.form, x, weights, *self.arguments, self.options) if weights else x
 
-    def run_block(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """x [B, N, C] through a block that is prepared for itself; ``options`` are fields of ``BlockOptions`` that
-        differ from call to call."""
+    def run_block(self, x: torch.Tensor, index: int = 0, **options: Any) -> torch.Tensor:
+        """x [B, N, C] through one block; ``options`` are fields of ``BlockOptions`` that differ from call to call."""
         chosen = self.options._replace(**options) if options else self.options
-        return ops.blocks(self.form, x, self.weights, *self.arguments, chosen)
+        return ops.blocks(self.form, x, self.records[index], *self.arguments, chosen)
+
+
+class Part:
+    """What a block of a prepared stack holds, for calls of the block alone: the stack, and the block's place in it."""
+
+    unused = None  # the stack tells
+
+    def __init__(self, holder: nn.Module, index: int) -> None:
+        self._holder, self._index = weakref.ref(holder), index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stale, ("", None, _COPIED)
+
+    def _stack(self) -> Any:
+        """The prepared weights of the stack, or None."""
+        holder = self._holder()
+        return None if holder is None else vars(holder).get(PREPARED)
+
+    def serves(self, x: torch.Tensor, holder: nn.Module) -> bool:
+        """As ``Stale.serves``."""
+        stack = self._stack()
+        return stack is not None and stack.serves(x, holder)
+
+    def need_weights(self, holder: nn.Module, reason: str) -> None:
+        """As ``Stale.need_weights``."""
+        if (stack := self._stack()) is not None:
+            stack.need_weights(holder, reason)
+
+    def pass_over(self, reason: str) -> None:
+        """As ``Stale.pass_over``."""
+        if (stack := self._stack()) is not None:
+            stack.pass_over(reason)
+
+    def run_block(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """As ``Prepared.run_block``."""
+        out: torch.Tensor = self._stack().run_block(x, self._index, **options)
+        return out
 
 
 def _options(p: BlockParams) -> BlockOptions:
@@ -243,6 +284,8 @@ def _runs_its_params(cls: Any) -> bool:
 
 def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[str]:
     """Why a stack of blocks, or a block alone, cannot be prepared."""
+    if unknown := {type(block).__name__ for block in blocks if not hasattr(block, "params")}:
+        return [f"blocks of class {', '.join(sorted(unknown))} are not folded"]
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
     if any(not _runs_its_params(type(b)) or why_not_plain(b, (type(b),), b.ignores) for b in blocks):
@@ -310,8 +353,8 @@ def _units(model: nn.Module) -> Iterator[tuple[_Unit | None, list[_Unit]]]:
         stack = _Unit(name, module, blocks)
         if runs_whole and all(hasattr(block, "params") and getattr(block, "STACKABLE", True) for block in blocks):
             yield stack, alone
-        elif alone:
-            yield None, alone
+        elif alone or all(isinstance(block, integrations.Fused) for block in blocks):
+            yield None, alone or [_Unit(name, module, blocks)]
 
 
 def prepare(model: nn.Module, precision: str | None = None, *, release: bool = False) -> nn.Module:

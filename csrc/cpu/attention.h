@@ -151,6 +151,16 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, floa
   return correction;
 }
 
+// The biases of VL keys from `key` on; 0 behind the last key.
+VF_INLINE vf biases(const Attention& a, int64_t batch, int64_t head, int64_t query, int64_t key) {
+  const int64_t* stride = a.bias.stride;
+  const float* row = a.bias.data + batch * stride[0] + head * stride[1] + query * stride[2];
+  if (key + VL <= a.keys) return load(row + key);
+  vf x = {};
+  for (int64_t i = key; i < a.keys; i++) x[i - key] = row[i];
+  return x;
+}
+
 template <class Word>
 void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int64_t head, int64_t first, int64_t last) {
   const int64_t size = size_of(a.type), D = a.head_size;
@@ -178,7 +188,8 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
         panel_product<Word>(rows, space.queries, space.query_stride(), words, space.head_groups, tile);
         for (int m = 0; m < rows; m++)
           for (int n = 0; n < NR; n += VL) {
-            const vf x = load(tile + m * NR + n) * a.scale;
+            vf x = load(tile + m * NR + n) * a.scale;
+            if (a.bias.data) x += biases(a, batch, head, start + m, block + panel * NR + n);
             store(space.scores + m * space.SCORES + panel * NR + n, x);
             if (panel * NR + n + VL <= count) top[m] = max_nan(top[m], x);
           }
@@ -200,7 +211,8 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
     }
     for (int m = 0; m < rows; m++) {
       float* out = space.out + m * width;
-      const float inverse = 1.0f / space.row_sum[m];
+      // A row whose keys are all masked has no sum, and gives zeros.
+      const float inverse = space.row_sum[m] == 0 ? 0.0f : 1.0f / space.row_sum[m];
       for (int64_t d = 0; d < width; d += VL) store(out + d, load(out + d) * inverse);
       const int64_t token = batch * a.queries + start + m;
       narrow_row(out, D, static_cast<char*>(a.out) + (token * a.num_heads * D + head * D) * size, a.type);

@@ -17,7 +17,24 @@ struct Pool {
 
 enum class Type : int32_t { float32, float16, bfloat16, int8, uint8 };
 
-enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, swiglu };
+enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu, swiglu, geglu, geglu_tanh };
+
+// Whether an activation halves the features: that of the first half times the second half.
+constexpr bool is_gated(Activation activation) { return activation >= Activation::swiglu; }
+
+// What acts on the gates of a gated activation; another one itself.
+constexpr Activation gate_of(Activation activation) {
+  switch (activation) {
+    case Activation::swiglu:
+      return Activation::silu;
+    case Activation::geglu:
+      return Activation::gelu;
+    case Activation::geglu_tanh:
+      return Activation::gelu_tanh;
+    default:
+      return activation;
+  }
+}
 
 // A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
 struct PackedLinear {
@@ -32,6 +49,26 @@ struct PackedBlock {
   PackedLinear qkv, proj, fc1, fc2;
 };
 
+// A norm of the heads of q or k: weight and bias [D] or null.
+struct HeadNorm {
+  const float *weight, *bias;
+  float eps;
+  bool given;
+};
+
+// Rotary embedding: cos and sin at strides of batch, head and token, null without one; the first `prefix` tokens stay.
+struct Rope {
+  const float *cos, *sin;
+  int64_t stride[3], prefix;
+  bool interleaved;  // pairs (2i, 2i + 1), else (c, c + D/2)
+};
+
+// What is added to the scores, at strides of batch, head and query; data is null without one.
+struct ScoreBias {
+  const float* data;
+  int64_t stride[3];
+};
+
 // x [B·N, C] float32 through a stack of pre-norm blocks, in place.
 struct PreparedBlocks {
   float* x;
@@ -40,6 +77,12 @@ struct PreparedBlocks {
   float scale, eps1, eps2;
   Activation activation;
   Type type;  // of the weights
+  bool rms;   // the kind of all norms
+  float out_eps, hidden_eps;  // of the norms before proj and fc2; negative without one
+  int64_t hidden_features;    // that the norm before fc2 sees
+  HeadNorm q_norm, k_norm;
+  Rope rope;
+  ScoreBias bias;
   Pool pool;
   void* workspace;  // prepared_blocks_workspace bytes, aligned to 64
 };
@@ -55,6 +98,7 @@ struct Attention {
   float scale;
   Pool pool;
   void* workspace;  // attention_workspace bytes, aligned to 64
+  ScoreBias bias = {};
 };
 
 // Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null.
@@ -104,7 +148,7 @@ struct Weight {
 };
 
 // act(LN(x) wᵀ + b), or residual + row_scale·gamma·(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
-// and out [rows, features] (half the features under swiglu). All vectors float32, or null.
+// and out [rows, features] (half the features under a gated activation). All vectors float32, or null.
 struct Linear {
   const void* x;
   Type type, out_type;  // of x; of out and the residual

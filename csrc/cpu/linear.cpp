@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Ten
   Linear call{};
   const int64_t rows = x.size(0), stats = with_stats ? rows : 0;
   call.activation = activation_of(activation);
-  const int64_t features = call.activation == Activation::swiglu ? weight.size(0) / 2 : weight.size(0);
+  const int64_t features = is_gated(call.activation) ? weight.size(0) / 2 : weight.size(0);
   Tensor out = empty(x, {rows, features}, weight.scalar_type());
   Tensor mean = empty(x, {stats}, ScalarType::Float), rstd = empty(x, {stats}, ScalarType::Float);
   call.x = x.const_data_ptr();

@@ -30,10 +30,24 @@ void check(const PackedLinear& linear, const Tensor* tensors, Type type, bool qu
   STD_TORCH_CHECK(fits, "a packed weight does not have the sizes of ", inputs, " inputs and ", outputs, " outputs");
 }
 
+const float* floats(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+HeadNorm head_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+  return {floats(weight), floats(bias), static_cast<float>(eps), eps >= 0};
+}
+
 // x [B, N, C] → [B, N, C] in its dtype. weights: of each block qkv, proj, fc1, fc2, each (weight, bias), or (weight,
 // scale, sums, bias) where the weights are int8.
+// norm: "layer" or "rms". out_eps, hidden_eps, q_eps, k_eps: of norms that there need not be, negative without one.
+// Vectors and tables are float32; cos and sin [B, H, N', D], bias [B, H, N, N], broadcast by strides of 0, rows dense.
 Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads, double scale, std::string activation,
-                       double eps1, double eps2) {
+                       double eps1, double eps2, std::string norm, double out_eps, double hidden_eps,
+                       int64_t hidden_features, std::optional<Tensor> q_weight, std::optional<Tensor> q_bias,
+                       double q_eps, std::optional<Tensor> k_weight, std::optional<Tensor> k_bias, double k_eps,
+                       std::optional<Tensor> cos, std::optional<Tensor> sin, std::string rope_layout,
+                       int64_t num_prefix, std::optional<Tensor> bias) {
   const Type type = type_of(weights.at(0));
   const bool quantised = type == Type::int8;
   const size_t size = quantised ? 4 : 2;
@@ -52,7 +66,7 @@ Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads,
       linears[j] = packed_linear(&weights[i + j * size], quantised);
       check(linears[j], &weights[i + j * size], type, quantised, group, inputs[j], outputs[j]);
     }
-    const int64_t units = act == Activation::swiglu ? fc1 / 2 : fc1;
+    const int64_t units = is_gated(act) ? fc1 / 2 : fc1;
     STD_TORCH_CHECK(units <= hidden + 31 && units >= hidden - group + 1, "fc1 does not have the outputs that fc2 takes");
     blocks.push_back({linears[0], linears[1], linears[2], linears[3]});
   }
@@ -62,7 +76,15 @@ Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads,
   PreparedBlocks call{static_cast<float*>(wide.mutable_data_ptr()), blocks.data(),
                       static_cast<int64_t>(blocks.size()), batch, tokens, width, hidden, num_heads,
                       static_cast<float>(scale), static_cast<float>(eps1), static_cast<float>(eps2),
-                      act, type, thread_pool(), nullptr};
+                      act, type, norm == "rms", static_cast<float>(out_eps), static_cast<float>(hidden_eps),
+                      hidden_features, head_norm(q_weight, q_bias, q_eps), head_norm(k_weight, k_bias, k_eps),
+                      {floats(cos), floats(sin), {}, num_prefix, rope_layout == "interleaved"},
+                      {floats(bias), {}}, thread_pool(), nullptr};
+  STD_TORCH_CHECK(hidden_features <= hidden, "the norm before fc2 sees more features than there are");
+  for (int axis = 0; axis < 3; axis++) {
+    if (cos) call.rope.stride[axis] = cos->stride(axis);
+    if (bias) call.bias.stride[axis] = bias->stride(axis);
+  }
   const Workspace workspace(x, kernels().prepared_blocks_workspace(call));
   call.workspace = workspace.data();
   kernels().prepared_blocks(call);

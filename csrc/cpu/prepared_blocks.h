@@ -3,7 +3,8 @@
 //     x = x + proj(attention(qkv(LN1(x))))
 //     x = x + fc2(act(fc1(LN2(x))))
 //
-// LayerNorm's parameters and LayerScale are folded into the weights. x, the sums, the statistics, q, k, v and the scores
+// The parameters of the norms (LayerNorm or RMSNorm, also before proj and fc2) and LayerScale are folded into the
+// weights; q and k may be normalised and turned (rotary embedding) where they are projected. x, the sums, the statistics, q, k, v and the scores
 // are float32. Everything but attention works on rows alone: a task takes a few rows from the end of attention through
 // proj, LN2, fc1, fc2, the next block's LN1 and qkv, so that a block has two parallel regions. What a product reads is
 // encoded as its words: float32 or bfloat16 rows; for int8 weights, uint8 with a scale and a zero point for each row,
@@ -191,6 +192,30 @@ VF_INLINE void linear(const Encoded& x, int64_t rows, const PackedLinear& linear
   }
 }
 
+// Rotary embedding of a head in place: x·cos + rotate(x)·sin.
+VF_INLINE void turn(float* x, const float* cos, const float* sin, int64_t size, bool interleaved) {
+  if (interleaved) {
+    for (int64_t i = 0; i < size; i += 2) {
+      const float a = x[i], b = x[i + 1];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + 1] = b * cos[i + 1] + a * sin[i + 1];
+    }
+    return;
+  }
+  const int64_t half = size / 2;
+  int64_t i = 0;
+  for (; i + VL <= half; i += VL) {
+    const vf a = load(x + i), b = load(x + half + i);
+    store(x + i, a * load(cos + i) - b * load(sin + i));
+    store(x + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+  }
+  for (; i < half; i++) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[half + i] + a * sin[half + i];
+  }
+}
+
 // Rows of a task: more where weights are widened for each task, or read in float32.
 template <Type TYPE>
 constexpr int64_t TASK_ROWS = Products<TYPE>::WIDENED || TYPE == Type::float32 ? 9 * MR : 4 * MR;
@@ -245,7 +270,7 @@ struct Stack {
     const int64_t token = qkv_stride, batch = s.tokens * qkv_stride;
     attention = {qkv, qkv + s.width, qkv + 2 * s.width, attended, nullptr, Type::float32,
                  s.batch, s.num_heads, s.tokens, s.tokens, s.width / s.num_heads,
-                 {batch, token}, {batch, token}, {batch, token}, s.scale, s.pool, nullptr};
+                 {batch, token}, {batch, token}, {batch, token}, s.scale, s.pool, nullptr, s.bias};
     Arena one{nullptr};
     BlockSpace<TYPE>(one, narrow_bytes, wide_bytes, s.width, s.hidden);
     space_bytes = one.used;
@@ -267,14 +292,45 @@ struct Stack {
     return round_up(width, stored_group(TYPE)) * 4 / Products<TYPE>::GROUP + 64;
   }
 
-  // LayerNorm without parameters of rows of x, encoded.
+  VF_INLINE Moments moments_of(const float* x, int64_t width, float eps) const {
+    return s.rms ? root_mean_square(x, Type::float32, width, eps) : moments(x, Type::float32, width, eps);
+  }
+
+  // A norm without parameters of rows of x, encoded.
   void normalise(int64_t first, int64_t last, float eps, BlockSpace<TYPE>& space) const {
-    const int64_t padded = round_up(s.width, stored_group(TYPE));
+    for (int64_t row = first; row < last; row++)
+      encode_narrow(s.x + row * s.width, eps, space, row - first);
+  }
+
+  // A row of width C, normalised unless eps is negative, encoded.
+  VF_INLINE void encode_narrow(const float* x, float eps, BlockSpace<TYPE>& space, int64_t row) const {
+    if (eps >= 0) {
+      normalise_row(x, Type::float32, s.width, moments_of(x, s.width, eps), nullptr, nullptr, space.normal, 0,
+                    Type::float32);
+      x = space.normal;
+    }
+    encode_row<TYPE>(x, s.width, round_up(s.width, stored_group(TYPE)), space.narrow, row);
+  }
+
+  // q and k of rows, normalised and turned in place.
+  void prepare_heads(int64_t first, int64_t last) const {
+    const int64_t size = s.width / s.num_heads;
     for (int64_t row = first; row < last; row++) {
-      const float* x = s.x + row * s.width;
-      const Moments m = moments(x, Type::float32, s.width, eps);
-      normalise_row(x, Type::float32, s.width, m, nullptr, nullptr, space.normal, 0, Type::float32);
-      encode_row<TYPE>(space.normal, s.width, padded, space.narrow, row - first);
+      const int64_t batch = row / s.tokens, token = row % s.tokens - s.rope.prefix;
+      for (int part = 0; part < 2; part++) {
+        const vit_fast::HeadNorm& norm = part ? s.k_norm : s.q_norm;
+        float* heads = qkv + row * qkv_stride + part * s.width;
+        for (int64_t head = 0; head < s.num_heads; head++) {
+          float* x = heads + head * size;
+          if (norm.given)
+            normalise_row(x, Type::float32, size, moments_of(x, size, norm.eps), norm.weight, norm.bias, x, 0,
+                          Type::float32);
+          if (s.rope.cos && token >= 0) {
+            const int64_t at = batch * s.rope.stride[0] + head * s.rope.stride[1] + token * s.rope.stride[2];
+            turn(x, s.rope.cos + at, s.rope.sin + at, size, s.rope.interleaved);
+          }
+        }
+      }
     }
   }
 
@@ -284,6 +340,7 @@ struct Stack {
     linear<TYPE>(space.narrow, last - first, block.qkv, space.widened, [&](int64_t row, int64_t n, const vf* values) {
       store_columns(qkv + (first + row) * qkv_stride, n, columns, values);
     });
+    if (s.rope.cos || s.q_norm.given || s.k_norm.given) prepare_heads(first, last);
   }
 
   static VF_INLINE void store_columns(float* row, int64_t n, int64_t columns, const vf* values) {
@@ -309,26 +366,32 @@ struct Stack {
   }
 
   void finish_block(const PackedBlock& block, int64_t first, int64_t last, BlockSpace<TYPE>& space) const {
-    const int64_t count = last - first, padded = round_up(s.width, stored_group(TYPE));
+    const int64_t count = last - first;
     for (int64_t row = 0; row < count; row++)
-      encode_row<TYPE>(attended + (first + row) * s.width, s.width, padded, space.narrow, row);
+      encode_narrow(attended + (first + row) * s.width, s.out_eps, space, row);
     add_linear(space.narrow, block.proj, first, last, space.widened);
     normalise(first, last, s.eps2, space);
     const int64_t stride = BlockSpace<TYPE>::hidden_stride(s.hidden);
-    const bool gated = s.activation == Activation::swiglu;
+    const bool gated = vit_fast::is_gated(s.activation);
+    const Activation act = vit_fast::gate_of(s.activation);
     linear<TYPE>(space.narrow, count, block.fc1, space.widened, [&](int64_t row, int64_t n, const vf* values) {
       float* hidden = space.hidden + row * stride;
       if (gated) {  // half of a panel gates, the other half is gated
         constexpr int HALF = NR / VL / 2;
         for (int i = 0; i < HALF; i++)
-          store(hidden + n / 2 + i * VL, values[i] * sigmoid<LOW>(values[i]) * values[i + HALF]);
+          store(hidden + n / 2 + i * VL, activate<LOW>(values[i], act) * values[i + HALF]);
       } else {
-        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], s.activation));
+        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], act));
       }
     });
     const int64_t hidden_padded = round_up(s.hidden, stored_group(TYPE));
-    for (int64_t row = 0; row < count; row++)
-      encode_row<TYPE>(space.hidden + row * stride, s.hidden, hidden_padded, space.wide, row);
+    for (int64_t row = 0; row < count; row++) {
+      float* hidden = space.hidden + row * stride;
+      if (s.hidden_eps >= 0)
+        normalise_row(hidden, Type::float32, s.hidden_features, moments_of(hidden, s.hidden_features, s.hidden_eps),
+                      nullptr, nullptr, hidden, 0, Type::float32);
+      encode_row<TYPE>(hidden, s.hidden, hidden_padded, space.wide, row);
+    }
     add_linear(space.wide, block.fc2, first, last, space.widened);
   }
 

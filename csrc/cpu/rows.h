@@ -78,6 +78,23 @@ VF_INLINE Moments moments(const void* x, Type type, int64_t width, float eps) {
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
+// Of a row for RMSNorm: the mean counts as 0.
+VF_INLINE Moments root_mean_square(const void* x, Type type, int64_t width, float eps) {
+  vf squares[4] = {};
+  float rest = 0;
+  const int64_t whole = width / VL * VL;
+  for (int64_t i = 0, j = 0; i < whole; i += VL, j++) {
+    const vf value = load_as_float(x, i, type);
+    squares[j & 3] = fma(value, value, squares[j & 3]);
+  }
+  for (int64_t i = whole; i < width; i++) {
+    const float value = load_one(x, i, type);
+    rest += value * value;
+  }
+  const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / width;
+  return {0.0f, 1.0f / __builtin_sqrtf(mean + eps)};
+}
+
 // (x − mean)·rstd·weight + bias of a row, from element `start` of out on; weight and bias may be null.
 VF_INLINE void normalise_row(const void* x, Type type, int64_t width, Moments m, const float* weight, const float* bias,
                              void* out, int64_t start, Type out_type) {

@@ -385,11 +385,6 @@ def test_bad_models():
             "(model.to(torch.bfloat16)), float32 is for a CPU with its C++ library (run `vit-fast build`)",
         ),
         (
-            small(qk_norm=True),
-            vit_fast.UnsupportedError,
-            "nothing can be prepared: blocks: the blocks normalise q and k (qk_norm)",
-        ),
-        (
             moved(vit_fast.create_model("vit_from_scratch")),
             vit_fast.UnsupportedError,
             "nothing can be prepared: transformer_encoder.layers: the blocks are not pre-norm",
@@ -406,19 +401,58 @@ def test_bad_models():
             assert str(raised.value) == f"vit_fast.{function.__name__}: {message}"
 
 
-def test_unlike_blocks_are_told():
-    model = small()
-    model.blocks[1].attn.scale = 0.5
-    with pytest.raises(vit_fast.UnsupportedError, match="the blocks differ in heads, scale, activation, eps, width"):
-        vit_fast.prepare(model)
+def rows_of(model, x):
+    """Which block or stack runs prepared, by name."""
+    with torch.inference_mode():
+        return [row.module for row in vit_fast.explain(model, x) if row.operation == "prepared_blocks"]
+
+
+def test_unlike_blocks_are_prepared_alone(caplog):
+    x = images()
+    for change in (
+        lambda block: setattr(block.attn, "scale", 0.5),
+        lambda block: setattr(block.norm1, "eps", 1e-3),
+    ):
+        model = small()
+        change(model.blocks[1])
+        check(vit_fast.prepare(model), x)
+        assert rows_of(model, x) == ["blocks.0", "blocks.1"]
+    model = small(qk_norm=True)
+    check(vit_fast.prepare(model), x)
+    assert rows_of(model, x) == ["blocks.0", "blocks.1"]
+    vit_fast.unprepare(model)
+    assert not rows_of(model, x)
+
+
+def test_blocks_that_stay_are_told(caplog):
+    x = images()
     model = small()
     model.blocks[1].attn.register_forward_hook(lambda *arguments: None)
-    with pytest.raises(vit_fast.UnsupportedError, match="a block carries a hook, a parametrization or a module"):
+    with caplog.at_level(logging.INFO, "vit_fast"):
         vit_fast.prepare(model)
+    assert "prepare leaves blocks.1 as it is: a block carries a hook, a parametrization or a module" in caplog.text
+    assert rows_of(model, x) == ["blocks.0"]
+    caplog.clear()
     model = small()
     model.blocks[0].mlp.half()
-    with pytest.raises(vit_fast.UnsupportedError, match="the weights are bfloat16, float16, folding is for all"):
+    with caplog.at_level(logging.INFO, "vit_fast"):
         vit_fast.prepare(model)
+    assert "prepare leaves blocks.0 as it is: the weights are bfloat16, float16, folding is for all" in caplog.text
+
+
+def test_a_block_of_a_prepared_stack_runs_prepared_alone_too():
+    """As models do that loop over their blocks to collect features, or give them masks."""
+    model, x = vit_fast.prepare(small()), images()
+    with torch.inference_mode():
+        tokens = torch.randn(2, 5, model.embed_dim, dtype=torch.bfloat16)
+        whole, loop = model.blocks(tokens), tokens
+        for block in model.blocks:
+            loop = block(loop)
+        assert torch.equal(whole, loop)
+        mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        masked = model.blocks[0](tokens, attn_mask=mask)
+        vit_fast.unprepare(model)
+        torch.testing.assert_close(masked, model.blocks[0](tokens, attn_mask=mask), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.gpu

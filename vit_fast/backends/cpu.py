@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vit_fast import extension
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.precisions import INT8, PACKED
 
 from . import canary, cpu_choice
@@ -30,8 +31,10 @@ _SCHEMAS = (
     "int rows_per_scale) -> Tensor",
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[] step, "
     "Tensor? mean, Tensor? std) -> Tensor",
-    "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2) "
-    "-> Tensor",
+    "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
+    "str norm, float out_eps, float hidden_eps, int hidden_features, Tensor? q_weight, Tensor? q_bias, float q_eps, "
+    "Tensor? k_weight, Tensor? k_bias, float k_eps, Tensor? cos, Tensor? sin, str rope_layout, int num_prefix, "
+    "Tensor? bias) -> Tensor",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps
@@ -43,9 +46,8 @@ def _dtype_reasons(*tensors: torch.Tensor) -> list[str]:
     return [f"dtype {str(dtype).removeprefix('torch.')} is not supported" for dtype in dtypes]
 
 
-def _option_reasons(norm: str, activation: str | None = None) -> list[str]:
+def _option_reasons(norm: str) -> list[str]:
     lacks = [f"norm {norm!r}"] if norm != "layer" else []
-    lacks += [f"activation {activation!r}"] if activation in ("silu", "geglu", "geglu_tanh") else []
     return [f"the cpu extension has no {option}" for option in lacks]
 
 
@@ -301,10 +303,46 @@ def _blocks(
     activation: str,
     eps1: float,
     eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> torch.Tensor:
+    values = _PLAIN_VALUES if options is PLAIN else _option_values(options, x, num_heads)
     out: torch.Tensor
-    out = torch.ops.vit_fast_cpu.prepared_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2)
+    out = torch.ops.vit_fast_cpu.prepared_blocks(x, list(weights), num_heads, scale, activation, eps1, eps2, *values)
     return out
+
+
+_PLAIN_VALUES = ("layer", -1.0, -1.0, 0, *(None, None, -1.0) * 2, None, None, "half", 0, None)
+
+
+def _option_values(options: BlockOptions, x: torch.Tensor, num_heads: int) -> tuple[Any, ...]:
+    """The options as the operator takes them: eps of −1 without a norm, tables [B, H, N', D] and a bias [B, H, N, N]
+    in float32, which their strides broadcast."""
+    batch, tokens, width = x.shape
+    norms = [
+        (None, None, -1.0) if norm is None else (_vector(norm[0]), _vector(norm[1]), norm[2])
+        for norm in (options.q_norm, options.k_norm)
+    ]
+    patches = tokens - options.num_prefix
+    tables = [
+        _broadcast(table, (batch, num_heads, patches, width // num_heads)) for table in options.rope or (None, None)
+    ]
+    bias = options.bias
+    if options.key_lengths is not None:
+        padding = torch.arange(tokens) >= options.key_lengths[:, None, None, None]
+        bias = (x.new_zeros(()) if bias is None else bias).masked_fill(padding, -math.inf)
+    eps = (-1.0 if value is None else value for value in (options.out_eps, options.hidden_eps))
+    return (
+        options.norm, *eps, options.hidden_features, *norms[0], *norms[1], *tables, options.rope_layout,
+        options.num_prefix, _broadcast(bias, (batch, num_heads, tokens, tokens)),
+    )  # fmt: skip
+
+
+def _broadcast(t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """A tensor as float32 of a shape whose last axis is dense; the leading axes may have strides of 0."""
+    if t is None:
+        return None
+    t = t.detach().float()
+    return _dense(t.expand(*t.shape[:-1], shape[-1])).expand(shape)
 
 
 def _count(x: torch.Tensor) -> int:
@@ -357,13 +395,13 @@ class Cpu(Backend):
             "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
             "layer_norm": lambda x, weight, bias, eps, norm: _dtype_reasons(x) + _option_reasons(norm),
             "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, bias, activation=None, norm="layer": (
-                _dtype_reasons(x, weight) + _option_reasons(norm, activation)
+                _dtype_reasons(x, weight) + _option_reasons(norm)
             ),
             "linear_residual": lambda x, weight, bias, gamma, residual, norm="layer", **_: (
                 _dtype_reasons(x, weight, residual) + _option_reasons(norm)
             ),
             "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, *_, norm="layer", **__: (
-                _dtype_reasons(x, w1) + _option_reasons(norm, activation)
+                _dtype_reasons(x, w1) + _option_reasons(norm)
             ),
         }
         stacks = {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}

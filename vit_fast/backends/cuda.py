@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vit_fast import extension
 from vit_fast.kernels.arguments import check_rows
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.kernels.folding import FoldedBlock, unflatten
 
 from .base import Backend
@@ -289,7 +290,14 @@ def patch_embed(
 
 
 def prepared_blocks(
-    x: Tensor, weights: Sequence[Tensor], num_heads: int, scale: float, activation: str | None, eps1: float, eps2: float
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions = PLAIN,
 ) -> Tensor:
     """As ``kernels.reference.prepared_blocks``."""
     for block in unflatten(FoldedBlock, weights):
@@ -448,8 +456,12 @@ def patch_embed_reasons(
     return reasons
 
 
-def prepared_blocks_reasons(x: Tensor, weights: Sequence[Tensor], num_heads: int) -> list[str]:
+def prepared_blocks_reasons(
+    x: Tensor, weights: Sequence[Tensor], num_heads: int, options: BlockOptions = PLAIN
+) -> list[str]:
     """Of prepared_blocks."""
+    if options is not PLAIN:
+        return ["the cuda extension has no RMSNorm, norms of q and k or inside branches, rope and masks in stacks"]
     packed = x.new_empty((1, 1, 3 * x.shape[-1]), device="meta")
     return layer_norm_reasons(x, None, None, 0.0) + attention_reasons(packed, num_heads) + _product_reasons(x)
 

@@ -205,9 +205,11 @@ def _prepared_names(model):
     names = {}
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
-        for record in getattr(prepared, "records", ()):
+        records = getattr(prepared, "records", ())
+        block = "*" if isinstance(module, nn.Sequential | nn.ModuleList) else ""  # a stack, or a block alone
+        for record in records:
             for part, tensor in zip(prepared.form.modules(), record, strict=True):
-                names[id(tensor)] = ".".join(filter(None, (name, "*", part)))
+                names[id(tensor)] = ".".join(filter(None, (name, block, part)))
     return names
 
 

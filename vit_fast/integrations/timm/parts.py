@@ -348,7 +348,8 @@ class PreNormBlock(TimmBlock):
 
     def not_folded(self) -> str | None:
         attn, mlp = self.attn, self.mlp
-        norms = (self.norm1, self.norm2, attn.q_norm, attn.k_norm, getattr(attn, "norm", None), mlp.norm)
+        inside = (getattr(attn, name, None) for name in ("q_norm", "k_norm", "norm"))
+        norms = (self.norm1, self.norm2, mlp.norm, *inside)
         if len({kind(norm) for norm in norms if not isinstance(norm, NOTHING)}) > 1:
             return "the blocks have LayerNorms and RMSNorms"
         if type(attn) in _DIFFERENTIAL or self.DIMS != 3:
