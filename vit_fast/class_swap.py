@@ -39,8 +39,12 @@ def _integrations() -> tuple[list[ModuleType], list[str]]:
             try:
                 loaded.append(importlib.import_module(f".integrations.{name}", __package__))
             except ImportError as error:
-                unknown.append(f"{name} is of a version that is not known: {error}")
+                unknown.append(_unknown(name, error))
     return loaded, unknown
+
+
+def _unknown(library: str, error: ImportError) -> str:
+    return f"{library} is of a version that is not known: {error}"
 
 
 def _stacks(loaded: Iterable[ModuleType]) -> dict[type[nn.Module], Any]:
@@ -77,7 +81,12 @@ def survey(model: nn.Module) -> Survey:
     """Looks at every transformer block and patch embedding of a model, and changes nothing."""
     (loaded, unknown), swaps, left, done, own = _integrations(), {}, {}, 0, 0
     for integration in loaded:
-        for name, module, cls in integration.find(model):
+        found: list[integrations.Found] = []
+        try:
+            found.extend(integration.find(model))
+        except ImportError as error:
+            unknown.append(_unknown(integration.__name__.rpartition(".")[2], error))
+        for name, module, cls in found:
             fast = integration.FAST[cls]
             if isinstance(module, fast):
                 done += 1
@@ -167,13 +176,21 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
         _logger.info("optimize: %s", why)
     for name, (_, reason) in left.items():
         _logger.info("optimize leaves %s as it is: %s", name or type(model).__name__, reason)
-    for module, fast in swaps.values():
-        module.__class__ = fast
-    stacks = _stacks(_integrations()[0])
-    for module in model.modules():
-        holder = stacks.get(type(module))
-        if holder and len(blocks := holder.stack(module)) and all(isinstance(b, integrations.Fused) for b in blocks):
-            module.__class__ = holder
+    before: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, fast in swaps.values():
+            before.append((module, type(module)))
+            module.__class__ = fast
+        stacks = _stacks(_integrations()[0])
+        for module in model.modules():
+            holder = stacks.get(type(module))
+            if holder and len(row := holder.stack(module)) and all(isinstance(b, integrations.Fused) for b in row):
+                before.append((module, type(module)))
+                module.__class__ = holder
+    except BaseException:  # never half of a model
+        for module, cls in before:
+            module.__class__ = cls
+        raise
     return model
 
 
