@@ -24,7 +24,7 @@ def reciprocal(d):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """gelu (by erf), gelu_tanh, quick_gelu or relu of z; z itself for None. NaN stays NaN."""
+    """gelu (by erf), gelu_tanh, quick_gelu, relu or silu of z; z itself for None. NaN stays NaN."""
     if ACTIVATION == "gelu":
         if EXACT:
             z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -42,4 +42,6 @@ def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         z = z * sigmoid(1.702 * z, EXACT)
     elif ACTIVATION == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        z = z * sigmoid(z, EXACT)
     return z

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import folding, packing
+from .activation_names import ACTIVATIONS, GATED
 from .tracing import known_values, untraced
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,7 +22,6 @@ _PATCH_WEIGHT_SIZES = (
     "weight has {} rows", "weight has {} channels", "weight has patch height {}", "weight has patch width {}"
 )  # fmt: skip
 MAX_ROWS = 2**31 - 256
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 NORMS = ("layer", "rms")
 ROPE_LAYOUTS = ("half", "interleaved")
 
@@ -110,7 +110,40 @@ def _check_activation(op, activation, allow_none):
         raise (ValueError if is_word else TypeError)(f"vit_fast.{op}: activation is {came}, expected one of {words}")
 
 
-def _check_layer_norm(op, x, weight, bias, eps, prefix=""):
+def _check_norm(op, norm):
+    is_word = isinstance(norm, str)
+    if not is_word or norm not in NORMS:
+        came = repr(norm) if is_word else type(norm).__name__
+        raise (ValueError if is_word else TypeError)(
+            f"vit_fast.{op}: norm is {came}, expected one of {', '.join(NORMS)}"
+        )
+
+
+def _check_inner_norm(op, inner_norm, width, why, x):
+    """(weight [width], bias [width], eps) or None."""
+    if inner_norm is None:
+        return
+    if not isinstance(inner_norm, tuple):
+        came = type(inner_norm).__name__
+        raise TypeError(f"vit_fast.{op}: inner_norm is {came}, expected a tuple (weight or None, bias or None, eps)")
+    if len(inner_norm) != 3:
+        raise ValueError(
+            f"vit_fast.{op}: inner_norm has {len(inner_norm)} elements, expected 3 (weight or None, bias or None, eps)"
+        )
+    weight, bias, eps = inner_norm
+    _check_vector(op, "inner_norm weight", weight, width, why, "x", x)
+    _check_vector(op, "inner_norm bias", bias, width, why, "x", x)
+    _check_eps(op, "inner_norm eps", eps)
+
+
+def _check_gated(op, name, rows, activation):
+    if rows % 2:
+        raise ValueError(
+            f"vit_fast.{op}: {name} has {rows} rows, expected an even number for activation {activation!r}"
+        )
+
+
+def _check_layer_norm(op, x, weight, bias, eps, norm, prefix=""):
     _check_tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"vit_fast.{op}: x has 0 dimensions, expected 1 or more")
@@ -119,6 +152,7 @@ def _check_layer_norm(op, x, weight, bias, eps, prefix=""):
     _check_vector(op, prefix + "weight", weight, width, "the width of x", "x", x)
     _check_vector(op, prefix + "bias", bias, width, "the width of x", "x", x)
     _check_eps(op, "eps", eps)
+    _check_norm(op, norm)
 
 
 def _check_weight(op, name, weight, in_features, why, x):
@@ -137,28 +171,35 @@ def _check_branch(op, x, gamma, row_scale, width, why):
 
 
 @untraced
-def check_layer_norm(x: Any, weight: Any, bias: Any, eps: Any) -> None:
-    _check_layer_norm("layer_norm", x, weight, bias, eps)
+def check_layer_norm(x: Any, weight: Any, bias: Any, eps: Any, norm: Any) -> None:
+    _check_layer_norm("layer_norm", x, weight, bias, eps, norm)
 
 
 @untraced
 def check_layer_norm_linear(
-    x: Any, ln_weight: Any, ln_bias: Any, eps: Any, weight: Any, bias: Any, activation: Any
+    x: Any, ln_weight: Any, ln_bias: Any, eps: Any, weight: Any, bias: Any, activation: Any, norm: Any
 ) -> None:
     op = "layer_norm_linear"
-    _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
+    _check_layer_norm(op, x, ln_weight, ln_bias, eps, norm, "ln_")
     _check_weight(op, "weight", weight, x.shape[-1], "the width of x", x)
     _check_vector(op, "bias", bias, weight.shape[0], "the rows of weight", "weight", weight, weight.dtype)
     _check_activation(op, activation, allow_none=True)
-    if activation == "swiglu" and weight.shape[0] % 2:
-        raise ValueError(
-            f"vit_fast.{op}: weight has {weight.shape[0]} rows, expected an even number for activation 'swiglu'"
-        )
+    if activation in GATED:
+        _check_gated(op, "weight", weight.shape[0], activation)
 
 
 @untraced
 def check_linear_residual(
-    x: Any, weight: Any, bias: Any, gamma: Any, residual: Any, row_scale: Any, dropout_p: Any, seed: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    gamma: Any,
+    residual: Any,
+    row_scale: Any,
+    norm: Any,
+    inner_norm: Any,
+    dropout_p: Any,
+    seed: Any,
 ) -> None:
     op = "linear_residual"
     _check_tensor(op, "x", x)
@@ -173,6 +214,8 @@ def check_linear_residual(
         wanted = "[" + ", ".join(str(size) for size in (*x.shape[:-1], weight.shape[0])) + "]"
         raise ValueError(f"vit_fast.{op}: residual has shape {_shape(residual)}, expected {wanted}")
     _check_branch(op, x, gamma, row_scale, weight.shape[0], "the rows of weight")
+    _check_norm(op, norm)
+    _check_inner_norm(op, inner_norm, x.shape[-1], "the width of x", x)
     _check_dropout(op, dropout_p, seed, "x", x)
 
 
@@ -189,20 +232,21 @@ def check_layernorm_mlp(
     activation: Any,
     gamma: Any,
     row_scale: Any,
+    norm: Any,
+    inner_norm: Any,
     dropout_p: Any,
     seed: Any,
 ) -> None:
     op = "layernorm_mlp"
-    _check_layer_norm(op, x, ln_weight, ln_bias, eps, "ln_")
+    _check_layer_norm(op, x, ln_weight, ln_bias, eps, norm, "ln_")
     if x.dim() < 2:
         raise ValueError(f"vit_fast.{op}: x has {x.dim()} dimensions {_shape(x)}, expected 2 or more")
     _check_activation(op, activation, allow_none=False)
     _check_weight(op, "w1", w1, x.shape[-1], "the width of x", x)
     _check_vector(op, "b1", b1, w1.shape[0], "the rows of w1", "w1", w1, w1.dtype)
     hidden, why = w1.shape[0], "the rows of w1"
-    if activation == "swiglu":
-        if hidden % 2:
-            raise ValueError(f"vit_fast.{op}: w1 has {hidden} rows, expected an even number for activation 'swiglu'")
+    if activation in GATED:
+        _check_gated(op, "w1", hidden, activation)
         hidden, why = hidden // 2, "half the rows of w1"
     _check_weight(op, "w2", w2, hidden, why, x)
     if w2.shape[0] != x.shape[-1]:
@@ -211,6 +255,7 @@ def check_layernorm_mlp(
         raise ValueError(f"vit_fast.{op}: w2 has dtype {w2.dtype}, expected {w1.dtype} (as w1)")
     _check_vector(op, "b2", b2, w2.shape[0], "the rows of w2", "w1", w1, w1.dtype)
     _check_branch(op, x, gamma, row_scale, x.shape[-1], "the width of x")
+    _check_inner_norm(op, inner_norm, hidden, why, x)
     _check_dropout(op, dropout_p, seed, "x", x)
 
 

@@ -61,20 +61,20 @@ class LinearConfig:
 def pick_linear_config(
     rows: int,
     out_features: int,
-    swiglu: bool,
+    gated: bool,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     tf32: bool,
     unaligned: bool,
     arch: int,
 ) -> LinearConfig:
-    """``dtype`` is that of x and weight. swiglu has two accumulators, hence tiles half as wide; ``unaligned``: pointers
-    load in pieces under 16 bytes.
+    """``dtype`` is that of x and weight. A gated activation has two accumulators, hence tiles half as wide;
+    ``unaligned``: pointers load in pieces under 16 bytes.
 
     128 large tiles are about one per SM; below that, smaller ones keep more SMs busy. ``block_k`` does not change the
     bits: the sums over K run in one order.
     """
-    columns = out_features * 2 if swiglu else out_features
+    columns = out_features * 2 if gated else out_features
     few = cdiv(rows, 128) * cdiv(columns, 128) < 128
     hopper, blackwell = 90 <= arch < 100, 100 <= arch < 120  # sm_86, sm_89, sm_120: 99 KB of shared memory, mma.sync
     small = few and not blackwell  # tcgen05 works on 128 rows
@@ -98,7 +98,7 @@ def pick_linear_config(
     else:
         tile = (128, 128, 32, 8 if out_dtype.itemsize > dtype.itemsize else 4, 4)
     block_m, block_n, block_k, num_warps, num_stages = tile
-    return LinearConfig(block_m, block_n // 2 if swiglu else block_n, block_k, 8, num_warps, num_stages, tma)
+    return LinearConfig(block_m, block_n // 2 if gated else block_n, block_k, 8, num_warps, num_stages, tma)
 
 
 def split_k_config(

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .activation_names import GATED
+
 
 class FoldedBlock(NamedTuple):
     """A transformer block with LayerNorm and LayerScale folded in: weights [out, in] in their own dtype.
@@ -189,7 +191,7 @@ def fp8_block(
     value_scale = power_of_two_scale(bound[2 * width :])
     channel_scale = torch.cat([torch.ones_like(bound[: 2 * width]), value_scale])
     fc1_weight, fc1_scale, fc1_bias, bound = after_norm(fc1, norm2)
-    if activation == "swiglu":
+    if activation in GATED:
         gate, value = bound.chunk(2)
         bound = gate * value
     hidden_scale = power_of_two_scale(bound)

@@ -7,8 +7,9 @@ where LN(x Wᵀ) = rstd · (x Wᵀ − mean · colsum(W)) is the product with th
 x [rows, K] at one or two row strides; weight [N, K], also as a transposed view; all vectors contiguous; residual
 [rows, N] at one or two row strides; out [rows, N] contiguous. float32, float16, bfloat16, float8 e4m3 (float64
 interpreted). The product is accumulated in float32, and the epilogue is float32 until out is stored.
-act: gelu (by erf), gelu_tanh, quick_gelu, relu, or swiglu: the weight's rows are [gate | value], N of each, and
-out = silu(gate) · value, from two accumulators of one program.
+act: gelu (by erf), gelu_tanh, quick_gelu, relu, silu, or a gated one by silu (swiglu), gelu (geglu) or gelu_tanh
+(geglu_tanh): the weight's rows are [gate | value], N of each, and act(gate) · value is computed from two accumulators
+of one program.
 
 One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N),
 grouped in panels of GROUP_M tile rows (``tile_position``), so that programs which run together share operands in L2.
@@ -37,7 +38,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
-from .activations import activate, sigmoid
+from .activation_names import GATED
+from .activations import activate
 from .arguments import check_rows
 from .layer_norm import RowPartials
 
@@ -165,17 +167,15 @@ def _store_tile(
 ):
     """The epilogue: finishes and stores acc [BLOCK_M, WIDTH], the columns from ``first`` on of the rows ``row``.
 
-    value: the second accumulator of swiglu, acc being its gate; None otherwise.
+    value: the second accumulator of a gated activation, acc being its gate; None otherwise.
     """
     column = first + tl.arange(0, WIDTH)
     in_rows, in_columns = row < rows, column < out_features
     mask = in_rows[:, None] & in_columns[None, :]
     acc = _affine(acc, mean, rstd, norm, vectors, 0, column, in_columns, ACC)
-    if value is None:
-        acc = activate(acc, ACTIVATION, EXACT)
-    else:
-        value = _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
-        acc = acc * sigmoid(acc, EXACT) * value
+    acc = activate(acc, ACTIVATION, EXACT)
+    if value is not None:
+        acc *= _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
     if vectors.gamma_ptr is not None:
         acc *= tl.load(vectors.gamma_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
     if vectors.row_scale_ptr is not None:
@@ -218,6 +218,7 @@ def _linear_fwd_kernel(
     stride_wn,
     stride_wk,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     EXACT: tl.constexpr,
     X_TWO_STRIDES: tl.constexpr,
     RESIDUAL_TWO_STRIDES: tl.constexpr,
@@ -255,8 +256,7 @@ def _linear_fwd_kernel(
         end_k = tl.minimum(first_k + share, in_features)
     tile_m, tile_n = tile_position(tile, tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
 
-    SWIGLU: tl.constexpr = ACTIVATION == "swiglu"
-    tl.static_assert(SPLIT_K == 1 or not SWIGLU, "swiglu has no split-K")
+    tl.static_assert(SPLIT_K == 1 or not GATED, "gated activations have no split-K")
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, in_columns = row < rows, column < out_features
@@ -278,7 +278,7 @@ def _linear_fwd_kernel(
         value_offset = tl.full([], 1, tl.int64) * out_features * stride_wn
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    if SWIGLU:
+    if GATED:
         value_acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for k in range(first_k, end_k, BLOCK_K):
         if DESCRIPTORS:
@@ -294,7 +294,7 @@ def _linear_fwd_kernel(
         if UPCAST is not None:
             x, weight = x.to(UPCAST), weight.to(UPCAST)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
-        if SWIGLU:
+        if GATED:
             if DESCRIPTORS:
                 value = weight_src.load([out_features + tile_n * BLOCK_N, k]).T
             else:
@@ -322,7 +322,7 @@ def _linear_fwd_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         left_value, right_value = None, None
-        if SWIGLU:
+        if GATED:
             left_value, right_value = value_acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         first = tile_n.to(tl.int64) * BLOCK_N
         for half in tl.static_range(2):
@@ -387,8 +387,8 @@ def gemm(
     where None or too few. Split-K, which makes the bits depend on the number of rows, is allowed where a semaphore is
     given or partials are requested.
     """
-    swiglu = activation == "swiglu"
-    out_features = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    gated = activation in GATED
+    out_features = weight.shape[0] // 2 if gated else weight.shape[0]
     in_features = weight.shape[1]
     if residual is not None:
         out_dtype = residual.dtype
@@ -415,7 +415,7 @@ def gemm(
     tma_compatible, unaligned = _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features)
     if config is None:
         arch, tf32 = configs.arch_of(x.device), precision == "tf32"
-        config = configs.pick_linear_config(rows, out_features, swiglu, weight.dtype, out_dtype, tf32, unaligned, arch)
+        config = configs.pick_linear_config(rows, out_features, gated, weight.dtype, out_dtype, tf32, unaligned, arch)
         if with_partials or semaphore is not None:
             processors = configs.multiprocessors_of(x.device)
             config = configs.split_k_config(config, rows, out_features, in_features, processors)
@@ -450,7 +450,8 @@ def gemm(
             out, x_src, weight_src, norm, vectors, residual, partials_out and partials_out.values, split_k,
             rows, out_features, in_features, x_inner, residual_inner, rows_per_sample,
             stride_xo, stride_xi, stride_xk, stride_wn, stride_wk,
-            ACTIVATION=activation,
+            ACTIVATION=GATED.get(activation, activation),
+            GATED=gated,
             EXACT=weight.dtype in (torch.float32, torch.float64),
             X_TWO_STRIDES=x_two_strides,
             RESIDUAL_TWO_STRIDES=residual_two_strides,

@@ -1,21 +1,24 @@
 """LayerNorm over the last axis: y = (x − mean) · rstd · weight + bias, rstd = 1/sqrt(var + eps).
 
+RMSNorm, norm="rms": mean is 0, so that y = x · rstd · weight + bias with rstd = 1/sqrt(mean(x²) + eps).
+
 x [..., C] with any strides, float32, float16 or bfloat16 (float64 interpreted); weight and bias [C] or None, each of
 any of these dtypes; y [..., C] contiguous, in x's dtype or in the one asked for, float8 e4m3 among them (the weight is
 then its scale: values beyond 448 saturate); mean and rstd [rows], float32.
 Everything between load and store is float32. The variance is taken around the mean in a second pass, and the mean is
 first corrected by the mean of what is left: a row whose mean is 1e6 times its spread keeps its variance, and a
-constant row normalises to zero.
+constant row normalises to zero. RMSNorm takes one pass.
 
 Two kernels. Rows of at most 16384 elements: a program normalises ROWS rows, which it holds in registers. Wider rows: a
-program normalises one row in blocks, and reads it four times (from L2 after the first). Grid: ceil(rows / ROWS).
+program normalises one row in blocks, and reads it four times (RMSNorm: twice), from L2 after the first. Grid:
+ceil(rows / ROWS).
 x may have rows at two strides (``launch.row_layout``), as x[:, 1:] of a [B, N, C] tensor has, and is read in place; an
 x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
 ``row_partials`` computes the ``RowPartials`` that a GEMM with a folded LayerNorm (``linear.folded_linear``) reads, for
 an x that no GEMM epilogue has written: one partial per row, C ≤ 16384.
 Limits: C ≤ 65536; float64 in the interpreter only.
-Source: Ba, Kiros, Hinton, "Layer Normalization" (2016).
+Source: Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
 from typing import NamedTuple
@@ -64,6 +67,7 @@ def _layer_norm_fwd_kernel(
     stride_xo,
     stride_xi,
     stride_xc,
+    RMS: tl.constexpr,
     TWO_STRIDES: tl.constexpr,
     PDL: tl.constexpr,
     ACC: tl.constexpr,
@@ -78,7 +82,10 @@ def _layer_norm_fwd_kernel(
 
     x_row = launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     x = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
-    mean, centred = _centre(x, in_width[None, :], width)
+    if RMS:
+        mean, centred = tl.zeros([ROWS], ACC), x
+    else:
+        mean, centred = _centre(x, in_width[None, :], width)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=in_rows)
@@ -106,6 +113,7 @@ def _layer_norm_wide_fwd_kernel(
     stride_xo,
     stride_xi,
     stride_xc,
+    RMS: tl.constexpr,
     TWO_STRIDES: tl.constexpr,
     PDL: tl.constexpr,
     ACC: tl.constexpr,
@@ -116,17 +124,21 @@ def _layer_norm_wide_fwd_kernel(
     x_ptr += launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     lane = tl.arange(0, BLOCK).to(tl.int64)
 
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(0, width, BLOCK):
-        column = start + lane
-        total += tl.load(x_ptr + column * stride_xc, mask=column < width, other=0.0).to(ACC)
-    mean = tl.sum(total, axis=0) / width
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(0, width, BLOCK):
-        column = start + lane
-        x = tl.load(x_ptr + column * stride_xc, mask=column < width, other=0.0).to(ACC)
-        total += tl.where(column < width, x - mean, 0.0)
-    shift = tl.sum(total, axis=0) / width
+    if RMS:
+        mean = tl.zeros([], ACC)
+        shift = mean
+    else:
+        total = tl.zeros([BLOCK], ACC)
+        for start in range(0, width, BLOCK):
+            column = start + lane
+            total += tl.load(x_ptr + column * stride_xc, mask=column < width, other=0.0).to(ACC)
+        mean = tl.sum(total, axis=0) / width
+        total = tl.zeros([BLOCK], ACC)
+        for start in range(0, width, BLOCK):
+            column = start + lane
+            x = tl.load(x_ptr + column * stride_xc, mask=column < width, other=0.0).to(ACC)
+            total += tl.where(column < width, x - mean, 0.0)
+        shift = tl.sum(total, axis=0) / width
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, width, BLOCK):
         column = start + lane
@@ -177,14 +189,16 @@ def _row_partials_kernel(
     tl.store(partials_ptr + rows + row, tl.sum(centred * centred, axis=1), mask=in_rows)
 
 
-def not_supported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> list[str]:
+def not_supported_reasons(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
+) -> list[str]:
     reasons = launch.device_reasons(x, weight, bias)
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {MAX_WIDTH}")
     return reasons
 
 
-def _launch(x, weight, bias, eps, out_dtype, config, statistics, pdl=False):
+def _launch(x, weight, bias, eps, norm, out_dtype, config, statistics, pdl=False):
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     width = x.shape[-1]
     rows = x.numel() // width
@@ -203,7 +217,7 @@ def _launch(x, weight, bias, eps, out_dtype, config, statistics, pdl=False):
                 y, mean, rstd, x, weight, bias,
                 rows, inner, width, eps,
                 stride_xo, stride_xi, x.stride(-1),
-                TWO_STRIDES=two_strides, ACC=acc, ROWS=config.rows, BLOCK=config.block,
+                RMS=norm == "rms", TWO_STRIDES=two_strides, ACC=acc, ROWS=config.rows, BLOCK=config.block,
                 **launch.options(pdl, config.num_warps),
             )  # fmt: skip
         else:
@@ -211,34 +225,39 @@ def _launch(x, weight, bias, eps, out_dtype, config, statistics, pdl=False):
                 y, mean, rstd, x, weight, bias,
                 inner, width, eps,
                 stride_xo, stride_xi, x.stride(-1),
-                TWO_STRIDES=two_strides, ACC=acc, BLOCK=config.block, **launch.options(pdl, config.num_warps),
+                RMS=norm == "rms", TWO_STRIDES=two_strides, ACC=acc, BLOCK=config.block,
+                **launch.options(pdl, config.num_warps),
             )  # fmt: skip
     return y, mean, rstd
 
 
 def layer_norm_fwd(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
+    *,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [..., C] in out_dtype or x's dtype, mean [rows], rstd [rows])."""
-    return _launch(x, weight, bias, eps, out_dtype, config, statistics=True)
+    return _launch(x, weight, bias, eps, norm, out_dtype, config, statistics=True)
 
 
 def layer_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
     pdl: bool = False,
+    *,
+    norm: str = "layer",
 ) -> Tensor:
     """y [..., C] alone; the statistics are not stored."""
-    return _launch(x, weight, bias, eps, out_dtype, config, statistics=False, pdl=pdl)[0]
+    return _launch(x, weight, bias, eps, norm, out_dtype, config, statistics=False, pdl=pdl)[0]
 
 
 def row_partials(x: Tensor, config: configs.LayerNormConfig | None = None, pdl: bool = False) -> RowPartials:

@@ -1,15 +1,15 @@
 """Linear layers on the GEMM of ``gemm``, with what surrounds them in a transformer block, and LayerNorm + linear.
 
     linear                    residual + row_scale[b] · gamma · act(x Wᵀ + bias)       every part but x Wᵀ optional
-    linear_residual           residual + row_scale[b] · gamma · (x Wᵀ + bias)
+    linear_residual           residual + row_scale[b] · gamma · (x Wᵀ + bias), LN(x) in x's place with inner_norm
     layer_norm_linear         act(LN(x) Wᵀ + bias), in two launches
     linear_with_partials      residual + x Wᵀ + bias, and the row-statistics partials of that
     folded_linear             act((LN(x) without weight and bias) Wᵀ + bias), LN in the epilogue, from partials of x
     fp8_linear                residual + out_scale · act(weight_scale · (x Wᵀ) + bias), x and W in float8 e4m3
 
 x [B, ..., K] and residual [B, ..., N] with any strides, weight [N, K] also as a transposed view, bias [N], gamma [N],
-row_scale [B], out [B, ..., N] contiguous; for swiglu W has 2N rows. float32, float16, bfloat16 (float64 interpreted).
-The product is taken in the weight's dtype; out has the residual's dtype, else the weight's.
+row_scale [B], out [B, ..., N] contiguous; for a gated activation W has 2N rows. float32, float16, bfloat16 (float64
+interpreted). The product is taken in the weight's dtype; out has the residual's dtype, else the weight's.
 An x of another dtype is cast in a launch of its own (inside the GEMM, wgmma would serialise and Triton would multiply
 float32 weights as TF32 on sm_100); LayerNorm + linear and the branches of a block never need it. Rows at two strides,
 as of x[:, 1:], are read in place; a tensor whose leading axes need three is copied first, as are vectors that are not
@@ -29,6 +29,8 @@ from . import configs, launch
 from . import layer_norm as ln
 from .gemm import gemm
 
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
+
 
 def linear(
     x: Tensor,
@@ -41,7 +43,7 @@ def linear(
     row_scale: Tensor | None = None,
     config: configs.LinearConfig | None = None,
 ) -> Tensor:
-    """out [B, ..., N] (N/2 for swiglu), in the residual's dtype or, without one, in the weight's."""
+    """out [B, ..., N] (N/2 for a gated activation), in the residual's dtype or, without one, in the weight's."""
     return gemm(x, weight, bias, activation, gamma=gamma, residual=residual, row_scale=row_scale, config=config)[0]
 
 
@@ -116,9 +118,14 @@ def linear_residual(
     residual: Tensor,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
     config: configs.LinearConfig | None = None,
 ) -> Tensor:
-    """residual + row_scale · gamma · (x Wᵀ + bias), in the residual's dtype."""
+    """residual + row_scale · gamma · (LN(x) Wᵀ + bias), in the residual's dtype; LN only with an ``inner_norm``, in a
+    launch of its own that casts to the weight's dtype."""
+    if inner_norm is not None:
+        x = ln.layer_norm(x, *inner_norm, out_dtype=weight.dtype, norm=norm)
     return linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=config)
 
 
@@ -130,8 +137,13 @@ def linear_residual_not_supported_reasons(
     residual: Tensor,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> list[str]:
-    return launch.device_reasons(x, weight, bias, gamma, residual, row_scale)
+    reasons = launch.device_reasons(x, weight, bias, gamma, residual, row_scale)
+    if inner_norm is not None:
+        reasons += [r for r in ln.not_supported_reasons(x, *inner_norm, norm=norm) if r not in reasons]
+    return reasons
 
 
 def layer_norm_linear_fwd(
@@ -142,10 +154,12 @@ def layer_norm_linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(act(LN(x) Wᵀ + bias) in the weight's dtype, mean [rows], rstd [rows]); LN(x) is stored in the weight's dtype."""
-    normal, mean, rstd = ln.layer_norm_fwd(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
+    normal, mean, rstd = ln.layer_norm_fwd(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype, norm=norm)
     return linear(normal, weight, bias, activation, config=config), mean, rstd
 
 
@@ -157,9 +171,11 @@ def layer_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
     config: configs.LinearConfig | None = None,
 ) -> Tensor:
-    normal = ln.layer_norm(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype)
+    normal = ln.layer_norm(x, ln_weight, ln_bias, eps, out_dtype=weight.dtype, norm=norm)
     return linear(normal, weight, bias, activation, config=config)
 
 
@@ -171,6 +187,8 @@ def layer_norm_linear_not_supported_reasons(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> list[str]:
-    reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps)
+    reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps, norm=norm)
     return reasons + [reason for reason in launch.device_reasons(x, weight, bias) if reason not in reasons]

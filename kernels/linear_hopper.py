@@ -7,7 +7,7 @@
 x [..., K] and weight [N, K] in rows of adjacent elements at one stride, which begin at multiples of 16 bytes, for TMA;
 bias [N] of any float dtype; residual [..., N] contiguous, N then a multiple of 8; out [..., N] contiguous.
 x, weight, residual and out have one dtype; the product is accumulated in float32, and the epilogue is float32.
-act: those of ``gemm`` without swiglu. Row-statistics partials of x and out as in ``gemm``, those of out one per half
+act: as in ``gemm``, not gated. Row-statistics partials of x and out as in ``gemm``, those of out one per half
 tile; a folded LayerNorm emits none.
 M, N and K are any: TMA reads zeros beyond the edges, stores are masked.
 
@@ -27,7 +27,7 @@ one arrival (of ``full``, with the bytes of both tiles); a waiting thread sees o
 The epilogue converts through shared memory between the layout of wgmma and that of 16-byte loads and stores.
 
 2·rows·N·K FLOP; moves what ``gemm`` moves.
-Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, swiglu or split-K.
+Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, gated activations or split-K.
 Source: the ping-pong schedule after Shah et al., "FlashAttention-3" (2024), and CUTLASS.
 """
 
@@ -51,6 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import configs, launch
+from .activation_names import GATED
 from .activations import activate
 from .arguments import check_rows
 from .gemm import partials_per_step, tile_position
@@ -360,8 +361,8 @@ def linear_hopper_not_supported_reasons(
     arch = configs.arch_of(x.device)
     if arch != 90:
         reasons.append(f"the device is sm_{arch}, expected sm_90")
-    if activation == "swiglu":
-        reasons.append("swiglu takes two accumulators")
+    if activation in GATED:
+        reasons.append(f"{activation} takes two accumulators")
     if weight.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"weight has dtype {weight.dtype}, expected torch.float16 or torch.bfloat16")
     for name, t in (("x", x), ("residual", residual)):

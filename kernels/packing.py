@@ -2,7 +2,8 @@
 
 A packed weight [out, in] is [panels, groups, 32, group]: panels of 32 outputs, and for every group of inputs (1 of
 float32 and float16, 2 of bfloat16, 4 of int8), the groups of the panel's outputs side by side. Outputs and
-inputs are padded with zeros. Under "swiglu" each panel of fc1 holds 16 gates and then the 16 values that they gate.
+inputs are padded with zeros. Under a gated activation each panel of fc1 holds 16 gates and then the 16 values that
+they gate.
 
 A prepared block is a ``PackedBlock`` or, quantised, an ``Int8Block``: LayerNorm and LayerScale are folded in
 (``folding``), biases are float32. All of it is computed in float64 and rounded once.
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .activation_names import GATED
 from .folding import Pair, fold_layer_norm, fold_layer_scale, prepare_block
 
 PANEL = 32  # NR of csrc/cpu/gemm.h
@@ -104,7 +106,7 @@ def packed_block(
 ) -> PackedBlock:
     """A block, folded and packed; arguments as in ``folding.prepare_block``."""
     folded = prepare_block(norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2)
-    order = interleave if activation == "swiglu" else _as_it_is
+    order = interleave if activation in GATED else _as_it_is
     tensors = []
     for name in ("qkv", "proj", "fc1", "fc2"):
         weight, bias = getattr(folded, f"{name}_weight"), getattr(folded, f"{name}_bias").float()
@@ -137,7 +139,7 @@ def int8_block(
     activation: str,
 ) -> Int8Block:
     """A block, folded, quantised and packed; arguments as in ``folding.prepare_block``. No data is needed."""
-    order = interleave if activation == "swiglu" else _as_it_is
+    order = interleave if activation in GATED else _as_it_is
     linears = [
         fold_layer_norm(*_wide(qkv), *norm1)[::2],
         fold_layer_scale(*_wide(proj), gamma1),
@@ -166,13 +168,13 @@ def unpacked_linears(
     """(weight [out, in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates before values."""
     size = len(block) // 4
     hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group
-    outputs = (3 * width, width, 2 * hidden if activation == "swiglu" else hidden, width)
+    outputs = (3 * width, width, 2 * hidden if activation in GATED else hidden, width)
     inputs = (width, width, width, hidden)
     linears = []
     for i, (rows, columns) in enumerate(zip(outputs, inputs)):
         weight, *values = block[i * size : (i + 1) * size]
         parts = [unpack(weight)[:, :columns], *values]
-        if i == 2 and activation == "swiglu":
+        if i == 2 and activation in GATED:
             gates, its = zip(*(deinterleave(part).chunk(2) for part in parts))
             parts = [torch.cat([_to_rows(g, hidden), _to_rows(v, hidden)]) for g, v in zip(gates, its)]
         linears.append(tuple(_to_rows(part, rows) for part in parts))

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation_names import GATED
 from .folding import E4M3, Float8Block, FoldedBlock, unflatten
 from .packing import Int8Block, PackedBlock, unpacked_linears
 from .tracing import is_transformed, known_values, transform_reasons, untraced
+
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
 _ACTIVATION = {
     None: lambda z: z,
@@ -25,6 +28,7 @@ _ACTIVATION = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 
@@ -38,10 +42,10 @@ def _stat_dtype(x):
 
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
-    """The activation of a pre-activation; "swiglu" halves the last axis: silu(first half) · second half."""
-    if activation == "swiglu":
+    """The activation of a pre-activation; a gated one halves the last axis: act(first half) · second half."""
+    if activation in GATED:
         gate, value = z.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return _ACTIVATION[GATED[activation]](gate) * value
     return _ACTIVATION[activation](z)
 
 
@@ -49,6 +53,10 @@ def activate_bwd(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
     """Gradient with respect to the pre-activation."""
     if activation is None:
         return grad
+    if activation in GATED:
+        gate, value = z.chunk(2, dim=-1)
+        inner = GATED[activation]
+        return torch.cat([activate_bwd(grad * value, gate, inner), grad * activate(gate, inner)], dim=-1)
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, z)
     if activation == "gelu_tanh":
@@ -58,8 +66,7 @@ def activate_bwd(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
         return grad * (s + 1.702 * z * s * (1 - s))
     if activation == "relu":
         return grad * (z > 0)
-    gate, value = z.chunk(2, dim=-1)
-    return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
+    return torch.ops.aten.silu_backward(grad, z)
 
 
 def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
@@ -92,7 +99,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x * dropout_mask(seed, x.shape, p, x.device).to(x.dtype)
 
 
-# layer_norm: y = (x − mean) / sqrt(var + eps) · weight + bias over the last axis.
+# layer_norm: y = (x − mean) / sqrt(var + eps) · weight + bias over the last axis. norm "rms" takes 0 for the mean, and
+# mean(x²) for var.
 
 
 @untraced
@@ -101,46 +109,69 @@ def _width(x):
     return x.shape[-1]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer") -> Tensor:
     if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
         dtype = torch.promote_types(x.dtype, (weight if weight is not None else bias).dtype)
-        return layer_norm(
-            x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype), eps
-        ).to(x.dtype)
+        return _normalise(x.to(dtype), _cast(weight, dtype), _cast(bias, dtype), eps, norm).to(x.dtype)
+    return _normalise(x, weight, bias, eps, norm)
+
+
+def _cast(t, dtype):
+    return None if t is None else t.to(dtype)
+
+
+def _normalise(x, weight, bias, eps, norm):
+    """``layer_norm`` of one dtype."""
     if is_transformed():
-        return _plain_layer_norm(x, weight, bias, eps)
-    return F.layer_norm(x, (_width(x),), weight, bias, eps)
+        return _plain_layer_norm(x, weight, bias, eps, norm)
+    if norm == "layer":
+        return F.layer_norm(x, (_width(x),), weight, bias, eps)
+    if bias is None:
+        return F.rms_norm(x, (_width(x),), weight, eps)
+    wide = _stat_dtype(x)
+    return (F.rms_norm(x.to(wide), (_width(x),), _cast(weight, wide), eps) + bias).to(x.dtype)
 
 
-def _plain_layer_norm(x, weight, bias, eps):
-    """``F.layer_norm`` in plain arithmetic: torch (2.13) differentiates its forward-mode derivative wrongly."""
+def _plain_layer_norm(x, weight, bias, eps, norm):
+    """``_normalise`` in plain arithmetic: torch (2.13) has a wrong derivative of F.layer_norm's forward mode."""
     wide = x.to(_stat_dtype(x))
-    centred = wide - wide.mean(-1, keepdim=True)
-    y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    centred = wide - wide.mean(-1, keepdim=True) if norm == "layer" else wide
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
-def layer_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and rstd of every row, each [rows]."""
+def layer_norm_stats(x: Tensor, eps: float, *, norm: str = "layer") -> tuple[Tensor, Tensor]:
+    """mean (0 for "rms") and rstd of every row, each [rows]."""
     rows = x.reshape(-1, x.shape[-1]).to(_stat_dtype(x))
-    mean = rows.mean(-1)
+    mean = rows.mean(-1) if norm == "layer" else rows.new_zeros(rows.shape[0])
     return mean, torch.rsqrt((rows - mean[:, None]).square().mean(-1) + eps)
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return layer_norm(x, weight, bias, eps), *layer_norm_stats(x, eps)
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return layer_norm(x, weight, bias, eps, norm=norm), *layer_norm_stats(x, eps, norm=norm)
 
 
 def layer_norm_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); None for parameters that are None."""
     stat = mean.dtype
     rows, dy = x.reshape(-1, x.shape[-1]).to(stat), grad.reshape(-1, x.shape[-1]).to(stat)
     normal = (rows - mean[:, None]) * rstd[:, None]
     dnormal = dy if weight is None else dy * weight.to(stat)
-    dx = dnormal - dnormal.mean(-1, keepdim=True) - normal * (dnormal * normal).mean(-1, keepdim=True)
+    dx = dnormal - normal * (dnormal * normal).mean(-1, keepdim=True)
+    if norm == "layer":
+        dx = dx - dnormal.mean(-1, keepdim=True)
     dx = (dx * rstd[:, None]).to(x.dtype).reshape(x.shape)
     dweight = None if weight is None else (dy * normal).sum(0).to(weight.dtype)
     dbias = None if bias is None else dy.sum(0).to(bias.dtype)
@@ -158,8 +189,10 @@ def layer_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> Tensor:
-    z = F.linear(layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype), weight, bias)
+    z = F.linear(layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(weight.dtype), weight, bias)
     if activation in ("gelu", "gelu_tanh") and _may_overwrite():
         return torch.ops.aten.gelu_(z, approximate="tanh" if activation == "gelu_tanh" else "none")
     return activate(z, activation)
@@ -173,8 +206,11 @@ def layer_norm_linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation), *layer_norm_stats(x, eps)
+    out = layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
+    return out, *layer_norm_stats(x, eps, norm=norm)
 
 
 def linear_bwd(dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -195,15 +231,18 @@ def layer_norm_linear_bwd(
     activation: str | None,
     mean: Tensor,
     rstd: Tensor,
+    *,
+    norm: str = "layer",
 ) -> tuple[Tensor | None, ...]:
     """(dx, dln_weight, dln_bias, dweight, dbias)."""
-    y = layer_norm(x, ln_weight, ln_bias, eps).to(weight.dtype)
+    y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(weight.dtype)
     dz = activate_bwd(grad, F.linear(y, weight, bias), activation) if activation else grad
     dy, dweight, dbias = linear_bwd(dz, y, weight, bias)
-    return *layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd), dweight, dbias
+    return *layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd, norm=norm), dweight, dbias
 
 
-# linear_residual: residual + row_scale · gamma · dropout(x Wᵀ + b), in the dtype of the residual.
+# linear_residual: residual + row_scale · gamma · dropout(LN(x) Wᵀ + b), in the dtype of the residual; LN only where
+# inner_norm = (weight, bias, eps) is given.
 
 
 def _per_sample(row_scale, like):
@@ -218,9 +257,13 @@ def linear_residual(
     residual: Tensor,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    if inner_norm is not None:
+        x = layer_norm(x, *inner_norm, norm=norm)
     branch = dropout(F.linear(x.to(weight.dtype), weight, bias), dropout_p, seed)
     if branch.dtype == residual.dtype and gamma is None and row_scale is None and _may_overwrite():
         return branch.add_(residual)
@@ -232,14 +275,23 @@ def linear_residual(
 
 
 def linear_residual_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    *,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, dgamma, drow_scale); the gradient of the residual is ``grad``."""
+    """(dx, dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias); that of the residual is ``grad``."""
     stat = _stat_dtype(grad)
-    x_cast = x.to(weight.dtype)
-    dbranch, dgamma, drow_scale = grad.to(stat), None, None
+    normal = x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm)
+    normal = normal.to(weight.dtype)
+    dbranch, dgamma, drow_scale, dinner_weight, dinner_bias = grad.to(stat), None, None, None, None
     if gamma is not None or row_scale is not None:
-        branch = F.linear(x_cast, weight, bias).to(stat)
+        branch = F.linear(normal, weight, bias).to(stat)
     if row_scale is not None:
         scaled = branch if gamma is None else branch * gamma.to(stat)
         drow_scale = (dbranch * scaled).flatten(1).sum(1).to(row_scale.dtype)
@@ -247,11 +299,15 @@ def linear_residual_bwd(
     if gamma is not None:
         dgamma = (dbranch * branch).reshape(-1, branch.shape[-1]).sum(0).to(gamma.dtype)
         dbranch = dbranch * gamma.to(stat)
-    dx, dweight, dbias = linear_bwd(dbranch.to(weight.dtype), x_cast, weight, bias)
-    return dx.to(x.dtype), dweight, dbias, dgamma, drow_scale
+    dx, dweight, dbias = linear_bwd(dbranch.to(weight.dtype), normal, weight, bias)
+    if inner_norm is not None:
+        inner_weight, inner_bias, eps = inner_norm
+        statistics = layer_norm_stats(x, eps, norm=norm)
+        dx, dinner_weight, dinner_bias = layer_norm_bwd(dx, x, inner_weight, inner_bias, *statistics, norm=norm)
+    return dx.to(x.dtype), dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias
 
 
-# layernorm_mlp: x + row_scale · gamma · fc2(dropout(act(fc1(LN(x))))).
+# layernorm_mlp: x + row_scale · gamma · fc2(LN(dropout(act(fc1(LN(x)))))); the inner LN only where inner_norm is given.
 
 
 def layernorm_mlp(
@@ -267,11 +323,14 @@ def layernorm_mlp(
     gamma: Tensor | None,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    hidden = dropout(layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation), dropout_p, seed)
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale)
+    hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
+    hidden = dropout(hidden, dropout_p, seed)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
 
 
 def layernorm_mlp_fwd(
@@ -287,9 +346,14 @@ def layernorm_mlp_fwd(
     gamma: Tensor | None,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=row_scale)
-    return out, *layer_norm_stats(x, eps)
+    out = layernorm_mlp(
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
+    )  # fmt: skip
+    return out, *layer_norm_stats(x, eps, norm=norm)
 
 
 def layernorm_mlp_bwd(
@@ -307,14 +371,19 @@ def layernorm_mlp_bwd(
     row_scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    *,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale)."""
-    y = layer_norm(x, ln_weight, ln_bias, eps).to(w1.dtype)
+    """(dx, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale, dinner_weight, dinner_bias)."""
+    y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(w1.dtype)
     z = F.linear(y, w1, b1)
-    dhidden, dw2, db2, dgamma, drow_scale = linear_residual_bwd(grad, activate(z, activation), w2, b2, gamma, row_scale)
+    dhidden, *of_fc2 = linear_residual_bwd(
+        grad, activate(z, activation), w2, b2, gamma, row_scale, norm=norm, inner_norm=inner_norm
+    )
     dy, dw1, db1 = linear_bwd(activate_bwd(dhidden, z, activation), y, w1, b1)
-    dx, dln_weight, dln_bias = layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd)
-    return dx + grad, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale
+    dx, dln_weight, dln_bias = layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd, norm=norm)
+    return dx + grad, dln_weight, dln_bias, dw1, db1, *of_fc2
 
 
 # attention: per head softmax(scale · q kᵀ) v; packed [B, N, 3C] or separate q, k, v [B, N, C] → [B, N, C].

@@ -3,11 +3,12 @@
 Our own ViT, the model families and the integrations hold their weights under their own names and pass them here as a
 ``BlockParams``, provided that their modules are plain (``plain.py``). The canonical block is
 
-    x = x + drop_path(gamma1 · proj(attention(qkv(LN1(x)))))        [+ v where value_skip]
-    x = x + drop_path(gamma2 · fc2(act(fc1(LN2(x)))))
+    x = x + drop_path(gamma1 · proj(out_norm(attention(qkv(LN1(x))))))        [+ v where value_skip]
+    x = x + drop_path(gamma2 · fc2(inner_norm(act(fc1(LN2(x))))))
 
-A norm that is None is left out (post-norm layers, which normalise what a branch returns). With value_skip "only",
-v takes the place of x in the first line, so that x may have another width than v.
+All norms are LayerNorms, or all are RMSNorms (``norm``). A norm that is None is left out (post-norm layers normalise
+what a branch returns). With value_skip "only", v takes the place of x in the first line, so that x may have another
+width than v.
 ``run_blocks`` takes x through a stack of blocks, all at once where ``vit_fast.prepare`` has prepared them.
 Every operation below goes through ``ops``; dropout inside a fused operation splits it at the place where eager PyTorch
 applies dropout.
@@ -67,9 +68,29 @@ def drop_rate(module: nn.Module | None) -> float:
     return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
-def attend(qkv: torch.Tensor, p: BlockParams, attn_drop: float = 0.0, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one."""
-    return ops.attention(qkv, p.num_heads, p.scale, bias=bias, q_norm=p.q_norm, k_norm=p.k_norm, dropout_p=attn_drop)
+def attend(
+    qkv: torch.Tensor,
+    p: BlockParams,
+    attn_drop: float = 0.0,
+    bias: torch.Tensor | None = None,
+    *,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope_layout: str = "half",
+    num_prefix: int = 0,
+    rel_pos: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one; the options are
+    those of ``ops.attention``."""
+    more: dict[str, Any] = {} if rel_pos is None else {"rel_pos": rel_pos}
+    if rope is not None:
+        more |= {"rope": rope, "rope_layout": rope_layout, "num_prefix": num_prefix}
+    if p.norm != "layer":
+        more["norm"] = p.norm
+    return ops.attention(
+        qkv, p.num_heads, p.scale, bias=bias, key_lengths=key_lengths, q_norm=p.q_norm, k_norm=p.k_norm,
+        dropout_p=attn_drop, **more,
+    )  # fmt: skip
 
 
 def attention_probabilities(
@@ -78,9 +99,9 @@ def attention_probabilities(
     """Softmax probabilities [B, H, N, N] of a packed projection; ``queries`` selects query tokens."""
     q, k, _ = split_heads(qkv, None, None, p.num_heads)
     if p.q_norm is not None:
-        q = ops.layer_norm(q, *p.q_norm)
+        q = ops.layer_norm(q, *p.q_norm, norm=p.norm)
     if p.k_norm is not None:
-        k = ops.layer_norm(k, *p.k_norm)
+        k = ops.layer_norm(k, *p.k_norm, norm=p.norm)
     return attention_weights(q if queries is None else q[:, :, queries], k, p.scale)
 
 
@@ -88,7 +109,7 @@ def project_qkv(x: torch.Tensor, p: BlockParams) -> torch.Tensor:
     """LN1 and the qkv projection: [B, N, C] → [B, N, 3C]."""
     if p.norm1 is None:
         return F.linear(x.to(p.qkv_weight.dtype), p.qkv_weight, p.qkv_bias)
-    return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias)
+    return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias, norm=p.norm)
 
 
 def attention_branch(
@@ -100,16 +121,25 @@ def attention_branch(
     proj_drop: float = 0.0,
     qkv: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope_layout: str = "half",
+    num_prefix: int = 0,
+    rel_pos: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x plus the attention branch; ``qkv``: the projection, where the caller has computed it already; ``bias``:
-    added to the scores, broadcasts to [B, H, N, N]."""
+    """x plus the attention branch; ``qkv``: the projection, where the caller has computed it already; ``bias`` and what
+    follows: as ``ops.attention`` takes them."""
     if qkv is None:
         qkv = project_qkv(x, p)
-    out = attend(qkv, p, attn_drop, bias)
+    out = attend(
+        qkv, p, attn_drop, bias, rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, rel_pos=rel_pos,
+        key_lengths=key_lengths,
+    )  # fmt: skip
     residual = qkv.chunk(3, dim=-1)[2] if p.value_skip else x
     out = ops.linear_residual(
-        out, p.proj_weight, p.proj_bias, p.gamma1, residual, row_scale=row_scale, dropout_p=proj_drop
-    )
+        out, p.proj_weight, p.proj_bias, p.gamma1, residual,
+        row_scale=row_scale, norm=p.norm, inner_norm=p.out_norm, dropout_p=proj_drop,
+    )  # fmt: skip
     return x + out if p.value_skip is True else out  # x last: v + proj is the smaller sum, and rounds less
 
 
@@ -122,13 +152,16 @@ def mlp_branch(
     elif proj_drop == 0.0:
         return ops.layernorm_mlp(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
-            row_scale=row_scale,
+            row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm,
         )  # fmt: skip
     else:
-        hidden = ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation)
+        hidden = ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation, norm=p.norm)
     if proj_drop:
         hidden = F.dropout(hidden, proj_drop)
-    return ops.linear_residual(hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x, row_scale=row_scale, dropout_p=proj_drop)
+    return ops.linear_residual(
+        hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x,
+        row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=proj_drop,
+    )  # fmt: skip
 
 
 def pass_over_prepared(blocks: nn.Module, reason: str) -> None:

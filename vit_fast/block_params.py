@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Norm(NamedTuple):
-    """A LayerNorm: weight and bias [C] or None, eps."""
+    """A LayerNorm or an RMSNorm: weight and bias [C] or None, eps."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -23,12 +23,27 @@ class Norm(NamedTuple):
     def of(cls, module: nn.Module) -> Norm | None: ...
     @classmethod
     def of(cls, module: Any) -> Norm | None:
-        """The parameters of an ``nn.LayerNorm``; None for an ``nn.Identity``."""
-        return None if isinstance(module, nn.Identity) else cls(module.weight, module.bias, module.eps)
+        """The parameters of a LayerNorm or RMSNorm of any library; None for an ``nn.Identity``.
+
+        An RMSNorm has no bias as a rule; its eps, which transformers calls variance_epsilon, may be None in torch's:
+        then it is that of the dtype, float32's for a 16-bit one.
+        """
+        if isinstance(module, nn.Identity):
+            return None
+        weight = module.weight
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        if eps is None:
+            dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+            eps = torch.finfo(dtype).eps
+        return cls(weight, getattr(module, "bias", None), eps)
 
 
 class BlockParams(NamedTuple):
-    """What a block needs: weights as ``nn.Linear`` holds them, [out, in]."""
+    """What a block needs: weights as ``nn.Linear`` holds them, [out, in].
+
+    ``norm`` is the kind of all norms, "layer" or "rms". ``inner_norm`` normalises the hidden activations before fc2,
+    ``out_norm`` what attention puts out before proj; None where there is none.
+    """
 
     norm1: Norm | None
     qkv_weight: torch.Tensor
@@ -48,3 +63,6 @@ class BlockParams(NamedTuple):
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     value_skip: bool | str = False
+    norm: str = "layer"
+    inner_norm: Norm | None = None
+    out_norm: Norm | None = None

@@ -26,6 +26,7 @@ import torch
 from .backends import select
 from .backends.base import Backend, backward_key
 from .kernels import arguments, reference
+from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
 from .kernels.tracing import is_transformed
 from .precisions import FOLDED, FP8, Precision, forms
@@ -39,7 +40,7 @@ from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _flop_log.disabled = False
 
-HeadNorm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight [D], bias [D], eps of a LayerNorm
+NormParams = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps of a norm
 
 _library = torch.library.Library("vit_fast", "DEF")
 
@@ -181,6 +182,21 @@ def _by_position(run: Callable[..., Any], *inputs: Any) -> Any:
     return run(*inputs)
 
 
+def _norm_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a function of a backend's table, which takes norm, an operator's last input, by name."""
+    return run(*inputs[:-1], norm=inputs[-1])
+
+
+_NO_NORM = None, None, None  # weight, bias and eps of an inner norm that is not there
+
+
+def _branch_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a function of a backend's table, which takes by name what an operator has last: row_scale, the weight, bias
+    and eps of an inner norm (None for the eps: there is none), and norm."""
+    *plain, row_scale, weight, bias, eps, norm = inputs
+    return run(*plain, row_scale=row_scale, norm=norm, inner_norm=None if eps is None else (weight, bias, eps))
+
+
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward may follow a call, for which its statistics have to be stored."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -199,12 +215,12 @@ def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
 
 _register(
     "layer_norm",
-    "Tensor x, Tensor? weight, Tensor? bias, float eps",
+    "Tensor x, Tensor? weight, Tensor? bias, float eps, str norm",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2),
-    _by_position,
-    lambda x, weight, bias, eps, with_stats, backend: (x.new_empty(x.shape), *_row_stats(x, with_stats)),
-    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved),
+    _norm_by_name,
+    lambda x, weight, bias, eps, norm, with_stats, backend: (x.new_empty(x.shape), *_row_stats(x, with_stats)),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved, norm=inputs[4]),
     lambda *shapes, **_: 0,
     flag="with_stats",
 )
@@ -212,27 +228,36 @@ _register(
 
 @torch.fx.wrap
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-6
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-6,
+    *,
+    norm: str = "layer",
 ) -> torch.Tensor:
     """LayerNorm over the last axis: (x − mean)/√(var + eps)·weight + bias, statistics in float32.
+
+    RMSNorm (norm="rms") has mean(x²) in the place of var, and subtracts no mean.
 
     Args:
         x: [..., C] float16, bfloat16, float32 or float64.
         weight, bias: [C] or None; may be float32 beside a 16-bit x.
+        norm: "layer" or "rms".
     Returns:
         [..., C] in the dtype of x (float32 under autocast, as eager).
     Raises:
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
-    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
+        2019.
     """
-    arguments.check_layer_norm(x, weight, bias, eps)
-    name = select.choose("layer_norm", x.device, (), x, weight, bias, eps)
+    arguments.check_layer_norm(x, weight, bias, eps, norm)
+    name = select.choose("layer_norm", x.device, (), x, weight, bias, eps, norm=norm)
     if name == "torch":
-        return reference.layer_norm(x, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, eps, norm=norm)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
-    return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, _needs_grad(x, weight, bias), name)[0]
+    return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, norm, _needs_grad(x, weight, bias), name)[0]
 
 
 # layer_norm_linear
@@ -250,21 +275,22 @@ def _layer_norm_linear_fake(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
+    norm: str,
     with_stats: bool,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    features = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    features = weight.shape[0] // 2 if activation in GATED else weight.shape[0]
     return weight.new_empty((*x.shape[:-1], features)), *_row_stats(x, with_stats)
 
 
 _register(
     "layer_norm_linear",
-    "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation",
+    "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, str? activation, str norm",
     "(Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5),
-    _by_position,
+    _norm_by_name,
     _layer_norm_linear_fake,
-    lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:-1], *saved, norm=inputs[-1]),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
     flag="with_stats",
 )
@@ -279,54 +305,57 @@ def layer_norm_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> torch.Tensor:
     """act(LN(x) Wᵀ + b): LayerNorm and the qkv projection, or LayerNorm, fc1 and its activation.
 
     Args:
         x: [..., C].
         ln_weight, ln_bias: [C] or None.
-        weight: [F, C]; for "swiglu" [2F, C], gate rows first.
+        weight: [F, C]; for the gated activations [2F, C], gate rows first: act(gate) · value.
         bias: as many elements as weight has rows, or None.
-        activation: "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu" or None.
+        activation: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", the gated "swiglu" (by silu), "geglu" (by gelu)
+            and "geglu_tanh", or None.
+        norm: "layer", or "rms" for RMSNorm in the place of LayerNorm.
     Returns:
         [..., F] in the dtype of weight.
     Raises:
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
-    arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
-    name = select.choose("layer_norm_linear", x.device, (), x, ln_weight, ln_bias, eps, weight, bias, activation)
+    arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm)
+    name = select.choose(
+        "layer_norm_linear", x.device, (), x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm
+    )
     if name == "torch":
-        return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation)
+        return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
     weight, bias = _autocast(x.device.type, weight, bias)
     with_stats = _needs_grad(x, ln_weight, ln_bias, weight, bias)
     operator = torch.ops.vit_fast.layer_norm_linear_fwd
-    return operator(x, ln_weight, ln_bias, eps, weight, bias, activation, with_stats, name)[0]
+    return operator(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, with_stats, name)[0]
 
 
 # linear_residual
 
 
-def _row_scale_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
-    """Calls a function of a backend's table, which takes row_scale, an operator's last input, by name."""
-    return run(*inputs[:-1], row_scale=inputs[-1])
-
-
 def _linear_residual_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    x, weight, bias, gamma, residual, row_scale = inputs
-    dx, dweight, dbias, dgamma, drow_scale = run(grad, x, weight, bias, gamma, row_scale)
-    return dx, dweight, dbias, dgamma, grad.to(residual.dtype, copy=True), drow_scale
+    x, weight, bias, gamma, residual, row_scale, inner_weight, inner_bias, eps, norm = inputs
+    inner_norm = None if eps is None else (inner_weight, inner_bias, eps)
+    grads = run(grad, x, weight, bias, gamma, row_scale, norm=norm, inner_norm=inner_norm)
+    return *grads[:4], grad.to(residual.dtype, copy=True), *grads[4:]
 
 
 _register(
     "linear_residual",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, Tensor? inner_weight, "
+    "Tensor? inner_bias, float? inner_eps, str norm",
     "Tensor",
-    (0, 1, 2, 3, 4, 5),
-    _row_scale_by_name,
-    lambda x, weight, bias, gamma, residual, row_scale, backend: residual.new_empty(residual.shape),
+    (0, 1, 2, 3, 4, 5, 6, 7),
+    _branch_by_name,
+    lambda x, weight, bias, gamma, residual, *_: residual.new_empty(residual.shape),
     _linear_residual_backward,
     lambda x, weight, *_, **__: _linear_flops(x, weight),
 )
@@ -341,10 +370,13 @@ def linear_residual(
     residual: torch.Tensor,
     *,
     row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: NormParams | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + row_scale·gamma·dropout(x Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
+    """residual + row_scale·gamma·dropout(LN(x) Wᵀ + b): out-projection or fc2 with LayerScale, drop path and residual.
+    LN is left out without ``inner_norm``.
 
     Args:
         x: [B, ..., K].
@@ -352,6 +384,8 @@ def linear_residual(
         gamma: LayerScale [C] or None.
         residual: [B, ..., C].
         row_scale: [B] or None, the drop-path mask divided by the keep rate.
+        inner_norm: (weight [K] or None, bias [K] or None, eps) of a norm of x, or None.
+        norm: the kind of that norm, "layer" or "rms".
         dropout_p: 0 ≤ p < 1; seed: int64 tensor of one element, or None for torch's generator.
     Returns:
         the shape and dtype of residual.
@@ -359,16 +393,20 @@ def linear_residual(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
-    arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, dropout_p, seed)
+    arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, norm, inner_norm, dropout_p, seed)
     name = select.choose(
-        "linear_residual", x.device, _not_fused(dropout_p), x, weight, bias, gamma, residual, row_scale=row_scale
-    )
+        "linear_residual", x.device, _not_fused(dropout_p), x, weight, bias, gamma, residual,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
+    )  # fmt: skip
     if name == "torch":
         return reference.linear_residual(
-            x, weight, bias, gamma, residual, row_scale=row_scale, dropout_p=dropout_p, seed=seed
-        )
+            x, weight, bias, gamma, residual,
+            row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     weight, bias = _autocast(x.device.type, weight, bias)
-    return torch.ops.vit_fast.linear_residual_fwd(x, weight, bias, gamma, residual, row_scale, name)
+    return torch.ops.vit_fast.linear_residual_fwd(
+        x, weight, bias, gamma, residual, row_scale, *(inner_norm or _NO_NORM), norm, name
+    )
 
 
 def _not_fused(dropout_p: float, **options: Any) -> list[str]:
@@ -380,15 +418,23 @@ def _not_fused(dropout_p: float, **options: Any) -> list[str]:
 # layernorm_mlp
 
 
+def _layernorm_mlp_backward(
+    run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
+) -> Any:
+    *plain, weight, bias, eps, norm = inputs
+    return run(grad, *plain, *saved, norm=norm, inner_norm=None if eps is None else (weight, bias, eps))
+
+
 _register(
     "layernorm_mlp",
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "str activation, Tensor? gamma, Tensor? row_scale",
+    "str activation, Tensor? gamma, Tensor? row_scale, Tensor? inner_weight, Tensor? inner_bias, float? inner_eps, "
+    "str norm",
     "(Tensor, Tensor, Tensor)",
-    (0, 1, 2, 4, 5, 6, 7, 9, 10),
-    _row_scale_by_name,
+    (0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12),
+    _branch_by_name,
     lambda x, *inputs: (x.new_empty(x.shape), *_row_stats(x, inputs[-2])),
-    lambda run, grad, inputs, saved, needs: run(grad, *inputs, *saved),
+    _layernorm_mlp_backward,
     lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
     flag="with_stats",
 )
@@ -408,15 +454,20 @@ def layernorm_mlp(
     gamma: torch.Tensor | None,
     *,
     row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: NormParams | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x + row_scale·gamma·fc2(dropout(act(fc1(LN(x))))): the whole MLP branch of a transformer block.
+    """x + row_scale·gamma·fc2(LN(dropout(act(fc1(LN(x)))))): the whole MLP branch of a transformer block. The second LN
+    is left out without ``inner_norm``.
 
     Args:
         x: [B, ..., C], also the residual.
-        w1: [F, C] ("swiglu": [2F, C], gate rows first), b1 or None; w2: [C, F], b2 [C] or None.
-        activation: "gelu", "gelu_tanh", "quick_gelu", "relu" or "swiglu".
+        w1: [F, C] (gated activations: [2F, C], gate rows first), b1 or None; w2: [C, F], b2 [C] or None.
+        activation: as in ``layer_norm_linear``, but not None.
+        norm: "layer" or "rms", the kind of both norms.
+        inner_norm: (weight [F] or None, bias [F] or None, eps) of a norm of the hidden activations, or None.
         gamma, row_scale, dropout_p, seed: as in ``linear_residual``; dropout acts on the hidden activations.
     Returns:
         the shape and dtype of x.
@@ -425,21 +476,22 @@ def layernorm_mlp(
         UnsupportedError: a forced backend cannot.
     """
     arguments.check_layernorm_mlp(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, dropout_p, seed
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, norm, inner_norm, dropout_p, seed
     )
     name = select.choose(
         "layernorm_mlp", x.device, _not_fused(dropout_p), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
-        row_scale=row_scale,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
     )  # fmt: skip
     if name == "torch":
         return reference.layernorm_mlp(
             x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
-            row_scale=row_scale, dropout_p=dropout_p, seed=seed,
+            row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     w1, b1, w2, b2 = _autocast(x.device.type, w1, b1, w2, b2)
-    with_stats = _needs_grad(x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale)
+    inner = inner_norm or _NO_NORM
+    with_stats = _needs_grad(x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner[:2])
     return torch.ops.vit_fast.layernorm_mlp_fwd(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, with_stats, name
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, *inner, norm, with_stats, name
     )[0]
 
 
@@ -499,7 +551,7 @@ _register(
 )
 
 
-def _normalise_heads(x: torch.Tensor, num_heads: int, norm: HeadNorm | None) -> torch.Tensor:
+def _normalise_heads(x: torch.Tensor, num_heads: int, norm: NormParams | None) -> torch.Tensor:
     return x if norm is None else layer_norm(x.unflatten(2, (num_heads, -1)), *norm).flatten(2)
 
 
@@ -518,8 +570,8 @@ def attention(
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     rope_layout: str = "half",
     num_prefix: int = 0,
-    q_norm: HeadNorm | None = None,
-    k_norm: HeadNorm | None = None,
+    q_norm: NormParams | None = None,
+    k_norm: NormParams | None = None,
     norm: str = "layer",
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,

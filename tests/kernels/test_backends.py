@@ -38,7 +38,7 @@ class Fake(Backend):
         }
         self.backward = {"layer_norm": self.counted("layer_norm backward", reference.layer_norm_bwd)}
         self.not_supported = {
-            "layer_norm": lambda x, weight, bias, eps: ["width is above 64"] if x.shape[-1] > 64 else []
+            "layer_norm": lambda x, weight, bias, eps, norm: ["width is above 64"] if x.shape[-1] > 64 else []
         }
 
     def counted(self, name, function):
@@ -245,9 +245,9 @@ def test_an_operator_names_a_backend_that_is_here():
     operator, names = torch.ops.vit_fast.layer_norm_fwd, ", ".join(select.BACKENDS)
     words = r"layer_norm: backend 'cuda' cannot run: .*(is not built|without CUDA)"
     with pytest.raises(vit_fast.UnsupportedError, match=words):
-        operator(torch.ones(2, 8), None, None, 1e-6, False, "cuda")
+        operator(torch.ones(2, 8), None, None, 1e-6, "layer", False, "cuda")
     with pytest.raises(ValueError, match=rf"layer_norm: backend is 'nope', expected one of {names}$"):
-        operator(torch.ones(2, 8), None, None, 1e-6, False, "nope")
+        operator(torch.ones(2, 8), None, None, 1e-6, "layer", False, "nope")
 
 
 def test_a_triton_that_fails_to_import_is_told_once(monkeypatch):

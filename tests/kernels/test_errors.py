@@ -56,7 +56,7 @@ GOOD = {
     ),
 }  # fmt: skip
 FLOATS = "expected one of float16, bfloat16, float32, float64"
-WORDS = "expected one of gelu, gelu_tanh, quick_gelu, relu, swiglu"
+WORDS = "expected one of gelu, gelu_tanh, quick_gelu, relu, silu, swiglu, geglu, geglu_tanh"
 A_NORM = "(weight, bias or None, eps)"
 ONE = "where the batch size and the heads may be 1"
 SEQUENCES = tensor([0, 2, 5], dtype=int32)

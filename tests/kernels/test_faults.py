@@ -266,15 +266,15 @@ def test_a_recorded_name(monkeypatch):
     """As in a graph that was exported before the failure."""
     backend = put(monkeypatch, Failing(error=RuntimeError("boom")), TORCH)
     operator = torch.ops.vit_fast.layer_norm_fwd
-    (out, *_), warned = told(lambda: operator(X, W, B, 1e-6, True, "failing"))
-    (again, *_), silence = told(lambda: operator(X, W, B, 1e-6, True, "failing"))
+    (out, *_), warned = told(lambda: operator(X, W, B, 1e-6, "layer", True, "failing"))
+    (again, *_), silence = told(lambda: operator(X, W, B, 1e-6, "layer", True, "failing"))
     assert (len(warned), silence, backend.calls) == (1, [], 1)
     assert torch.equal(out, again) and torch.equal(out, reference.layer_norm(X, W, B, 1e-6))
     with (
         vit_fast.backend("failing"),
         pytest.raises(vit_fast.UnsupportedError, match="forced and failed: it failed ear"),
     ):
-        operator(X, W, B, 1e-6, True, "failing")
+        operator(X, W, B, 1e-6, "layer", True, "failing")
 
 
 def test_a_compiled_call(monkeypatch):

@@ -29,11 +29,14 @@ def _samples(backend, dtype=torch.float32, grad=True):
 
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
     stats = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    no_norm = None, None, None, "layer"
     return {
-        "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, True, backend),
-        "layer_norm_bare": (t(2, 5, 8), None, None, 1e-6, True, backend),
-        "layer_norm_linear": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), t(12), None, True, backend),
-        "layer_norm_linear_swiglu": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), None, "swiglu", True, backend),
+        "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, "layer", True, backend),
+        "layer_norm_bare": (t(2, 5, 8), None, None, 1e-6, "layer", True, backend),
+        "layer_norm_rms": (t(2, 5, 8), t(8), None, 1e-6, "rms", True, backend),
+        "layer_norm_linear": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), t(12), None, "layer", True, backend),
+        "layer_norm_linear_swiglu": (t(2, 5, 8), t(8), t(8), 1e-6, t(12, 8), None, "swiglu", "layer", True, backend),
+        "layer_norm_linear_rms": (t(2, 5, 8), t(8), None, 1e-6, t(12, 8), None, "silu", "rms", True, backend),
         "layer_norm_linear_transposed": (
             t(5, 2, 8).transpose(0, 1),
             t(8),
@@ -42,11 +45,15 @@ def _samples(backend, dtype=torch.float32, grad=True):
             t(12, 8),
             t(12),
             "gelu",
+            "layer",
             True,
             backend,
         ),
-        "linear_residual": (t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), backend),
-        "linear_residual_bare": (t(2, 5, 12), t(8, 12), None, None, t(2, 5, 8), None, backend),
+        "linear_residual": (t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), *no_norm, backend),
+        "linear_residual_bare": (t(2, 5, 12), t(8, 12), None, None, t(2, 5, 8), None, *no_norm, backend),
+        "linear_residual_inner_norm": (
+            *(t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), t(12), t(12), 1e-5, "layer", backend),
+        ),
         "layernorm_mlp": (
             t(2, 5, 8),
             t(8),
@@ -59,6 +66,7 @@ def _samples(backend, dtype=torch.float32, grad=True):
             "gelu",
             t(8),
             t(2),
+            *no_norm,
             True,
             backend,
         ),
@@ -74,8 +82,13 @@ def _samples(backend, dtype=torch.float32, grad=True):
             "swiglu",
             None,
             None,
+            *no_norm,
             True,
             backend,
+        ),
+        "layernorm_mlp_inner_norm": (
+            *(t(2, 5, 8), t(8), None, 1e-6, t(16, 8), t(16), t(8, 8), t(8), "geglu", t(8), t(2)),
+            *(t(8), None, 1e-6, "rms", True, backend),
         ),
         "attention": (t(2, 5, 24), None, None, 2, 0.5, True, backend),
         "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, True, backend),
@@ -91,8 +104,8 @@ NAMES = list(_samples("torch"))
 # operator → how many of its leading tensor arguments are differentiable; longest names first
 DIFFERENTIABLE = {
     "layer_norm_linear": 5,
-    "layernorm_mlp": 9,
-    "linear_residual": 6,
+    "layernorm_mlp": 11,
+    "linear_residual": 8,
     "layer_norm": 3,
     "attention": 3,
     "patch_embed": 5,
@@ -273,7 +286,7 @@ def test_gradient_layouts(name, layout):
 
 def test_double_backward_raises_or_is_right():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    out = OPS.layer_norm_fwd(x, None, None, 1e-6, True, "torch")[0]
+    out = OPS.layer_norm_fwd(x, None, None, 1e-6, "layer", True, "torch")[0]
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"layer_norm.*cannot be differentiated again"):
         grad.sum().backward()
@@ -334,7 +347,9 @@ def test_flops_are_counted():
         ops.layernorm_mlp(x, None, None, 1e-6, w1, None, w2, None, "gelu", None)
         ops.patch_embed(torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4), None, None, None, 4)
     with FlopCounterMode(display=False) as registered:
-        OPS.layernorm_mlp_fwd(x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, False, "torch")
+        OPS.layernorm_mlp_fwd(
+            x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, None, None, None, "layer", False, "torch"
+        )
         images, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4)
         OPS.patch_embed_fwd(images, weight, None, None, None, [4, 4], None, None, "torch")
     assert registered.get_total_flops() == reference.get_total_flops() > 0

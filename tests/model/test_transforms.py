@@ -194,7 +194,7 @@ def test_graphs_made_outside_of_a_transform():
     close(per_sample(x), vmap(grad(lambda x: call(x).square().sum()))(x))
 
     def operator(x):
-        return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, 1e-6, True, "triton")[0]
+        return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, 1e-6, "layer", True, "triton")[0]
 
     with pytest.raises(vit_fast.UnsupportedError, match=r"layer_norm: a recorded graph .*with vit_fast\.backend"):
         jvp(operator, (x,), (x,))

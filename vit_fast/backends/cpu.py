@@ -34,12 +34,19 @@ _SCHEMAS = (
     "-> Tensor",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps
 _Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, mean, rstd
 
 
 def _dtype_reasons(*tensors: torch.Tensor) -> list[str]:
     dtypes = dict.fromkeys(t.dtype for t in tensors if t.dtype not in _DTYPES)
     return [f"dtype {str(dtype).removeprefix('torch.')} is not supported" for dtype in dtypes]
+
+
+def _option_reasons(norm: str, activation: str | None = None) -> list[str]:
+    lacks = [f"norm {norm!r}"] if norm != "layer" else []
+    lacks += [f"activation {activation!r}"] if activation in ("silu", "geglu", "geglu_tanh") else []
+    return [f"the cpu extension has no {option}" for option in lacks]
 
 
 def _patch_embed_reasons(images: torch.Tensor, weight: torch.Tensor, *_: object) -> list[str]:
@@ -112,11 +119,15 @@ def _layer_norm(
     return out.view(x.shape), *stats
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *, norm: str = "layer"
+) -> torch.Tensor:
     return _layer_norm(x, weight, bias, eps, False)[0]
 
 
-def layer_norm_fwd(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> _Stats:
+def layer_norm_fwd(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *, norm: str = "layer"
+) -> _Stats:
     return _layer_norm(x, weight, bias, eps, True)
 
 
@@ -127,6 +138,8 @@ def layer_norm_bwd(
     bias: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    *,
+    norm: str = "layer",
 ) -> tuple[torch.Tensor | None, ...]:
     rows = _rows(x)
     dx, dweight, dbias = torch.ops.vit_fast_cpu.layer_norm_bwd(
@@ -161,6 +174,8 @@ def layer_norm_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> torch.Tensor:
     return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
 
@@ -173,6 +188,8 @@ def layer_norm_linear_fwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> _Stats:
     return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
 
@@ -185,8 +202,10 @@ def linear_residual(
     residual: torch.Tensor,
     *,
     row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> torch.Tensor:
-    rows = _rows(x)
+    rows = _rows(x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm))
     per_scale = 1 if row_scale is None else max(rows.shape[0] // max(row_scale.shape[0], 1), 1)
     out = torch.ops.vit_fast_cpu.linear_residual(
         rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale), per_scale
@@ -206,11 +225,14 @@ def _layernorm_mlp(
     activation: str | None,
     gamma: torch.Tensor | None,
     row_scale: torch.Tensor | None,
+    norm: str,
+    inner_norm: Norm | None,
     with_stats: bool,
 ) -> _Stats:
     hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, with_stats)
     mean, rstd = stats
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), mean, rstd
+    out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
+    return out, mean, rstd
 
 
 def layernorm_mlp(
@@ -226,8 +248,11 @@ def layernorm_mlp(
     gamma: torch.Tensor | None,
     *,
     row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> torch.Tensor:
-    return _layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, False)[0]
+    inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
+    return _layernorm_mlp(*inputs, norm, inner_norm, False)[0]
 
 
 def layernorm_mlp_fwd(
@@ -243,8 +268,11 @@ def layernorm_mlp_fwd(
     gamma: torch.Tensor | None,
     *,
     row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> _Stats:
-    return _layernorm_mlp(x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, True)
+    inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
+    return _layernorm_mlp(*inputs, norm, inner_norm, True)
 
 
 def patch_embed(
@@ -289,10 +317,10 @@ _SIZES: dict[str, Callable[..., tuple[int, torch.dtype]]] = {
         images.shape[0] * math.prod(images.shape[2 + i] // weight.shape[2 + i] for i in range(2)), weight.dtype
     ),
     "attention": lambda qkv, *_: (qkv.shape[1], qkv.dtype),
-    "layer_norm": lambda x, *_: (_count(x), x.dtype),
-    "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_: (_count(x), weight.dtype),
-    "linear_residual": lambda x, weight, *_: (_count(x), weight.dtype),
-    "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_: (_count(x), w1.dtype),
+    "layer_norm": lambda x, *_, **__: (_count(x), x.dtype),
+    "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: (_count(x), weight.dtype),
+    "linear_residual": lambda x, weight, *_, **__: (_count(x), weight.dtype),
+    "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: (_count(x), w1.dtype),
 }  # fmt: skip
 
 
@@ -327,10 +355,16 @@ class Cpu(Backend):
         not_supported: Table = {
             "patch_embed": _patch_embed_reasons,
             "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
-            "layer_norm": lambda x, weight, bias, eps: _dtype_reasons(x),
-            "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _dtype_reasons(x, weight),
-            "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),
-            "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: _dtype_reasons(x, w1),
+            "layer_norm": lambda x, weight, bias, eps, norm: _dtype_reasons(x) + _option_reasons(norm),
+            "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, bias, activation=None, norm="layer": (
+                _dtype_reasons(x, weight) + _option_reasons(norm, activation)
+            ),
+            "linear_residual": lambda x, weight, bias, gamma, residual, norm="layer", **_: (
+                _dtype_reasons(x, weight, residual) + _option_reasons(norm)
+            ),
+            "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, *_, norm="layer", **__: (
+                _dtype_reasons(x, w1) + _option_reasons(norm, activation)
+            ),
         }
         stacks = {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
         self.not_supported = {**not_supported, **stacks}

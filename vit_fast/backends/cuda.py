@@ -31,6 +31,7 @@ _SCHEMAS = (
     "residual(Tensor(a!) out, Tensor x, Tensor residual, Tensor? gamma, Tensor? row_scale) -> ()",
 )
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 _HALF = (torch.float16, torch.bfloat16)
 _FLOAT = (torch.float32, *_HALF)
 _MAX_WIDTH = 2**24  # of a row, and tokens of an image: int32 in the kernels
@@ -83,13 +84,13 @@ def _normalise(
     return y.to(dtype), mean, rstd
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer") -> Tensor:
     """As ``kernels.reference.layer_norm``."""
     return _normalise(x, weight, bias, eps, x.dtype, False)[0]
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.reference.layer_norm_fwd``."""
     return _normalise(x, weight, bias, eps, x.dtype, True)
@@ -126,6 +127,8 @@ def layer_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> Tensor:
     """As ``kernels.reference.layer_norm_linear``."""
     return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
@@ -139,6 +142,8 @@ def layer_norm_linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.reference.layer_norm_linear_fwd``."""
     return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
@@ -152,8 +157,12 @@ def linear_residual(
     residual: Tensor,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> Tensor:
     """As ``kernels.reference.linear_residual``, without dropout."""
+    if inner_norm is not None:
+        x = layer_norm(x, *inner_norm, norm=norm)
     branch = F.linear(x.to(weight.dtype), weight, bias).contiguous()
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if out.numel():
@@ -174,10 +183,12 @@ def layernorm_mlp(
     gamma: Tensor | None,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> Tensor:
     """As ``kernels.reference.layernorm_mlp``, without dropout."""
-    hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation)
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale)
+    hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
+    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
 
 
 def layernorm_mlp_fwd(
@@ -193,10 +204,13 @@ def layernorm_mlp_fwd(
     gamma: Tensor | None,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.reference.layernorm_mlp_fwd``, without dropout."""
-    hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation)
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale), mean, rstd
+    hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
+    out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
+    return out, mean, rstd
 
 
 def _attention(
@@ -315,12 +329,18 @@ def _product_reasons(x: Tensor) -> list[str]:
     return []
 
 
-def layer_norm_reasons(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+def layer_norm_reasons(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
+) -> list[str]:
     """Of layer_norm."""
     reasons = _dtype_reasons(_FLOAT, x=x, weight=weight, bias=bias)
     if x.shape[-1] >= _MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is not below {_MAX_WIDTH}")
-    return reasons
+    return reasons + _norm_reasons(norm)
+
+
+def _norm_reasons(norm: str) -> list[str]:
+    return [] if norm == "layer" else [f"the CUDA extension has no norm {norm!r}"]
 
 
 def layer_norm_linear_reasons(
@@ -331,9 +351,14 @@ def layer_norm_linear_reasons(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    *,
+    norm: str = "layer",
 ) -> list[str]:
     """Of layer_norm_linear."""
-    return layer_norm_reasons(x, ln_weight, ln_bias, eps) + _dtype_reasons(_FLOAT, weight=weight)
+    reasons = layer_norm_reasons(x, ln_weight, ln_bias, eps, norm=norm) + _dtype_reasons(_FLOAT, weight=weight)
+    if activation is not None and activation not in _ACTIVATIONS:
+        reasons.append(f"the CUDA extension has no activation {activation!r}")
+    return reasons
 
 
 def linear_residual_reasons(
@@ -344,11 +369,14 @@ def linear_residual_reasons(
     residual: Tensor,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> list[str]:
     """Of linear_residual."""
     sides = (weight.dtype, torch.float32)
     reasons = _dtype_reasons(_FLOAT, weight=weight) + _dtype_reasons(sides, residual=residual)
-    return reasons + _dtype_reasons(sides, gamma=gamma, row_scale=row_scale)
+    reasons += _dtype_reasons(sides, gamma=gamma, row_scale=row_scale)
+    return reasons if inner_norm is None else reasons + layer_norm_reasons(x, *inner_norm, norm=norm)
 
 
 def layernorm_mlp_reasons(
@@ -364,15 +392,21 @@ def layernorm_mlp_reasons(
     gamma: Tensor | None,
     *,
     row_scale: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
 ) -> list[str]:
     """Of layernorm_mlp."""
-    first = layer_norm_linear_reasons(x, ln_weight, ln_bias, eps, w1, b1, activation)
+    first = layer_norm_linear_reasons(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
     sides = (w2.dtype, torch.float32)
-    return first + [
-        reason
-        for reason in _dtype_reasons(_FLOAT, w2=w2) + _dtype_reasons(sides, x=x, gamma=gamma, row_scale=row_scale)
-        if reason not in first
-    ]
+    return (
+        first
+        + [
+            reason
+            for reason in _dtype_reasons(_FLOAT, w2=w2) + _dtype_reasons(sides, x=x, gamma=gamma, row_scale=row_scale)
+            if reason not in first
+        ]
+        + (_dtype_reasons(_FLOAT, inner_weight=inner_norm[0], inner_bias=inner_norm[1]) if inner_norm else [])
+    )
 
 
 def attention_reasons(qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None) -> list[str]:
