@@ -38,7 +38,10 @@ def each(names=tuple(CASES)):
     return pytest.mark.parametrize("case", names, indirect=True)
 
 
-ONE_EACH = ("ViTMAE", "Dinov2 giant", "AltCLIP", "XCLIP", "Siglip2", "VideoMAE", "Beit", "Data2VecVision")
+ONE_EACH = (  # one of each form
+    "ViTMAE", "Pixio", "Dinov2 giant", "DINOv3", "AltCLIP", "XCLIP", "Siglip2", "VideoMAE", "Beit", "Data2VecVision",
+    "InternVL with RMSNorm", "Aimv2", "Pixtral", "Qwen3-VL", "Qwen2.5-VL", "SAM",
+)  # fmt: skip
 
 
 def run(model, inputs, **options):
@@ -76,7 +79,7 @@ def test_a_family_runs_fused(case):
 @each()
 def test_bfloat16_is_within_the_budget_of_a_model(case):
     model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
     with torch.inference_mode():
         golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
         actual, ran, _ = run(vit_fast.optimize(model), inputs)
@@ -104,6 +107,8 @@ def test_gradients_of_a_checkpointed_model_in_training(case):
     for module in plain.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
     model = vit_fast.optimize(copy.deepcopy(plain))
     expected, actual = gradients(plain, inputs), gradients(model, inputs)
     assert_same_gradients(actual, expected, 1e-5 if case.float32 else 1e-9)
@@ -180,11 +185,9 @@ def test_a_pickle_of_an_optimised_model_in_a_new_process(tmp_path):
         assert result.stdout in ("FastViTMAELayer\n", "FastCLIPEncoderLayer\n"), result.stderr
 
 
-@each(("Dinov2 giant", "Siglip2", "Beit"))
+@each(("Dinov2 giant", "AltCLIP", "Beit", "DINOv3", "VideoMAE"))
 def test_compiles_in_one_graph(case):
     model, inputs = case.build(), case.inputs(torch.float32)
-    if "pixel_attention_mask" in inputs:
-        model, inputs = model.encoder, dict(inputs_embeds=torch.randn(2, 5, 48))
     with torch.no_grad():
         expected = output(model, inputs)
         vit_fast.optimize(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import Found
 from .attention_interface import register_attention as register_attention
-from .families import class_named, family_of, fast_class
+from .families import family_of, fast_class, layer_class
 from .layers import Layer
 
 FAST: dict[type[nn.Module], type[Layer]] = {}  # class of a layer → its fast class, of the models that were met
@@ -34,7 +34,7 @@ def _met(cls: type[nn.Module]) -> bool:
 def __getattr__(name: str) -> Any:
     """The fast class of that name, where pickle asks for one in a process that has not met it."""
     try:
-        _met(class_named(name.removeprefix("Fast")))
+        _met(layer_class(name.removeprefix("Fast")))
     except KeyError:
         pass
     for fast in (*FAST.values(), *STACKS.values()):

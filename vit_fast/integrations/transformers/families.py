@@ -18,7 +18,7 @@ from . import layers
 
 
 class Family(NamedTuple):
-    """A class of layers."""
+    """A class of layers and how its sub-modules' classes are called."""
 
     form: type[layers.Layer]
     layer: str  # name of its class
@@ -86,11 +86,33 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "data2vec.modeling_data2vec_vision": (Family(layers.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
     "internvl.modeling_internvl": (Family(layers.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),
     "aimv2.modeling_aimv2": (Family(layers.Aimv2Form, "Aimv2EncoderLayer", "Aimv2"),),
+    "ovis2.modeling_ovis2": (
+        Family(layers.Aimv2Form, "Ovis2VisionEncoderLayer", "Ovis2", names={"Ovis2Attention": "Ovis2VisionAttention"}),
+    ),
     "pixtral.modeling_pixtral": (Family(layers.PixtralForm, "PixtralAttentionLayer", "Pixtral"),),
+    "qwen2_vl.modeling_qwen2_vl": (
+        Family(layers.QwenForm, "Qwen2VLVisionBlock", "", names={"VisionMLP": "VisionMlp"}),
+    ),
+    "qwen2_5_vl.modeling_qwen2_5_vl": (Family(layers.QwenGatedForm, "Qwen2_5_VLVisionBlock", "Qwen2_5_VL"),),
+    "glm4v.modeling_glm4v": (
+        Family(layers.QwenGatedForm, "Glm4vVisionBlock", "Glm4v", names={"Glm4vMLP": "Glm4VisionMlp"}),
+    ),
+    "glm4v_moe.modeling_glm4v_moe": (
+        Family(layers.QwenGatedForm, "Glm4vMoeVisionBlock", "Glm4vMoe", names={"Glm4vMoeMLP": "Glm4vMoeisionMlp"}),
+    ),
+    "qwen3_vl.modeling_qwen3_vl": (Family(layers.QwenForm, "Qwen3VLVisionBlock", "Qwen3VL"),),
+    "qwen3_vl_moe.modeling_qwen3_vl_moe": (Family(layers.QwenForm, "Qwen3VLMoeVisionBlock", "Qwen3VLMoe"),),
+    "qwen3_omni_moe.modeling_qwen3_omni_moe": (Family(layers.QwenForm, "Qwen3OmniMoeVisionBlock", "Qwen3OmniMoe"),),
+    "qwen3_5.modeling_qwen3_5": (Family(layers.QwenForm, "Qwen3_5VisionBlock", "Qwen3_5"),),
+    "qwen3_5_moe.modeling_qwen3_5_moe": (Family(layers.QwenForm, "Qwen3_5MoeVisionBlock", "Qwen3_5Moe"),),
+    "sam.modeling_sam": (Family(layers.SamForm, "SamVisionLayer", "Sam"),),
+    "sam_hq.modeling_sam_hq": (Family(layers.SamForm, "SamHQVisionLayer", "SamHQ"),),
 }
 
 
-_FILES = {family.layer: file for file, families in FAMILIES.items() for family in families}
+_FILES = {
+    name: file for file, families in FAMILIES.items() for family in families for name in (family.layer, family.encoder)
+}
 
 
 def family_of(cls: type[nn.Module]) -> Family | None:
@@ -99,9 +121,12 @@ def family_of(cls: type[nn.Module]) -> Family | None:
     return next((family for family in families if family.layer == cls.__name__), None)
 
 
-def class_named(name: str) -> type[nn.Module]:
-    """The class of a layer by its name. Raises KeyError where no family has it, ImportError where transformers has not."""
-    return _class(importlib.import_module(_MODELS + _FILES[name]), name)
+def layer_class(name: str) -> type[nn.Module]:
+    """The class of the layers whose class, or that of their stack, has a name. Raises KeyError where no family has it,
+    ImportError where transformers has not."""
+    file = _FILES[name]
+    layer = next(family.layer for family in FAMILIES[file] if name in (family.layer, family.encoder))
+    return _class(importlib.import_module(_MODELS + file), layer)
 
 
 def fast_class(cls: type[nn.Module]) -> tuple[type[layers.Layer], dict[type[nn.Module], type[nn.Module]]]:

@@ -81,10 +81,6 @@ def _linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
-def _gate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    return F.silu(x) if activation == "silu" else activate(x, activation)
-
-
 class Parts(NamedTuple):
     """The sub-modules of a layer that its fused forward reads."""
 
@@ -128,8 +124,7 @@ class Layer(Fused):
         config = getattr(attention, "config", None)
         if config is not None and config._attn_implementation not in _KERNELS:
             return f"its attention runs as {config._attn_implementation!r}"
-        activation = activation_of(parts.act)
-        if activation is None or (activation == "silu" and len(parts.fc1) == 1):
+        if activation_of(parts.act) is None:
             return f"its activation is {parts.act}"
         return None
 
@@ -244,7 +239,7 @@ class Layer(Fused):
             )
         normal = ops.layer_norm(x, *norm2, **kind)
         gate, up = (_linear(normal, module) for module in parts.fc1)
-        return ops.linear_residual(_gate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale)
+        return ops.linear_residual(activate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale)
 
 
 def _attention(name: str, cls: str, projections: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
@@ -588,21 +583,21 @@ class PixtralForm(Layer):
 
 
 class QwenForm(Layer):
-    """Qwen2-VL and its successors: [tokens of all images, C], rotary embedding, attention inside each image."""
+    """Qwen2-VL and Qwen3-VL: [tokens of all images, C], rotary embedding, attention inside each image."""
 
     MODULES = dict(
-        norm1=(nn.LayerNorm, "{}RMSNorm"),
+        norm1=NORM,
         attn=("{}VisionAttention",),
         attn__qkv=LINEAR,
         attn__proj=LINEAR,
-        norm2=(nn.LayerNorm, "{}RMSNorm"),
-        mlp=("{}VisionMLP", "{}MLP"),
-        **{f"mlp__{name}": _MAYBE_LINEAR for name in (*_GATED, "fc1", "fc2", "linear_fc1", "linear_fc2")},
+        norm2=NORM,
+        mlp=("{}VisionMLP",),
+        **{f"mlp__{name}": _MAYBE_LINEAR for name in ("fc1", "fc2", "linear_fc1", "linear_fc2")},
         mlp__act=(*ACTIVATIONS, NoneType),
         mlp__act_fn=(*ACTIVATIONS, NoneType),
     )
     ARGUMENTS = ("cu_seqlens", "position_embeddings")
-    READS = (*ARGUMENTS, "max_seqlen")
+    READS = (*ARGUMENTS, "max_seqlen")  # the longest image, which only FlashAttention wants to know
     HEADS = "num_heads"
 
     @classmethod
@@ -615,6 +610,20 @@ class QwenForm(Layer):
             return reason
         result = super().fused(x.unsqueeze(0), args, named)
         return result if isinstance(result, str) else result.squeeze(0)
+
+
+class QwenGatedForm(QwenForm):
+    """Qwen2.5-VL and GLM-4V: RMSNorm and a gated MLP."""
+
+    MODULES = dict(
+        norm1=("{}RMSNorm",),
+        attn=("{}VisionAttention",),
+        attn__qkv=LINEAR,
+        attn__proj=LINEAR,
+        norm2=("{}RMSNorm",),
+        mlp=("{}MLP",),
+        **{f"mlp__{name}": classes for name, classes in _GATED_MLP.items()},
+    )
 
 
 class XCLIPVisionForm(CLIPForm):
