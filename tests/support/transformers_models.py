@@ -111,13 +111,13 @@ CASES = {
 }
 
 
-def _grid(rows, columns, patch):
+def _grid(rows, columns, patch, frames=2):
     """Tokens of two images for the towers of Qwen and its kind: flattened patches and (frames, rows, columns)."""
 
     def inputs(dtype):
         return dict(
-            hidden_states=torch.randn(rows * columns + 2 * 4 * 4, patch).to(dtype),
-            grid_thw=torch.tensor([[1, rows, columns], [2, 4, 4]]),
+            hidden_states=torch.randn(rows * columns + frames * 4 * 4, patch).to(dtype),
+            grid_thw=torch.tensor([[1, rows, columns], [frames, 4, 4]]),
         )
 
     return inputs
@@ -160,10 +160,10 @@ CASES |= {
         _QWEN | dict(out_hidden_size=64, num_position_embeddings=16), inputs=_grid(4, 6, 96), float32=True,
     ),
     "GLM-4V": Case(
-        "Glm4vVisionModel", "Glm4vVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96), float32=True
+        "Glm4vVisionModel", "Glm4vVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1), float32=True
     ),
     "GLM-4V MoE": Case(
-        "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96),
+        "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1),
         float32=True,
     ),
     "Radio": _model("Radio"),

@@ -65,13 +65,6 @@ def activation_of(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get(kind)
 
 
-def _norm(module: Any) -> Norm:
-    """The parameters of a LayerNorm or an RMSNorm."""
-    if isinstance(module, nn.LayerNorm):
-        return Norm.of(module)
-    return Norm(module.weight, None, module.variance_epsilon)
-
-
 def _kind(module: nn.Module) -> dict[str, Any]:
     """The argument ``norm`` of an operation."""
     return {} if isinstance(module, nn.LayerNorm) else {"norm": "rms"}
@@ -206,7 +199,7 @@ class Layer(Fused):
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The first argument of ``ops.attention``, and k and v where they are not packed."""
-        norm1, kind = _norm(parts.norm1), _kind(parts.norm1)
+        norm1, kind = Norm.of(parts.norm1), _kind(parts.norm1)
         if len(parts.qkv) == 1:
             qkv = parts.qkv[0]
             return ops.layer_norm_linear(x, *norm1, qkv.weight, qkv.bias, **kind), {}
@@ -230,7 +223,7 @@ class Layer(Fused):
     def add_mlp(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """x plus the MLP branch."""
         gamma, fc2, act = self.gammas()[1], parts.fc2, str(activation_of(parts.act))
-        norm2, kind = _norm(parts.norm2), _kind(parts.norm2)
+        norm2, kind = Norm.of(parts.norm2), _kind(parts.norm2)
         row_scale = drop_path_scale(x, self.drop_path_rates()[1], True)
         if len(parts.fc1) == 1:
             fc1 = parts.fc1[0]
@@ -303,12 +296,12 @@ class CLIPForm(Layer):
         qkv_weight, qkv_bias = pack(parts.qkv)
         (fc1,) = parts.fc1
         return BlockParams(
-            norm1=_norm(parts.norm1),
+            norm1=Norm.of(parts.norm1),
             qkv_weight=qkv_weight,
             qkv_bias=qkv_bias,
             proj_weight=parts.out.weight,
             proj_bias=parts.out.bias,
-            norm2=_norm(parts.norm2),
+            norm2=Norm.of(parts.norm2),
             fc1_weight=fc1.weight,
             fc1_bias=fc1.bias,
             fc2_weight=parts.fc2.weight,
@@ -535,8 +528,8 @@ class InternVLForm(ViTForm):
         q, kv = super().project(x, parts)
         if type(parts.attention.q_norm) is nn.Identity:
             return q, kv
-        q = ops.layer_norm(q, *_norm(parts.attention.q_norm), norm="rms")
-        return q, {"k": ops.layer_norm(kv["k"], *_norm(parts.attention.k_norm), norm="rms"), "v": kv["v"]}
+        q = ops.layer_norm(q, *Norm.of(parts.attention.q_norm), norm="rms")
+        return q, {"k": ops.layer_norm(kv["k"], *Norm.of(parts.attention.k_norm), norm="rms"), "v": kv["v"]}
 
 
 _GATED_MLP = {**{name: LINEAR for name in _GATED}, "act_fn": ACTIVATIONS}
@@ -692,7 +685,7 @@ class SamForm(Layer):
 
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
         attention, size = parts.attention, self.window_size
-        tokens = ops.layer_norm(x, *_norm(parts.norm1))
+        tokens = ops.layer_norm(x, *Norm.of(parts.norm1))
         if size:
             tokens, padded = self.window_partition(tokens, size)  # pads with zeros, so that the norm comes first
         batch, height, width, channels = tokens.shape
