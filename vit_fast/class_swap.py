@@ -25,8 +25,9 @@ _logger = logging.getLogger("vit_fast")
 _LIBRARIES = {
     "timm": ("timm.models.vision_transformer", "Block and PatchEmbed"),
     "torchvision": ("torchvision.models.vision_transformer", "EncoderBlock"),
-    "transformers": ("transformers.modeling_layers", "layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP vision"),
-    "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower"),
+    "transformers": ("transformers.modeling_layers", "vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, ..."),
+    "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower, custom ones too"),
+    "torch_nn": ("torch.nn.modules.transformer", "TransformerEncoderLayer"),
 }
 
 
@@ -97,12 +98,10 @@ def survey(model: nn.Module) -> Survey:
     known = tuple(cls for integration in loaded for cls in integration.FAST)
     wrapped = {parent for name in (*swaps, *left) for parent in _parents(name)}
     for name, block in transformer_blocks(model).items():
-        if isinstance(block, known) or name in wrapped:
-            continue  # found above, or part of a text tower
-        if type(block).forward.__module__.startswith(f"{__package__}."):
+        cls = type(block)
+        if cls.forward.__module__.startswith(f"{__package__}.") and not isinstance(block, integrations.Fused):
             own += 1
-        else:
-            cls = type(block)
+        elif not isinstance(block, known) and name not in wrapped:  # else found above, or part of a text tower
             left[name] = "block", f"{cls.__module__}.{cls.__qualname__} is not a class that vit_fast fuses"
     return Survey(swaps, left, done, own, unknown)
 
@@ -137,14 +136,14 @@ def _check(function: str, model: nn.Module) -> None:
 
 
 def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Lets the ViT blocks of a timm, torchvision, transformers or open_clip model run fused, in place.
+    """Lets the ViT blocks of a timm, torchvision, transformers, open_clip or torch.nn model run fused, in place.
 
     Parameters, ``state_dict`` and class relations (``isinstance``) stay as they are; deepcopy, pickle, hooks,
     training, checkpointing and ``torch.compile`` go on working. Outputs differ by rounding. A block runs the library's
     own forward in every call that the fused operations do not cover: with an attention mask, with attention weights
     in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
-    weights of optimised models, of transformers those of CLIP and SigLIP. Text towers are not touched.
+    weights of optimised models, of transformers those of CLIP, SigLIP and their kind. Text towers are not touched.
 
     Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
     differentiated again, and ``torch.jit.script`` cannot read the fast classes: restore first.
