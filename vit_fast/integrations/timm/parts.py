@@ -17,10 +17,9 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
 from vit_fast.block_params import Norm
+from vit_fast.integrations import GELU, Fused, given, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
-
-from .. import GELU, Fused, given, not_taken
 
 
 def _classes(*names: str, of: Any = layers) -> tuple[type, ...]:
@@ -257,9 +256,7 @@ def mlp_branch(
     y = hidden(mlp, x, norm)
     y = F.dropout(y, drop) if drop else y
     residual = x if residual is None else residual
-    return ops.linear_residual(
-        y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner
-    )
+    return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
 
 
 def drop_path_rate(module: Any) -> float:

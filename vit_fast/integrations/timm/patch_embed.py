@@ -11,9 +11,9 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from vit_fast import ops
+from vit_fast.integrations import Fused, autocasts, not_dense
 from vit_fast.plain import submodules
 
-from .. import Fused, autocasts, not_dense
 from .parts import NORM_OR_NONE, normalise
 
 
