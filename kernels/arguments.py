@@ -1,10 +1,10 @@
 """Checks of the arguments of every operation, the same for all backends.
 
-Each ``check_<op>`` reads shapes, dtypes and devices and nothing else; it raises before anything is
-allocated or launched, and no tensor is printed. A message uses the names of the signature and tells the operation,
-the argument, what was given and what is expected. Callers' mistakes are ``TypeError`` (wrong Python type) or
-``ValueError`` (rank, shape, dtype, layout, device, value). The checks run on every call, so the usual types
-are recognised first.
+Each ``check_<op>`` reads shapes, dtypes and devices, and of ``cu_seqlens`` in the memory of the host the values; it
+raises before anything is allocated or launched, and no tensor is printed. A message uses the names of the signature and
+tells the operation, the argument, what was given and what is expected. Callers' mistakes are ``TypeError`` (wrong
+Python type) or ``ValueError`` (rank, shape, dtype, layout, device, value). The checks run on every call, so the usual
+types are recognised first.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 
 from . import folding, packing
 from .activation_names import ACTIVATIONS, GATED
-from .tracing import untraced
+from .tracing import known_values, untraced
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PATCH_WEIGHT_SIZES = (
@@ -23,6 +23,7 @@ _PATCH_WEIGHT_SIZES = (
 )  # fmt: skip
 MAX_ROWS = 2**31 - 256
 NORMS = ("layer", "rms")
+ROPE_LAYOUTS = ("half", "interleaved")
 
 
 class UnsupportedError(RuntimeError):
@@ -122,13 +123,7 @@ def _check_inner_norm(op, inner_norm, width, why, x):
     """(weight [width], bias [width], eps) or None."""
     if inner_norm is None:
         return
-    if not isinstance(inner_norm, tuple):
-        came = type(inner_norm).__name__
-        raise TypeError(f"vit_fast.{op}: inner_norm is {came}, expected a tuple (weight or None, bias or None, eps)")
-    if len(inner_norm) != 3:
-        raise ValueError(
-            f"vit_fast.{op}: inner_norm has {len(inner_norm)} elements, expected 3 (weight or None, bias or None, eps)"
-        )
+    _check_pair(op, "inner_norm", inner_norm, "(weight or None, bias or None, eps)")
     weight, bias, eps = inner_norm
     _check_vector(op, "inner_norm weight", weight, width, why, "x", x)
     _check_vector(op, "inner_norm bias", bias, width, why, "x", x)
@@ -263,21 +258,26 @@ def check_attention(
     qkv: Any,
     num_heads: Any,
     scale: Any,
-    k: Any,
-    v: Any,
-    bias: Any,
-    key_lengths: Any,
-    num_prefix: Any,
-    q_norm: Any,
-    k_norm: Any,
-    dropout_p: Any,
-    seed: Any,
+    *,
+    k: Any = None,
+    v: Any = None,
+    bias: Any = None,
+    rel_pos: Any = None,
+    key_lengths: Any = None,
+    cu_seqlens: Any = None,
+    rope: Any = None,
+    rope_layout: Any = "half",
+    num_prefix: Any = 0,
+    q_norm: Any = None,
+    k_norm: Any = None,
+    norm: Any = "layer",
+    dropout_p: Any = 0.0,
+    seed: Any = None,
 ) -> None:
     op = "attention"
     _check_tensor(op, "qkv", qkv, 3)
     _check_int(op, "num_heads", num_heads)
     _check_real(op, "scale", scale)
-    _check_int(op, "num_prefix", num_prefix, 0)
     if (k is None) != (v is None):
         missing, given = ("k", "v") if k is None else ("v", "k")
         raise ValueError(f"vit_fast.{op}: {missing} is None, expected a tensor (as {given})")
@@ -295,56 +295,141 @@ def check_attention(
             raise ValueError(
                 f"vit_fast.{op}: q has width {width}, expected num_heads·head_size with num_heads={num_heads}"
             )
-        for name, tensor in (("k", k), ("v", v)):
-            _check_tensor(op, name, tensor, 3)
-            if tensor.shape[2] != width:
-                what, came, wanted = "width", tensor.shape[2], width
-                if came % num_heads == 0:
-                    what, came, wanted = "head_size", came // num_heads, width // num_heads
-                raise ValueError(f"vit_fast.{op}: {name} has {what} {came}, expected {wanted} (as q)")
-            if tensor.shape[0] != qkv.shape[0]:
-                raise ValueError(
-                    f"vit_fast.{op}: {name} has batch size {tensor.shape[0]}, expected {qkv.shape[0]} (as q)"
-                )
-            if tensor.dtype != qkv.dtype:
-                raise ValueError(f"vit_fast.{op}: {name} has dtype {tensor.dtype}, expected {qkv.dtype} (as q)")
-            _check_device(op, name, tensor, "q", qkv)
-        if k.shape[1] != v.shape[1]:
-            raise ValueError(f"vit_fast.{op}: v has {v.shape[1]} tokens, expected {k.shape[1]} (as k)")
-        _check_size(op, "k has {} tokens", k.shape[1])
+        _check_keys(op, qkv, k, v, num_heads)
         keys = k.shape[1]
-    _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths, q_norm, k_norm)
+    sizes = (qkv.shape[0], num_heads, qkv.shape[1], keys)
+    _check_score_options(op, qkv, sizes, bias, rel_pos, key_lengths, cu_seqlens)
+    _check_head_options(op, qkv, sizes, width // num_heads, rope, rope_layout, num_prefix, q_norm, k_norm, norm)
     _check_dropout(op, dropout_p, seed, "qkv", qkv)
 
 
-def _check_attention_options(op, qkv, num_heads, width, keys, bias, key_lengths, q_norm, k_norm):
+def _check_keys(op, q, k, v, num_heads):
+    """Separate k and v. A head of v may have a size of its own."""
+    for name, tensor in (("k", k), ("v", v)):
+        _check_tensor(op, name, tensor, 3)
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"vit_fast.{op}: {name} has batch size {tensor.shape[0]}, expected {q.shape[0]} (as q)")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"vit_fast.{op}: {name} has dtype {tensor.dtype}, expected {q.dtype} (as q)")
+        _check_device(op, name, tensor, "q", q)
+    if k.shape[2] != q.shape[2]:
+        what, came, wanted = "width", k.shape[2], q.shape[2]
+        if came % num_heads == 0:
+            what, came, wanted = "head_size", came // num_heads, wanted // num_heads
+        raise ValueError(f"vit_fast.{op}: k has {what} {came}, expected {wanted} (as q)")
+    if v.shape[2] == 0 or v.shape[2] % num_heads:
+        raise ValueError(
+            f"vit_fast.{op}: v has width {v.shape[2]}, expected num_heads·head_size with num_heads={num_heads}"
+        )
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"vit_fast.{op}: v has {v.shape[1]} tokens, expected {k.shape[1]} (as k)")
+    _check_size(op, "k has {} tokens", k.shape[1])
+
+
+def _check_pair(op, name, value, parts):
+    if not isinstance(value, tuple):
+        raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a tuple {parts}")
+    wanted = parts.count(",") + 1
+    if len(value) != wanted:
+        raise ValueError(f"vit_fast.{op}: {name} has {len(value)} elements, expected {wanted} {parts}")
+
+
+def _check_score_options(op, qkv, sizes, bias, rel_pos, key_lengths, cu_seqlens):
+    """The options that act on the scores [B, H, Nq, Nk], whose sizes are given."""
+    batch, num_heads, queries, keys = sizes
     if bias is not None:
         _check_tensor(op, "bias", bias, 4)
         _check_device(op, "bias", bias, "qkv", qkv)
-        wanted = (qkv.shape[0], num_heads, qkv.shape[1], keys)
-        if any(size not in (1, want) for size, want in zip(bias.shape, wanted, strict=True)):
-            text = "[" + ", ".join(str(size) for size in wanted) + "]"
+        if any(size not in (1, want) for size, want in zip(bias.shape, sizes, strict=True)):
+            text = "[" + ", ".join(str(size) for size in sizes) + "]"
             raise ValueError(f"vit_fast.{op}: bias has shape {_shape(bias)}, expected {text} or 1 on any axis")
+    if rel_pos is not None:
+        _check_pair(op, "rel_pos", rel_pos, "(height, width)")
+        for name, part in zip(("height", "width"), rel_pos, strict=True):
+            _check_tensor(op, f"rel_pos {name}", part, 4)
+            _check_device(op, f"rel_pos {name}", part, "qkv", qkv)
+            if part.shape[:3] != (batch, num_heads, queries):
+                raise ValueError(
+                    f"vit_fast.{op}: rel_pos {name} has shape {_shape(part)}, "
+                    f"expected [{batch}, {num_heads}, {queries}, *]"
+                )
+        height, width = rel_pos[0].shape[3], rel_pos[1].shape[3]
+        if height * width != keys:
+            raise ValueError(
+                f"vit_fast.{op}: rel_pos has {height} rows and {width} columns of keys, expected {keys} in all"
+            )
     if key_lengths is not None:
         _check_tensor(op, "key_lengths", key_lengths, 1, dtypes=(torch.int32, torch.int64))
         _check_device(op, "key_lengths", key_lengths, "qkv", qkv)
-        if key_lengths.shape[0] != qkv.shape[0]:
+        if key_lengths.shape[0] != batch:
             raise ValueError(
-                f"vit_fast.{op}: key_lengths has {key_lengths.shape[0]} elements, "
-                f"expected {qkv.shape[0]} (the batch size)"
+                f"vit_fast.{op}: key_lengths has {key_lengths.shape[0]} elements, expected {batch} (the batch size)"
             )
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is None:
+    if cu_seqlens is not None:
+        _check_tensor(op, "cu_seqlens", cu_seqlens, 1, dtypes=(torch.int32,))
+        _check_device(op, "cu_seqlens", cu_seqlens, "qkv", qkv)
+        for name, value in (("bias", bias), ("rel_pos", rel_pos), ("key_lengths", key_lengths)):
+            if value is not None:
+                raise ValueError(f"vit_fast.{op}: {name} is given with cu_seqlens, expected one of the two")
+        if batch != 1 or queries != keys:
+            raise ValueError(
+                f"vit_fast.{op}: cu_seqlens is given with batch size {batch}, {queries} queries and {keys} keys, "
+                "expected one batch entry with as many queries as keys"
+            )
+        _check_sequences(op, cu_seqlens, keys)
+
+
+def _check_sequences(op, cu_seqlens, tokens):
+    """Where the values are known on the host, they must rise from 0 to the number of tokens."""
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"vit_fast.{op}: cu_seqlens has {cu_seqlens.shape[0]} elements, expected 2 or more")
+    bounds = known_values(cu_seqlens)
+    if bounds is not None and (bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds)):
+        raise ValueError(f"vit_fast.{op}: cu_seqlens does not rise from 0 to {tokens} (the tokens)")
+
+
+def _check_head_options(op, qkv, sizes, head_size, rope, rope_layout, num_prefix, q_norm, k_norm, norm):
+    """The options that act on q and k."""
+    _check_int(op, "num_prefix", num_prefix, 0)
+    if num_prefix > sizes[2]:
+        raise ValueError(f"vit_fast.{op}: num_prefix is {num_prefix}, expected at most {sizes[2]} (the tokens)")
+    for name, word, words in (
+        ("rope_layout", rope_layout, ROPE_LAYOUTS),
+        ("norm", norm, NORMS),
+    ):
+        if word not in words:
+            raise ValueError(f"vit_fast.{op}: {name} is {word!r}, expected one of {', '.join(words)}")
+    if rope is not None:
+        _check_rope(op, qkv, sizes, head_size, rope, num_prefix)
+    for name, head_norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if head_norm is None:
             continue
-        if not isinstance(norm, tuple):
-            raise TypeError(
-                f"vit_fast.{op}: {name} is {type(norm).__name__}, expected a tuple (weight, bias or None, eps)"
+        _check_pair(op, name, head_norm, "(weight, bias or None, eps)")
+        _check_vector(op, f"{name} weight", head_norm[0], head_size, "the head size", "qkv", qkv)
+        _check_vector(op, f"{name} bias", head_norm[1], head_size, "the head size", "qkv", qkv)
+        _check_eps(op, f"{name} eps", head_norm[2])
+
+
+def _check_rope(op, qkv, sizes, head_size, rope, num_prefix):
+    batch, num_heads, tokens, keys = sizes
+    if tokens != keys:
+        raise ValueError(f"vit_fast.{op}: rope is given with {tokens} queries and {keys} keys, expected as many")
+    if head_size % 2:
+        raise ValueError(f"vit_fast.{op}: rope is given with head size {head_size}, expected an even number")
+    _check_pair(op, "rope", rope, "(cos, sin)")
+    dtypes = tuple(dict.fromkeys((torch.float32, qkv.dtype)))
+    wanted = (batch, num_heads, tokens - num_prefix, head_size)
+    for name, table in zip(("cos", "sin"), rope, strict=True):
+        _check_tensor(op, f"rope {name}", table, dtypes=dtypes)
+        _check_device(op, f"rope {name}", table, "qkv", qkv)
+        dims = table.dim()
+        fits = 2 <= dims <= 4 and table.shape[-2:] == wanted[-2:]
+        if not fits or any(size not in (1, want) for size, want in zip(table.shape[:-2], wanted[4 - dims : 2])):
+            text = ", ".join(str(size) for size in wanted)
+            raise ValueError(
+                f"vit_fast.{op}: rope {name} has shape {_shape(table)}, expected [{wanted[2]}, {head_size}] "
+                f"or [{text}], where the batch size and the heads may be 1"
             )
-        if len(norm) != 3:
-            raise ValueError(f"vit_fast.{op}: {name} has {len(norm)} elements, expected 3 (weight, bias or None, eps)")
-        _check_vector(op, f"{name} weight", norm[0], width // num_heads, "the head size", "qkv", qkv)
-        _check_vector(op, f"{name} bias", norm[1], width // num_heads, "the head size", "qkv", qkv)
-        _check_eps(op, f"{name} eps", norm[2])
 
 
 @untraced

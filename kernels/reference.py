@@ -7,6 +7,7 @@ every row [rows] and the natural-log LSE [B, H, N], in float32 (float64 for floa
 Arguments are taken as checked (``arguments``). Shapes: B batch, N tokens, C width, H heads, D head size.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .activation_names import GATED
 from .folding import E4M3, Float8Block, FoldedBlock, unflatten
 from .packing import Int8Block, PackedBlock, unpacked_linears
-from .tracing import is_transformed, transform_reasons, untraced
+from .tracing import is_transformed, known_values, transform_reasons, untraced
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
@@ -395,8 +396,67 @@ def split_heads(qkv: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int)
     return tuple(t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (qkv, k, v))
 
 
-def _head_norm(x, norm):
-    return x if norm is None else layer_norm(x, *norm)
+def _head_norm(x, norm, kind):
+    return x if norm is None else layer_norm(x, *norm, norm=kind)
+
+
+def rotate(x: Tensor, layout: str) -> Tensor:
+    """A quarter turn of every pair of channels: "half" pairs c with c + D/2, "interleaved" 2i with 2i + 1."""
+    if layout == "half":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+def rotary(x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: str, num_prefix: int) -> Tensor:
+    """x [B, H, N, D] turned by the angles of cos and sin, its first ``num_prefix`` tokens unchanged.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    if rope is None:
+        return x
+    cos, sin = rope
+    prefix, rest = x[:, :, :num_prefix], x[:, :, num_prefix:]
+    rest = (rest * cos + rotate(rest, layout) * sin).to(x.dtype)
+    return torch.cat([prefix, rest], dim=2) if num_prefix else rest
+
+
+def _token_sequences(cu_seqlens, tokens):
+    """The sequence of each token; −1 or the number of sequences where it is in none."""
+    rows = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.contiguous(), rows, right=True) - 1
+
+
+def score_mask(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    rel_pos: tuple[Tensor, Tensor] | None,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor | None:
+    """What is added to the scaled scores of q, k [B, H, N, D], in the dtype of q; None where nothing is."""
+    mask = None if bias is None else bias.to(q.dtype)
+    if rel_pos is not None:
+        height, width = rel_pos
+        position = (height[..., :, None] + width[..., None, :]).flatten(-2).to(q.dtype)
+        mask = position if mask is None else mask + position
+    padding = None
+    if key_lengths is not None:
+        padding = torch.arange(k.shape[2], device=q.device) >= key_lengths[:, None, None, None]
+    if cu_seqlens is not None:
+        sequence = _token_sequences(cu_seqlens, q.shape[2])
+        padding = (sequence[:, None] != sequence) | (sequence < 0) | (sequence >= cu_seqlens.shape[0] - 1)
+    if padding is not None:
+        mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
+    return mask
+
+
+def _prepared_heads(qkv, k, v, num_heads, q_norm, k_norm, norm, rope, rope_layout, num_prefix):
+    """q, k, v [B, H, N, D], q and k normalised and turned."""
+    q, k, v = split_heads(qkv, k, v, num_heads)
+    q, k = _head_norm(q, q_norm, norm), _head_norm(k, k_norm, norm)
+    return rotary(q, rope, rope_layout, num_prefix), rotary(k, rope, rope_layout, num_prefix), v
 
 
 def attention(
@@ -407,19 +467,28 @@ def attention(
     k: Tensor | None = None,
     v: Tensor | None = None,
     bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
     key_lengths: Tensor | None = None,
-    q_norm: tuple[Tensor, Tensor | None, float] | None = None,
-    k_norm: tuple[Tensor, Tensor | None, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_layout: str = "half",
+    num_prefix: int = 0,
+    q_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    k_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    norm: str = "layer",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """q_norm and k_norm are (weight [D], bias [D] or None, eps); bias broadcasts to [B, H, N, keys]."""
-    q, k, v = split_heads(qkv, k, v, num_heads)
-    q, k = _head_norm(q, q_norm), _head_norm(k, k_norm)
-    mask = None if bias is None else bias.to(q.dtype)
-    if key_lengths is not None:
-        padding = torch.arange(k.shape[2], device=q.device) >= key_lengths[:, None, None, None]
-        mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
+    """The options are those of ``vit_fast.ops.attention``."""
+    q, k, v = _prepared_heads(qkv, k, v, num_heads, q_norm, k_norm, norm, rope, rope_layout, num_prefix)
+    bounds = None if cu_seqlens is None or dropout_p else known_values(cu_seqlens)
+    if bounds is not None:
+        sequences = [
+            F.scaled_dot_product_attention(q[:, :, first:end], k[:, :, first:end], v[:, :, first:end], scale=scale)
+            for first, end in itertools.pairwise(bounds)
+        ]
+        return torch.cat(sequences, dim=2).transpose(1, 2).flatten(2)
+    mask = score_mask(q, k, bias, rel_pos, key_lengths, cu_seqlens)
     # torch's fused attention on a CPU has no forward-mode derivative, no second derivative and no vmap rule.
     if is_transformed() or (dropout_p and seed is not None):
         out = dropout(attention_weights(q, k, scale, mask), dropout_p, seed) @ v

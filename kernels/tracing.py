@@ -43,6 +43,18 @@ def _in_onnx_export():
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def known_values(tensor: torch.Tensor) -> list[Any] | None:
+    """The numbers of a tensor in the memory of the host; None where reading them would wait for a device, or while
+    something records the call and would keep them as constants."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    records = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+    if records or torch.jit.is_tracing() or is_transformed():
+        return None
+    values: list[Any] = tensor.tolist()
+    return values
+
+
 # Dynamo cannot trace these two; while tracing it enters torch.func's transforms and guards their stack. The attribute
 # is what torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (0.7 s).
 _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True

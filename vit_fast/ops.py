@@ -564,48 +564,61 @@ def attention(
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rel_pos: tuple[torch.Tensor, torch.Tensor] | None = None,
     key_lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    rope: Any = None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope_layout: str = "half",
     num_prefix: int = 0,
     q_norm: NormParams | None = None,
     k_norm: NormParams | None = None,
+    norm: str = "layer",
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per head softmax(scale·q kᵀ + bias) v.
+    """Per head softmax(scale·q kᵀ + bias) v, where q and k are first normalised, then turned by rotary embedding.
 
     Args:
         qkv: packed [B, N, 3C], channels q | k | v, each head-major; with k and v given, q alone [B, Nq, C].
         num_heads: H, C = H·D.
         scale: any finite number, applied to the scores in float32.
-        k, v: [B, Nk, C].
+        k, v: [B, Nk, C]. The heads of v may have a size of their own, D': [B, Nk, H·D'].
         bias: additive, broadcast to [B, H, Nq, Nk].
-        key_lengths: [B], keys from there on are ignored.
-        q_norm, k_norm: (weight [D], bias [D] or None, eps) of a LayerNorm over each head.
+        rel_pos: decomposed relative position (height [B, H, Nq, h], width [B, H, Nq, w]), h·w = Nk: the score of a
+            query and key j gets height[..., j // w] + width[..., j % w].
+        key_lengths: int32 or int64 [B], keys from there on are ignored; a query without keys gives zeros.
+        cu_seqlens: int32 [S + 1], for B = 1: sequence s is tokens cu_seqlens[s] … cu_seqlens[s + 1] − 1, and attends
+            to itself alone. A token of no sequence gives zeros.
+        rope: (cos, sin) of rotary embedding, each [N − num_prefix, D] or broadcast to [B, H, N − num_prefix, D], in
+            float32 or the dtype of q: x·cos + rotate(x)·sin; for self-attention.
+        rope_layout: which channels make a pair: "half", c and c + D/2, or "interleaved", 2i and 2i + 1.
+        num_prefix: how many tokens at the beginning rope leaves as they are.
+        q_norm, k_norm: (weight [D], bias [D] or None, eps) of a norm over each head.
+        norm: their kind, "layer" or "rms".
         dropout_p, seed: dropout of the probabilities.
-        cu_seqlens, rope, num_prefix: reserved.
     Returns:
-        [B, Nq, C] in the dtype of q.
+        [B, Nq, C] (C' = H·D' where v has it) in the dtype of q.
     Raises:
         TypeError, ValueError: bad arguments, before any launch.
-        UnsupportedError: a reserved option, or a forced backend that cannot.
-    Source: Dao et al., "FlashAttention", 2022.
+        UnsupportedError: a forced backend cannot.
+    Source: Dao et al., "FlashAttention", 2022; Su et al., "RoFormer", 2021 (rope); Li et al., "MViTv2", 2021 (rel_pos).
     """
-    arguments.check_attention(
-        qkv, num_heads, scale, k, v, bias, key_lengths, num_prefix, q_norm, k_norm, dropout_p, seed
+    options: dict[str, Any] = dict(
+        k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope,
+        rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm, dropout_p=dropout_p,
+        seed=seed,
+    )  # fmt: skip
+    arguments.check_attention(qkv, num_heads, scale, **options)
+    not_fused = _not_fused(
+        dropout_p, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope
     )
-    for option, value in (("cu_seqlens", cu_seqlens), ("rope", rope), ("num_prefix", num_prefix or None)):
-        if value is not None:
-            raise UnsupportedError(f"vit_fast.attention: {option} is not supported in this version")
-
-    not_fused = _not_fused(dropout_p, bias=bias, key_lengths=key_lengths)
+    if norm != "layer" and (q_norm is not None or k_norm is not None):
+        not_fused.append(f"norm {norm!r} is not fused")
+    if v is not None and v.shape[2] != qkv.shape[2]:
+        not_fused.append("a head size of v other than that of q is not fused")
     name = select.choose("attention", qkv.device, not_fused, qkv, num_heads, k=k, v=v)
     if name == "torch":
-        return reference.attention(
-            qkv, num_heads, scale, k=k, v=v, bias=bias, key_lengths=key_lengths,
-            q_norm=q_norm, k_norm=k_norm, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
+        return reference.attention(qkv, num_heads, scale, **options)
     if q_norm is not None or k_norm is not None:
         q, k, v = qkv.chunk(3, dim=-1) if k is None else (qkv, k, v)
         qkv, k = _normalise_heads(q, num_heads, q_norm), _normalise_heads(k, num_heads, k_norm)

@@ -58,6 +58,8 @@ GOOD = {
 FLOATS = "expected one of float16, bfloat16, float32, float64"
 WORDS = "expected one of gelu, gelu_tanh, quick_gelu, relu, silu, swiglu, geglu, geglu_tanh"
 A_NORM = "(weight, bias or None, eps)"
+ONE = "where the batch size and the heads may be 1"
+SEQUENCES = tensor([0, 2, 5], dtype=int32)
 
 
 def _separate(k, v, **words):
@@ -108,7 +110,10 @@ CASES = {
          "q has width 9, expected num_heads·head_size with num_heads=2"),
         (dict(qkv=ones(2, 5, 64), num_heads=1, k=ones(2, 5, 80), v=ones(2, 5, 80)), ValueError,
          "k has head_size 80, expected 64 (as q)"),
-        (_separate(ones(2, 5, 8), ones(2, 5, 16)), ValueError, "v has head_size 8, expected 4 (as q)"),
+        (_separate(ones(2, 5, 8), ones(2, 5, 9)), ValueError,
+         "v has width 9, expected num_heads·head_size with num_heads=2"),
+        (_separate(ones(2, 5, 8), ones(2, 5, 0)), ValueError,
+         "v has width 0, expected num_heads·head_size with num_heads=2"),
         (_separate(ones(2, 5, 9), ones(2, 5, 9)), ValueError, "k has width 9, expected 8 (as q)"),
         (_separate(ones(1, 5, 8), ones(2, 5, 8)), ValueError, "k has batch size 1, expected 2 (as q)"),
         (_separate(ones(2, 6, 8), ones(2, 7, 8)), ValueError, "v has 7 tokens, expected 6 (as k)"),
@@ -133,9 +138,53 @@ CASES = {
         (dict(dropout_p=tensor(0.1)), TypeError, "dropout_p is Tensor, expected a float"),
         (dict(dropout_p=0.1, seed=3), TypeError, "seed is int, expected a torch.Tensor"),
         (dict(num_prefix=tensor([1, 2])), TypeError, "num_prefix is Tensor, expected an int"),
-        (dict(num_prefix=1), UnsupportedError, "num_prefix is not supported in this version"),
-        (dict(rope=ones(5, 4)), UnsupportedError, "rope is not supported in this version"),
-        (dict(cu_seqlens=tensor([0, 5])), UnsupportedError, "cu_seqlens is not supported in this version"),
+        (dict(num_prefix=-1), ValueError, "num_prefix is -1, expected 0 or more"),
+        (dict(num_prefix=6), ValueError, "num_prefix is 6, expected at most 5 (the tokens)"),
+        (dict(norm="batch"), ValueError, "norm is 'batch', expected one of layer, rms"),
+        (dict(rope_layout=0), ValueError, "rope_layout is 0, expected one of half, interleaved"),
+        (dict(rope=ones(5, 4)), TypeError, "rope is Tensor, expected a tuple (cos, sin)"),
+        (dict(rope=(ones(5, 4),)), ValueError, "rope has 1 elements, expected 2 (cos, sin)"),
+        (dict(rope=(ones(5, 4), None)), TypeError, "rope sin is NoneType, expected a torch.Tensor"),
+        (dict(rope=(ones(5, 4).half(), ones(5, 4))), ValueError,
+         "rope cos has dtype torch.float16, expected float32"),
+        (dict(qkv=ones(2, 5, 24).half(), rope=(ones(5, 4).half(), ones(5, 4).double())), ValueError,
+         "rope sin has dtype torch.float64, expected one of float32, float16"),
+        (dict(rope=(ones(5, 4, device="meta"), ones(5, 4))), ValueError, "rope cos is on meta, expected cpu (as qkv)"),
+        (dict(rope=(ones(5, 4), ones(5, 2))), ValueError,
+         f"rope sin has shape [5, 2], expected [5, 4] or [2, 2, 5, 4], {ONE}"),
+        (dict(rope=(ones(5, 4), ones(5, 4)), num_prefix=1), ValueError,
+         f"rope cos has shape [5, 4], expected [4, 4] or [2, 2, 4, 4], {ONE}"),
+        (dict(rope=(ones(3, 1, 5, 4), ones(5, 4))), ValueError,
+         f"rope cos has shape [3, 1, 5, 4], expected [5, 4] or [2, 2, 5, 4], {ONE}"),
+        (dict(rope=(ones(5, 4), ones(3, 5, 4))), ValueError,
+         f"rope sin has shape [3, 5, 4], expected [5, 4] or [2, 2, 5, 4], {ONE}"),
+        (dict(rope=(ones(4), ones(4))), ValueError,
+         f"rope cos has shape [4], expected [5, 4] or [2, 2, 5, 4], {ONE}"),
+        (dict(qkv=ones(2, 5, 18), rope=(ones(5, 3), ones(5, 3))), ValueError,
+         "rope is given with head size 3, expected an even number"),
+        (_separate(ones(2, 3, 8), ones(2, 3, 8), rope=(ones(5, 4), ones(5, 4))), ValueError,
+         "rope is given with 5 queries and 3 keys, expected as many"),
+        (dict(rel_pos=ones(2, 2, 5, 5)), TypeError, "rel_pos is Tensor, expected a tuple (height, width)"),
+        (dict(rel_pos=(ones(2, 2, 5, 5),)), ValueError, "rel_pos has 1 elements, expected 2 (height, width)"),
+        (dict(rel_pos=(ones(2, 2, 5), ones(2, 2, 5, 1))), ValueError,
+         "rel_pos height has 3 dimensions [2, 2, 5], expected 4"),
+        (dict(rel_pos=(ones(2, 2, 5, 5), ones(1, 2, 5, 1))), ValueError,
+         "rel_pos width has shape [1, 2, 5, 1], expected [2, 2, 5, *]"),
+        (dict(rel_pos=(ones(2, 2, 5, 2), ones(2, 2, 5, 2))), ValueError,
+         "rel_pos has 2 rows and 2 columns of keys, expected 5 in all"),
+        (dict(rel_pos=(ones(2, 2, 5, 5), ones(2, 2, 5, 1, device="meta"))), ValueError,
+         "rel_pos width is on meta, expected cpu (as qkv)"),
+        (dict(cu_seqlens=[0, 5]), TypeError, "cu_seqlens is list, expected a torch.Tensor"),
+        (dict(cu_seqlens=tensor([0, 5])), ValueError, "cu_seqlens has dtype torch.int64, expected int32"),
+        (dict(cu_seqlens=SEQUENCES), ValueError,
+         "cu_seqlens is given with batch size 2, 5 queries and 5 keys, expected one batch entry with as many queries "
+         "as keys"),
+        (dict(qkv=ones(1, 5, 24), cu_seqlens=SEQUENCES[:1]), ValueError,
+         "cu_seqlens has 1 elements, expected 2 or more"),
+        (dict(qkv=ones(1, 5, 24), cu_seqlens=SEQUENCES, bias=ones(1, 1, 5, 5)), ValueError,
+         "bias is given with cu_seqlens, expected one of the two"),
+        (dict(qkv=ones(1, 5, 24), cu_seqlens=SEQUENCES, key_lengths=tensor([5])), ValueError,
+         "key_lengths is given with cu_seqlens, expected one of the two"),
     ],
     "layer_norm": [
         (dict(x=[1.0]), TypeError, "x is list, expected a torch.Tensor"),
@@ -383,6 +432,13 @@ def test_good_calls_launch(op, no_launch):
         getattr(ops, op)(**GOOD[op])
 
 
+@pytest.mark.parametrize("bounds", [[1, 5], [0, 4], [0, 3, 2, 5], [0, 6]])
+def test_sequences_that_do_not_cover_the_tokens(bounds):
+    """Seen in eager code on a CPU alone: compiled code does not read the values."""
+    with raises(ValueError, "vit_fast.attention: cu_seqlens does not rise from 0 to 5 (the tokens)"):
+        ops.attention(ones(1, 5, 24), 2, 0.5, cu_seqlens=tensor(bounds, dtype=int32))
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @_parametrized(CASES)
 def test_operation(op, changes, error, message, backend):
@@ -441,6 +497,10 @@ def test_forced_triton_without_interpreter(op):
 NOT_FUSED = [
     ("attention", dict(bias=ones(1, 1, 5, 5)), "bias is not fused"),
     ("attention", dict(key_lengths=tensor([5, 4])), "key_lengths is not fused"),
+    ("attention", dict(rel_pos=(ones(2, 2, 5, 5), ones(2, 2, 5, 1))), "rel_pos is not fused"),
+    ("attention", dict(qkv=ones(1, 5, 24), cu_seqlens=SEQUENCES), "cu_seqlens is not fused"),
+    ("attention", dict(rope=(ones(5, 4), ones(5, 4))), "rope is not fused"),
+    ("attention", dict(q_norm=(ones(4), None, 1e-6), norm="rms"), "norm 'rms' is not fused"),
     ("attention", dict(dropout_p=0.1), "dropout_p is not fused"),
     ("attention", dict(qkv=ones(2, 5, 771), num_heads=1), "head size 257 is above 256"),
     ("attention", dict(bias=ones(1, 1, 5, 5), dropout_p=0.1), "bias is not fused; dropout_p is not fused"),

@@ -121,7 +121,11 @@ def _right_arguments():
         some | dict(bias=ones(2, 2, 5, 3)), dict(q_norm=norm, k_norm=(torch.ones(4), None, 1e-6)),
         dict(qkv=ones(2, 5, 3), k=ones(2, 5, 3), v=ones(2, 5, 3), num_heads=1), dict(scale=np.float32(0.5)),
         dict(qkv=ones(2, 5, 2), k=ones(2, 1, 2), v=ones(2, 1, 2), num_heads=2),
-        dict(qkv=ones(2, 5, 1), k=ones(2, 1, 1), v=ones(2, 1, 1), num_heads=1),
+        dict(qkv=ones(2, 5, 1), k=ones(2, 1, 1), v=ones(2, 1, 1), num_heads=1), some | dict(v=ones(2, 3, 4)),
+        dict(rope=(ones(5, 4), ones(2, 1, 5, 4)), rope_layout="interleaved", norm="rms"), dict(num_prefix=5),
+        dict(rope=(ones(2, 4, 4), ones(2, 2, 4, 4)), num_prefix=1), some | dict(num_prefix=5),
+        dict(rel_pos=(ones(2, 2, 5, 5), ones(2, 2, 5, 1))), dict(key_lengths=torch.tensor([0, 9], dtype=torch.int32)),
+        dict(qkv=ones(1, 5, 24), cu_seqlens=torch.tensor([0, 0, 5], dtype=torch.int32)),
     ):  # fmt: skip
         yield "attention", changes
     yield "layer_norm", dict(x=ones(1, 1), weight=ones(1), bias=ones(1), eps=0.0)
