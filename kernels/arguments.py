@@ -123,13 +123,7 @@ def _check_inner_norm(op, inner_norm, width, why, x):
     """(weight [width], bias [width], eps) or None."""
     if inner_norm is None:
         return
-    if not isinstance(inner_norm, tuple):
-        came = type(inner_norm).__name__
-        raise TypeError(f"vit_fast.{op}: inner_norm is {came}, expected a tuple (weight or None, bias or None, eps)")
-    if len(inner_norm) != 3:
-        raise ValueError(
-            f"vit_fast.{op}: inner_norm has {len(inner_norm)} elements, expected 3 (weight or None, bias or None, eps)"
-        )
+    _check_pair(op, "inner_norm", inner_norm, "(weight or None, bias or None, eps)")
     weight, bias, eps = inner_norm
     _check_vector(op, "inner_norm weight", weight, width, why, "x", x)
     _check_vector(op, "inner_norm bias", bias, width, why, "x", x)

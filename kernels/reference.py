@@ -397,16 +397,7 @@ def split_heads(qkv: Tensor, k: Tensor | None, v: Tensor | None, num_heads: int)
 
 
 def _head_norm(x, norm, kind):
-    if norm is None:
-        return x
-    return layer_norm(x, *norm) if kind == "layer" else _rms_norm(x, *norm)
-
-
-def _rms_norm(x, weight, bias, eps):
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    return x if norm is None else layer_norm(x, *norm, norm=kind)
 
 
 def rotate(x: Tensor, layout: str) -> Tensor:
