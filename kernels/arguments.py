@@ -340,7 +340,7 @@ def _check_score_options(op, qkv, sizes, bias, rel_pos, key_lengths, cu_seqlens)
     if bias is not None:
         _check_tensor(op, "bias", bias, 4)
         _check_device(op, "bias", bias, "qkv", qkv)
-        if any(size not in (1, want) for size, want in zip(bias.shape, sizes, strict=True)):
+        if any(size != 1 and size != want for size, want in zip(bias.shape, sizes, strict=True)):  # symbols too
             text = "[" + ", ".join(str(size) for size in sizes) + "]"
             raise ValueError(f"vit_fast.{op}: bias has shape {_shape(bias)}, expected {text} or 1 on any axis")
     if rel_pos is not None:
@@ -424,7 +424,7 @@ def _check_rope(op, qkv, sizes, head_size, rope, num_prefix):
         _check_device(op, f"rope {name}", table, "qkv", qkv)
         dims = table.dim()
         fits = 2 <= dims <= 4 and table.shape[-2:] == wanted[-2:]
-        if not fits or any(size not in (1, want) for size, want in zip(table.shape[:-2], wanted[4 - dims : 2])):
+        if not fits or any(size != 1 and size != want for size, want in zip(table.shape, wanted[4 - dims : 2])):
             text = ", ".join(str(size) for size in wanted)
             raise ValueError(
                 f"vit_fast.{op}: rope {name} has shape {_shape(table)}, expected [{wanted[2]}, {head_size}] "

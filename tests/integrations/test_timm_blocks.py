@@ -63,7 +63,7 @@ def test_autocast_returns_what_timm_returns(name):
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ("EVA-02", "DINOv3", "BEiT", "RelPosBlock", "SAM", "differential", "ViTamin"))
+@pytest.mark.parametrize("name", ("EVA-02", "DINOv3", "BEiT", "RelPosBlock", "differential", "ViTamin"))
 def test_a_batch_of_none_and_one(name):
     plain = moved(build(name))
     model = vit_fast.optimize(copy.deepcopy(plain))
@@ -72,8 +72,12 @@ def test_a_batch_of_none_and_one(name):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+COMPILED = ("AIMv2", "EVA-02", "DINOv3", "EvaBlockPostNorm", "BEiT", "SAM", "Gemma4", "DiffParallelScalingBlock")
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_each_compiles_in_one_graph(name):
+    torch._dynamo.reset()  # the blocks of all these models share one forward, and a limit of compilations
     model, x = moved(build(name)), images()
     with torch.no_grad():
         expected = model(x)
@@ -149,7 +153,7 @@ def drop_cases():
             yield pytest.param(builder, {key: rate}, id=f"{name}-{key}")
 
 
-@pytest.mark.parametrize(("builder", "rates"), drop_cases())
+@pytest.mark.parametrize(("builder", "rates"), [*drop_cases()])
 def test_drops_are_those_of_timm(builder, rates):
     """The same seed gives what timm gives."""
     plain, x = moved(builder(**rates)).double().train(), images(16, torch.float64)

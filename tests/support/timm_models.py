@@ -93,7 +93,7 @@ MODELS = {
         ["layer_norm", "layer_norm", "attention", "layer_norm", "layer_norm", "layer_norm"],
     ),
     "CaiT": (
-        partial(cait.Cait, **SMALL, init_values=0.5, depth_token_only=0),
+        partial(cait.Cait, **SMALL, init_values=0.5, depth_token_only=0, global_pool="avg"),
         ["layer_norm_linear", "linear_residual", "layernorm_mlp"],
     ),
     "NaFlexVit": (_naflex(), _PACKED),
