@@ -8,6 +8,7 @@ from .class_swap import optimize, restore
 from .cuda_graphs import graphed
 from .diagnosis import doctor
 from .explanation import explain
+from .fused_share import Coverage, coverage
 from .kernels.arguments import UnsupportedError
 from .pos_embed import resize_pos_embed
 from .prepared import prepare, refresh, unprepare
@@ -17,11 +18,13 @@ from .vit import VisionTransformer
 __version__ = "0.1.0"
 
 __all__ = [
+    "Coverage",
     "UnsupportedError",
     "VisionTransformer",
     "WeightsError",
     "backend",
     "check",
+    "coverage",
     "create_model",
     "doctor",
     "explain",

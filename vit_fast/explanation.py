@@ -28,8 +28,8 @@ from .class_swap import survey
 from .input_size import input_size
 from .precisions import of_operation
 
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-_NOT_OPTIMISED = "vit_fast.optimize(model) fuses it"
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+NOT_OPTIMISED = "vit_fast.optimize(model) fuses it"
 
 _NOT_HERE = "in eval mode under torch.inference_mode() or torch.no_grad() alone; here the blocks run one by one"
 
@@ -57,7 +57,7 @@ class Explanation(list[OperationRow]):
             return f"no operation of vit_fast runs in {self.model}, and no transformer block"
         head = []
         if all(row.backend == "library" for row in self):
-            can = sum(row.reasons == (_NOT_OPTIMISED,) for row in self)
+            can = sum(row.reasons == (NOT_OPTIMISED,) for row in self)
             advice = f"; vit_fast.optimize(model) fuses {can} of its modules" if can else ""
             head = [f"no operation of vit_fast runs in {self.model}{advice}"]
         folded: Counter[tuple[str, str, str, str]] = Counter()
@@ -152,7 +152,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                     rows = _explain(model, map_tensors(mode.from_tensor, example), inference)
-            except _NEEDS_VALUES:
+            except NEEDS_VALUES:
                 rows = _explain(model, example, inference)
     finally:
         for module, training in was_training.items():
@@ -165,7 +165,7 @@ def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
     """The rows of one call; ``inference``: whether the caller's own calls are inference (eval mode, no gradients)."""
     names = {module: name for name, module in model.named_modules()}
     swaps, library, *_ = survey(model)
-    library = library | {name: (fast.OPERATION, _NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
+    library = library | {name: (fast.OPERATION, NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
     stack, rows = [""], Explanation(type(model).__name__)
     with backends.recording() as choices:
 

@@ -220,6 +220,9 @@ def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
         return ["a block carries a hook or has a forward of its own"]
     if any(module.training for block in blocks for module in block.modules()):
         return ["a part of the blocks is in training mode"]
+    told = {getattr(block, "not_folded", lambda: None)() for block in blocks}
+    if why := sorted(reason for reason in told if reason is not None):
+        return why
     params = _params(blocks)
     reasons: list[str] = []
     eps = [(p.norm1.eps, p.norm2.eps) for p in params if p.norm1 is not None and p.norm2 is not None]

@@ -11,6 +11,9 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 import vit_fast
 
+from support.timm_models import MODELS as TIMM_MODELS
+from support.timm_models import build as build_timm
+
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
 
 
@@ -90,6 +93,15 @@ class Case(NamedTuple):
         return model.get_submodule(self.blocks)
 
 
+# A part of the block that is read, where there is no mlp.fc2.
+_LINEARS = {
+    "ViTamin": "mlp.w1",
+    "ParallelScalingBlock": "attn_out_proj",
+    "DiffParallelScalingBlock": "out_proj",
+    "Gemma4": "norm4",
+}
+
+
 CASES = {
     "timm": Case(timm_vit, "blocks", "mlp.fc2", PACKED),
     "torchvision": Case(torchvision_vit, "encoder.layers", "mlp.3", PACKED),
@@ -102,6 +114,12 @@ CASES = {
     "CLIPVision": Case(hugging_face("CLIPVision"), "encoder.layers", "self_attn.v_proj", SEPARATE),
     "SiglipVision": Case(hugging_face("SiglipVision"), "encoder.layers", "self_attn.out_proj", SEPARATE),
 }
+
+
+for _name, (_, _operations) in TIMM_MODELS.items():
+    CASES[f"timm {_name}"] = Case(
+        lambda name=_name: moved(build_timm(name)), "blocks", _LINEARS.get(_name, "mlp.fc2"), _operations
+    )
 
 
 PREPARABLE = ("timm", "torchvision", "open_clip", "torch_nn", "CLIPVision", "SiglipVision")

@@ -17,6 +17,7 @@ def _app():
     from .build import build
     from .check import check
     from .convert import convert
+    from .coverage import coverage
     from .doctor import doctor
     from .info import info, show_version
     from .list import list_models
@@ -35,6 +36,7 @@ def _app():
     app.command()(build)
     app.command()(check)
     app.command()(convert)
+    app.command()(coverage)
     app.command()(doctor)
     app.command()(info)
     app.command("list")(list_models)

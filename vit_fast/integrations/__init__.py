@@ -1,15 +1,17 @@
 """Shared by the fast classes of all libraries: when a block may run fused, and the stack that holds such blocks.
 
-Each file of this folder is for one library and is imported only if that library is loaded. ``vit_fast.optimize`` swaps
-``module.__class__`` for a fast class, a subclass of the library's own without fields. The fast class decides before
-each call whether it may run fused; if not, the library's own forward runs, so that every hook of an inner module fires,
-and the reason is noted for ``explain``. A fast class has
+Each file or package of this folder is for one library and is imported only if that library is loaded.
+``vit_fast.optimize`` swaps ``module.__class__`` for a fast class, a subclass of the library's own without fields. The
+fast class decides before each call whether it may run fused; if not, the library's own forward runs, so that every hook
+of an inner module fires, and the reason is noted for ``explain``. A fast class has
 
     OPERATION          its name in the rows of ``explain``
     SUBMODULES         path of each sub-module → the classes it may have (``vit_fast.plain``)
     not_covered(self)  why the fused form does not cover it, or None; also called on the library's instance, before the
                        swap
-    params(self)       its weights (``BlockParams``), where its stack can be prepared
+    CALLED             paths of sub-modules that it calls, so that they may be of any class
+    params(self)       its weights (``BlockParams``), where its stack can be prepared; not_folded(self): why they do not
+                       describe the block, or None
 
 and the file has ``FAST``, class → fast class; ``find(model)``, which yields (name, module, class of the library) of the
 modules that may be swapped, instances of subclasses too; and optionally ``STACKS``, class → fast class of the modules
@@ -57,6 +59,12 @@ class BlockStack(Swapped, nn.Sequential):
 class Fused(Swapped, Fusible):
     """Base of the fast classes of blocks and patch embeddings."""
 
+    CALLED: tuple[str, ...] = ()  # paths of sub-modules that the fused form calls, whatever they are
+
+    def not_folded(self) -> str | None:
+        """Why ``params`` does not describe the block, so that ``vit_fast.prepare`` leaves it, or None."""
+        return None
+
     def run_library(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """The library's own forward; the reason is noted for ``explain``."""
         backends.note(self.OPERATION, "library", (reason,))
@@ -67,9 +75,10 @@ class Fused(Swapped, Fusible):
         return self.not_fused() is None
 
 
-def unknown_submodules(module: nn.Module, fast: type[Fusible]) -> list[str]:
+def unknown_submodules(module: nn.Module, fast: type[Fused]) -> list[str]:
     """Sub-modules that a fast class does not list; a newer version of the library may have added them."""
-    return sorted({name for name, _ in module.named_modules()} - {name for name, *_ in fast.SUBMODULES} - {""})
+    unknown = {name for name, _ in module.named_modules()} - {name for name, *_ in fast.SUBMODULES} - {""}
+    return sorted(name for name in unknown if not f"{name}.".startswith(tuple(f"{part}." for part in fast.CALLED)))
 
 
 def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -98,10 +107,10 @@ def autocasts(x: torch.Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | None) -> str | None:
+def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | None, dims: int = 3) -> str | None:
     """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None. The fused
-    branches return the dtype of the residual x."""
-    if reason := not_dense(x, 3):
+    branches return the dtype of the residual x. ``dims``: the dimensions of x, where these are not 3."""
+    if reason := not_dense(x, dims):
         return reason
     if autocasts(x):
         low = torch.get_autocast_dtype(x.device.type)

@@ -1,0 +1,121 @@
+"""timm's CaiT: blocks of talking-heads attention, and class attention.
+
+Talking-heads attention mixes the heads' scores and probabilities, so that all heads of a token are needed at once: it
+runs in plain PyTorch between the fused projections.
+Source: timm/models/cait.py; Touvron et al., "Going deeper with Image Transformers", 2021.
+"""
+
+from typing import Any
+
+import timm.models.cait as cait
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
+from vit_fast.integrations import Fused, given, not_taken
+from vit_fast.plain import LINEAR, submodules
+
+from .parts import (
+    DROP_PATHS,
+    DROPOUTS,
+    MLP,
+    NORMS,
+    attention_drop,
+    drop_path_not_covered,
+    drop_path_rate,
+    mlp_branch,
+    normalise,
+    project,
+)
+
+
+class _CaitBlock(Fused):
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+    gamma_1: Any
+    gamma_2: Any
+    drop_path: Any
+
+    def not_covered(self) -> str | None:
+        return drop_path_not_covered(self.drop_path)
+
+    def attend(self, *tokens: torch.Tensor) -> torch.Tensor:
+        """The output of the attention, before its projection."""
+        raise NotImplementedError
+
+    def forward(self, *tokens: torch.Tensor, **kwargs: Any) -> Any:
+        if reason := given((), kwargs) or self.not_fused():
+            return self.run_library(reason, *tokens, **kwargs)
+        x, attn, path, drop = tokens[-1], self.attn, drop_path_rate(self.drop_path), drop_rate(self.mlp.drop1)
+        drops = drop_rate(attn.proj_drop), drop, drop_rate(attn.attn_drop)
+        reason = not_taken(x, attn.proj.weight, self.gamma_1, self.gamma_2)
+        if reason := reason or drops_not_covered((path, *drops), drop, drop_rate(self.mlp.drop2)):
+            return self.run_library(reason, *tokens, **kwargs)
+        y, row_scale = self.attend(*tokens), drop_path_scale(x, path, True)
+        x = ops.linear_residual(
+            y, attn.proj.weight, attn.proj.bias, self.gamma_1, x, row_scale=row_scale, dropout_p=drops[0]
+        )
+        return mlp_branch(self.mlp, x, self.norm2, self.gamma_2, path, drop)
+
+
+class FastLayerScaleBlock(_CaitBlock, cait.LayerScaleBlock):
+    """[B, N, C] → [B, N, C]."""
+
+    SUBMODULES = submodules(
+        norm1=NORMS,
+        attn=(cait.TalkingHeadAttn,),
+        attn__qkv=LINEAR,
+        attn__attn_drop=DROPOUTS,
+        attn__proj=LINEAR,
+        attn__proj_l=LINEAR,
+        attn__proj_w=LINEAR,
+        attn__proj_drop=DROPOUTS,
+        drop_path=DROP_PATHS,
+        norm2=NORMS,
+        **MLP,
+    )
+
+    def attend(self, *tokens: torch.Tensor) -> torch.Tensor:
+        attn, (x,) = self.attn, tokens
+        qkv = project(attn, x, self.norm1)[0].unflatten(2, (3, attn.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = attn.proj_l((q * attn.scale @ k.mT).permute(0, 2, 3, 1))
+        weights = attn.proj_w(scores.softmax(dim=2)).permute(0, 3, 1, 2)
+        return (attn.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
+
+
+class FastLayerScaleBlockClassAttn(_CaitBlock, cait.LayerScaleBlockClassAttn):
+    """x [B, N, C] and the class token x_cls [B, 1, C] → x_cls."""
+
+    SUBMODULES = submodules(
+        norm1=NORMS,
+        attn=(cait.ClassAttn,),
+        attn__q=LINEAR,
+        attn__k=LINEAR,
+        attn__v=LINEAR,
+        attn__attn_drop=DROPOUTS,
+        attn__proj=LINEAR,
+        attn__proj_drop=DROPOUTS,
+        drop_path=DROP_PATHS,
+        norm2=NORMS,
+        **MLP,
+    )
+
+    def attend(self, *tokens: torch.Tensor) -> torch.Tensor:
+        attn, (x, x_cls) = self.attn, tokens
+        y = normalise(torch.cat((x_cls, x), dim=1), self.norm1)
+        q, k, v = (
+            F.linear(part, layer.weight, layer.bias) for part, layer in ((y[:, :1], attn.q), (y, attn.k), (y, attn.v))
+        )
+        scale = (q.shape[-1] // attn.num_heads) ** -0.5 if attn.fused_attn else attn.scale
+        return ops.attention(q, attn.num_heads, scale, k=k, v=v, dropout_p=attention_drop(attn))
+
+
+FAST: dict[type[nn.Module], type[Fused]] = {
+    cait.LayerScaleBlock: FastLayerScaleBlock,
+    cait.LayerScaleBlockClassAttn: FastLayerScaleBlockClassAttn,
+}

@@ -1,0 +1,102 @@
+"""timm's Gemma4 encoder: blocks with a normalisation before and behind each branch.
+
+    x = x + drop_path(norm2(o_proj(attention(q_norm(q), k_norm(k), v_norm(v)))))    q, k, v of norm1(x), scale 1
+    x = x + drop_path(norm4(down_proj(act(gate_proj(h)) · up_proj(h))))             h = norm3(x)
+
+RoPE turns the two halves of a head, one for each axis of the image, by themselves. With the quarters of a head in the
+order 0, 2, 1, 3, for q and k alike, that is one rotation of halves, and the scores stay what they are.
+The projections, which may clamp what they read and write, are called as modules.
+Source: timm/models/gemma4_vit.py.
+"""
+
+from typing import Any
+
+import timm.models.gemma4_vit as gemma
+import torch
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import drops_not_covered
+from vit_fast.block_params import Norm
+from vit_fast.integrations import Fused, given, not_taken
+from vit_fast.plain import submodules
+
+from .parts import (
+    DROP_PATHS,
+    DROPOUTS,
+    NORMS,
+    added,
+    attention_drop,
+    drop_path_not_covered,
+    drop_path_rate,
+    kind,
+    normalise,
+    spread,
+)
+
+
+def _one_rotation(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] with its quarters in the order 0, 2, 1, 3."""
+    return x.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
+
+
+def _head_norm(norm: Any) -> Norm:
+    """A normalisation of heads whose quarters are in the order of ``_one_rotation``."""
+    weight, bias, eps = Norm.of(norm)
+    return Norm(*(None if part is None else _one_rotation(part) for part in (weight, bias)), eps)
+
+
+class FastGemma4Block(Fused, gemma.Gemma4Block):
+    """[B, N, C] → [B, N, C]."""
+
+    SUBMODULES = submodules(
+        norm1=NORMS,
+        attn=(gemma.Gemma4Attention,),
+        attn__q_norm=NORMS,
+        attn__k_norm=NORMS,
+        attn__v_norm=NORMS,
+        attn__attn_drop=DROPOUTS,
+        attn__proj_drop=DROPOUTS,
+        norm2=NORMS,
+        norm3=NORMS,
+        norm4=NORMS,
+        drop_path=DROP_PATHS,
+    )
+    CALLED = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp")
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+    norm3: Any
+    norm4: Any
+    drop_path: Any
+
+    def not_covered(self) -> str | None:
+        return drop_path_not_covered(self.drop_path)
+
+    def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        options = dict(zip(("attn_mask",), args, strict=False)) | kw
+        mask = options.pop("attn_mask", None)
+        if reason := given(args[1:], options) or self.not_fused():
+            return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
+        attn, path = self.attn, drop_path_rate(self.drop_path)
+        drop = attention_drop(attn)
+        reason = not_taken(x, self.norm1.weight) or drops_not_covered((drop, path), 0.0, 0.0)
+        if reason is not None:
+            return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
+        y = normalise(x, self.norm1)
+        q, k, v = attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)
+        v = normalise(v.unflatten(2, (attn.num_kv_heads, -1)), attn.v_norm).flatten(2)
+        if attn.num_kv_groups > 1:
+            k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
+        q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))
+        rope = tuple(_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
+        y = ops.attention(
+            q, attn.num_heads, 1.0, k=k, v=v, bias=mask, rope=rope, rope_layout="half", q_norm=_head_norm(attn.q_norm),
+            k_norm=_head_norm(attn.k_norm), norm=kind(attn.q_norm), dropout_p=drop,
+        )  # fmt: skip
+        x = added(x, normalise(attn.proj_drop(attn.o_proj(y)), self.norm2), path)
+        return added(x, normalise(self.mlp(normalise(x, self.norm3)), self.norm4), path)
+
+
+FAST: dict[type[nn.Module], type[Fused]] = {gemma.Gemma4Block: FastGemma4Block}

@@ -1,0 +1,364 @@
+"""The attention, the MLP and the norms of timm's blocks, and the two kinds of block that are made of them.
+
+    pre-norm    x = x + drop_path1(gamma1 · attn(norm1(x)))      post-norm    x = x + drop_path1(norm1(attn(x)))
+                x = x + drop_path2(gamma2 · mlp(norm2(x)))                    x = x + drop_path2(norm2(mlp(x)))
+
+Source: timm/layers (attention.py, diff_attention.py, mlp.py, norm.py), timm/models/vitamin.py (GeGluMlp).
+"""
+
+from typing import Any
+
+import timm.layers as layers
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import DropPath, LayerScale, Mlp
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
+from vit_fast.block_params import Norm
+from vit_fast.integrations import GELU, Fused, given, not_taken
+from vit_fast.kernels.reference import activate
+from vit_fast.plain import LINEAR, NOTHING
+
+
+def _classes(*names: str, of: Any = layers) -> tuple[type, ...]:
+    """The classes of timm of these names; an older version lacks some."""
+    return tuple(getattr(of, name) for name in names if hasattr(of, name))
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, *_classes("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32"))
+NORM_OR_NONE = (*NORMS, *NOTHING)
+DROPOUTS = (nn.Dropout, *NOTHING)
+SCALES = (LayerScale, *NOTHING)
+DROP_PATHS = (DropPath, *NOTHING)
+OPTIONAL = (nn.Linear, *NOTHING)
+SWIGLU = _classes("SwiGLU")
+GEGLU: tuple[type, ...] = ()
+try:
+    from timm.models.vitamin import GeGluMlp
+
+    GEGLU = (GeGluMlp,)
+except ImportError:  # older timm has none
+    pass
+_DIFFERENTIAL = _classes("DiffAttention")
+
+ACTIVATIONS = {
+    layers.GELU: "gelu",
+    layers.GELUTanh: "gelu_tanh",
+    layers.QuickGELU: "quick_gelu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+_SPLIT = dict.fromkeys(SWIGLU, ("fc1_g", "fc1_x", "fc2")) | dict.fromkeys(GEGLU, ("w0", "w1", "w2"))
+
+MLP = dict(
+    mlp=(Mlp, layers.GluMlp, *SWIGLU, *GEGLU),
+    mlp__fc1=OPTIONAL,
+    mlp__fc1_g=OPTIONAL,
+    mlp__fc1_x=OPTIONAL,
+    mlp__w0=OPTIONAL,
+    mlp__w1=OPTIONAL,
+    mlp__act=(nn.GELU, nn.Sigmoid, *ACTIVATIONS),
+    mlp__drop1=DROPOUTS,
+    mlp__norm=NORM_OR_NONE,
+    mlp__fc2=OPTIONAL,
+    mlp__w2=OPTIONAL,
+    mlp__drop2=DROPOUTS,
+)
+
+
+def attention_submodules(*classes: type, **more: tuple[type, ...]) -> dict[str, tuple[type, ...]]:
+    """The arguments of ``submodules`` for an attention of these classes; ``more`` parts than any attention has."""
+    parts = dict(
+        qkv=OPTIONAL, q_norm=NORM_OR_NONE, k_norm=NORM_OR_NONE, attn_drop=DROPOUTS, proj=LINEAR, proj_drop=DROPOUTS
+    )  # fmt: skip
+    return dict(attn=classes) | {f"attn__{name}": kinds for name, kinds in (parts | more).items()}
+
+
+def kind(norm: nn.Module) -> str:
+    """The word of a normalisation in ``ops``."""
+    return "layer" if isinstance(norm, nn.LayerNorm) else "rms"
+
+
+def activation(mlp: Any) -> str | None:
+    """The word in ``ops`` of the activation of an Mlp or a GluMlp, or None."""
+    act = type(mlp.act)
+    word = GELU.get(mlp.act.approximate) if act is nn.GELU else ACTIVATIONS.get(act)
+    if type(mlp) is Mlp:
+        return word
+    return None if word is None or mlp.gate_last else _GATED.get(word)
+
+
+def normalise(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    """A normalisation of timm, or nothing where it is None or an Identity."""
+    params = None if norm is None else Norm.of(norm)
+    return x if params is None else ops.layer_norm(x, *params, norm=kind(norm))
+
+
+def head_scale(attn: Any) -> float:
+    """The factor of the scores; fused attention of timm does not look at ``attn.scale``."""
+    if not attn.fused_attn:
+        return attn.scale
+    size = getattr(attn, "head_dim", None)
+    return (attn.qkv.out_features // (3 * attn.num_heads) if size is None else size) ** -0.5
+
+
+def qkv_bias(attn: Any) -> torch.Tensor | None:
+    """The bias of a packed projection, in one tensor; EVA and BEiT have none for k."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.bias
+    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+
+def spread(x: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
+    """Keys or values of fewer heads, each repeated for its group of query heads."""
+    return x.unflatten(2, (heads, -1)).repeat_interleave(groups, 2).flatten(2)
+
+
+def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
+    """(q, k, v, gate) of norm(x): q is the packed projection where k and v are None."""
+    qkv, gate = attn.qkv, getattr(attn, "gate", None)
+    if qkv is not None and gate is None and norm is not None:
+        return (
+            ops.layer_norm_linear(x, *Norm.of(norm), qkv.weight, qkv_bias(attn), norm=kind(norm)), None, None, None
+        )  # fmt: skip
+    x = normalise(x, norm)
+    if gate is not None:
+        gate = F.linear(x, gate.weight, gate.bias).sigmoid()
+    if qkv is not None:
+        return F.linear(x, qkv.weight, qkv_bias(attn)), None, None, gate
+    q, k, v = (F.linear(x, part.weight, part.bias) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if getattr(attn, "num_kv_groups", 1) > 1:
+        k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
+    return q, k, v, gate
+
+
+def rotation(attn: Any, table: torch.Tensor | None) -> dict[str, Any]:
+    """The arguments of ``ops.attention`` for timm's table of sines and cosines [..., N, 2D]."""
+    if table is None:
+        return {}
+    sin, cos = table.chunk(2, -1)
+    layout = "half" if getattr(attn, "rotate_half", False) else "interleaved"
+    return dict(rope=(cos, sin), rope_layout=layout, num_prefix=getattr(attn, "num_prefix_tokens", 0))
+
+
+def head_norms(attn: Any) -> dict[str, Any]:
+    """The arguments of ``ops.attention`` for the normalisation of q and k over each head."""
+    q_norm = getattr(attn, "q_norm", None)
+    if q_norm is None or (params := Norm.of(q_norm)) is None:
+        return {}
+    return dict(q_norm=params, k_norm=Norm.of(attn.k_norm), norm=kind(q_norm))
+
+
+def attend(attn: Any, q: torch.Tensor, k: Any, v: Any, drop: float, **options: Any) -> torch.Tensor:
+    """softmax(scale·q kᵀ) v of the projections, [B, N, H·D]."""
+    options |= head_norms(attn)
+    if type(attn) in _DIFFERENTIAL:
+        return differential(attn, *q.chunk(3, dim=-1), **options)
+    return ops.attention(q, attn.num_heads, head_scale(attn), k=k, v=v, dropout_p=drop, **options)
+
+
+def differential(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The difference of two attention maps, times the values: [B, N, H·2D].
+
+    q and k have 2H heads of size D, two in a row for each head of v, which is 2D wide; its halves go one by one
+    through the attention of 2H heads.
+    Source: Ye et al., "Differential Transformer", 2024; timm/layers/diff_attention.py.
+    """
+    heads, scale = attn.num_heads, attn.head_dim**-0.5 if attn.fused_attn else attn.scale
+    halves = []
+    for half in v.unflatten(2, (heads, 2, -1)).unbind(3):
+        both = half.unsqueeze(3).expand(-1, -1, -1, 2, -1).flatten(2)
+        halves.append(ops.attention(q, 2 * heads, scale, k=k, v=both, **options).unflatten(2, (heads, 2, -1)))
+    first, second = torch.cat(halves, dim=-1).unbind(3)
+    out = first - attn._compute_lambda().type_as(q) * second
+    return (normalise(out, attn.sub_norm) * (1 - attn.lambda_init)).flatten(2)
+
+
+def hidden(mlp: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:
+    """The activations between the layers of an MLP, act(fc1(norm(x))), gated where the MLP is."""
+    if (names := _SPLIT.get(type(mlp))) is not None:
+        x = normalise(x, norm)
+        if type(mlp) in GEGLU:
+            x = normalise(x, mlp.norm)
+        gate, value = (getattr(mlp, name) for name in names[:2])
+        return mlp.act(F.linear(x, gate.weight, gate.bias)) * F.linear(x, value.weight, value.bias)
+    fc1, word = mlp.fc1, activation(mlp)
+    if norm is None:
+        x = F.linear(x, fc1.weight, fc1.bias)
+        x = x if word is None else activate(x, word)
+    else:
+        x = ops.layer_norm_linear(x, *Norm.of(norm), fc1.weight, fc1.bias, word, norm=kind(norm))
+    if word is not None:
+        return x
+    if type(mlp) is Mlp:
+        return mlp.act(x)
+    first, second = x.chunk(2, dim=-1)
+    return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+
+def last_layer(mlp: Any) -> Any:
+    """The linear layer that an MLP ends in."""
+    return getattr(mlp, _SPLIT[type(mlp)][2]) if type(mlp) in _SPLIT else mlp.fc2
+
+
+def inner_norm(mlp: Any) -> dict[str, Any]:
+    """The arguments of ``ops`` for the normalisation before the last layer of an MLP."""
+    params = None if type(mlp) in GEGLU else Norm.of(mlp.norm)
+    return {} if params is None else dict(inner_norm=params, norm=kind(mlp.norm))
+
+
+def attention_branch(
+    attn: Any,
+    x: torch.Tensor,
+    norm: Any,
+    gamma: torch.Tensor | None,
+    path: float,
+    attn_drop: float,
+    proj_drop: float,
+    residual: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """residual + drop_path(gamma·attn(norm(x))); ``options`` are those of ``ops.attention``."""
+    proj, out_norm, inner = attn.proj, getattr(attn, "norm", None), {}
+    row_scale = drop_path_scale(x, path, True)
+    q, k, v, gate = project(attn, x, norm)
+    y = attend(attn, q, k, v, attn_drop, **options)
+    if gate is not None:
+        y = normalise(y, out_norm) * gate
+    elif out_norm is not None and (params := Norm.of(out_norm)) is not None:
+        inner = dict(inner_norm=params, norm=kind(out_norm))
+    return ops.linear_residual(
+        y, proj.weight, proj.bias, gamma, residual, row_scale=row_scale, dropout_p=proj_drop, **inner
+    )
+
+
+def mlp_branch(
+    mlp: Any,
+    x: torch.Tensor,
+    norm: Any,
+    gamma: torch.Tensor | None,
+    path: float,
+    drop: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + drop_path(gamma·mlp(norm(x))), x the residual by default; ``drop`` acts on the hidden activations and
+    after the last layer."""
+    inner, fc2, row_scale = inner_norm(mlp), last_layer(mlp), drop_path_scale(x, path, True)
+    word = None if residual is not None or type(mlp) in _SPLIT else activation(mlp)
+    if word is not None and drop == 0.0 and (not inner or inner["norm"] == kind(norm)):
+        fc1, inner["norm"] = mlp.fc1, kind(norm)
+        return ops.layernorm_mlp(
+            x, *Norm.of(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma, row_scale=row_scale, **inner
+        )
+    y = hidden(mlp, x, norm)
+    y = F.dropout(y, drop) if drop else y
+    residual = x if residual is None else residual
+    return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
+
+
+def drop_path_rate(module: Any) -> float:
+    """The current rate of a DropPath."""
+    return module.drop_prob if type(module) is DropPath and module.training else 0.0
+
+
+def attention_drop(attn: Any) -> float:
+    """The current dropout rate of the probabilities. With fused_attn timm reads the training flag of the attention, not
+    of its Dropout."""
+    trains = attn.training if attn.fused_attn else attn.attn_drop.training
+    return getattr(attn.attn_drop, "p", 0.0) if trains else 0.0
+
+
+def drop_path_not_covered(*paths: Any) -> str | None:
+    """Why a DropPath is not the ``row_scale`` of ``ops``, or None."""
+    if any(type(path) is DropPath and not path.scale_by_keep for path in paths):
+        return "drop_path does not scale by the keep rate"
+    return None
+
+
+class TimmBlock(Fused):
+    """A block of attention and MLP: [B, N, C] → [B, N, C].
+
+    ``ARGUMENTS`` are those of the library's forward behind x; ``BIAS`` is the one that is added to the scores.
+    """
+
+    ARGUMENTS: tuple[str, ...] = ("attn_mask", "is_causal")
+    BIAS = "attn_mask"
+    DIMS = 3  # of x
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+    drop_path1: Any
+    drop_path2: Any
+
+    def not_covered(self) -> str | None:
+        return drop_path_not_covered(self.drop_path1, self.drop_path2)
+
+    def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """LayerScale of the two branches."""
+        return None, None
+
+    def bias(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the scores: the mask that is given (True where a key takes part), or values of the block."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=self.attn.proj.weight.dtype).masked_fill_(~mask, -torch.inf)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = dict(zip(self.ARGUMENTS, args, strict=False)) | kwargs
+        mask, rope = options.pop(self.BIAS, None), options.pop("rope", None)
+        if reason := given(args[len(self.ARGUMENTS) :], options) or self.not_fused():
+            return self.run_library(reason, x, *args, **kwargs)
+        attn, mlp = self.attn, self.mlp
+        gammas, attn_drop, drop = self.gammas(), attention_drop(attn), drop_rate(mlp.drop1)
+        paths = drop_path_rate(self.drop_path1), drop_path_rate(self.drop_path2)
+        drops = attn_drop, drop_rate(attn.proj_drop), drop
+        reason = not_taken(x, attn.proj.weight, *gammas, dims=self.DIMS) or self.drops_not_covered(*paths, *drops)
+        if reason := reason or drops_not_covered((*paths, *drops), drop, drop_rate(mlp.drop2)):
+            return self.run_library(reason, x, *args, **kwargs)
+        options = rotation(attn, rope)
+        if (bias := self.bias(mask)) is not None:
+            options["bias"] = bias[(None,) * (4 - bias.dim())]
+        return self.fused(x, gammas, paths, drops, options)
+
+    def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
+        """Why the block does not drop at these rates as the library does, or None."""
+        return "its attention drops weights" if attn_drop and type(self.attn) in _DIFFERENTIAL else None
+
+    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+        """The block on the fused operations.
+
+        Args:
+            gammas: LayerScale of the branches; paths: rates of their DropPath.
+            drops: dropout rates of the probabilities, behind the projection, and of the MLP.
+            options: arguments of ``ops.attention``.
+        """
+        raise NotImplementedError
+
+
+class PreNormBlock(TimmBlock):
+    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+        x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
+        return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], drops[2])
+
+
+class PostNormBlock(TimmBlock):
+    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+        attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
+        q, k, v, gate = project(attn, x, None)
+        y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))
+        y = F.linear(y if gate is None else y * gate, proj.weight, proj.bias)
+        x = added(x, normalise(F.dropout(y, drops[1]) if drops[1] else y, self.norm1), paths[0])
+        y = hidden(mlp, x, None)
+        y = F.dropout(y, drops[2]) if drops[2] else y
+        y = F.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
+        return added(x, normalise(F.dropout(y, drops[2]) if drops[2] else y, self.norm2), paths[1])
+
+
+def added(x: torch.Tensor, y: torch.Tensor, path: float) -> torch.Tensor:
+    """x + drop_path(y)."""
+    row_scale = drop_path_scale(x, path, True)
+    return x + (y if row_scale is None else y * row_scale.view(-1, *[1] * (y.dim() - 1)))

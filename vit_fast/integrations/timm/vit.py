@@ -1,0 +1,246 @@
+"""timm's VisionTransformer and NaFlexVit: ``Block``, ``ResPostBlock``, and blocks whose branches run in parallel.
+
+    ParallelScalingBlock    x = x + drop_path(ls(out_proj([attn | act(mlp)]))), both parts of one in_proj(norm(x))
+    ParallelThingsBlock     x = x + Σ drop_path(ls(attn_i(norm_i(x)))), then the same with MLPs
+
+Source: timm/models/vision_transformer.py.
+"""
+
+from typing import Any
+
+import timm.models.vision_transformer as vit
+import torch
+from torch import nn
+
+from vit_fast import ops
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack
+from vit_fast.block_params import BlockParams, Norm
+from vit_fast.integrations import Fused, given, not_taken
+from vit_fast.plain import NOTHING, submodules
+
+from .parts import (
+    ACTIVATIONS,
+    DROP_PATHS,
+    DROPOUTS,
+    GEGLU,
+    MLP,
+    NORM_OR_NONE,
+    NORMS,
+    OPTIONAL,
+    SCALES,
+    SWIGLU,
+    PostNormBlock,
+    PreNormBlock,
+    activation,
+    attend,
+    attention_branch,
+    attention_drop,
+    attention_submodules,
+    differential,
+    drop_path_not_covered,
+    drop_path_rate,
+    head_norms,
+    head_scale,
+    kind,
+    mlp_branch,
+)
+
+_ATTENTION = (vit.Attention, *((vit.DiffAttention,) if hasattr(vit, "DiffAttention") else ()))
+_ATTENTION_PARTS = attention_submodules(*_ATTENTION, norm=NORM_OR_NONE, gate=OPTIONAL, sub_norm=NORM_OR_NONE)
+
+
+class FastBlock(PreNormBlock, vit.Block):
+    SUBMODULES = submodules(
+        norm1=NORMS,
+        **_ATTENTION_PARTS,
+        ls1=SCALES,
+        drop_path1=DROP_PATHS,
+        norm2=NORMS,
+        **MLP,
+        ls2=SCALES,
+        drop_path2=DROP_PATHS,
+    )
+
+    def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
+
+    def not_folded(self) -> str | None:
+        """Why ``params`` does not describe the block, or None."""
+        norms = (self.norm1, self.norm2, self.attn.q_norm, self.attn.k_norm, getattr(self.attn, "norm", None))
+        if len({kind(norm) for norm in (*norms, self.mlp.norm) if not isinstance(norm, NOTHING)}) > 1:
+            return "the blocks have LayerNorms and RMSNorms"
+        if type(self.attn) is not vit.Attention:
+            return f"the blocks have a {type(self.attn).__name__}"
+        if getattr(self.attn, "gate", None) is not None:
+            return "the blocks gate their attention"
+        if type(self.mlp) in GEGLU:
+            return "the blocks have a GeGluMlp, which normalises its input again"
+        if type(self.mlp) not in SWIGLU and activation(self.mlp) is None:
+            return f"mlp is {type(self.mlp).__name__} with {type(self.mlp.act).__name__}"
+        return None
+
+    def params(self) -> BlockParams:
+        """The weights for folding, with gate and value of a split SwiGLU packed."""
+        attn, mlp = self.attn, self.mlp
+        if type(mlp) in SWIGLU:
+            (fc1_weight, fc1_bias), word = pack((mlp.fc1_g, mlp.fc1_x)), "swiglu"
+        else:
+            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp)
+        gamma1, gamma2 = self.gammas()
+        return BlockParams(
+            norm1=Norm.of(self.norm1),
+            qkv_weight=attn.qkv.weight,
+            qkv_bias=attn.qkv.bias,
+            proj_weight=attn.proj.weight,
+            proj_bias=attn.proj.bias,
+            norm2=Norm.of(self.norm2),
+            fc1_weight=fc1_weight,
+            fc1_bias=fc1_bias,
+            fc2_weight=mlp.fc2.weight,
+            fc2_bias=mlp.fc2.bias,
+            num_heads=attn.num_heads,
+            scale=head_scale(attn),
+            activation=word,
+            gamma1=gamma1,
+            gamma2=gamma2,
+            q_norm=Norm.of(attn.q_norm),
+            k_norm=Norm.of(attn.k_norm),
+            norm=kind(self.norm1),
+            out_norm=None if getattr(attn, "norm", None) is None else Norm.of(attn.norm),
+            inner_norm=Norm.of(mlp.norm),
+        )
+
+
+class FastResPostBlock(PostNormBlock, vit.ResPostBlock):
+    SUBMODULES = submodules(
+        **_ATTENTION_PARTS, norm1=NORMS, drop_path1=DROP_PATHS, **MLP, norm2=NORMS, drop_path2=DROP_PATHS
+    )
+
+
+class _ParallelScaling(Fused):
+    """x + drop_path(ls(out_proj([attention | act(mlp)]))): attention and MLP read one projection of norm(x)."""
+
+    in_norm: Any
+    in_proj: Any
+    in_split: Any
+    mlp_bias: Any
+    mlp_act: Any
+    mlp_drop: Any
+    attn_drop: Any
+    out_proj: Any
+    attn_out_proj: Any
+    mlp_out_proj: Any
+    ls: Any
+    drop_path: Any
+
+    def not_covered(self) -> str | None:
+        return drop_path_not_covered(self.drop_path)
+
+    def attention(self, qkv: torch.Tensor, drop: float) -> torch.Tensor:
+        return attend(self, qkv, None, None, drop)
+
+    def refuses(self, drop: float) -> str | None:
+        """Why the attention cannot drop at this rate, or None."""
+        return None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if reason := given(args, kwargs) or self.not_fused():
+            return self.run_library(reason, x, *args, **kwargs)
+        gamma, path, drop = getattr(self.ls, "gamma", None), drop_path_rate(self.drop_path), attention_drop(self)
+        reason = not_taken(x, self.in_proj.weight, gamma) or self.refuses(drop)
+        if reason := reason or drops_not_covered((path, drop, drop_rate(self.mlp_drop)), 0.0, 0.0):
+            return self.run_library(reason, x, *args, **kwargs)
+        norm, proj = self.in_norm, self.in_proj
+        y = ops.layer_norm_linear(x, *Norm.of(norm), proj.weight, proj.bias, norm=kind(norm))
+        mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
+        mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
+        attn, mlp = self.attention(qkv, drop), self.mlp_drop(self.mlp_act(mlp))
+        row_scale = drop_path_scale(x, path, True)
+        if (out := self.out_proj) is not None:
+            attn = torch.cat((attn, mlp), dim=-1)
+            return ops.linear_residual(attn, out.weight, out.bias, gamma, x, row_scale=row_scale)
+        for part, out in ((attn, self.attn_out_proj), (mlp, self.mlp_out_proj)):
+            x = ops.linear_residual(part, out.weight, out.bias, gamma, x, row_scale=row_scale)
+        return x
+
+
+_PARALLEL_SCALING: dict[str, tuple[type, ...]] = dict(
+    in_norm=NORMS,
+    in_proj=(nn.Linear,),
+    q_norm=NORM_OR_NONE,
+    k_norm=NORM_OR_NONE,
+    attn_drop=DROPOUTS,
+    mlp_drop=(nn.Dropout,),
+    mlp_act=(nn.GELU, *ACTIVATIONS),
+    out_proj=OPTIONAL,
+    ls=SCALES,
+    drop_path=DROP_PATHS,
+)
+
+
+class FastParallelScalingBlock(_ParallelScaling, vit.ParallelScalingBlock):
+    SUBMODULES = submodules(**_PARALLEL_SCALING, attn_out_proj=OPTIONAL, mlp_out_proj=OPTIONAL)
+
+
+FAST: dict[type[nn.Module], type[Fused]] = {
+    vit.Block: FastBlock,
+    vit.ResPostBlock: FastResPostBlock,
+    vit.ParallelScalingBlock: FastParallelScalingBlock,
+}
+
+if hasattr(vit, "DiffParallelScalingBlock"):  # older timm has none
+
+    class FastDiffParallelScalingBlock(_ParallelScaling, vit.DiffParallelScalingBlock):
+        SUBMODULES = submodules(**_PARALLEL_SCALING, sub_norm=NORMS)
+
+        def attention(self, qkv: torch.Tensor, drop: float) -> torch.Tensor:
+            return differential(self, *qkv.chunk(3, dim=-1), **head_norms(self))
+
+        def refuses(self, drop: float) -> str | None:
+            return "its attention drops weights" if drop else None
+
+    FAST[vit.DiffParallelScalingBlock] = FastDiffParallelScalingBlock
+
+
+def _pair(name: str, prefix: str, parts: dict[str, tuple[type, ...]]) -> dict[str, tuple[type, ...]]:
+    """The arguments of ``submodules`` for two branches, each an nn.Sequential of norm, ``name``, ls and drop_path."""
+    found: dict[str, tuple[type, ...]] = {prefix: (nn.ModuleList,)}
+    for index in range(2):
+        branch = f"{prefix}__{index}"
+        found |= {branch: (nn.Sequential,), f"{branch}__norm": NORMS}
+        found |= {f"{branch}__{path}": classes for path, classes in parts.items()}
+        found |= {f"{branch}__ls": SCALES, f"{branch}__drop_path": DROP_PATHS}
+    return found
+
+
+class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
+    """Two attentions side by side, then two MLPs."""
+
+    SUBMODULES = submodules(**_pair("attn", "attns", _ATTENTION_PARTS), **_pair("mlp", "ffns", MLP))
+    attns: Any
+    ffns: Any
+
+    def not_covered(self) -> str | None:
+        if any(type(branch.attn) is not vit.Attention for branch in self.attns):
+            return "its attention is not the standard one"
+        return drop_path_not_covered(*(branch.drop_path for branch in (*self.attns, *self.ffns)))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        reason = given(args, kwargs) or self.not_fused()
+        if reason is None and self.training:
+            reason = "it is in training mode"
+        if reason is None:
+            gammas = [getattr(branch.ls, "gamma", None) for branch in (*self.attns, *self.ffns)]
+            reason = not_taken(x, self.attns[0].attn.qkv.weight, *gammas)
+        if reason is not None:
+            return self.run_library(reason, x, *args, **kwargs)
+        y = x
+        for branch, gamma in zip(self.attns, gammas[:2], strict=True):
+            y = attention_branch(branch.attn, x, branch.norm, gamma, 0.0, 0.0, 0.0, y)
+        x = y
+        for branch, gamma in zip(self.ffns, gammas[2:], strict=True):
+            y = mlp_branch(branch.mlp, x, branch.norm, gamma, 0.0, 0.0, y)
+        return y
+
+
+FAST[vit.ParallelThingsBlock] = FastParallelThingsBlock
