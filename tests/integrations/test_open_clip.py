@@ -84,7 +84,7 @@ def test_dropout_in_training_runs_as_it_did():
 
 
 def test_scaled_cosine_attention_stays_as_it_is():
-    with pytest.raises(vit_fast.UnsupportedError, match="resblocks.0–1: its attention is scaled-cosine"):
+    with pytest.raises(vit_fast.UnsupportedError, match=r"resblocks\.0–1: its attention is scaled-cosine"):
         vit_fast.optimize(open_clip_tower(scaled_cosine_attn=True))
 
 

@@ -24,7 +24,9 @@ ORDERS = {
 
 
 def build(order="pre-norm", dtype=torch.float32, heads=3, **arguments):
-    layer = nn.TransformerEncoderLayer(48, heads, 96, **dict(dropout=0.0, activation="gelu") | ORDERS[order] | arguments)
+    layer = nn.TransformerEncoderLayer(
+        48, heads, 96, **dict(dropout=0.0, activation="gelu") | ORDERS[order] | arguments
+    )
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -57,8 +59,17 @@ def test_a_layer(order, heads, grad):
         assert torch.equal(vit_fast.restore(layer)(x), expected)
 
 
-@pytest.mark.parametrize("arguments", (dict(bias=False), dict(activation="relu"), dict(activation=F.gelu),
-                                       dict(activation=nn.ReLU()), dict(activation=F.silu), dict(layer_norm_eps=0.1)))  # fmt: skip
+OPTIONS = (
+    dict(bias=False),
+    dict(activation="relu"),
+    dict(activation=F.gelu),
+    dict(activation=nn.ReLU()),
+    dict(activation=F.silu),
+    dict(layer_norm_eps=0.1),
+)
+
+
+@pytest.mark.parametrize("arguments", OPTIONS)
 @pytest.mark.parametrize("order", ("pre-norm", "post-norm"))
 def test_options_of_a_layer(order, arguments):
     layer, x = build(order, **arguments), torch.randn(2, 7, 48)

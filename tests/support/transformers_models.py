@@ -98,9 +98,7 @@ CASES = {
     "Git": _vision("Git")._replace(float32=True),
     "Siglip": _vision("Siglip"),
     "Siglip2": _vision("Siglip2", num_patches=16)._replace(inputs=_naflex),
-    "VideoMAE": _model("VideoMAE", num_frames=4)._replace(
-        inputs=lambda dtype: {"pixel_values": images(dtype, 2, 4)}
-    ),
+    "VideoMAE": _model("VideoMAE", num_frames=4)._replace(inputs=lambda dtype: {"pixel_values": images(dtype, 2, 4)}),
     "Yolos": _model("Yolos", image_size=[32, 32], num_detection_tokens=3),
     "Beit": _model("Beit", use_relative_position_bias=True, layer_scale_init_value=0.5),
     "Beit with a shared bias": _model("Beit", use_shared_relative_position_bias=True),
@@ -129,7 +127,9 @@ CASES |= {
     "DINOv3": _model("DINOv3ViT", num_register_tokens=2),
     "DINOv3 gated": _model("DINOv3ViT", use_gated_mlp=True, hidden_act="silu"),
     "Aimv2": _vision("Aimv2")._replace(float32=True),
-    "Ovis2": Case("ovis2.modeling_ovis2:Ovis2VisionModel", "ovis2.configuration_ovis2:Ovis2VisionConfig", {}, float32=True),
+    "Ovis2": Case(
+        "ovis2.modeling_ovis2:Ovis2VisionModel", "ovis2.configuration_ovis2:Ovis2VisionConfig", {}, float32=True
+    ),
     "Pixtral": _vision("Pixtral")._replace(
         inputs=lambda dtype: dict(pixel_values=images(dtype), image_sizes=[(32, 32), (24, 16)]), float32=True
     ),
@@ -137,7 +137,8 @@ CASES |= {
     "InternVL with RMSNorm": _vision("InternVL", use_qk_norm=True, norm_type="rms_norm")._replace(float32=True),
     "Qwen2-VL": Case(
         "qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
-        "qwen2_vl.configuration_qwen2_vl:Qwen2VLVisionConfig", _QWEN | dict(embed_dim=48, hidden_size=64), inputs=_grid(4, 6, 96), float32=True,
+        "qwen2_vl.configuration_qwen2_vl:Qwen2VLVisionConfig",
+        _QWEN | dict(embed_dim=48, hidden_size=64), inputs=_grid(4, 6, 96), float32=True,
     ),
     "Qwen2.5-VL": Case(
         "qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
@@ -160,7 +161,8 @@ CASES |= {
         _QWEN | dict(out_hidden_size=64, num_position_embeddings=16), inputs=_grid(4, 6, 96), float32=True,
     ),
     "GLM-4V": Case(
-        "Glm4vVisionModel", "Glm4vVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1), float32=True
+        "Glm4vVisionModel", "Glm4vVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1),
+        float32=True,
     ),
     "GLM-4V MoE": Case(
         "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1),
@@ -187,7 +189,8 @@ CASES |= {
         dict(output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=96),
     ),
     "SAM": Case(
-        "SamVisionModel", "SamVisionConfig", dict(output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=96)
+        "SamVisionModel", "SamVisionConfig",
+        dict(output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=96),
     ),
 }  # fmt: skip
 

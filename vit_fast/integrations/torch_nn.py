@@ -119,7 +119,7 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
 
 
 def _bias(x, num_heads, src_mask, key_padding_mask):
-    """What two masks (bool, True where a key does not count, or added to the scores) add to the scores of x, or None."""
+    """What two masks add to the scores of x, or None. Bool masks are True where a key does not count."""
     bias = None
     if src_mask is not None:
         bias = _added(src_mask, x)

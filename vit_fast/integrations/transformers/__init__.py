@@ -1,6 +1,6 @@
 """Hugging Face transformers: the layers of its vision models on the fused operations.
 
-``layers.py`` has the forms of layers with their fused forwards, ``families.py`` the classes of each form,
+``layer.py`` has a layer as two fused branches, the files beside it its forms, ``families.py`` the classes of each form,
 ``attention_interface.py`` the attention alone, for models whose layers have no such form. Text towers are not touched.
 A fast class is made when a model with layers of its class is met, so that no file of transformers is imported for it.
 The encoders of CLIP, SigLIP and their kind hold stacks that can be prepared; other models loop over their layers in
@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from .. import Found
+from vit_fast.integrations import Found
+
 from .attention_interface import register_attention as register_attention
 from .families import family_of, fast_class, layer_class
-from .layers import Layer
+from .layer import Layer
 
 FAST: dict[type[nn.Module], type[Layer]] = {}  # class of a layer → its fast class, of the models that were met
 STACKS: dict[type[nn.Module], Any] = {}  # class of a stack of layers → its fast class

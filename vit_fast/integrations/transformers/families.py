@@ -14,13 +14,14 @@ from torch import nn
 
 from vit_fast.plain import submodules
 
-from . import layers
+from . import clip, dino, multimodal, sam, vit
+from .layer import Layer
 
 
 class Family(NamedTuple):
     """A class of layers and how its sub-modules' classes are called."""
 
-    form: type[layers.Layer]
+    form: type[Layer]
     layer: str  # name of its class
     prefix: str  # "{}MLP" of the form is this and "MLP"
     encoder: str | None = None  # name of the class of its stack, where that stack can be prepared
@@ -28,7 +29,7 @@ class Family(NamedTuple):
 
 
 _MODELS = "transformers.models."
-_VIT, _CLIP, _DINOV2 = layers.ViTForm, layers.CLIPForm, layers.Dinov2Form
+_VIT, _CLIP, _DINOV2 = vit.ViTForm, clip.CLIPForm, dino.Dinov2Form
 
 # file below transformers.models → its layers
 FAMILIES: dict[str, tuple[Family, ...]] = {
@@ -39,21 +40,19 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "ijepa.modeling_ijepa": (Family(_VIT, "IJepaLayer", "IJepa"),),
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer": (Family(_VIT, "ASTLayer", "AST"),),
     "vivit.modeling_vivit": (Family(_VIT, "VivitLayer", "Vivit"),),
-    "pixio.modeling_pixio": (Family(layers.PixioForm, "PixioLayer", "Pixio"),),
+    "pixio.modeling_pixio": (Family(vit.PixioForm, "PixioLayer", "Pixio"),),
     "dinov2.modeling_dinov2": (Family(_DINOV2, "Dinov2Layer", "Dinov2"),),
     "dinov2_with_registers.modeling_dinov2_with_registers": (
         Family(_DINOV2, "Dinov2WithRegistersLayer", "Dinov2WithRegisters"),
     ),
     "tipsv2.modeling_tipsv2": (Family(_DINOV2, "Tipsv2VisionLayer", "Tipsv2Vision"),),
     "radio.modeling_radio": (Family(_DINOV2, "RadioLayer", "Radio"),),
-    "eomt.modeling_eomt": (Family(layers.EomtForm, "EomtLayer", "Eomt"),),
-    "videomt.modeling_videomt": (Family(layers.EomtForm, "VideomtLayer", "Videomt"),),
+    "eomt.modeling_eomt": (Family(dino.EomtForm, "EomtLayer", "Eomt"),),
+    "videomt.modeling_videomt": (Family(dino.EomtForm, "VideomtLayer", "Videomt"),),
     "dinov3_vit.modeling_dinov3_vit": (
-        Family(
-            layers.DINOv3Form, "DINOv3ViTLayer", "DINOv3ViT", names={"DINOv3ViTDropPath": "Dinov3ViTDropPath"}
-        ),
+        Family(dino.DINOv3Form, "DINOv3ViTLayer", "DINOv3ViT", names={"DINOv3ViTDropPath": "Dinov3ViTDropPath"}),
     ),
-    "eomt_dinov3.modeling_eomt_dinov3": (Family(layers.DINOv3Form, "EomtDinov3Layer", "EomtDinov3"),),
+    "eomt_dinov3.modeling_eomt_dinov3": (Family(dino.DINOv3Form, "EomtDinov3Layer", "EomtDinov3"),),
     "clip.modeling_clip": (Family(_CLIP, "CLIPEncoderLayer", "CLIP", "CLIPEncoder"),),
     "altclip.modeling_altclip": (Family(_CLIP, "AltCLIPEncoderLayer", "AltCLIP", "AltCLIPEncoder"),),
     "clipseg.modeling_clipseg": (Family(_CLIP, "CLIPSegEncoderLayer", "CLIPSeg", "CLIPSegEncoder"),),
@@ -66,7 +65,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "groupvit.modeling_groupvit": (Family(_CLIP, "GroupViTEncoderLayer", "GroupViT"),),
     "x_clip.modeling_x_clip": (
         Family(_CLIP, "XCLIPEncoderLayer", "XCLIP", "XCLIPEncoder"),
-        Family(layers.XCLIPVisionForm, "XCLIPVisionEncoderLayer", "XCLIP"),
+        Family(clip.XCLIPVisionForm, "XCLIPVisionEncoderLayer", "XCLIP"),
     ),
     "git.modeling_git": (Family(_CLIP, "GitVisionEncoderLayer", "GitVision", "GitVisionEncoder"),),
     "kosmos2.modeling_kosmos2": (Family(_CLIP, "Kosmos2VisionEncoderLayer", "Kosmos2Vision", "Kosmos2VisionEncoder"),),
@@ -75,38 +74,38 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "idefics2.modeling_idefics2": (Family(_CLIP, "Idefics2EncoderLayer", "Idefics2Vision", "Idefics2Encoder"),),
     "idefics3.modeling_idefics3": (Family(_CLIP, "Idefics3EncoderLayer", "Idefics3Vision", "Idefics3Encoder"),),
     "smolvlm.modeling_smolvlm": (Family(_CLIP, "SmolVLMEncoderLayer", "SmolVLMVision", "SmolVLMEncoder"),),
-    "videomae.modeling_videomae": (Family(layers.VideoMAEForm, "VideoMAELayer", "VideoMAE"),),
-    "yolos.modeling_yolos": (Family(layers.VideoMAEForm, "YolosLayer", "Yolos"),),
+    "videomae.modeling_videomae": (Family(vit.VideoMAEForm, "VideoMAELayer", "VideoMAE"),),
+    "yolos.modeling_yolos": (Family(vit.VideoMAEForm, "YolosLayer", "Yolos"),),
     "dpt.modeling_dpt": (
+        Family(vit.VideoMAEForm, "DPTViTLayer", "DPTViT", names={"DPTViTSelfAttention": "DPTSelfAttention"}),
+    ),
+    "beit.modeling_beit": (Family(vit.BeitForm, "BeitLayer", "Beit"),),
+    "data2vec.modeling_data2vec_vision": (Family(vit.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
+    "internvl.modeling_internvl": (Family(vit.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),
+    "aimv2.modeling_aimv2": (Family(multimodal.Aimv2Form, "Aimv2EncoderLayer", "Aimv2"),),
+    "ovis2.modeling_ovis2": (
         Family(
-            layers.VideoMAEForm, "DPTViTLayer", "DPTViT", names={"DPTViTSelfAttention": "DPTSelfAttention"}
+            multimodal.Aimv2Form, "Ovis2VisionEncoderLayer", "Ovis2", names={"Ovis2Attention": "Ovis2VisionAttention"}
         ),
     ),
-    "beit.modeling_beit": (Family(layers.BeitForm, "BeitLayer", "Beit"),),
-    "data2vec.modeling_data2vec_vision": (Family(layers.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
-    "internvl.modeling_internvl": (Family(layers.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),
-    "aimv2.modeling_aimv2": (Family(layers.Aimv2Form, "Aimv2EncoderLayer", "Aimv2"),),
-    "ovis2.modeling_ovis2": (
-        Family(layers.Aimv2Form, "Ovis2VisionEncoderLayer", "Ovis2", names={"Ovis2Attention": "Ovis2VisionAttention"}),
-    ),
-    "pixtral.modeling_pixtral": (Family(layers.PixtralForm, "PixtralAttentionLayer", "Pixtral"),),
+    "pixtral.modeling_pixtral": (Family(multimodal.PixtralForm, "PixtralAttentionLayer", "Pixtral"),),
     "qwen2_vl.modeling_qwen2_vl": (
-        Family(layers.QwenForm, "Qwen2VLVisionBlock", "", names={"VisionMLP": "VisionMlp"}),
+        Family(multimodal.QwenForm, "Qwen2VLVisionBlock", "", names={"VisionMLP": "VisionMlp"}),
     ),
-    "qwen2_5_vl.modeling_qwen2_5_vl": (Family(layers.QwenGatedForm, "Qwen2_5_VLVisionBlock", "Qwen2_5_VL"),),
+    "qwen2_5_vl.modeling_qwen2_5_vl": (Family(multimodal.QwenGatedForm, "Qwen2_5_VLVisionBlock", "Qwen2_5_VL"),),
     "glm4v.modeling_glm4v": (
-        Family(layers.QwenGatedForm, "Glm4vVisionBlock", "Glm4v", names={"Glm4vMLP": "Glm4VisionMlp"}),
+        Family(multimodal.QwenGatedForm, "Glm4vVisionBlock", "Glm4v", names={"Glm4vMLP": "Glm4VisionMlp"}),
     ),
     "glm4v_moe.modeling_glm4v_moe": (
-        Family(layers.QwenGatedForm, "Glm4vMoeVisionBlock", "Glm4vMoe", names={"Glm4vMoeMLP": "Glm4vMoeisionMlp"}),
+        Family(multimodal.QwenGatedForm, "Glm4vMoeVisionBlock", "Glm4vMoe", names={"Glm4vMoeMLP": "Glm4vMoeisionMlp"}),
     ),
-    "qwen3_vl.modeling_qwen3_vl": (Family(layers.QwenForm, "Qwen3VLVisionBlock", "Qwen3VL"),),
-    "qwen3_vl_moe.modeling_qwen3_vl_moe": (Family(layers.QwenForm, "Qwen3VLMoeVisionBlock", "Qwen3VLMoe"),),
-    "qwen3_omni_moe.modeling_qwen3_omni_moe": (Family(layers.QwenForm, "Qwen3OmniMoeVisionBlock", "Qwen3OmniMoe"),),
-    "qwen3_5.modeling_qwen3_5": (Family(layers.QwenForm, "Qwen3_5VisionBlock", "Qwen3_5"),),
-    "qwen3_5_moe.modeling_qwen3_5_moe": (Family(layers.QwenForm, "Qwen3_5MoeVisionBlock", "Qwen3_5Moe"),),
-    "sam.modeling_sam": (Family(layers.SamForm, "SamVisionLayer", "Sam"),),
-    "sam_hq.modeling_sam_hq": (Family(layers.SamForm, "SamHQVisionLayer", "SamHQ"),),
+    "qwen3_vl.modeling_qwen3_vl": (Family(multimodal.QwenForm, "Qwen3VLVisionBlock", "Qwen3VL"),),
+    "qwen3_vl_moe.modeling_qwen3_vl_moe": (Family(multimodal.QwenForm, "Qwen3VLMoeVisionBlock", "Qwen3VLMoe"),),
+    "qwen3_omni_moe.modeling_qwen3_omni_moe": (Family(multimodal.QwenForm, "Qwen3OmniMoeVisionBlock", "Qwen3OmniMoe"),),
+    "qwen3_5.modeling_qwen3_5": (Family(multimodal.QwenForm, "Qwen3_5VisionBlock", "Qwen3_5"),),
+    "qwen3_5_moe.modeling_qwen3_5_moe": (Family(multimodal.QwenForm, "Qwen3_5MoeVisionBlock", "Qwen3_5Moe"),),
+    "sam.modeling_sam": (Family(sam.SamForm, "SamVisionLayer", "Sam"),),
+    "sam_hq.modeling_sam_hq": (Family(sam.SamForm, "SamHQVisionLayer", "SamHQ"),),
 }
 
 
@@ -129,7 +128,7 @@ def layer_class(name: str) -> type[nn.Module]:
     return _class(importlib.import_module(_MODELS + file), layer)
 
 
-def fast_class(cls: type[nn.Module]) -> tuple[type[layers.Layer], dict[type[nn.Module], type[nn.Module]]]:
+def fast_class(cls: type[nn.Module]) -> tuple[type[Layer], dict[type[nn.Module], type[nn.Module]]]:
     """(fast class of a family's layers, {class of a stack of them: its fast class}).
 
     Raises ImportError where transformers lacks a class that it reads.
@@ -148,7 +147,7 @@ def fast_class(cls: type[nn.Module]) -> tuple[type[layers.Layer], dict[type[nn.M
     if family.encoder is None:
         return fast, {}
     encoder = _class(module, family.encoder)
-    return fast, {encoder: _subclass(layers.Encoder, encoder)}
+    return fast, {encoder: _subclass(clip.Encoder, encoder)}
 
 
 def _class(module: ModuleType, name: str) -> Any:
