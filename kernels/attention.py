@@ -25,6 +25,7 @@ Source: softmax over blocks of keys after FlashAttention (Dao et al. 2022, arXiv
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -275,10 +276,10 @@ def _tma_compatible(x, slices, head_size):
 
 
 def not_supported_reasons(
-    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None
+    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
 ) -> list[str]:
     """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
-    reasons = []
+    reasons = [f"{name} is not fused" for name in options]
     head_size = qkv.shape[2] // (num_heads * 3 if k is None else num_heads)
     if head_size > 256:
         reasons.append(f"head size {head_size} is above 256")

@@ -82,14 +82,10 @@ def attend(
 ) -> torch.Tensor:
     """Attention on the packed projection [B, N, 3C] → [B, N, C], with qk-norm where the block has one; the options are
     those of ``ops.attention``."""
-    more: dict[str, Any] = {} if rel_pos is None else {"rel_pos": rel_pos}
-    if rope is not None:
-        more |= {"rope": rope, "rope_layout": rope_layout, "num_prefix": num_prefix}
-    if p.norm != "layer":
-        more["norm"] = p.norm
     return ops.attention(
-        qkv, p.num_heads, p.scale, bias=bias, key_lengths=key_lengths, q_norm=p.q_norm, k_norm=p.k_norm,
-        dropout_p=attn_drop, **more,
+        qkv, p.num_heads, p.scale, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, rope=rope,
+        rope_layout=rope_layout, num_prefix=num_prefix, q_norm=p.q_norm, k_norm=p.k_norm, norm=p.norm,
+        dropout_p=attn_drop,
     )  # fmt: skip
 
 

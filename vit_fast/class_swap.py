@@ -25,8 +25,9 @@ _logger = logging.getLogger("vit_fast")
 _LIBRARIES = {
     "timm": ("timm.models.vision_transformer", "Block and PatchEmbed"),
     "torchvision": ("torchvision.models.vision_transformer", "EncoderBlock"),
-    "transformers": ("transformers.modeling_layers", "layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP vision"),
-    "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower"),
+    "transformers": ("transformers.modeling_layers", "vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, ..."),
+    "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower, custom ones too"),
+    "torch_nn": ("torch.nn.modules.transformer", "TransformerEncoderLayer"),
 }
 
 
@@ -39,8 +40,12 @@ def _integrations() -> tuple[list[ModuleType], list[str]]:
             try:
                 loaded.append(importlib.import_module(f".integrations.{name}", __package__))
             except ImportError as error:
-                unknown.append(f"{name} is of a version that is not known: {error}")
+                unknown.append(_unknown(name, error))
     return loaded, unknown
+
+
+def _unknown(library: str, error: ImportError) -> str:
+    return f"{library} is of a version that is not known: {error}"
 
 
 def _stacks(loaded: Iterable[ModuleType]) -> dict[type[nn.Module], Any]:
@@ -77,7 +82,12 @@ def survey(model: nn.Module) -> Survey:
     """Looks at every transformer block and patch embedding of a model, and changes nothing."""
     (loaded, unknown), swaps, left, done, own = _integrations(), {}, {}, 0, 0
     for integration in loaded:
-        for name, module, cls in integration.find(model):
+        found: list[integrations.Found] = []
+        try:
+            found.extend(integration.find(model))
+        except ImportError as error:
+            unknown.append(_unknown(integration.__name__.rpartition(".")[2], error))
+        for name, module, cls in found:
             fast = integration.FAST[cls]
             if isinstance(module, fast):
                 done += 1
@@ -88,12 +98,10 @@ def survey(model: nn.Module) -> Survey:
     known = tuple(cls for integration in loaded for cls in integration.FAST)
     wrapped = {parent for name in (*swaps, *left) for parent in _parents(name)}
     for name, block in transformer_blocks(model).items():
-        if isinstance(block, known) or name in wrapped:
-            continue  # found above, or part of a text tower
-        if type(block).forward.__module__.startswith(f"{__package__}."):
+        cls = type(block)
+        if cls.forward.__module__.startswith(f"{__package__}.") and not isinstance(block, integrations.Fused):
             own += 1
-        else:
-            cls = type(block)
+        elif not isinstance(block, known) and name not in wrapped:  # else found above, or part of a text tower
             left[name] = "block", f"{cls.__module__}.{cls.__qualname__} is not a class that vit_fast fuses"
     return Survey(swaps, left, done, own, unknown)
 
@@ -135,14 +143,14 @@ def _check(function: str, model: nn.Module) -> None:
 
 
 def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Lets the ViT blocks of a timm, torchvision, transformers or open_clip model run fused, in place.
+    """Lets the ViT blocks of a timm, torchvision, transformers, open_clip or torch.nn model run fused, in place.
 
     Parameters, ``state_dict`` and class relations (``isinstance``) stay as they are; deepcopy, pickle, hooks,
     training, checkpointing and ``torch.compile`` go on working. Outputs differ by rounding. A block runs the library's
     own forward in every call that the fused operations do not cover: with an attention mask, with attention weights
     in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
-    weights of optimised models, of transformers those of CLIP and SigLIP. Text towers are not touched.
+    weights of optimised models, of transformers those of CLIP, SigLIP and their kind. Text towers are not touched.
 
     Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
     differentiated again, and ``torch.jit.script`` cannot read the fast classes: restore first.
@@ -174,13 +182,21 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
         _logger.info("optimize: %s", why)
     for name, (_, reason) in left.items():
         _logger.info("optimize leaves %s as it is: %s", name or type(model).__name__, reason)
-    for module, fast in swaps.values():
-        module.__class__ = fast
-    stacks = _stacks(_integrations()[0])
-    for module in model.modules():
-        holder = stacks.get(type(module))
-        if holder and len(blocks := holder.stack(module)) and all(isinstance(b, integrations.Fused) for b in blocks):
-            module.__class__ = holder
+    before: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, fast in swaps.values():
+            before.append((module, type(module)))
+            module.__class__ = fast
+        stacks = _stacks(_integrations()[0])
+        for module in model.modules():
+            holder = stacks.get(type(module))
+            if holder and len(row := holder.stack(module)) and all(isinstance(b, integrations.Fused) for b in row):
+                before.append((module, type(module)))
+                module.__class__ = holder
+    except BaseException:  # never half of a model
+        for module, cls in before:
+            module.__class__ = cls
+        raise
     return model
 
 

@@ -122,8 +122,7 @@ def coverage(model: nn.Module, example: Any = None) -> Coverage:
     """The share of a model that runs on the fused operations, with the reasons for the rest.
 
     Args:
-        model: any module: one of vit_fast, or one that ``optimize`` has changed; in one that it has not changed no block
-            runs fused.
+        model: any module: one of vit_fast, or one that ``optimize`` has changed; of others nothing runs fused.
         example: an input [B, in_chans, H, W], or a tuple or a dict of what the model is called with; default one image
             of the model's own size and dtype.
     Returns:

@@ -121,7 +121,7 @@ def as_json(rows: Sequence[ArchitectureRow]) -> str:
 
 
 def summary(rows: Sequence[ArchitectureRow]) -> list[tuple[str, int, int, int, int, int]]:
-    """(family, architectures, fully fused, tags, tags fully fused, tags that create_model builds), and the sum of all."""
+    """The cells of ``SUMMARY_HEADS`` for each family, and for all."""
     families = dict.fromkeys(row.family for row in rows)
     lines = [(family, *_sums([row for row in rows if row.family == family])) for family in families]
     return [*lines, ("all", *_sums(rows))]

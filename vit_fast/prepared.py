@@ -292,8 +292,9 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
         return ["a block carries a hook or has a forward of its own"]
     if any(module.training for block in blocks for module in block.modules()):
         return ["a part of the blocks is in training mode"]
-    if reason := next(filter(None, (getattr(block, "not_folded", _nothing)() for block in blocks)), None):
-        return [reason]
+    told = {getattr(block, "not_folded", lambda: None)() for block in blocks}
+    if why := sorted(reason for reason in told if reason is not None):
+        return why
     params = _params(blocks)
     if any(p.norm1 is None or p.norm2 is None for p in params):
         return ["the blocks are not pre-norm"]
@@ -316,9 +317,6 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
         )
     return reasons + precision.not_supported_reasons(tensors) + precision.options_not_supported_reasons(params[0])
 
-
-def _nothing() -> None:
-    """What a block without ``not_folded`` says."""
 
 
 def _shared(p: BlockParams) -> tuple[Any, ...]:

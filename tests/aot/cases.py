@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from vit_fast.kernels.activation_names import GATED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -21,6 +22,8 @@ ALLOWED_SPILLS = {
     ("_attention_fwd_streaming_kernel", "float32"): (80, "16 to 76 bytes at head sizes 48 and 64 on sm_90 and sm_100"),
     ("_patch_embed_fwd_kernel", "float32"): (32, "20 bytes for patch 14 on sm_100 under Triton 3.6, none under 3.7"),
 }
+
+MORE_ACTIVATIONS = ("gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu", "geglu_tanh")  # than gelu
 
 # name: (tokens with prefix, width, heads, MLP width, patch)
 VITS = {
@@ -92,6 +95,9 @@ def layer_norm_cases():
         x = torch.empty(batch, tokens, width, dtype=dtype)
         forward(x, torch.empty(width, dtype=weight_dtype), torch.empty(width, dtype=weight_dtype), 1e-6)
 
+    def rms(batch, tokens, width, dtype, forward=layer_norm):
+        forward(torch.empty(batch, tokens, width, dtype=dtype), torch.empty(width, dtype=dtype), None, 1e-6, norm="rms")
+
     def partials(*size_and_dtype):
         *size, dtype = size_and_dtype
         row_partials(torch.empty(size, dtype=dtype))
@@ -106,6 +112,9 @@ def layer_norm_cases():
             tokens, width, _, _, _ = VITS[name]
             sizes = (64, tokens, width, dtype, dtype)
             yield case("layer_norm with statistics", name, dtype, call, *sizes, layer_norm_fwd)
+            yield case("layer_norm rms", name, dtype, rms, 64, tokens, width, dtype)
+            yield case("layer_norm rms with statistics", name, dtype, rms, 64, tokens, width, dtype, layer_norm_fwd)
+        yield case("layer_norm rms", "wide", dtype, rms, 1, 64, 20480, dtype)
         yield case("layer_norm", "base, fp32 parameters", dtype, call, 64, 197, 768, dtype, torch.float32)
 
 
@@ -146,7 +155,7 @@ def linear_cases():
                 yield case("fc2 with partials", name, dtype, with_partials, batch, tokens, hidden, width, dtype)
                 yield case("folded qkv", name, dtype, folded, batch, tokens, width, 3 * width, dtype)
                 yield case("folded fc1", name, dtype, folded, batch, tokens, width, hidden, dtype, activation="gelu")
-            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+            for activation in MORE_ACTIVATIONS:
                 base = ("folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype)
                 yield case(*base, activation=activation)
     for dtype in DTYPES:
@@ -156,7 +165,7 @@ def linear_cases():
                 yield case("fc1", name, dtype, projection, batch, tokens, width, hidden, dtype, activation="gelu")
                 yield case("proj", name, dtype, branch, batch, tokens, width, width, dtype)
                 yield case("fc2", name, dtype, branch, batch, tokens, hidden, width, dtype, gamma=False)
-            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+            for activation in MORE_ACTIVATIONS:
                 base = ("fc1", "base", dtype, projection, batch, 197, 768, 4096, dtype)
                 yield case(*base, activation=activation)
             base = ("fc2", "base", dtype, branch, batch, 197, 3072, 768, dtype)
@@ -178,18 +187,21 @@ def layernorm_mlp_cases():
     """Launches only kernels of layer_norm and linear; the case shows that nothing else gets compiled."""
     from vit_fast.kernels.layernorm_mlp import layernorm_mlp
 
-    def call(batch, tokens, width, hidden, dtype, activation):
+    def call(batch, tokens, width, hidden, dtype, activation, inner=False):
         def empty(*shape):
             return torch.empty(*shape, dtype=dtype)
 
-        norm, half = empty(width), hidden // 2 if activation == "swiglu" else hidden
+        norm, half = empty(width), hidden // 2 if activation in GATED else hidden
         first, second = (empty(hidden, width), empty(hidden)), (empty(width, half), empty(width))
-        layernorm_mlp(empty(batch, tokens, width), norm, norm, 1e-6, *first, *second, activation, norm)
+        inner_norm = (empty(half), empty(half), 1e-6) if inner else None
+        x = empty(batch, tokens, width)
+        layernorm_mlp(x, norm, norm, 1e-6, *first, *second, activation, norm, inner_norm=inner_norm)
 
     for dtype in DTYPES:
-        for activation in ("gelu", "swiglu"):
+        for activation in ("gelu", "swiglu", "geglu"):
             words = f"base {activation}"
             yield case("layernorm_mlp", words, dtype, call, 64, 197, 768, 4096, dtype, activation)
+        yield case("layernorm_mlp", "base swiglu", dtype, call, 64, 197, 768, 4096, dtype, "swiglu", inner=True)
 
 
 def patch_embed_cases():
@@ -252,7 +264,7 @@ def fp8_blocks_cases():
         fp8_linear(x, weight, torch.empty(out), torch.empty(out), "gelu", out_dtype=dtype)
 
     def call(batch, tokens, width, heads, hidden, dtype, activation="gelu"):
-        half = hidden // 2 if activation == "swiglu" else hidden
+        half = hidden // 2 if activation in GATED else hidden
 
         def linear(rows, columns):
             weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
@@ -270,7 +282,7 @@ def fp8_blocks_cases():
             for name, (tokens, width, heads, hidden, _) in VITS.items():
                 made = case("fp8_blocks", name, dtype, call, batch, tokens, width, heads, hidden, dtype)
                 yield replace(made, archs=(90, 100))
-            for activation in ("gelu_tanh", "quick_gelu", "relu", "swiglu"):
+            for activation in MORE_ACTIVATIONS:
                 base = ("fp8_blocks", "base", dtype, call, batch, 197, 768, 12, 4096, dtype)
                 yield replace(case(*base, activation=activation), archs=(90, 100))
             made = case("fp8_linear", "odd depth", dtype, odd_depth, batch, 197, 588, 768, dtype)

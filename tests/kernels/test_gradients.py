@@ -48,6 +48,21 @@ def _problems(generator):
             lambda m, x, w, b, w1, b1, w2, b2, gamma: m.layernorm_mlp(x, w, b, 1e-6, w1, b1, w2, b2, "swiglu", gamma),
             (x, *norm, *swiglu, scales(48)),
         ),
+        "layer_norm_rms": (lambda m, x, w: m.layer_norm(x, w, None, 1e-6, norm="rms"), (x, scales(48))),
+        "linear_residual_inner_norm": (
+            lambda m, x, w, b, residual, *inner: m.linear_residual(x, w, b, None, residual, inner_norm=(*inner, 1e-5)),
+            (x, square, t(40), residual, *norm),
+        ),
+        "layernorm_mlp_geglu_inner_norm": (
+            lambda m, x, w, w1, b1, w2, b2, gamma, inner: m.layernorm_mlp(
+                x, w, None, 1e-6, w1, b1, w2, b2, "geglu", gamma, norm="rms", inner_norm=(inner, None, 1e-5)
+            ),
+            (x, scales(48), *swiglu, scales(48), scales(40)),
+        ),
+        "layer_norm_linear_silu": (
+            lambda m, x, w, weight, b: m.layer_norm_linear(x, w, None, 1e-6, weight, b, "silu", norm="rms"),
+            (x, scales(48), square, t(40)),
+        ),
         "attention": (lambda m, qkv: m.attention(qkv, 3, 0.25), (t(2, 17, 144),)),
         "attention_pooled": (
             lambda m, q, k, v: m.attention(q, 3, 0.25, k=k, v=v),

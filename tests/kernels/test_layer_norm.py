@@ -34,10 +34,10 @@ def problem(shape, dtype, weight=True, bias=True, side_dtype=None, mean=0.0, spr
     )
 
 
-def check(kernels, x, weight, bias, eps=1e-6, out_dtype=None, config=None, expected_zeros=0.1):
-    y, mean, rstd = kernels.layer_norm_fwd(x, weight, bias, eps, out_dtype=out_dtype, config=config)
-    eager, eager_mean, _ = reference.layer_norm_fwd(x, weight, bias, eps)
-    golden, golden_mean, golden_rstd = formula(x, weight, bias, eps)
+def check(kernels, x, weight, bias, eps=1e-6, out_dtype=None, config=None, expected_zeros=0.1, norm="layer"):
+    y, mean, rstd = kernels.layer_norm_fwd(x, weight, bias, eps, out_dtype=out_dtype, config=config, norm=norm)
+    eager, eager_mean, _ = reference.layer_norm_fwd(x, weight, bias, eps, norm=norm)
+    golden, golden_mean, golden_rstd = formula(x, weight, bias, eps, norm)
     assert y.is_contiguous() and y.dtype == (out_dtype or x.dtype)
     assert mean.dtype == rstd.dtype == eager_mean.dtype and mean.shape == rstd.shape == eager_mean.shape
     assert_within_budget(y, eager.to(y.dtype), golden, expected_zeros=expected_zeros)
@@ -46,14 +46,16 @@ def check(kernels, x, weight, bias, eps=1e-6, out_dtype=None, config=None, expec
     size = x.detach().cpu().double().abs().amax(-1).flatten()
     assert ((mean.cpu() - golden_mean).abs() <= 2 * epsilon * size).all()
     assert ((rstd.cpu() - golden_rstd).abs() <= 4 * epsilon * golden_rstd).all()
-    assert torch.equal(y, kernels.layer_norm(x, weight, bias, eps, out_dtype=out_dtype, config=config))
+    assert torch.equal(y, kernels.layer_norm(x, weight, bias, eps, out_dtype=out_dtype, config=config, norm=norm))
     return y, mean, rstd
 
 
+@pytest.mark.parametrize("norm", ("layer", "rms"))
 @pytest.mark.parametrize("weight,bias", ((True, True), (True, False), (False, True), (False, False)))
-def test_reference_is_the_formula(weight, bias):
+def test_reference_is_the_formula(weight, bias, norm):
     x, weight, bias = problem((2, 5, 48), torch.float64, weight, bias, mean=3.0)
-    for actual, wanted in zip(reference.layer_norm_fwd(x, weight, bias, 1e-5), formula(x, weight, bias, 1e-5)):
+    golden = formula(x, weight, bias, 1e-5, norm)
+    for actual, wanted in zip(reference.layer_norm_fwd(x, weight, bias, 1e-5, norm=norm), golden):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -64,6 +66,16 @@ def test_reference_with_parameters_of_another_dtype():
         torch.nn.functional.layer_norm(x, (48,), weight.bfloat16(), bias.bfloat16(), 1e-6),
         formula(x, weight, bias, 1e-6)[0],
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_the_reference_of_rms_rounds_no_more_than_torch(dtype):
+    """Its parameters, a bias among them, in float32 beside a 16-bit x too."""
+    x, weight, bias = problem((2, 50, 192), dtype, mean=0.5)
+    eager = torch.nn.functional.rms_norm(x, (192,), weight, 1e-6) + bias
+    for parameters in ((weight, bias), (weight.float(), bias.float())):
+        actual = reference.layer_norm(x, *parameters, 1e-6, norm="rms")
+        assert_within_budget(actual, eager, formula(x, *parameters, 1e-6, "rms")[0])
 
 
 def test_every_width_has_a_config():
@@ -92,6 +104,18 @@ def test_vit_shapes(kernels, shape, dtype):
 @pytest.mark.parametrize("width", (16385, 20000, 65536))
 def test_rows_wider_than_a_block(kernels, width, dtype):
     check(kernels, *problem((2, 1, width), dtype, mean=3.0))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 50, 588), (1, 197, 768), (3, 64), (5, 1), (2, 5000), (2, 20000)))
+def test_rms(kernels, shape, dtype):
+    x, weight, bias = problem(shape, dtype, mean=0.5)
+    check(kernels, x, weight, None, norm="rms")
+    check(kernels, x, weight, bias, norm="rms")
+    check(kernels, x, None, None, norm="rms", out_dtype=torch.float16)
+    config = LayerNormConfig(rows=1, block=16, num_warps=4)
+    check(kernels, x[..., : min(x.shape[-1], 100)], None, None, norm="rms", config=config)
 
 
 @pytest.mark.interp
@@ -327,6 +351,8 @@ def test_gpu_layouts_and_mixed_dtypes(kernels):
     check(kernels, x[:, 1:], weight, bias)
     check(kernels, x.transpose(0, 1), weight, bias)
     check(kernels, x.float(), weight, bias, out_dtype=torch.bfloat16)
+    check(kernels, x, weight, None, norm="rms")
+    check(kernels, *problem((4, 65536), torch.float32, device="cuda"), norm="rms")
     check(kernels, *problem((4, 65536), torch.float32, mean=100.0, device="cuda"))
     x = torch.full((300, 768), 1e6 + 1 / 3, device="cuda")
     assert kernels.layer_norm(x, None, None, 1e-6).abs().max() < 1e-6

@@ -11,13 +11,13 @@ import math
 import pytest
 import torch
 from support.budget import assert_within_budget
-from support.layernorm_mlp import formula, problem
+from support.layernorm_mlp import formula, inner_norm, problem
 from vit_fast.kernels import reference
+from vit_fast.kernels.activation_names import ACTIVATIONS
 from vit_fast.kernels.configs import LinearConfig
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPE_IDS = ("float16", "bfloat16", "float32")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 TILES = (LinearConfig(64, 64, 64, 8, 4, 2, True), LinearConfig(64, 32, 64, 8, 4, 2, False))
 
 
@@ -26,14 +26,15 @@ def kernels():
     return pytest.importorskip("vit_fast.kernels.layernorm_mlp", reason="Triton is not installed")
 
 
-def check(kernels, args, row_scale=None, config=TILES):
-    out, mean, rstd = kernels.layernorm_mlp_fwd(*args, row_scale=row_scale, config=config)
-    golden, golden_mean, golden_rstd = formula(*args, row_scale)
+def check(kernels, args, row_scale=None, config=TILES, norm="layer", inner=None):
+    options = dict(row_scale=row_scale, norm=norm, inner_norm=inner)
+    out, mean, rstd = kernels.layernorm_mlp_fwd(*args, **options, config=config)
+    golden, golden_mean, golden_rstd = formula(*args, **options)
     assert out.dtype == args[0].dtype and out.is_contiguous()
-    assert_within_budget(out, reference.layernorm_mlp(*args, row_scale=row_scale), golden)
+    assert_within_budget(out, reference.layernorm_mlp(*args, **options), golden)
     torch.testing.assert_close(mean.cpu().double(), golden_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd.cpu().double(), golden_rstd, rtol=1e-5, atol=0)
-    assert torch.equal(out, kernels.layernorm_mlp(*args, row_scale=row_scale, config=config))
+    assert torch.equal(out, kernels.layernorm_mlp(*args, **options, config=config))
     return out
 
 
@@ -41,9 +42,12 @@ def check(kernels, args, row_scale=None, config=TILES):
 @pytest.mark.parametrize("optional", (True, False))
 def test_reference_is_the_formula(activation, optional):
     args = problem((3, 5, 48), 64, torch.float64, activation, optional=optional)
-    for row_scale in (None, torch.tensor([0.0, 1.25, 1.25], dtype=torch.float64)):
+    row_scale, inner = torch.tensor([0.0, 1.25, 1.25], dtype=torch.float64), inner_norm(64, torch.float64)
+    for options in (
+        {}, dict(row_scale=row_scale), dict(norm="rms"), dict(inner_norm=inner), dict(norm="rms", inner_norm=inner),
+    ):  # fmt: skip
         for actual, wanted in zip(
-            reference.layernorm_mlp_fwd(*args, row_scale=row_scale), formula(*args, row_scale), strict=True
+            reference.layernorm_mlp_fwd(*args, **options), formula(*args, **options), strict=True
         ):
             torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
@@ -70,6 +74,17 @@ def test_options(kernels, optional, dtype):
     row_scale = torch.tensor([1.25, 0.0, 1.25, 1.25]).to(dtype)
     out = check(kernels, args, row_scale)
     assert torch.equal(out[1], args[0][1])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_norms(kernels, norm, dtype):
+    for activation, side in (("swiglu", dtype), ("gelu", torch.promote_types(dtype, torch.float32))):
+        args = problem((2, 17, 64), 96, dtype, activation)
+        check(kernels, args, norm=norm)
+        check(kernels, args, norm=norm, inner=inner_norm(96, side))
+        check(kernels, args, norm=norm, inner=(None, None, 1e-6), row_scale=torch.tensor([1.25, 0.0]).to(dtype))
 
 
 @pytest.mark.interp
@@ -160,6 +175,10 @@ def test_reasons(kernels):
     wide = tuple(None if t is None else t.to("meta") for t in problem((2, 65537), 8, torch.float16)[:3])
     reasons = kernels.not_supported_reasons(*wide, *problem((2, 65537), 8, torch.float16)[3:])
     assert any("65537" in reason for reason in reasons)
+    args = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in problem((2, 8), 65537, torch.float16)]
+    assert not any("65537" in reason for reason in kernels.not_supported_reasons(*args))
+    reasons = kernels.not_supported_reasons(*args, inner_norm=(None, None, 1e-6))
+    assert any("65537" in reason for reason in reasons)
 
 
 @pytest.mark.gpu
@@ -179,3 +198,5 @@ def test_gpu_float32_stream(kernels, dtype):
     args = problem((16, 198, 768), 3072, dtype, x_dtype=torch.float32, side_dtype=torch.float32, device="cuda")
     check(kernels, args, config=None)
     check(kernels, (args[0][:, 1:], *args[1:]), config=None)
+    inner = inner_norm(3072, dtype, device="cuda")
+    check(kernels, args, config=None, norm="rms", inner=inner)

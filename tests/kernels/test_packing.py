@@ -6,11 +6,11 @@ from support.linear import ACTIVATIONS
 from support.packed_blocks import packed, quantised, unrounded
 from support.prepared_blocks import EPS, HEADS, SCALE, block, formula
 from torch.nn.functional import linear
-from vit_fast.kernels import folding, packing, reference
+from vit_fast.kernels import activation_names, folding, packing, reference
 
 SIZES = ((1, 1), (31, 3), (32, 4), (33, 5), (63, 64), (70, 7), (97, 41))
 GROUPS = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}
-GATED = [word for word in ACTIVATIONS if word]
+WORDS = [word for word in ACTIVATIONS if word]
 
 
 def random(rows, columns, dtype):
@@ -76,7 +76,7 @@ def test_int8_scales_belong_to_rows():
     assert ((integers * scales[:, None] - weight).abs() <= scales[:, None] / 2 * (1 + 1e-12)).all()
 
 
-@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("activation", WORDS)
 @pytest.mark.parametrize("make,size", ((packed, 2), (quantised, 4)), ids=("packed", "int8"))
 @pytest.mark.parametrize("width,hidden", ((24, 40), (34, 46), (66, 66)))
 def test_linears_come_back_from_a_block(width, hidden, make, size, activation):
@@ -90,7 +90,7 @@ def test_linears_come_back_from_a_block(width, hidden, make, size, activation):
         restored = weight * values[0][:, None] if size == 4 else weight
         rows = slice(len(wanted))
         if name == "fc1":  # where fc2's inputs are padded, each half of fc1 is
-            halves = 2 if activation == "swiglu" else 1
+            halves = 2 if activation in activation_names.GATED else 1
             keep = torch.arange(len(weight)).unflatten(0, (halves, -1))[:, : len(wanted) // halves].flatten()
             rest = torch.ones(len(weight), dtype=torch.bool).index_fill(0, keep, False)
             assert not weight[rest].any() and not values[-1][rest].any()
@@ -105,7 +105,7 @@ def test_linears_come_back_from_a_block(width, hidden, make, size, activation):
 
 
 @pytest.mark.parametrize("optional", (True, False), ids=("everything", "bare"))
-@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("activation", WORDS)
 @pytest.mark.parametrize("width,hidden,tokens", ((24, 40, 5), (34, 46, 7), (62, 14, 1)))
 def test_packed_blocks_are_the_blocks(width, hidden, tokens, activation, optional):
     """Packing float32 weights only folds and moves: in float64, float32 rounding of the folded weights is left."""
@@ -123,7 +123,7 @@ def test_packed_blocks_are_the_blocks(width, hidden, tokens, activation, optiona
 @pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("float32", "bfloat16", "float16")
 )
-@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("activation", WORDS)
 @pytest.mark.parametrize("width,hidden,tokens", ((48, 80, 5), (34, 46, 7), (62, 30, 1)))
 def test_int8_blocks_are_near_the_blocks(width, hidden, tokens, activation, dtype):
     """Quantised weights and activations err by some hundredths of what the blocks add."""

@@ -22,6 +22,7 @@ def cases(draw):
         weight=draw(st.booleans()),
         bias=draw(st.booleans()),
         eps=draw(st.sampled_from((1e-6, 1e-5, 1e-12))),
+        norm=draw(st.sampled_from(("layer", "rms"))),
         mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
         rows=draw(st.sampled_from((1, 2, 4, 16))) if not looped else 1,
         block=draw(st.sampled_from([b for b in (16, 32, 64, 128, 256, 512) if b < width])) if looped else whole,

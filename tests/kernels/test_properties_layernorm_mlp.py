@@ -4,8 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from support import properties
 from support.layernorm_mlp import LayerNormMlpCase
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
+from vit_fast.kernels.activation_names import ACTIVATIONS
 
 
 @st.composite
@@ -21,6 +20,8 @@ def cases(draw):
         activation=draw(st.sampled_from(ACTIVATIONS)),
         optional=draw(st.booleans()),
         row_scale=draw(st.booleans()),
+        norm=draw(st.sampled_from(("layer", "rms"))),
+        inner_norm=draw(st.booleans()),
         tma=draw(st.booleans()),
         layout=draw(properties.layouts),
         relation=draw(properties.relations(LayerNormMlpCase)),

@@ -18,6 +18,7 @@ from support.linear import LinearCase
 from support.packed_blocks import Int8BlocksCase, PackedBlocksCase
 from support.patch_embed import PatchEmbedCase
 from vit_fast.kernels import reference
+from vit_fast.kernels.activation_names import GATED
 
 from vit_fast.backends.cpu import CPU
 
@@ -164,7 +165,7 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
         slope = 1.0 if ln_weight is None else ln_weight.double().abs().max().item()
         (of_product,) = LinearCase.order(self, y, weight, bias, None, None, None)
         size = weight.double().abs().sum(1).max().item()
-        gain = (y.abs().max() * size + 5).item() if self.activation == "swiglu" else 1.13
+        gain = (y.abs().max() * size + 5).item() if self.activation in GATED else 1.13
         moved = (change * rstd).max().item() * slope * size * gain
         return of_product + moved, change.max().item(), (2.0**-22 * rstd).max().item()
 

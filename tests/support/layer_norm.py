@@ -8,10 +8,10 @@ from vit_fast.kernels import reference
 from vit_fast.kernels.configs import LayerNormConfig
 
 
-def formula(x, weight, bias, eps):
+def formula(x, weight, bias, eps, norm="layer"):
     """(y, mean [rows], rstd [rows]) in float64."""
     x = x.detach().cpu().double()
-    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    mean = (x if norm == "layer" else 0 * x).sum(-1, keepdim=True) / x.shape[-1]
     rstd = 1 / (((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1] + eps) ** 0.5
     y = (x - mean) * rstd
     if weight is not None:
@@ -32,6 +32,7 @@ class LayerNormCase(properties.Case):
     weight: bool
     bias: bool
     eps: float
+    norm: str
     mean: float
     rows: int
     block: int  # below the width, the kernel for wide rows runs
@@ -58,16 +59,18 @@ class LayerNormCase(properties.Case):
         whole = LayerNormConfig(rows or self.rows, max(16, 1 << (self.width - 1).bit_length()), 4)
         out_dtype, eps = properties.DTYPES[self.out_dtype], self.eps if eps is None else eps
         ((row_mean,), (squares,)), _ = layer_norm.row_partials(x, whole)
-        return *layer_norm.layer_norm_fwd(x, weight, bias, eps, out_dtype, tiles), row_mean, squares
+        return *layer_norm.layer_norm_fwd(x, weight, bias, eps, out_dtype, tiles, norm=self.norm), row_mean, squares
 
     def eager(self, x, weight, bias):
-        y, mean, rstd = reference.layer_norm_fwd(x, weight, bias, self.eps)
-        rest = x.flatten(0, 1).to(mean.dtype) - mean[:, None]
-        return y.to(properties.DTYPES[self.out_dtype]), mean, rstd, mean, rest.square().sum(1)
+        y, mean, rstd = reference.layer_norm_fwd(x, weight, bias, self.eps, norm=self.norm)
+        row_mean, _ = reference.layer_norm_stats(x, self.eps)
+        rest = x.flatten(0, 1).to(mean.dtype) - row_mean[:, None]
+        return y.to(properties.DTYPES[self.out_dtype]), mean, rstd, row_mean, rest.square().sum(1)
 
     def golden(self, x, weight, bias):
-        y, mean, rstd = formula(x, weight, bias, self.eps)
-        return y, mean, rstd, mean, (x.flatten(0, 1).double() - mean[:, None]).square().sum(1)
+        row_mean = formula(x, None, None, self.eps)[1]
+        squares = (x.flatten(0, 1).double() - row_mean[:, None]).square().sum(1)
+        return *formula(x, weight, bias, self.eps, self.norm), row_mean, squares
 
     def order(self, x, weight, bias):
         """The mean may change by some ulps of the mean of |x|, and x − mean with it."""
@@ -109,7 +112,7 @@ class LayerNormCase(properties.Case):
         from vit_fast.kernels import layer_norm
 
         tiles, out_dtype = LayerNormConfig(self.rows, self.block, 4), properties.DTYPES[self.out_dtype]
-        self.same_bits([layer_norm.layer_norm(*inputs, self.eps, out_dtype, tiles)], results[:1])
+        self.same_bits([layer_norm.layer_norm(*inputs, self.eps, out_dtype, tiles, norm=self.norm)], results[:1])
 
     def relation_flat_rows(self, inputs, results):
         x, *sides = inputs

@@ -1,4 +1,4 @@
-"""Small models of timm, torchvision, transformers and open_clip, for tests of ``vit_fast.optimize``."""
+"""Small models of timm, torchvision, transformers, open_clip and torch.nn, for tests of ``vit_fast.optimize``."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.timm_models import MODELS as TIMM_MODELS
+from support.timm_models import build as build_timm
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
@@ -59,6 +61,25 @@ def open_clip_tower(**kwargs):
     return moved(open_clip.transformer.VisionTransformer(32, 8, 48, heads=3, mlp_ratio=2.0, output_dim=16, **kwargs))
 
 
+class EncoderViT(torch.nn.Module):
+    """A ViT around torch's TransformerEncoder, as tutorials build it."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        kwargs = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True) | kwargs
+        self.patches = torch.nn.Conv2d(3, 48, 8, 8)
+        self.encoder = torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(48, 3, 96, **kwargs), 2, torch.nn.LayerNorm(48), enable_nested_tensor=False
+        )
+
+    def forward(self, x):
+        return self.encoder(self.patches(x).flatten(2).transpose(1, 2))
+
+
+def encoder_vit(**kwargs):
+    return moved(EncoderViT(**kwargs))
+
+
 class Case(NamedTuple):
     """A model, the path of its blocks, and the path of a Linear in a block whose ``__call__`` the library uses."""
 
@@ -71,10 +92,20 @@ class Case(NamedTuple):
         return model.get_submodule(self.blocks)
 
 
+# A part of the block that is read, where there is no mlp.fc2.
+_LINEARS = {
+    "ViTamin": "mlp.w1",
+    "ParallelScalingBlock": "attn_out_proj",
+    "DiffParallelScalingBlock": "out_proj",
+    "Gemma4": "norm4",
+}
+
+
 CASES = {
     "timm": Case(timm_vit, "blocks", "mlp.fc2", PACKED),
     "torchvision": Case(torchvision_vit, "encoder.layers", "mlp.3", PACKED),
     "open_clip": Case(open_clip_tower, "transformer.resblocks", "mlp.c_proj", PACKED),
+    "torch_nn": Case(encoder_vit, "encoder.layers", "linear2", PACKED),
     "ViT": Case(hugging_face("ViT"), "layers", "attention.o_proj", SEPARATE),
     "DeiT": Case(hugging_face("DeiT"), "layers", "mlp.fc1", SEPARATE),
     "Dinov2": Case(hugging_face("Dinov2"), "encoder.layer", "attention.q_proj", SEPARATE),
@@ -84,7 +115,13 @@ CASES = {
 }
 
 
-PREPARABLE = ("timm", "torchvision", "open_clip", "CLIPVision", "SiglipVision")
+for _name, (_, _operations) in TIMM_MODELS.items():
+    CASES[f"timm {_name}"] = Case(
+        lambda name=_name: moved(build_timm(name)), "blocks", _LINEARS.get(_name, "mlp.fc2"), _operations
+    )
+
+
+PREPARABLE = ("timm", "torchvision", "open_clip", "torch_nn", "CLIPVision", "SiglipVision")
 
 
 def output(model, x, **kwargs):

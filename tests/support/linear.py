@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from support import properties
-from vit_fast.kernels import reference
+from vit_fast.kernels import activation_names, reference
+from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.configs import LayerNormConfig, LinearConfig
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
+ACTIVATIONS = (None, *activation_names.ACTIVATIONS)
 
 
 def exact_activation(z, activation):
@@ -21,9 +22,11 @@ def exact_activation(z, activation):
         return z / (1 + torch.exp(-1.702 * z))
     if activation == "relu":
         return torch.where(z > 0, z, 0.0)
-    if activation == "swiglu":
+    if activation == "silu":
+        return z / (1 + torch.exp(-z))
+    if activation in GATED:
         half = z.shape[-1] // 2
-        return z[..., :half] / (1 + torch.exp(-z[..., :half])) * z[..., half:]
+        return exact_activation(z[..., :half], GATED[activation]) * z[..., half:]
     return z
 
 
@@ -76,7 +79,7 @@ class LinearCase(properties.Case):
     batch: int
     tokens: int
     in_features: int
-    out_features: int  # rows of the weight; swiglu halves them
+    out_features: int  # rows of the weight; a gated activation halves them
     activation: str | None
     bias: bool
     gamma: bool
@@ -94,7 +97,7 @@ class LinearCase(properties.Case):
     def inputs(self, seed, draw=properties.filled):
         """x, weight, bias, gamma, residual, row_scale."""
         generator, dtype = properties.generator_of(seed), properties.DTYPES[self.dtype]
-        features = self.out_features // 2 if self.activation == "swiglu" else self.out_features
+        features = self.out_features // 2 if self.activation in GATED else self.out_features
         x = draw((self.batch, self.tokens, self.in_features), self.values, generator)
         weight = draw((self.out_features, self.in_features), "normal", generator)
         bias, gamma = draw((2, self.out_features), "normal", generator).to(dtype)
@@ -136,7 +139,7 @@ class LinearCase(properties.Case):
     def order(self, x, weight, bias, gamma, residual, row_scale):
         """Some ulps of the sum of |products|, times the activation's slope (at most 1.13), and the epilogue."""
         size = (x.double().abs() @ weight.double().abs().T).max().item() + (1.0 if bias is None else 5.0)
-        slope = size if self.activation == "swiglu" else 1.13
+        slope = size if self.activation in GATED else 1.13
         gain = (1.0 if gamma is None else gamma.abs().max().item()) * (1.0 if row_scale is None else 2.0)
         return [2.0**-22 * size * slope * gain]
 
@@ -154,7 +157,7 @@ class LinearCase(properties.Case):
         self.same_bits(replace(self, tma=not self.tma).kernel(*inputs), results)
 
     def relation_split_k(self, inputs, results):
-        other = replace(self, split_k=1 if self.split_k > 1 or self.activation == "swiglu" else 4)
+        other = replace(self, split_k=1 if self.split_k > 1 or self.activation in GATED else 4)
         self.same_but_for_order(inputs, other.kernel(*inputs), results)
 
     def relation_one_image_alone(self, inputs, results):
@@ -226,7 +229,7 @@ class FoldedCase(properties.Case):
     batch: int
     tokens: int
     width: int
-    out_features: int  # rows of the weight; swiglu halves them
+    out_features: int  # rows of the weight; a gated activation halves them
     activation: str | None
     bias: bool
     centred: bool  # whether the rows of the weight are
@@ -302,7 +305,7 @@ class FoldedCase(properties.Case):
         rstd = (rows.var(1, correction=0) + self.eps) ** -0.5
         size = (rows.abs() @ weight.abs().T + rows.mean(1, keepdim=True).abs() * column_sum.double().abs()).amax(1)
         size = (size * rstd).max().item() + (1.0 if bias is None else 5.0)
-        slope = size if self.activation == "swiglu" else 1.13
+        slope = size if self.activation in GATED else 1.13
         partials = partials_order(rows, self.part or self.whole)
         return [2.0**-22 * size * slope, *(change.max().item() for change in partials)]
 

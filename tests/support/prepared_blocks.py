@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support import properties
 from support.linear import ACTIVATIONS, exact_activation
 from vit_fast.kernels import folding, reference
+from vit_fast.kernels.activation_names import GATED
 
 HEADS, SCALE, EPS = 2, 0.3, (1e-6, 1e-5)
 
@@ -25,7 +26,7 @@ def block(width, hidden, activation, dtype=torch.float64, optional=True, device=
     def gamma():
         return (0.5 + torch.rand(width, device=device)).to(dtype) if optional else None
 
-    half = hidden // 2 if activation == "swiglu" else hidden
+    half = hidden // 2 if activation in GATED else hidden
     return (
         norm(), linear(3 * width, width), linear(width, width), gamma(),
         norm(), linear(hidden, width), linear(width, half), gamma(),
@@ -66,7 +67,7 @@ class PreparedBlocksCase(properties.Case):
     tokens: int
     num_heads: int
     head_size: int
-    hidden: int  # rows of the first weight of the MLP; swiglu halves them
+    hidden: int  # rows of the first weight of the MLP; a gated activation halves them
     activation: str
     optional: bool  # LayerNorm parameters, biases, gammas
     depth: int
@@ -145,7 +146,7 @@ def cases(draw, case_type=PreparedBlocksCase, dtypes=("bfloat16", "float16", "bf
         tokens=draw(st.integers(1, 20)),
         num_heads=draw(st.integers(1, 3)),
         head_size=draw(st.one_of(st.integers(2, 40), st.sampled_from((16, 32)))),
-        hidden=hidden * 2 if activation == "swiglu" else hidden,
+        hidden=hidden * 2 if activation in GATED else hidden,
         activation=activation,
         optional=draw(st.booleans()),
         depth=draw(st.integers(1, 2)),

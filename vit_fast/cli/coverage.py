@@ -1,4 +1,4 @@
-"""``vit-fast coverage``: the share of a model, or of every architecture of a library, that runs on the fused operations."""
+"""``vit-fast coverage``: what of a model, or of each architecture of a library, runs on the fused operations."""
 
 from typing import Annotated
 

@@ -1,9 +1,9 @@
 """Shared by the fast classes of all libraries: when a block may run fused, and the stack that holds such blocks.
 
-Each file or folder of this folder is for one library and is imported only if that library is loaded. ``vit_fast.optimize`` swaps
-``module.__class__`` for a fast class, a subclass of the library's own without fields. The fast class decides before
-each call whether it may run fused; if not, the library's own forward runs, so that every hook of an inner module fires,
-and the reason is noted for ``explain``. A fast class has
+Each file or package of this folder is for one library and is imported only if that library is loaded.
+``vit_fast.optimize`` swaps ``module.__class__`` for a fast class, a subclass of the library's own without fields. The
+fast class decides before each call whether it may run fused; if not, the library's own forward runs, so that every hook
+of an inner module fires, and the reason is noted for ``explain``. A fast class has
 
     OPERATION          its name in the rows of ``explain``
     SUBMODULES         path of each sub-module → the classes it may have (``vit_fast.plain``)

@@ -1,9 +1,12 @@
-"""open_clip: the ``ResidualAttentionBlock`` of its image tower on the fused operations.
+"""open_clip: the blocks of its image tower, ``ResidualAttentionBlock`` and its custom kind, on the fused operations.
 
     x = q_x + ls_1(attn(ln_1(q_x)))
     x = x + ls_2(mlp.c_proj(act(mlp.c_fc(ln_2(x)))))
 
-Text towers, whose attention is causal, are not touched; ``integrations/timm.py`` handles image towers of timm.
+``CustomResidualAttentionBlock`` has further norms: of q and k, of what attention puts out before and after its
+projection, and before c_proj; and a factor for each head. Its scaled-cosine attention is not covered: open_clip 3.3
+raises there. Text towers, whose attention is causal, are not touched; ``integrations/timm`` handles image towers of
+timm.
 Source: open_clip/transformer.py.
 """
 
@@ -11,7 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
     LayerNorm,
     LayerNormFp32,
     LayerScale,
@@ -22,7 +28,8 @@ from open_clip.transformer import (
 )
 from torch import nn
 
-from vit_fast.block import attention_branch, mlp_branch, pass_over_prepared, run_blocks
+from vit_fast import ops
+from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_prepared, project_qkv, run_blocks
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
@@ -92,6 +99,84 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         return mlp_branch(attention_branch(q_x, p), p)
 
 
+class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
+    """open_clip's CustomResidualAttentionBlock as two fused branches: [B, N, C] → [B, N, C]."""
+
+    SUBMODULES = submodules(
+        ln_1=_NORMS,
+        attn=(Attention,),
+        attn__ln_q=(*_NORMS, nn.Identity),
+        attn__ln_k=(*_NORMS, nn.Identity),
+        attn__attn_drop=(nn.Dropout,),
+        attn__ln_inner=(*_NORMS, nn.Identity),
+        attn__out_proj=LINEAR,
+        attn__out_drop=(nn.Dropout,),
+        ln_attn=(*_NORMS, nn.Identity),
+        ls_1=(LayerScale, *NOTHING),
+        ln_2=_NORMS,
+        mlp=(nn.Sequential,),
+        mlp__c_fc=LINEAR,
+        mlp__gelu=(nn.GELU, QuickGELU, nn.ReLU),
+        mlp__ln=(*_NORMS, nn.Identity),
+        mlp__c_proj=LINEAR,
+        ls_2=(LayerScale, *NOTHING),
+    )
+    ln_1: nn.LayerNorm
+    attn: Attention
+    ln_attn: Any
+    ls_1: Any
+    ln_2: nn.LayerNorm
+    mlp: Any  # an nn.Sequential of c_fc, gelu, ln, c_proj
+
+    def not_covered(self) -> str | None:
+        return "its attention is scaled-cosine" if self.attn.logit_scale is not None else None
+
+    def _weights(self) -> BlockParams:
+        """The weights as the fused branches take them; ``params`` would tell ``prepare`` that there is nothing else."""
+        attn, mlp = self.attn, self.mlp
+        return BlockParams(
+            norm1=Norm.of(self.ln_1),
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            proj_weight=attn.out_proj.weight,
+            proj_bias=attn.out_proj.bias,
+            norm2=Norm.of(self.ln_2),
+            fc1_weight=mlp.c_fc.weight,
+            fc1_bias=mlp.c_fc.bias,
+            fc2_weight=mlp.c_proj.weight,
+            fc2_bias=mlp.c_proj.bias,
+            num_heads=attn.num_heads,
+            scale=attn.scale,
+            activation=_activation(mlp.gelu),
+            gamma1=getattr(self.ls_1, "gamma", None),
+            gamma2=getattr(self.ls_2, "gamma", None),
+            q_norm=Norm.of(attn.ln_q),
+            k_norm=Norm.of(attn.ln_k),
+            inner_norm=Norm.of(mlp.ln),
+            out_norm=Norm.of(attn.ln_inner),
+        )
+
+    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> Any:
+        if reason := given(others, named) or self.not_fused():
+            return self.run_library(reason, x, *others, **named)
+        p, attn = self._weights(), self.attn
+        reason = not_taken(x, p.qkv_weight, p.gamma1, p.gamma2)
+        if attn.training and (attn.attn_drop.p or attn.out_drop.p):
+            reason = "its attention drops"
+        if reason is not None:
+            return self.run_library(reason, x, *others, **named)
+        y = attend(project_qkv(x, p), p)
+        if attn.head_scale is not None:
+            y = (y.unflatten(2, (p.num_heads, -1)) * attn.head_scale.flatten(1)).flatten(2)
+        if isinstance(self.ln_attn, nn.Identity):
+            x = ops.linear_residual(y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm)
+        else:
+            y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
+            y = self.ls_1(ops.layer_norm(F.linear(y, p.proj_weight, p.proj_bias), *Norm.of(self.ln_attn)))
+            x = x + y
+        return mlp_branch(x, p)
+
+
 class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
@@ -115,7 +200,10 @@ class FastTransformer(Swapped, Transformer):
         return module.get_submodule("resblocks")
 
 
-FAST = {ResidualAttentionBlock: FastResidualAttentionBlock}
+FAST = {
+    ResidualAttentionBlock: FastResidualAttentionBlock,
+    CustomResidualAttentionBlock: FastCustomResidualAttentionBlock,
+}
 STACKS = {Transformer: FastTransformer}
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .. import Found, Fused, instances
+from vit_fast.integrations import Found, Fused, instances
+
 from . import beit, cait, eva, patch_embed, sam, vit
 
 FAST: dict[type[nn.Module], type[Fused]] = {

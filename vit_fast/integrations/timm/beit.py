@@ -11,9 +11,9 @@ import timm.models.vision_transformer_relpos as relpos
 import torch
 from torch import nn
 
+from vit_fast.integrations import Fused
 from vit_fast.plain import submodules
 
-from .. import Fused
 from .parts import DROP_PATHS, MLP, NORMS, SCALES, PostNormBlock, PreNormBlock, attention_submodules
 
 

@@ -17,10 +17,9 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
+from vit_fast.integrations import GELU, Fused, given, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
-
-from .. import GELU, Fused, given, not_taken
 
 
 def _classes(*names: str, of: Any = layers) -> tuple[type, ...]:

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from vit_fast import ops
+from vit_fast.integrations import Fused, autocasts, not_dense
 from vit_fast.plain import submodules
 
-from .. import Fused, autocasts, not_dense
 from .parts import NORM_OR_NONE, normalise
 
 
@@ -44,7 +44,8 @@ class FastPatchEmbed(Fused, PatchEmbed):
         size = tuple(x.shape[2:])
         if self.img_size is not None and self.strict_img_size and size != tuple(self.img_size):
             return f"the images are {size[0]}×{size[1]}, not {self.img_size[0]}×{self.img_size[1]}"
-        if size[0] % self.patch_size[0] or size[1] % self.patch_size[1]:
+        whole = size[0] % self.patch_size[0] == size[1] % self.patch_size[1] == 0
+        if not whole and (getattr(self, "dynamic_img_pad", False) or not self.strict_img_size):
             return f"images of {size[0]}×{size[1]} are no whole number of patches"
         return None
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import drop_path_scale
+from vit_fast.integrations import Fused
 from vit_fast.plain import submodules
 
-from .. import Fused
 from .parts import (
     DROP_PATHS,
     MLP,

@@ -15,9 +15,9 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
 from vit_fast.block_params import Norm
+from vit_fast.integrations import Fused, given, not_taken
 from vit_fast.plain import submodules
 
-from .. import Fused, given, not_taken
 from .parts import (
     ACTIVATIONS,
     DROP_PATHS,

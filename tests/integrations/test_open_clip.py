@@ -1,0 +1,94 @@
+"""The custom blocks of open_clip's image towers: each of their options on the fused operations, and all of them."""
+
+import copy
+
+import pytest
+import torch
+from support.budget import assert_within_budget
+from support.library_models import fused, open_clip_tower, operations
+
+import vit_fast
+
+OPTIONS = {
+    "qk_norm": dict(qk_norm=True),
+    "scale_heads": dict(scale_heads=True),
+    "scale_attn_inner": dict(scale_attn_inner=True),
+    "scale_attn": dict(scale_attn=True),
+    "scale_fc": dict(scale_fc=True),
+    "all": dict(qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True),
+    "all, without LayerScale": dict(
+        qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True, ls_init_value=None
+    ),
+    "none": dict(block_type="custom"),
+}
+
+
+@pytest.fixture(autouse=True)
+def library(peer):
+    return peer("open_clip")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_custom_blocks(options):
+    model, x = open_clip_tower(**OPTIONS[options]), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    vit_fast.optimize(model, strict=True)
+    actual, ran = operations(model, x)
+    assert ran.count("attention") == 2
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    block, tokens = model.transformer.resblocks[0], torch.randn(2, 5, 48)
+    mask = torch.zeros(5, 5).masked_fill_(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    with vit_fast.backends.recording() as choices:
+        masked = block(tokens, attn_mask=mask)
+    assert not fused(choices)
+    vit_fast.restore(model)
+    assert torch.equal(model(x), expected) and torch.equal(block(tokens, attn_mask=mask), masked)
+
+
+@pytest.mark.parametrize("options", ("qk_norm", "all"))
+def test_bfloat16_is_within_the_budget_of_a_model(options):
+    model, x = open_clip_tower(**OPTIONS[options]).bfloat16(), torch.randn(8, 3, 32, 32).bfloat16()
+    with torch.inference_mode():
+        golden, eager = copy.deepcopy(model).double()(x.double()), model(x)
+        actual, ran = operations(vit_fast.optimize(model), x)
+    assert ran
+    assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+def test_gradients():
+    plain, x = open_clip_tower(**OPTIONS["all"]).double().train(), torch.randn(2, 3, 32, 32).double()
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    for one in (plain, model):
+        one(x).square().sum().backward()
+    for (name, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (expected.grad is None) == (actual.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_part_of_another_class_or_with_a_hook_runs_as_it_did():
+    model, x = vit_fast.optimize(open_clip_tower(**OPTIONS["all"])), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    model.transformer.resblocks[1].attn.ln_inner.register_forward_hook(lambda module, args, result: 2 * result)
+    with vit_fast.backends.recording() as choices:
+        assert not torch.allclose(model(x), expected)
+    assert [reasons for _, name, reasons in choices if name == "library"] == [("attn.ln_inner carries a hook",)]
+
+
+def test_dropout_in_training_runs_as_it_did():
+    model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"])).train()
+    model.transformer.resblocks[0].attn.out_drop.p = 0.5
+    with vit_fast.backends.recording() as choices:
+        model(torch.randn(2, 3, 32, 32))
+    assert [reasons for _, name, reasons in choices if name == "library"] == [("its attention drops",)]
+
+
+def test_scaled_cosine_attention_stays_as_it_is():
+    with pytest.raises(vit_fast.UnsupportedError, match=r"resblocks\.0–1: its attention is scaled-cosine"):
+        vit_fast.optimize(open_clip_tower(scaled_cosine_attn=True))
+
+
+def test_custom_blocks_are_not_prepared():
+    model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"]))
+    with pytest.raises(ValueError, match="without transformer blocks"):
+        vit_fast.prepare(model)

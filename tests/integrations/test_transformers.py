@@ -1,0 +1,327 @@
+"""vit_fast.optimize on every vision family of transformers that it knows; ``test_optimize.py`` has the edges.
+
+Classes under one form are equal but for their names: their source says so. Each family then has a small random model,
+whose outputs, hidden states, gradients, copies and layers with hooks and adapters are compared with transformers' own.
+"""
+
+import ast
+import copy
+import importlib
+import inspect
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from support.budget import assert_within_budget
+from support.library_models import TRANSFORMERS, Version, fused
+from support.transformers_models import CASES, output
+from torch import nn
+
+import vit_fast
+from vit_fast.integrations.transformers import families, register_attention
+
+pytestmark = pytest.mark.skipif(
+    TRANSFORMERS < Version("5.23"), reason="transformers before 5.23 makes DINOv2 of other parts"
+)
+
+
+@pytest.fixture
+def case(request):
+    return CASES[request.param]
+
+
+def each(names=tuple(CASES)):
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
+ONE_EACH = (  # one of each form
+    "ViTMAE", "Pixio", "Dinov2 giant", "DINOv3", "AltCLIP", "XCLIP", "Siglip2", "VideoMAE", "Beit", "Data2VecVision",
+    "InternVL with RMSNorm", "Aimv2", "Pixtral", "Qwen3-VL", "Qwen2.5-VL", "SAM",
+)  # fmt: skip
+
+
+def run(model, inputs, **options):
+    """(output, operations that ran fused, reasons of the layers that did not)."""
+    with vit_fast.backends.recording() as choices:
+        result = output(model, inputs, **options)
+    return result, fused(choices), [reasons for _, backend, reasons in choices if backend == "library"]
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, vit_fast.integrations.Fused)]
+
+
+def same(actual, expected, case=None):
+    tolerance = 1e-5 if actual.dtype == torch.float32 or (case and case.float32) else 1e-11
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@each()
+def test_a_family_runs_fused(case):
+    model, inputs = case.build(), case.inputs(torch.float32)
+    expected = output(model, inputs)
+    classes = [type(module) for module in model.modules()]
+    vit_fast.optimize(model, strict=True)
+    assert len(layers(model)) == case.blocks
+    actual, ran, reasons = run(model, inputs)
+    same(actual, expected)
+    assert not reasons and ran.count("attention") == case.blocks
+    vit_fast.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    again, ran, _ = run(model, inputs)
+    assert torch.equal(again, expected) and not ran
+
+
+@each()
+def test_bfloat16_is_within_the_budget_of_a_model(case):
+    model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    with torch.inference_mode():
+        golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
+        actual, ran, _ = run(vit_fast.optimize(model), inputs)
+    assert ran
+    assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+def gradients(model, inputs):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(4)
+    result = output(model, inputs)
+    (result.square() / 2 + result).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected, tolerance):
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01), name
+
+
+@each()
+def test_gradients_of_a_checkpointed_model_in_training(case):
+    plain, inputs = case.build().double().train(), case.inputs(torch.float64)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    expected, actual = gradients(plain, inputs), gradients(model, inputs)
+    assert_same_gradients(actual, expected, 1e-5 if case.float32 else 1e-9)
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        assert_same_gradients(gradients(model, inputs), actual, 1e-12)
+
+
+@each(ONE_EACH)
+def test_hidden_states_and_attentions(case):
+    plain, inputs = case.build(attn_implementation="eager"), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    for option in ("output_hidden_states", "output_attentions"):
+        expected, actual = plain(**inputs, **{option: True}), model(**inputs, **{option: True})
+        assert len(actual) == len(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
+    assert run(model, inputs)[1] and not run(model, inputs)[2]
+
+
+@each()
+def test_a_changed_part_of_a_layer_counts(case):
+    plain, inputs = case.build(), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    unchanged = output(plain, inputs)
+    index = next(i for i, module in enumerate(model.modules()) if module is layers(model)[-1])
+    linear = [name for name, part in list(model.modules())[index].named_modules() if type(part) is nn.Linear][-1]
+    for one in (plain, model):
+        part = list(one.modules())[index].get_submodule(linear)
+        part.register_forward_hook(lambda module, args, result: 2 * result)
+    actual, ran, reasons = run(model, inputs)
+    same(actual, output(plain, inputs))
+    assert not torch.allclose(actual, unchanged)
+    assert ran.count("attention") == case.blocks - 1 and reasons == [(f"{linear} carries a hook",)]
+
+
+@each(("ViT", "XCLIP", "Beit", "Data2VecVision"))
+def test_autocast_and_half(case):
+    plain, inputs = case.build(), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        actual, ran, _ = run(model, inputs)
+        expected = output(plain, inputs)
+    assert ran and actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        half = case.inputs(torch.float16)
+        actual, ran, _ = run(model.half(), half)
+        torch.testing.assert_close(actual, output(plain.half(), half), rtol=0.02, atol=0.02)
+    assert ran
+
+
+@each(ONE_EACH)
+def test_copies_and_pickles(case):
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    expected = output(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+        actual, ran, _ = run(other, inputs)
+        assert torch.equal(actual, expected) and ran
+
+
+def test_a_pickle_of_an_optimised_model_in_a_new_process(tmp_path):
+    for name in ("ViTMAE", "CLIP"):
+        torch.save(vit_fast.optimize(CASES[name].build()), tmp_path / name)
+        code = f"""
+            import torch
+            model = torch.load({str(tmp_path / name)!r}, weights_only=False)
+            print(sorted(type(m).__qualname__ for m in model.modules() if "vit_fast" in type(m).__module__)[-1])
+        """
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+        )
+        assert result.stdout in ("FastViTMAELayer\n", "FastCLIPEncoderLayer\n"), result.stderr
+
+
+@each(("Dinov2 giant", "AltCLIP", "Beit", "DINOv3", "VideoMAE"))
+def test_compiles_in_one_graph(case):
+    model, inputs = case.build(), case.inputs(torch.float32)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        vit_fast.optimize(model)
+        same(output(torch.compile(model, fullgraph=True, backend="eager"), inputs), expected)
+
+
+def test_adapters(peer):
+    peft = peer("peft")
+    for name in ("ViTMAE", "Beit", "AltCLIP"):
+        case = CASES[name]
+        plain, inputs = case.build(), case.inputs(torch.float32)
+        model = vit_fast.optimize(copy.deepcopy(plain))
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        expected = peft.get_peft_model(plain, config)
+        torch.manual_seed(1)
+        actual = peft.get_peft_model(model, config)
+        result, ran, reasons = run(actual, inputs)
+        same(result, output(expected, inputs))
+        assert not ran and len(reasons) == case.blocks
+        merged, ran, reasons = run(actual.merge_and_unload(), inputs)
+        same(merged, result)
+        assert ran and not reasons
+
+
+@pytest.mark.parametrize("name", ("CLIP", "Siglip2"))
+def test_text_towers_are_not_touched(name):
+    config = getattr(transformers, f"{name}Config")
+    small = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96)
+    model = getattr(transformers, f"{name}Model")(config(vision_config=small, text_config=small))
+    vit_fast.optimize(model, strict=True)
+    assert len(layers(model)) == 1 and layers(model)[0] in set(model.vision_model.modules())
+
+
+def test_masked_keys_do_not_count():
+    case = CASES["Siglip2"]
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    expected = output(model, inputs)
+    inputs["pixel_values"] = inputs["pixel_values"].clone()
+    inputs["pixel_values"][1, 12:] = 7.0
+    actual, ran, _ = run(model, inputs)
+    assert ran.count("attention") == 2
+    same(actual[1, :12], expected[1, :12])
+    inputs["pixel_values"][1, 11] = 7.0
+    assert not torch.allclose(output(model, inputs)[1, :11], expected[1, :11])
+
+
+def test_images_of_another_size():
+    for name, options in (("Beit", {}), ("Data2VecVision", dict(interpolate_pos_encoding=True)), ("ViT", {})):
+        model = CASES[name].build(use_absolute_position_embeddings=False)
+        options = options or dict(interpolate_pos_encoding=True)
+        inputs = {"pixel_values": torch.randn(1, 3, 48, 48)}
+        if name != "ViT":
+            inputs, options = {"pixel_values": torch.randn(1, 3, 32, 32)}, {}
+        expected = output(model, inputs, **options)
+        actual, ran, _ = run(vit_fast.optimize(model), inputs, **options)
+        same(actual, expected)
+        assert ran
+
+
+def _classes(row, family):
+    """{placeholder: class} of the classes of transformers that a fast class reads."""
+    module = importlib.import_module(f"transformers.models.{row}")
+    names = {family.layer: "Layer"}
+    for classes in family.form.MODULES.values():
+        for wanted in classes:
+            if isinstance(wanted, str):
+                name = wanted.format(family.prefix)
+                names[family.names.get(name, name)] = wanted
+    return {wanted: getattr(module, name) for name, wanted in names.items()}
+
+
+class _Plain(ast.NodeTransformer):
+    """Forwards without annotations, docstrings and decorators."""
+
+    def visit_FunctionDef(self, node):
+        node.returns, node.decorator_list = None, []
+        for argument in (*node.args.args, node.args.kwarg, node.args.vararg):
+            if argument is not None:
+                argument.annotation = None
+        if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+            node.body = node.body[1:]
+        return node
+
+
+def _forward(cls):
+    return ast.unparse(_Plain().visit(ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))))
+
+
+def test_every_row_of_the_table_finds_its_classes():
+    for row, found in families.FAMILIES.items():
+        for family in found:
+            assert all(issubclass(cls, nn.Module) for cls in _classes(row, family).values()), family
+
+
+def test_layers_of_one_form_have_one_forward():
+    """Of the forms whose models copy each other. The texts differ where an argument is passed by its name or not."""
+    forwards = {}
+    for row, found in families.FAMILIES.items():
+        for family in found:
+            forwards.setdefault(family.form.__name__, set()).add(_forward(_classes(row, family)["Layer"]))
+    assert {name: len(texts) for name, texts in forwards.items() if len(texts) > 1} == {}
+
+
+def test_our_attention_on_request():
+    with pytest.raises(TypeError, match=r"vit_fast\.register_attention: name is int, expected a str"):
+        register_attention(3)
+    with pytest.raises(ValueError, match="name is 'sdpa', which is another implementation's"):
+        register_attention("sdpa")
+    assert register_attention() == register_attention() == "vit_fast"
+    small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
+    config = transformers.CLIPConfig(vision_config=dict(image_size=32, patch_size=8, **small), text_config=small)
+    model = transformers.CLIPModel(config).eval()
+    ids, mask = torch.randint(1, 40, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 32, 32))
+    for given in (inputs, dict(inputs, attention_mask=None)):
+        model.set_attn_implementation("sdpa")
+        expected = model(**given).logits_per_image
+        model.set_attn_implementation("vit_fast")
+        with vit_fast.backends.recording() as choices:
+            actual = model(**given).logits_per_image
+        same(actual, expected)
+        assert fused(choices) == 4 * ["attention"]
+
+
+def test_our_attention_with_grouped_heads_and_what_it_lacks():
+    from vit_fast.integrations.transformers.attention_interface import attention_forward
+
+    q, kv = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 5, 8)
+    module = nn.Module()
+    actual, weights = attention_forward(module, q, kv, kv, None, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, scale=0.3, enable_gqa=True)
+    same(actual, expected.transpose(1, 2))
+    assert weights is None
+    with pytest.raises(vit_fast.UnsupportedError, match="Module asks for softcap, which vit_fast does not compute"):
+        attention_forward(module, q, q, q, None, softcap=3.0)

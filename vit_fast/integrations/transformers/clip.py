@@ -1,0 +1,103 @@
+"""CLIP, SigLIP and X-CLIP: the forms of their layers, and the stack that holds them."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import output_capturing
+
+from vit_fast.block import pack, pass_over_prepared, run_blocks
+from vit_fast.block_params import BlockParams, Norm
+from vit_fast.integrations import Swapped, given
+from vit_fast.plain import LINEAR, NOTHING
+
+from .layer import MLP, NORM, Layer, Modules, Parts, activation_of, attention_modules, mlp_parts
+
+
+class CLIPForm(Layer):
+    """CLIP, SigLIP and the models that copy their layer. Their encoders hold stacks that can be prepared."""
+
+    MODULES: ClassVar[Modules] = dict(
+        layer_norm1=NORM,
+        **attention_modules("self_attn", "{}Attention", ("q_proj", "k_proj", "v_proj", "out_proj")),
+        layer_norm2=NORM,
+        **MLP,
+    )
+    HEADS, SCALE, DROPOUT = "num_heads", "scale", "dropout"
+
+    @classmethod
+    def parts(cls, self: Any) -> Parts:
+        attn = self.self_attn
+        qkv = attn.q_proj, attn.k_proj, attn.v_proj
+        return Parts(self.layer_norm1, attn, qkv, attn.out_proj, self.layer_norm2, *mlp_parts(self.mlp))
+
+    def params(self) -> BlockParams:
+        """The weights for folding, with q, k and v packed."""
+        parts = self.parts(self)
+        qkv_weight, qkv_bias = pack(parts.qkv)
+        (fc1,) = parts.fc1
+        return BlockParams(
+            norm1=Norm.of(parts.norm1),
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            proj_weight=parts.out.weight,
+            proj_bias=parts.out.bias,
+            norm2=Norm.of(parts.norm2),
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=parts.fc2.weight,
+            fc2_bias=parts.fc2.bias,
+            num_heads=parts.attention.num_heads,
+            scale=parts.attention.scale,
+            activation=str(activation_of(parts.act)),
+        )
+
+
+class XCLIPVisionForm(CLIPForm):
+    """X-CLIP's vision layer: CLIP's, whose attention has a token with a message of the other frames in addition."""
+
+    MODULES: ClassVar[Modules] = {
+        **CLIPForm.MODULES,
+        "message_fc": LINEAR,
+        "message_ln": NORM,
+        "message_attn": ("{}Attention",),
+        **{f"message_attn__{name}": LINEAR for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+        "drop_path": ("{}DropPath", *NOTHING),
+    }
+    READS = ()
+    message_fc: Any
+    message_ln: Any
+    message_attn: Any
+    drop_path: Any
+    num_frames: int
+
+    def drop_path_rates(self) -> tuple[float, float]:
+        return 0.0, 0.0  # only the message drops
+
+    def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
+        message = self.message_fc(x[:, 0]).unflatten(0, (-1, self.num_frames))
+        message = message + self.drop_path(self.message_attn(self.message_ln(message))[0])
+        with_message = torch.cat([x, message.flatten(0, 1).unsqueeze(1)], dim=1)
+        return super().add_attention(with_message, parts, options)[:, : x.shape[1]]
+
+
+class Encoder(Swapped):
+    """A stack of layers, run one by one, or all at once where ``vit_fast.prepare`` has prepared them."""
+
+    layers: nn.ModuleList
+
+    def forward(self, inputs_embeds: torch.Tensor, *masks: Any, **options: Any) -> Any:
+        reason = given(masks, options)
+        if recorded := output_capturing._active_collector.get():  # may be requested by the config too
+            reason = f"{next(iter(recorded))} are recorded"
+        if reason is not None:
+            pass_over_prepared(self.layers, reason)
+            return super().forward(inputs_embeds, *masks, **options)
+        x = run_blocks(self.layers, inputs_embeds, run=lambda layer, x: layer(x, None))
+        return BaseModelOutput(last_hidden_state=x)
+
+    @staticmethod
+    def stack(module: nn.Module) -> nn.Module:
+        """The container of the blocks in a module that may be swapped to this class."""
+        return module.get_submodule("layers")

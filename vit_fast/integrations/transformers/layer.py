@@ -1,0 +1,256 @@
+"""A vision layer of transformers as two fused branches: the base of the forms that these layers have.
+
+    x = x + drop_path(gamma1 · out(attention(q, k, v)))    q, k, v of norm1(x)
+    x = x + drop_path(gamma2 · fc2(act(fc1(norm2(x)))))    or fc2(act(gate(norm2(x))) · up(norm2(x)))
+
+A form says where a layer keeps its modules (``MODULES``, ``parts``), what its forward takes beside the input, and how
+it passes masks, rotary tables and sequence bounds to its attention. Three projections stay three, after one norm, and
+so do gate and up: packing them would copy their weights in each call.
+Source: transformers/models/*/modeling_*.py, version 5.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import (
+    FastGELUActivation,
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    QuickGELUActivation,
+    SiLUActivation,
+)
+from transformers.utils import output_capturing
+
+from vit_fast import ops
+from vit_fast.block import drop_path_scale, drop_rate
+from vit_fast.block_params import Norm
+from vit_fast.integrations import GELU, Fused, not_taken
+from vit_fast.kernels.reference import activate
+from vit_fast.plain import LINEAR, TENSORS
+
+Modules = Mapping[str, tuple[Any, ...]]
+NORM = (nn.LayerNorm,)
+_ACTIVATIONS = {
+    FastGELUActivation: "gelu_tanh",  # √(2/π) to ten digits
+    NewGELUActivation: "gelu_tanh",
+    QuickGELUActivation: "quick_gelu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+}
+ACTIVATIONS = (GELUActivation, GELUTanh, nn.GELU, *_ACTIVATIONS)
+_KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "vit_fast")  # all are softmax(scale · q kᵀ) v
+_IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # keyword arguments that no attention reads
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name of an activation, or None where it is not known."""
+    kind = type(module)
+    if kind is nn.GELU:
+        return GELU.get(str(module.approximate))
+    if kind is GELUActivation:
+        return "gelu" if module.act is F.gelu else None
+    if kind is GELUTanh:
+        act: Any = module.act
+        exact = isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
+        return "gelu_tanh" if exact else None
+    return _ACTIVATIONS.get(kind)
+
+
+def norm_kind(module: nn.Module) -> str:
+    """The argument ``norm`` of an operation."""
+    return "layer" if isinstance(module, nn.LayerNorm) else "rms"
+
+
+def linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias)
+
+
+class Parts(NamedTuple):
+    """The sub-modules of a layer that its fused forward reads."""
+
+    norm1: nn.LayerNorm  # or an RMSNorm
+    attention: Any  # the module that knows the heads, the scale and the dropout of the probabilities
+    qkv: tuple[Any, ...]  # three, or one that is packed
+    out: Any
+    norm2: nn.LayerNorm
+    fc1: tuple[Any, ...]  # one, or gate and up
+    act: Any
+    fc2: Any
+
+
+def attention_modules(name: str, cls: str, projections: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
+    return {name: (cls,), **{f"{name}__{projection}": LINEAR for projection in projections}}
+
+
+MAYBE_LINEAR = (nn.Linear, NoneType)
+GATED = ("gate_proj", "up_proj", "down_proj")
+MLP = dict(mlp=("{}MLP",), mlp__fc1=LINEAR, mlp__activation_fn=ACTIVATIONS, mlp__fc2=LINEAR)
+
+
+def mlp_parts(mlp: Any) -> tuple[tuple[nn.Linear, ...], nn.Module, nn.Linear]:
+    """(fc1 or gate and up, activation, fc2) of an MLP under the names that transformers uses."""
+    if "gate_proj" in mlp._modules:
+        return (mlp.gate_proj, mlp.up_proj), mlp.act_fn, mlp.down_proj
+    if "up_proj" in mlp._modules:
+        return (mlp.up_proj,), mlp.act_fn, mlp.down_proj
+    if "linear_fc1" in mlp._modules:
+        return (mlp.linear_fc1,), mlp.act_fn, mlp.linear_fc2
+    return (mlp.fc1,), mlp._modules.get("activation_fn") or mlp.act, mlp.fc2
+
+
+GATED_MLP = {**{name: LINEAR for name in GATED}, "act_fn": ACTIVATIONS}
+
+
+class Layer(Fused):
+    """[B, N, C] → [B, N, C]; base of the forms."""
+
+    MODULES: ClassVar[Modules] = {}  # as for ``plain.submodules``; "{}Name" stands for a family's own class
+    ARGUMENTS: tuple[str, ...] = ("attention_mask",)  # what the library's forward takes by position after the input
+    READS: tuple[str, ...] = ("attention_mask",)  # the arguments that the fused forward takes too
+    HEADS, SCALE, DROPOUT = "num_attention_heads", "scaling", "attention_dropout"
+
+    @staticmethod
+    def ignores(hook: Any) -> bool:
+        """transformers leaves the hooks that record attention weights on a model; inactive ones are ignored."""
+        if getattr(hook, "__module__", None) != output_capturing.__name__:
+            return False
+        collected = output_capturing._active_collector.get()
+        return collected is None or "attentions" not in collected
+
+    @classmethod
+    def parts(cls, self: Any) -> Parts:
+        """The sub-modules of a layer, which may be an instance of the library's class."""
+        raise NotImplementedError
+
+    @classmethod  # also called on the library's instance, which has no ``parts``
+    def not_covered(cls, self: Any) -> str | None:  # type: ignore[override]
+        parts = cls.parts(self)
+        attention = parts.attention
+        if getattr(attention, "is_causal", False):
+            return "its attention is causal"
+        config = getattr(attention, "config", None)
+        if config is not None and config._attn_implementation not in _KERNELS:
+            return f"its attention runs as {config._attn_implementation!r}"
+        if activation_of(parts.act) is None:
+            return f"its activation is {parts.act}"
+        return None
+
+    def scale(self, attention: Any) -> float:
+        """The factor of the scores."""
+        return getattr(attention, self.SCALE)
+
+    def gammas(self) -> tuple[Any, Any]:
+        """LayerScale of the two branches, or None."""
+        return None, None
+
+    def drop_path_rates(self) -> tuple[float, float]:
+        """The current rates of stochastic depth of the two branches."""
+        module = self._modules.get("drop_path")
+        rate = getattr(module, "drop_prob", 0.0) if module is not None and module.training else 0.0
+        return rate, rate
+
+    def dropout_rate(self) -> float:
+        """The current rate of dropout of the two branches."""
+        return drop_rate(self._modules.get("dropout"))
+
+    def attention_dropout_rate(self, attention: Any) -> float:
+        """The current rate of dropout of the probabilities."""
+        return getattr(attention, self.DROPOUT) if attention.training else 0.0
+
+    def attention_options(self, x: torch.Tensor, named: Mapping[str, Any]) -> dict[str, Any] | str:
+        """The options of ``ops.attention`` for what a call gives beside the input, or why there are none."""
+        options: dict[str, Any] = {}
+        for name, value in named.items():
+            if value is None or value is False or name in _IGNORED:
+                continue
+            if name not in self.READS:
+                return f"{name} is given"
+            if name == "attention_mask":
+                if type(value) not in TENSORS or value.dim() != 4:
+                    return "attention_mask is no tensor of 4 dimensions"
+                options["bias"] = value
+            elif name == "position_embeddings":
+                options["rope"] = value
+            elif name == "cu_seqlens":
+                options["cu_seqlens"] = value
+        if "rope" in options:
+            options["num_prefix"] = x.shape[1] - options["rope"][0].shape[-2]
+        return options
+
+    def _not_taken(self, x: torch.Tensor, parts: Parts) -> str | None:
+        """Why the fused forward does not take x, or the layer in its current state, or None."""
+        if reason := not_taken(x, parts.qkv[0].weight, *self.gammas()):
+            return reason
+        for norm in (parts.norm1, parts.norm2):
+            if norm_kind(norm) == "rms" and norm.weight.dtype != x.dtype:
+                return f"the input is {x.dtype}, an RMSNorm is {norm.weight.dtype}"
+        # transformers drops what the MLP returns; the fused branch, like timm, also drops the hidden activations.
+        if self.dropout_rate():
+            return "it drops the output of its MLP"
+        if max(self.attention_dropout_rate(parts.attention), *self.drop_path_rates()) >= 1:
+            return "a drop rate is 1"
+        return None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        result = self.not_fused()
+        if result is None:
+            result = self.fused(hidden_states, args, options)
+        if isinstance(result, str):
+            return self.run_library(result, hidden_states, *args, **options)
+        return result
+
+    def fused(self, x: torch.Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """What the library's forward returns, or why the fused one cannot compute it."""
+        if len(args) > len(self.ARGUMENTS):
+            return "a mask or another argument beside the input is given"
+        parts = self.parts(self)
+        if reason := self._not_taken(x, parts):
+            return reason
+        options = self.attention_options(x, dict(zip(self.ARGUMENTS, args, strict=False)) | dict(named))
+        if isinstance(options, str):
+            return options
+        return self.add_mlp(self.add_attention(x, parts, options), parts)
+
+    def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The first argument of ``ops.attention``, and k and v where they are not packed."""
+        norm1, kind = Norm.of(parts.norm1), norm_kind(parts.norm1)
+        if len(parts.qkv) == 1:
+            qkv = parts.qkv[0]
+            return ops.layer_norm_linear(x, *norm1, qkv.weight, qkv.bias, norm=kind), {}
+        normal = ops.layer_norm(x, *norm1, norm=kind)
+        q, k, v = (linear(normal, module) for module in parts.qkv)
+        return q, {"k": k, "v": v}
+
+    def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
+        """x plus the attention branch."""
+        attention, (q, kv) = parts.attention, self.project(x, parts)
+        bias = options.get("bias")
+        if bias is not None and bias.dtype == torch.bool:  # True where a key counts
+            options["bias"] = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf)
+        y = ops.attention(
+            q, getattr(attention, self.HEADS), self.scale(attention), **kv, **options,
+            dropout_p=self.attention_dropout_rate(attention),
+        )  # fmt: skip
+        row_scale = drop_path_scale(x, self.drop_path_rates()[0], True)
+        return ops.linear_residual(y, parts.out.weight, parts.out.bias, self.gammas()[0], x, row_scale=row_scale)
+
+    def add_mlp(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """x plus the MLP branch."""
+        gamma, fc2, act = self.gammas()[1], parts.fc2, str(activation_of(parts.act))
+        norm2, kind = Norm.of(parts.norm2), norm_kind(parts.norm2)
+        row_scale = drop_path_scale(x, self.drop_path_rates()[1], True)
+        if len(parts.fc1) == 1:
+            fc1 = parts.fc1[0]
+            return ops.layernorm_mlp(
+                x, *norm2, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, gamma, row_scale=row_scale, norm=kind
+            )
+        normal = ops.layer_norm(x, *norm2, norm=kind)
+        gate, up = (linear(normal, module) for module in parts.fc1)
+        return ops.linear_residual(activate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale)
