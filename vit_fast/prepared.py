@@ -233,8 +233,6 @@ def _not_supported_reasons(blocks: Any, precision: Precision) -> list[str]:
         reasons.append("the blocks have RMSNorm (norm 'rms')")
     if any(p.inner_norm is not None or p.out_norm is not None for p in params):
         reasons.append("the blocks normalise before fc2 or proj (inner_norm, out_norm)")
-    if any(p.activation in ("silu", "geglu", "geglu_tanh") for p in params):
-        reasons.append(f"the activation is {params[0].activation}")
     shared = [
         (p.num_heads, p.scale, p.activation, *its_eps, p.qkv_weight.shape, p.qkv_weight.device)
         for p, its_eps in zip(params, eps, strict=True)

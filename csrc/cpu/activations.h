@@ -50,6 +50,8 @@ VF_INLINE vf activate(vf z, Activation activation) {
       return z * sigmoid<LOW>(splat(1.702f) * z);
     case Activation::relu:
       return max_nan(z, splat(0.0f));
+    case Activation::silu:
+      return z * sigmoid<LOW>(z);
     default:
       return z;
   }

@@ -17,7 +17,18 @@ struct Pool {
 
 enum class Type : int32_t { float32, float16, bfloat16, int8, uint8 };
 
-enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, swiglu };
+// The last three are gated: act(first half) · second half of the features, by silu, gelu and gelu_tanh.
+enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu, swiglu, geglu, geglu_tanh };
+
+constexpr bool is_gated(Activation activation) { return activation >= Activation::swiglu; }
+
+// The activation of the gate of a gated one; another stays what it is.
+constexpr Activation of_gate(Activation activation) {
+  return activation == Activation::swiglu       ? Activation::silu
+         : activation == Activation::geglu      ? Activation::gelu
+         : activation == Activation::geglu_tanh ? Activation::gelu_tanh
+                                                : activation;
+}
 
 // A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
 struct PackedLinear {
@@ -57,7 +68,7 @@ struct Attention {
   void* workspace;  // attention_workspace bytes, aligned to 64
 };
 
-// Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null.
+// Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null. rms: RMSNorm.
 struct LayerNorm {
   const void* x;
   const float *weight, *bias;
@@ -66,6 +77,7 @@ struct LayerNorm {
   Type type, out_type;
   int64_t rows, width, stride;
   float eps;
+  bool rms;
   Pool pool;
 };
 
@@ -91,6 +103,7 @@ struct LayerNormBackward {
   float *dweight, *dbias;
   Type type;
   int64_t rows, width, stride, grad_stride;
+  bool rms;
   Pool pool;
   void* workspace;  // layer_norm_bwd_workspace bytes, aligned to 64
 };
@@ -104,12 +117,12 @@ struct Weight {
 };
 
 // act(LN(x) wᵀ + b), or residual + row_scale·gamma·(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
-// and out [rows, features] (half the features under swiglu). All vectors float32, or null.
+// and out [rows, features] (half the features of a gated activation). All vectors float32, or null.
 struct Linear {
   const void* x;
   Type type, out_type;  // of x; of out and the residual
   int64_t rows, stride;
-  bool normalise;
+  bool normalise, rms;
   const float *ln_weight, *ln_bias;
   float eps;
   float *mean, *rstd;

@@ -52,7 +52,7 @@ Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads,
       linears[j] = packed_linear(&weights[i + j * size], quantised);
       check(linears[j], &weights[i + j * size], type, quantised, group, inputs[j], outputs[j]);
     }
-    const int64_t units = act == Activation::swiglu ? fc1 / 2 : fc1;
+    const int64_t units = is_gated(act) ? fc1 / 2 : fc1;
     STD_TORCH_CHECK(units <= hidden + 31 && units >= hidden - group + 1, "fc1 does not have the outputs that fc2 takes");
     blocks.push_back({linears[0], linears[1], linears[2], linears[3]});
   }

@@ -272,7 +272,7 @@ struct Stack {
     const int64_t padded = round_up(s.width, stored_group(TYPE));
     for (int64_t row = first; row < last; row++) {
       const float* x = s.x + row * s.width;
-      const Moments m = moments(x, Type::float32, s.width, eps);
+      const Moments m = moments(x, Type::float32, s.width, eps, false);
       normalise_row(x, Type::float32, s.width, m, nullptr, nullptr, space.normal, 0, Type::float32);
       encode_row<TYPE>(space.normal, s.width, padded, space.narrow, row - first);
     }
@@ -315,15 +315,16 @@ struct Stack {
     add_linear(space.narrow, block.proj, first, last, space.widened);
     normalise(first, last, s.eps2, space);
     const int64_t stride = BlockSpace<TYPE>::hidden_stride(s.hidden);
-    const bool gated = s.activation == Activation::swiglu;
+    const bool gated = vit_fast::is_gated(s.activation);
+    const Activation activation = vit_fast::of_gate(s.activation);
     linear<TYPE>(space.narrow, count, block.fc1, space.widened, [&](int64_t row, int64_t n, const vf* values) {
       float* hidden = space.hidden + row * stride;
       if (gated) {  // half of a panel gates, the other half is gated
         constexpr int HALF = NR / VL / 2;
         for (int i = 0; i < HALF; i++)
-          store(hidden + n / 2 + i * VL, values[i] * sigmoid<LOW>(values[i]) * values[i + HALF]);
+          store(hidden + n / 2 + i * VL, activate<LOW>(values[i], activation) * values[i + HALF]);
       } else {
-        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], s.activation));
+        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], activation));
       }
     });
     const int64_t hidden_padded = round_up(s.hidden, stored_group(TYPE));
