@@ -38,7 +38,8 @@ inline Type type_of(const Tensor& t) {
 }
 
 inline Activation activation_of(const std::string& name) {
-  const char* names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu", "geglu_tanh"};
+  const char* names[] = {"none", "gelu",   "gelu_tanh", "quick_gelu", "relu",
+                         "silu", "swiglu", "geglu",     "geglu_tanh"};
   for (int i = 0; i < 9; i++)
     if (name == names[i]) return static_cast<Activation>(i);
   STD_TORCH_CHECK(false, "unknown activation ", name);

@@ -318,7 +318,6 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
     return reasons + precision.not_supported_reasons(tensors) + precision.options_not_supported_reasons(params[0])
 
 
-
 def _shared(p: BlockParams) -> tuple[Any, ...]:
     """What the blocks of a stack have in common."""
     norms = (p.norm1, p.norm2, p.out_norm, p.inner_norm)

@@ -17,23 +17,17 @@ struct Pool {
 
 enum class Type : int32_t { float32, float16, bfloat16, int8, uint8 };
 
+// The last three are gated: act(first half) · second half of the features, by silu, gelu and gelu_tanh.
 enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu, swiglu, geglu, geglu_tanh };
 
-// Whether an activation halves the features: that of the first half times the second half.
 constexpr bool is_gated(Activation activation) { return activation >= Activation::swiglu; }
 
-// What acts on the gates of a gated activation; another one itself.
-constexpr Activation gate_of(Activation activation) {
-  switch (activation) {
-    case Activation::swiglu:
-      return Activation::silu;
-    case Activation::geglu:
-      return Activation::gelu;
-    case Activation::geglu_tanh:
-      return Activation::gelu_tanh;
-    default:
-      return activation;
-  }
+// The activation of the gate of a gated one; another stays what it is.
+constexpr Activation of_gate(Activation activation) {
+  return activation == Activation::swiglu       ? Activation::silu
+         : activation == Activation::geglu      ? Activation::gelu
+         : activation == Activation::geglu_tanh ? Activation::gelu_tanh
+                                                : activation;
 }
 
 // A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
@@ -101,7 +95,7 @@ struct Attention {
   ScoreBias bias = {};
 };
 
-// Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null.
+// Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null. rms: RMSNorm.
 struct LayerNorm {
   const void* x;
   const float *weight, *bias;
@@ -110,6 +104,7 @@ struct LayerNorm {
   Type type, out_type;
   int64_t rows, width, stride;
   float eps;
+  bool rms;
   Pool pool;
 };
 
@@ -135,6 +130,7 @@ struct LayerNormBackward {
   float *dweight, *dbias;
   Type type;
   int64_t rows, width, stride, grad_stride;
+  bool rms;
   Pool pool;
   void* workspace;  // layer_norm_bwd_workspace bytes, aligned to 64
 };
@@ -148,12 +144,12 @@ struct Weight {
 };
 
 // act(LN(x) wᵀ + b), or residual + row_scale·gamma·(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
-// and out [rows, features] (half the features under a gated activation). All vectors float32, or null.
+// and out [rows, features] (half the features of a gated activation). All vectors float32, or null.
 struct Linear {
   const void* x;
   Type type, out_type;  // of x; of out and the residual
   int64_t rows, stride;
-  bool normalise;
+  bool normalise, rms;
   const float *ln_weight, *ln_bias;
   float eps;
   float *mean, *rstd;

@@ -7,7 +7,7 @@ namespace {
 // x [rows, C] with a contiguous last axis; weight and bias float32 [C]. (out [rows, C] in the dtype of x; mean and rstd
 // [rows] float32, empty unless asked for).
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                              double eps, bool with_stats) {
+                                              double eps, bool rms, bool with_stats) {
   const int64_t rows = x.size(0), width = x.size(1), stats = with_stats ? rows : 0;
   Tensor out = empty(x, {rows, width}, x.scalar_type());
   Tensor mean = empty(x, {stats}, ScalarType::Float), rstd = empty(x, {stats}, ScalarType::Float);
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> we
   call.rstd = with_stats ? static_cast<float*>(rstd.mutable_data_ptr()) : nullptr;
   call.type = call.out_type = type_of(x);
   call.rows = rows, call.width = width, call.stride = x.stride(0);
-  call.eps = static_cast<float>(eps);
+  call.eps = static_cast<float>(eps), call.rms = rms;
   call.pool = thread_pool();
   kernels().layer_norm(call);
   return {out, mean, rstd};
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> we
 // x and grad [rows, C] of one dtype, each with a contiguous last axis; the rest float32. (dx [rows, C] in the dtype of
 // x, dweight and dbias [C] float32).
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean,
-                                                  Tensor rstd) {
+                                                  Tensor rstd, bool rms) {
   LayerNormBackward call{};
   call.rows = x.size(0), call.width = x.size(1);
   Tensor dx = empty(x, {call.rows, call.width}, x.scalar_type());
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor grad, Tensor x, std::op
   call.dx = dx.mutable_data_ptr();
   call.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   call.dbias = static_cast<float*>(dbias.mutable_data_ptr());
-  call.type = type_of(x);
+  call.type = type_of(x), call.rms = rms;
   call.pool = thread_pool();
   const Workspace workspace(x, kernels().layer_norm_bwd_workspace(call));
   call.workspace = workspace.data();

@@ -1,4 +1,5 @@
-// LayerNorm of rows: (x − mean)·rstd·weight + bias, statistics in float32, two passes over a row in cache.
+// LayerNorm of rows: (x − mean)·rstd·weight + bias, statistics in float32, two passes over a row in cache. RMSNorm: the
+// mean is 0.
 #pragma once
 
 #include "rows.h"
@@ -14,7 +15,7 @@ void layer_norm(const LayerNorm& n) {
     const int64_t last = (task + 1) * per_task < n.rows ? (task + 1) * per_task : n.rows;
     for (int64_t row = task * per_task; row < last; row++) {
       const char* x = static_cast<const char*>(n.x) + row * n.stride * size;
-      const Moments m = moments(x, n.type, n.width, n.eps);
+      const Moments m = moments(x, n.type, n.width, n.eps, n.rms);
       normalise_row(x, n.type, n.width, m, n.weight, n.bias, n.out, row * n.width, n.out_type);
       if (n.mean) n.mean[row] = m.mean, n.rstd[row] = m.rstd;
     }

@@ -1,6 +1,6 @@
 // The gradients of LayerNorm: dx = rstd·(dn − mean(dn) − n·mean(dn·n)), dweight = Σ dy·n, dbias = Σ dy over rows.
 //
-// n = (x − mean)·rstd, dn = dy·weight. A task takes some rows and leaves its sums of dweight and dbias in a row of the
+// n = (x − mean)·rstd, dn = dy·weight. RMSNorm: mean and mean(dn) are 0. A task takes some rows and leaves its sums of dweight and dbias in a row of the
 // workspace; how rows are cut does not depend on the threads, so that the gradients have the same bits with any number.
 #pragma once
 
@@ -48,7 +48,7 @@ void layer_norm_bwd(const LayerNormBackward& n) {
         products = fma(load(dy + i), load(x + i), products);
       }
       for (; i < width; i++) total += dy[i], projected += dy[i] * x[i];
-      total = (total + sum(totals)) / width, projected = (projected + sum(products)) / width;
+      total = n.rms ? 0.0f : (total + sum(totals)) / width, projected = (projected + sum(products)) / width;
       for (i = 0; i < width; i++) dy[i] = (dy[i] - total - x[i] * projected) * rstd;
       narrow_row(dy, width, static_cast<char*>(n.dx) + row * width * size_of(n.type), n.type);
     }

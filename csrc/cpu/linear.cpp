@@ -24,7 +24,7 @@ void run(Linear& call, const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Tensor> ln_weight,
                                                      std::optional<Tensor> ln_bias, double eps, Tensor weight,
                                                      std::optional<Tensor> bias, std::string activation,
-                                                     bool with_stats) {
+                                                     bool rms, bool with_stats) {
   Linear call{};
   const int64_t rows = x.size(0), stats = with_stats ? rows : 0;
   call.activation = activation_of(activation);
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Ten
   call.x = x.const_data_ptr();
   call.type = type_of(x), call.out_type = type_of(weight);
   call.rows = rows, call.stride = x.stride(0);
-  call.normalise = true;
+  call.normalise = true, call.rms = rms;
   call.ln_weight = floats(ln_weight), call.ln_bias = floats(ln_bias);
   call.eps = static_cast<float>(eps);
   call.mean = with_stats ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;

@@ -128,12 +128,12 @@ VF_INLINE void write_values(void* out, int64_t start, int64_t count, const vf* v
 
 void linear_layer(const Linear& l) {
   const bool gated = vit_fast::is_gated(l.activation);
-  const Activation act = vit_fast::gate_of(l.activation);
+  const Activation activation = vit_fast::of_gate(l.activation);
   const int64_t features = gated ? l.weight.features / 2 : l.weight.features, width = l.weight.width;
   auto read = [&](int64_t row, float* out) {
     const char* x = static_cast<const char*>(l.x) + row * l.stride * size_of(l.type);
     if (!l.normalise) return widen_row(x, l.type, width, out);
-    const Moments m = moments(x, l.type, width, l.eps);
+    const Moments m = moments(x, l.type, width, l.eps, l.rms);
     normalise_row(x, l.type, width, m, l.ln_weight, l.ln_bias, out, 0, Type::float32);
     if (l.mean) l.mean[row] = m.mean, l.rstd[row] = m.rstd;
   };
@@ -143,9 +143,9 @@ void linear_layer(const Linear& l) {
     if (gated) {
       constexpr int HALF = NR / VL / 2;
       column = n / 2, count = features - column < NR / 2 ? features - column : NR / 2;
-      for (int i = 0; i < HALF; i++) results[i] = activate<false>(values[i], act) * values[i + HALF];
+      for (int i = 0; i < HALF; i++) results[i] = activate<false>(values[i], activation) * values[i + HALF];
     } else {
-      for (int i = 0; i < NR / VL; i++) results[i] = activate<false>(values[i], act);
+      for (int i = 0; i < NR / VL; i++) results[i] = activate<false>(values[i], activation);
     }
     if (l.residual) {
       const float factor = l.row_scale ? l.row_scale[row / l.rows_per_scale] : 1.0f;

@@ -293,7 +293,7 @@ struct Stack {
   }
 
   VF_INLINE Moments moments_of(const float* x, int64_t width, float eps) const {
-    return s.rms ? root_mean_square(x, Type::float32, width, eps) : moments(x, Type::float32, width, eps);
+    return moments(x, Type::float32, width, eps, s.rms);
   }
 
   // A norm without parameters of rows of x, encoded.
@@ -373,15 +373,15 @@ struct Stack {
     normalise(first, last, s.eps2, space);
     const int64_t stride = BlockSpace<TYPE>::hidden_stride(s.hidden);
     const bool gated = vit_fast::is_gated(s.activation);
-    const Activation act = vit_fast::gate_of(s.activation);
+    const Activation activation = vit_fast::of_gate(s.activation);
     linear<TYPE>(space.narrow, count, block.fc1, space.widened, [&](int64_t row, int64_t n, const vf* values) {
       float* hidden = space.hidden + row * stride;
       if (gated) {  // half of a panel gates, the other half is gated
         constexpr int HALF = NR / VL / 2;
         for (int i = 0; i < HALF; i++)
-          store(hidden + n / 2 + i * VL, activate<LOW>(values[i], act) * values[i + HALF]);
+          store(hidden + n / 2 + i * VL, activate<LOW>(values[i], activation) * values[i + HALF]);
       } else {
-        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], act));
+        for (int i = 0; i < NR / VL; i++) store(hidden + n + i * VL, activate<LOW>(values[i], activation));
       }
     });
     const int64_t hidden_padded = round_up(s.hidden, stored_group(TYPE));

@@ -57,15 +57,17 @@ struct Moments {
   float mean, rstd;
 };
 
-// Of a row, in two passes: the mean first, then the sum of squares around it.
-VF_INLINE Moments moments(const void* x, Type type, int64_t width, float eps) {
+// Of a row, in two passes: the mean first, then the sum of squares around it. For RMSNorm the mean is 0.
+VF_INLINE Moments moments(const void* x, Type type, int64_t width, float eps, bool rms) {
   vf totals[4] = {}, squares[4] = {};
-  float rest = 0;
+  float mean = 0, rest = 0;
   const int64_t whole = width / VL * VL;
-  for (int64_t i = 0, j = 0; i < whole; i += VL, j++) totals[j & 3] += load_as_float(x, i, type);
-  for (int64_t i = whole; i < width; i++) rest += load_one(x, i, type);
-  const float mean = (sum((totals[0] + totals[1]) + (totals[2] + totals[3])) + rest) / width;
-  rest = 0;
+  if (!rms) {
+    for (int64_t i = 0, j = 0; i < whole; i += VL, j++) totals[j & 3] += load_as_float(x, i, type);
+    for (int64_t i = whole; i < width; i++) rest += load_one(x, i, type);
+    mean = (sum((totals[0] + totals[1]) + (totals[2] + totals[3])) + rest) / width;
+    rest = 0;
+  }
   for (int64_t i = 0, j = 0; i < whole; i += VL, j++) {
     const vf centred = load_as_float(x, i, type) - mean;
     squares[j & 3] = fma(centred, centred, squares[j & 3]);
@@ -76,23 +78,6 @@ VF_INLINE Moments moments(const void* x, Type type, int64_t width, float eps) {
   }
   const float variance = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / width;
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
-}
-
-// Of a row for RMSNorm: the mean counts as 0.
-VF_INLINE Moments root_mean_square(const void* x, Type type, int64_t width, float eps) {
-  vf squares[4] = {};
-  float rest = 0;
-  const int64_t whole = width / VL * VL;
-  for (int64_t i = 0, j = 0; i < whole; i += VL, j++) {
-    const vf value = load_as_float(x, i, type);
-    squares[j & 3] = fma(value, value, squares[j & 3]);
-  }
-  for (int64_t i = whole; i < width; i++) {
-    const float value = load_one(x, i, type);
-    rest += value * value;
-  }
-  const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / width;
-  return {0.0f, 1.0f / __builtin_sqrtf(mean + eps)};
 }
 
 // (x − mean)·rstd·weight + bias of a row, from element `start` of out on; weight and bias may be null.

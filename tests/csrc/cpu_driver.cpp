@@ -190,14 +190,17 @@ static double activated(double z, Activation activation) {
       return z / (1 + std::exp(-1.702 * z));
     case Activation::relu:
       return z > 0 ? z : 0;
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
     default:
       return z;
   }
 }
 
-static Doubles normalised(const Doubles& x, double eps, double* mean_out = nullptr, double* rstd_out = nullptr) {
+static Doubles normalised(const Doubles& x, double eps, bool rms = false, double* mean_out = nullptr,
+                          double* rstd_out = nullptr) {
   double mean = 0, square = 0;
-  for (double v : x) mean += v / x.size();
+  for (double v : x) mean += rms ? 0 : v / x.size();
   for (double v : x) square += (v - mean) * (v - mean) / x.size();
   const double rstd = 1 / std::sqrt(square + eps);
   Doubles out;
@@ -220,8 +223,8 @@ static Doubles affine(const Doubles& x, int64_t features, const Weight& weight, 
 static Doubles activated(const Doubles& z, Activation activation) {
   Doubles out;
   const size_t half = z.size() / 2;
-  if (activation == Activation::swiglu)
-    for (size_t i = 0; i < half; i++) out.push_back(z[i] / (1 + std::exp(-z[i])) * z[half + i]);
+  if (vit_fast::is_gated(activation))
+    for (size_t i = 0; i < half; i++) out.push_back(activated(z[i], vit_fast::of_gate(activation)) * z[half + i]);
   else
     for (double v : z) out.push_back(activated(v, activation));
   return out;
@@ -287,7 +290,8 @@ static void run_layer_norm() {
   LayerNorm n{};
   n.type = float_type(), n.out_type = chance() ? n.type : float_type(), n.pool = pool();
   n.rows = integer(0, 3) ? odd_size(50) : integer(200, 400), n.width = 3 + odd_size(200), n.eps = 1e-6f;
-  note("layer_norm", static_cast<int>(n.type), static_cast<int>(n.out_type), n.rows, n.width);
+  n.rms = chance();
+  note("layer_norm", static_cast<int>(n.type), static_cast<int>(n.out_type), n.rms, n.rows, n.width);
   Rows x(n.type, n.rows, n.width, 1, one_of<double>({0, 3}));
   Array weight = vector(Type::float32, n.width), bias = vector(Type::float32, n.width);
   Array out(n.out_type, n.rows * n.width), mean(Type::float32, n.rows), rstd(Type::float32, n.rows);
@@ -300,7 +304,7 @@ static void run_layer_norm() {
   for (int64_t r = 0; r < n.rows; r++) {
     Doubles row;
     for (int64_t i = 0; i < n.width; i++) row.push_back(x.at(r, i));
-    row = normalised(row, n.eps, &means[r], &rstds[r]);
+    row = normalised(row, n.eps, n.rms, &means[r], &rstds[r]);
     for (int64_t i = 0; i < n.width; i++)
       golden.push_back(row[i] * (with_weight ? weight[i] : 1) + (with_bias ? bias[i] : 0));
   }
@@ -310,20 +314,19 @@ static void run_layer_norm() {
 
 static void run_linear() {
   Linear l{};
-  l.type = float_type(), l.pool = pool(), l.normalise = chance(), l.eps = 1e-6f;
+  l.type = float_type(), l.pool = pool(), l.normalise = chance(), l.rms = chance(), l.eps = 1e-6f;
   Weight& w = l.weight;
   w.type = chance() ? l.type : float_type();
   w.width = integer(0, 6) ? 3 + odd_size(100) : one_of<int64_t>({255, 256, 257, 700});
   l.rows = odd_size(140);
   const bool with_residual = !l.normalise && chance(), with_bias = chance(), with_gamma = chance(), with_scale = chance();
   if (!with_residual)
-    l.activation = one_of<Activation>({Activation::none, Activation::gelu, Activation::gelu_tanh,
-                                       Activation::quick_gelu, Activation::relu, Activation::swiglu});
-  const bool gated = l.activation == Activation::swiglu;
+    l.activation = static_cast<Activation>(integer(0, 8));
+  const bool gated = vit_fast::is_gated(l.activation);
   const int64_t features = odd_size(90);
   w.features = gated ? 2 * features : features;
   l.out_type = w.type;
-  note("linear", static_cast<int>(l.type), static_cast<int>(w.type), static_cast<int>(l.activation), l.normalise,
+  note("linear", static_cast<int>(l.type), static_cast<int>(w.type), static_cast<int>(l.activation), l.normalise, l.rms,
        with_residual, l.rows, w.width, w.features);
   Rows x(l.type, l.rows, w.width), weight(w.type, w.features, w.width, 1 / std::sqrt(w.width));
   Array bias = vector(Type::float32, w.features), gamma = vector(Type::float32, features);
@@ -348,7 +351,7 @@ static void run_linear() {
     Doubles row;
     for (int64_t i = 0; i < w.width; i++) row.push_back(x.at(r, i));
     if (l.normalise) {
-      row = normalised(row, l.eps, &means[r], &rstds[r]);
+      row = normalised(row, l.eps, l.rms, &means[r], &rstds[r]);
       for (int64_t i = 0; affine_norm && i < w.width; i++) row[i] = row[i] * ln_weight[i] + ln_bias[i];
     }
     row = affine(row, w.features, [&](int64_t n, int64_t k) { return weight.at(n, k); },
@@ -479,9 +482,8 @@ struct Packed {
 static void run_prepared_blocks() {
   PreparedBlocks s{};
   s.type = one_of<Type>({Type::float32, Type::float16, Type::bfloat16, Type::int8, Type::int8}), s.pool = pool();
-  s.activation = one_of<Activation>({Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu, Activation::relu,
-                                     Activation::swiglu});
-  const bool gated = s.activation == Activation::swiglu;
+  s.activation = static_cast<Activation>(integer(1, 8));
+  const bool gated = vit_fast::is_gated(s.activation);
   s.depth = integer(1, 2), s.batch = integer(1, 2), s.tokens = odd_size(60), s.num_heads = integer(1, 3);
   const int64_t D = 3 + odd_size(20), C = s.num_heads * D, hidden = 3 + odd_size(80), rows = s.batch * s.tokens;
   s.width = C, s.scale = 1 / std::sqrt(static_cast<float>(D)), s.eps1 = 1e-6f, s.eps2 = 1e-5f;

@@ -30,6 +30,7 @@ from support.linear import formula as linear_formula
 from support.prepared_blocks import block as folded_block
 from support.prepared_blocks import cases as stacks
 from vit_fast.kernels import reference
+from vit_fast.kernels.activation_names import GATED
 
 import vit_fast
 from vit_fast import ops
@@ -90,6 +91,7 @@ def layer_norm_cases(draw, level):
         weight=draw(st.booleans()),
         bias=draw(st.booleans()),
         eps=draw(st.sampled_from((1e-6, 1e-5, 1e-12))),
+        norm=draw(st.sampled_from(("layer", "rms"))),
         mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
         rows=0,
         block=0,
@@ -109,7 +111,7 @@ def linear_fields(draw, case_type, dtype, activation, values):
         batch=draw(st.integers(1, 4)),
         tokens=draw(st.integers(1, 40)),
         in_features=draw(st.one_of(st.integers(1, 150), st.sampled_from((147, 192, 255, 256, 257, 588, 800)))),
-        out_features=out_features * 2 if activation == "swiglu" else out_features,
+        out_features=out_features * 2 if activation in GATED else out_features,
         activation=activation,
         bias=draw(st.booleans()),
         gamma=draw(st.booleans()),
@@ -140,7 +142,8 @@ def layer_norm_linear_cases(draw, level):
     dtype, activation = draw(dtypes), draw(st.sampled_from(ACTIVATIONS))
     values = not_flushed(dtype, level, draw(properties.values))
     fields = linear_fields(draw, CpuLayerNormLinearCase, dtype, activation, values)
-    return CpuLayerNormLinearCase(**fields, residual_dtype="", level=level)
+    norm = draw(st.sampled_from(("layer", "rms")))
+    return CpuLayerNormLinearCase(**fields, residual_dtype="", norm=norm, level=level)
 
 
 @st.composite
@@ -156,6 +159,8 @@ def layernorm_mlp_cases(draw, level):
         activation=draw(st.sampled_from([word for word in ACTIVATIONS if word])),
         optional=draw(st.booleans()),
         row_scale=draw(st.booleans()),
+        norm=draw(st.sampled_from(("layer", "rms"))),
+        inner_norm=draw(st.booleans()),
         tma=False,
         layout=draw(properties.layouts),
         relation=draw(properties.relations(CpuLayerNormMlpCase)),
@@ -500,6 +505,7 @@ def gradient_problems(dtype):
             [t(2, 1, 16), t(2, 9, 16), t(2, 9, 16)],
         ),
         "layer_norm": (lambda m, x, w, b: m.layer_norm(x, w, b, 1e-6), [t(2, 5, 40), t(40), t(40)]),
+        "layer_norm_rms": (lambda m, x, w, b: m.layer_norm(x, w, b, 1e-6, norm="rms"), [t(2, 5, 40), t(40), t(40)]),
         "layer_norm_linear": (
             lambda m, x, w, b, *rest: m.layer_norm_linear(x, w, b, 1e-6, *rest, "gelu"),
             [t(2, 5, 40), t(40), t(40), t(33, 40, scale=0.2), t(33)],

@@ -144,6 +144,8 @@ MUTANTS = (
     ("vec.h", "splat(5.192296858534828e33f)", "splat(2.596148429267414e33f)"),
     ("activations.h", "splat(0.044715f)", "splat(0.0457f)"),
     ("activations.h", "splat(1.702f)", "splat(1.701f)"),
+    ("activations.h", "return z * sigmoid<LOW>(z);", "return z;"),
+    ("rows.h", "if (!rms) {", "{"),
     ("activations.h", "GELU_C = 0.305f", "GELU_C = 0.304f"),
     ("activations.h", "return max_nan(z, splat(0.0f));", "return z;"),
     ("rows.h", "squares[3])) + rest) / width", "squares[3])) + rest) / (width - 1)"),

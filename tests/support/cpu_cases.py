@@ -95,13 +95,13 @@ class CpuLayerNormCase(OnCpu, LayerNormCase):
     level: str = "generic"
 
     def kernel(self, x, weight, bias, eps=None):
-        return CPU.forward["layer_norm"](x, weight, bias, self.eps if eps is None else eps)
+        return CPU.forward["layer_norm"](x, weight, bias, self.eps if eps is None else eps, norm=self.norm)
 
     def eager(self, x, weight, bias):
-        return reference.layer_norm_fwd(x, weight, bias, self.eps)
+        return reference.layer_norm_fwd(x, weight, bias, self.eps, norm=self.norm)
 
     def golden(self, x, weight, bias):
-        return normalised(x, weight, bias, self.eps)
+        return normalised(x, weight, bias, self.eps, self.norm)
 
     def order(self, x, weight, bias):
         change = 2.0**-22 * x.double().abs().mean(-1).flatten()
@@ -119,7 +119,7 @@ class CpuLayerNormCase(OnCpu, LayerNormCase):
             self.same_bits(self.kernel(x * 4, *sides, eps=self.eps * 16), (y, mean * 4, rstd / 4))
 
     def relation_without_statistics(self, inputs, results):
-        self.same_bits([CPU.inference["layer_norm"](*inputs, self.eps)], results[:1])
+        self.same_bits([CPU.inference["layer_norm"](*inputs, self.eps, norm=self.norm)], results[:1])
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
     """A LayerNorm in front; the fields gamma and row_scale say whether it has a weight and a bias."""
 
     level: str = "generic"
+    norm: str = "layer"
     EPS: ClassVar[float] = 1e-6
 
     def inputs(self, seed, draw=properties.filled):
@@ -150,17 +151,17 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
         return x, weight, bias, side[0] if self.gamma else None, side[1] if self.row_scale else None
 
     def kernel(self, x, weight, bias, ln_weight, ln_bias):
-        return CPU.forward["layer_norm_linear"](x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation)
+        return CPU.forward["layer_norm_linear"](x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm)
 
     def eager(self, x, weight, bias, ln_weight, ln_bias):
-        return reference.layer_norm_linear_fwd(x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation)
+        return reference.layer_norm_linear_fwd(x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm)
 
     def golden(self, x, weight, bias, ln_weight, ln_bias):
-        y, mean, rstd = normalised(x, ln_weight, ln_bias, self.EPS)
+        y, mean, rstd = normalised(x, ln_weight, ln_bias, self.EPS, self.norm)
         return linear.formula(y, weight, bias, self.activation), mean, rstd
 
     def order(self, x, weight, bias, ln_weight, ln_bias):
-        y, _, rstd = normalised(x, ln_weight, ln_bias, self.EPS)
+        y, _, rstd = normalised(x, ln_weight, ln_bias, self.EPS, self.norm)
         change = 2.0**-22 * x.double().abs().mean(-1).flatten()
         slope = 1.0 if ln_weight is None else ln_weight.double().abs().max().item()
         (of_product,) = LinearCase.order(self, y, weight, bias, None, None, None)
@@ -198,7 +199,7 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
 
     def relation_without_statistics(self, inputs, results):
         x, weight, bias, *sides = inputs
-        out = CPU.inference["layer_norm_linear"](x, *sides, self.EPS, weight, bias, self.activation)
+        out = CPU.inference["layer_norm_linear"](x, *sides, self.EPS, weight, bias, self.activation, norm=self.norm)
         self.same_bits([out], results[:1])
 
 
@@ -207,10 +208,10 @@ class CpuLayerNormMlpCase(OnCpu, LayerNormMlpCase):
     level: str = "generic"
 
     def kernel(self, *inputs):
-        return CPU.forward["layernorm_mlp"](*inputs[:-1], row_scale=inputs[-1])
+        return CPU.forward["layernorm_mlp"](*inputs[:10], **self.options(*inputs[10:]))
 
     def relation_without_statistics(self, inputs, results):
-        out = CPU.inference["layernorm_mlp"](*inputs[:-1], row_scale=inputs[-1])
+        out = CPU.inference["layernorm_mlp"](*inputs[:10], **self.options(*inputs[10:]))
         self.same_bits([out], results[:1])
 
 

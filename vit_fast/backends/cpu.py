@@ -21,13 +21,13 @@ _SCHEMAS = (
     "level() -> str",
     "levels() -> str",
     "use_level(str name) -> ()",
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool with_stats) -> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse) -> (Tensor, Tensor)",
     "attention_bwd(Tensor grad, Tensor qkv, int num_heads, float scale, Tensor? k, Tensor? v, Tensor out, Tensor lse) "
     "-> Tensor[]",
-    "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool rms) -> (Tensor, Tensor, Tensor)",
     "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
-    "str activation, bool with_stats) -> (Tensor, Tensor, Tensor)",
+    "str activation, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "
     "int rows_per_scale) -> Tensor",
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[] step, "
@@ -45,11 +45,6 @@ _Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, mean, rstd
 def _dtype_reasons(*tensors: torch.Tensor) -> list[str]:
     dtypes = dict.fromkeys(t.dtype for t in tensors if t.dtype not in _DTYPES)
     return [f"dtype {str(dtype).removeprefix('torch.')} is not supported" for dtype in dtypes]
-
-
-def _option_reasons(norm: str) -> list[str]:
-    lacks = [f"norm {norm!r}"] if norm != "layer" else []
-    return [f"the cpu extension has no {option}" for option in lacks]
 
 
 def _patch_embed_reasons(images: torch.Tensor, weight: torch.Tensor, *_: object) -> list[str]:
@@ -133,22 +128,24 @@ def attention_bwd(
 
 
 def _layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, with_stats: bool
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str, with_stats: bool
 ) -> _Stats:
-    out, *stats = torch.ops.vit_fast_cpu.layer_norm(_rows(x), _vector(weight), _vector(bias), eps, with_stats)
+    out, *stats = torch.ops.vit_fast_cpu.layer_norm(
+        _rows(x), _vector(weight), _vector(bias), eps, norm == "rms", with_stats
+    )
     return out.view(x.shape), *stats
 
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *, norm: str = "layer"
 ) -> torch.Tensor:
-    return _layer_norm(x, weight, bias, eps, False)[0]
+    return _layer_norm(x, weight, bias, eps, norm, False)[0]
 
 
 def layer_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, *, norm: str = "layer"
 ) -> _Stats:
-    return _layer_norm(x, weight, bias, eps, True)
+    return _layer_norm(x, weight, bias, eps, norm, True)
 
 
 def layer_norm_bwd(
@@ -163,7 +160,7 @@ def layer_norm_bwd(
 ) -> tuple[torch.Tensor | None, ...]:
     rows = _rows(x)
     dx, dweight, dbias = torch.ops.vit_fast_cpu.layer_norm_bwd(
-        _rows(grad.to(x.dtype)), rows, _vector(weight), mean.contiguous(), rstd.contiguous()
+        _rows(grad.to(x.dtype)), rows, _vector(weight), mean.contiguous(), rstd.contiguous(), norm == "rms"
     )
     dweight = None if weight is None else dweight.to(weight.dtype)
     return dx.view(x.shape), dweight, None if bias is None else dbias.to(bias.dtype)
@@ -177,11 +174,12 @@ def _layer_norm_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
+    norm: str,
     with_stats: bool,
 ) -> _Stats:
     out, *stats = torch.ops.vit_fast_cpu.layer_norm_linear(
         _rows(x), _vector(ln_weight), _vector(ln_bias), eps, _dense(weight), _vector(bias), activation or "none",
-        with_stats,
+        norm == "rms", with_stats,
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[-1]), *stats
 
@@ -197,7 +195,7 @@ def layer_norm_linear(
     *,
     norm: str = "layer",
 ) -> torch.Tensor:
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, False)[0]
 
 
 def layer_norm_linear_fwd(
@@ -211,7 +209,7 @@ def layer_norm_linear_fwd(
     *,
     norm: str = "layer",
 ) -> _Stats:
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, True)
 
 
 def linear_residual(
@@ -249,7 +247,7 @@ def _layernorm_mlp(
     inner_norm: Norm | None,
     with_stats: bool,
 ) -> _Stats:
-    hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, with_stats)
+    hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm, with_stats)
     mean, rstd = stats
     out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
     return out, mean, rstd
@@ -413,16 +411,10 @@ class Cpu(Backend):
             "attention": lambda qkv, num_heads, **options: (
                 _dtype_reasons(qkv) + attention_option_reasons(qkv, **options)
             ),
-            "layer_norm": lambda x, weight, bias, eps, norm: _dtype_reasons(x) + _option_reasons(norm),
-            "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, bias, activation=None, norm="layer": (
-                _dtype_reasons(x, weight) + _option_reasons(norm)
-            ),
-            "linear_residual": lambda x, weight, bias, gamma, residual, norm="layer", **_: (
-                _dtype_reasons(x, weight, residual) + _option_reasons(norm)
-            ),
-            "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, *_, norm="layer", **__: (
-                _dtype_reasons(x, w1) + _option_reasons(norm)
-            ),
+            "layer_norm": lambda x, *_, **__: _dtype_reasons(x),
+            "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _dtype_reasons(x, weight),
+            "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),
+            "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: _dtype_reasons(x, w1),
         }
         stacks = {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
         self.not_supported = {**not_supported, **stacks}
