@@ -169,6 +169,13 @@ def pass_over_prepared(blocks: nn.Module, reason: str) -> None:
         prepared.pass_over(reason)
 
 
+def pass_over_stack(blocks: Stack, reason: str) -> None:
+    """Records that a call runs the blocks of a stack one by one, as ``pass_over_prepared`` does, unless the blocks
+    themselves use what is prepared of them."""
+    if len(blocks) == 0 or PREPARED not in vars(blocks[0]):
+        pass_over_prepared(blocks, reason)
+
+
 def _prepared(blocks: nn.Module) -> Any:
     """The prepared weights of a stack, or None. A graph that is recorded or compiled uses the model's own weights."""
     prepared: Any = blocks.__dict__.get(PREPARED)
@@ -191,7 +198,7 @@ def call_blocks(blocks: nn.Sequential, x: torch.Tensor, run: Run | None, recompu
     """``run_blocks`` over a whole ``nn.Sequential``. If the stack carries a hook or is of another class, its own
     ``__call__`` runs instead, unless its blocks are recomputed in the backward (``recomputes``)."""
     if not recomputes and (reason := why_not_plain(blocks, (nn.Sequential,))):
-        pass_over_prepared(blocks, f"the stack {reason}")
+        pass_over_stack(blocks, f"the stack {reason}")
         return blocks(x)
     return run_blocks(blocks, x, run=run)
 

@@ -201,15 +201,15 @@ class Part:
 
     unused = None  # the stack tells
 
-    def __init__(self, holder: nn.Module, index: int) -> None:
-        self._holder, self._index = weakref.ref(holder), index
+    def __init__(self, holder: nn.Module | None, index: int) -> None:
+        self._holder, self._index = None if holder is None else weakref.ref(holder), index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stale, ("", None, _COPIED)
+        return Part, (None, self._index)
 
     def _stack(self) -> Any:
-        """The prepared weights of the stack, or None."""
-        holder = self._holder()
+        """The prepared weights of the stack, or None; a copy has none."""
+        holder = None if self._holder is None else self._holder()
         return None if holder is None else vars(holder).get(PREPARED)
 
     def serves(self, x: torch.Tensor, holder: nn.Module) -> bool:
@@ -223,8 +223,8 @@ class Part:
             stack.need_weights(holder, reason)
 
     def pass_over(self, reason: str) -> None:
-        """As ``Stale.pass_over``."""
-        if (stack := self._stack()) is not None:
+        """As ``Stale.pass_over``; of weights that are gone, the stack has told."""
+        if isinstance(stack := self._stack(), Prepared):
             stack.pass_over(reason)
 
     def run_block(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -284,7 +284,7 @@ def _runs_its_params(cls: Any) -> bool:
 
 def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[str]:
     """Why a stack of blocks, or a block alone, cannot be prepared."""
-    if unknown := {type(block).__name__ for block in blocks if not hasattr(block, "params")}:
+    if unknown := {type(block).__name__ for block in blocks if not _can_be_folded(block)}:
         return [f"blocks of class {', '.join(sorted(unknown))} are not folded"]
     if not all(getattr(block, "is_fused", lambda: True)() for block in blocks):
         return ["a block carries a hook, a parametrization or a module of another class"]
@@ -303,10 +303,6 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
         reasons.append("the blocks add the values to the branch (value_skip)")
     if any(p.qkv_weight.shape != (3 * p.qkv_weight.shape[1], p.proj_weight.shape[0]) for p in params):
         reasons.append("the heads are not as wide as the tokens in all")
-    if len(blocks) > 1 and any(p.q_norm is not None or p.k_norm is not None for p in params):
-        reasons.append("the blocks normalise q and k (qk_norm)")
-    if any(values != _shared(params[0]) for values in map(_shared, params)):
-        reasons.append("the blocks differ in heads, scale, activation, norms, width or device")
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
     if any(t.device.type == "meta" for t in tensors):
         reasons.append("the weights are on the device meta")
@@ -316,6 +312,21 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
             "outside of torch.inference_mode())"
         )
     return reasons + precision.not_supported_reasons(tensors) + precision.options_not_supported_reasons(params[0])
+
+
+def _not_whole_reasons(blocks: Sequence[Any]) -> list[str]:
+    """Why blocks that can be prepared cannot be prepared together."""
+    params, reasons = _params(blocks), []
+    if any(p.q_norm is not None or p.k_norm is not None for p in params):
+        reasons.append("the blocks normalise q and k (qk_norm)")
+    if any(values != _shared(params[0]) for values in map(_shared, params)):
+        reasons.append("the blocks differ in heads, scale, activation, norms, width or device")
+    return reasons
+
+
+def _can_be_folded(block: Any) -> bool:
+    """Whether the class of a block has a prepared form, in a stack or alone."""
+    return hasattr(block, "params") and (getattr(block, "STACKABLE", True) or getattr(block, "RUNS_PREPARED", False))
 
 
 def _shared(p: BlockParams) -> tuple[Any, ...]:
@@ -448,20 +459,17 @@ def _prepare(
     chosen: list[tuple[_Unit, Precision]] = []
     left: dict[str, str] = {}
 
-    def choose(unit: _Unit) -> str:
-        """Why a unit cannot be prepared; an empty text where it can, and is chosen."""
-        precision = _named(caller, precision_of(unit.holder)).form(backends.preferred(*_kind(unit.holder)))
-        reasons = _not_supported_reasons(unit.blocks, precision)
-        if not reasons:
-            chosen.append((unit, precision))
-        return ", ".join(reasons)
-
     for stack, alone in _units(model):
-        reason = choose(stack) if stack is not None else ""
-        if stack is not None and not reason:
-            continue
-        reasons = {unit.name: why for unit in alone if (why := choose(unit))}
-        left |= reasons if stack is None or len(reasons) < len(alone) else {stack.name: reason}
+        for unit in alone if stack is None else [stack]:
+            precision = _named(caller, precision_of(unit.holder)).form(backends.preferred(*_kind(unit.holder)))
+            if reasons := _not_supported_reasons(unit.blocks, precision):
+                left[unit.name] = ", ".join(reasons)
+            elif unit is not stack or not (reasons := _not_whole_reasons(unit.blocks)):
+                chosen.append((unit, precision))
+            elif alone:
+                chosen += [(block, precision) for block in alone]
+            else:
+                left[unit.name] = ", ".join(reasons)
     if not (chosen or left):
         raise ValueError(
             f"vit_fast.{caller}: model is {type(model).__name__} without transformer blocks of this library, expected "

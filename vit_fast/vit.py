@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import plain
-from .block import call_blocks, pass_over_prepared, run_blocks
+from .block import call_blocks, run_blocks
 from .kernels.tracing import is_fx_symbolic_tracing, untraced
 from .layer_args import activation_of, library, norm_maker
 from .layers import AttentionPool, Block, Mlp, PatchEmbed, attention_bias, check_mask
@@ -472,12 +472,11 @@ class VisionTransformer(nn.Module):
     def _run_blocks(
         self, x: torch.Tensor, first: int = 0, last: int | None = None, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x through blocks[first:last]; one by one where there is an attention bias, which prepared weights lack."""
+        """x through blocks[first:last]; one by one where there is an attention bias, which a prepared stack lacks."""
         if bias is None and (first, last) == (0, None):
             return call_blocks(self.blocks, x, self._run_block, self.grad_checkpointing)
         if bias is None:
             return run_blocks(self.blocks, x, first, last, self._run_block)
-        pass_over_prepared(self.blocks, "attn_mask or is_causal is given")
         for block in list(self.blocks)[first:last]:
             x = self._run_block(block, x, attn_mask=bias)
         return x

@@ -371,20 +371,11 @@ def test_a_call_that_they_do_not_serve_is_told_once(caplog):
             assert serves(model, x) and not unused(model, x) and not told(caplog)
 
 
-def _hooked_stack(model):
-    model.blocks.register_forward_hook(lambda *arguments: None)
-
-
 def _not_batch_first(model):
     model.transformer.batch_first = False
 
 
-CALLS = (
-    ("vit", dict(is_causal=True), None, "attn_mask or is_causal is given"),
-    ("vit", {}, _hooked_stack, "the stack carries a hook"),
-    ("open_clip", {}, _not_batch_first, "batch_first is False"),
-    ("CLIPVision", dict(output_hidden_states=True), None, "hidden_states are recorded"),
-)
+CALLS = (("open_clip", {}, _not_batch_first, "batch_first is False"),)
 
 
 @pytest.mark.parametrize("model, words, change, reason", CALLS, indirect=["model"])
@@ -407,13 +398,37 @@ def test_calls_that_never_ask_for_them_are_told(model, words, change, reason, ca
             assert serves(model, x)
 
 
+@pytest.mark.parametrize(
+    "model, words, change",
+    (
+        ("vit", dict(is_causal=True), None),
+        ("vit", {}, lambda model: model.blocks.register_forward_hook(lambda *arguments: None)),
+        ("CLIPVision", dict(output_hidden_states=True), None),
+    ),
+    indirect=["model"],
+)
+def test_blocks_that_are_called_alone_use_what_the_stack_has(model, words, change, caplog):
+    x = images()
+    if words.get("output_hidden_states"):
+        model(x, **words)  # leaves its hooks on the layers, asleep
+    vit_fast.prepare(model)
+    if change is not None:
+        change(model)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
+        with vit_fast.backends.recording() as choices:
+            model(x, **words)
+        blocks = len(stack_of(model))
+        assert [operation for operation, *_ in choices].count("prepared_blocks") == blocks > 1 and not told(caplog)
+        assert not unused(model, {next(iter(inspect.signature(model.forward).parameters)): x} | words)
+
+
 def test_a_mask_does_not_hide_why_they_are_gone(caplog):
     model, x = vit_fast.prepare(made("vit")), images()
     with torch.no_grad(), caplog.at_level(logging.WARNING, "vit_fast"):
         _write(model.blocks)
         for words in ({}, dict(is_causal=True), {}):
             model(x, **words)
-        assert ["dropped" in message for message in told(caplog)] == [True, False]
+        assert ["dropped" in message for message in told(caplog)] == [True]
         assert "dropped" in unused(model, x)[0].reasons[0]
 
 

@@ -29,7 +29,7 @@ from open_clip.transformer import (
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_prepared, project_qkv, run_blocks
+from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_stack, project_qkv, run_blocks
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
@@ -191,7 +191,7 @@ class FastTransformer(Swapped, Transformer):
             reason = "batch_first is False"
         else:
             return run_blocks(self.resblocks, x)
-        pass_over_prepared(self.resblocks, reason)
+        pass_over_stack(self.resblocks, reason)
         return super().forward(x, attn_mask=attn_mask)
 
     @staticmethod

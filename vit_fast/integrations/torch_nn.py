@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import attention_branch, drop_rate, drops_not_covered, mlp_branch, pass_over_prepared, run_blocks
+from vit_fast.block import attention_branch, drop_rate, drops_not_covered, mlp_branch, pass_over_stack, run_blocks
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, TENSORS, Fusible, multihead_submodules, submodules
 
@@ -154,7 +154,7 @@ class FastTransformerEncoder(Swapped, nn.TransformerEncoder):
         if reason is None and not getattr(attention, "batch_first", False):
             reason = "its layers are not batch_first"
         if reason is not None:
-            pass_over_prepared(self.layers, reason)
+            pass_over_stack(self.layers, reason)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = run_blocks(self.layers, src)
         return x if self.norm is None else self.norm(x)

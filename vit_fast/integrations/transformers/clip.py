@@ -7,17 +7,17 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import output_capturing
 
-from vit_fast.block import pack, pass_over_prepared, run_blocks
-from vit_fast.block_params import BlockParams, Norm
+from vit_fast.block import pass_over_stack, run_blocks
 from vit_fast.integrations import Swapped, given
 from vit_fast.plain import LINEAR, NOTHING
 
-from .layer import MLP, NORM, Layer, Modules, Parts, activation_of, attention_modules, mlp_parts
+from .layer import MLP, NORM, Layer, Modules, Parts, attention_modules, mlp_parts
 
 
 class CLIPForm(Layer):
     """CLIP, SigLIP and the models that copy their layer. Their encoders hold stacks that can be prepared."""
 
+    STACKABLE = True
     MODULES: ClassVar[Modules] = dict(
         layer_norm1=NORM,
         **attention_modules("self_attn", "{}Attention", ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -32,31 +32,11 @@ class CLIPForm(Layer):
         qkv = attn.q_proj, attn.k_proj, attn.v_proj
         return Parts(self.layer_norm1, attn, qkv, attn.out_proj, self.layer_norm2, *mlp_parts(self.mlp))
 
-    def params(self) -> BlockParams:
-        """The weights for folding, with q, k and v packed."""
-        parts = self.parts(self)
-        qkv_weight, qkv_bias = pack(parts.qkv)
-        (fc1,) = parts.fc1
-        return BlockParams(
-            norm1=Norm.of(parts.norm1),
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            proj_weight=parts.out.weight,
-            proj_bias=parts.out.bias,
-            norm2=Norm.of(parts.norm2),
-            fc1_weight=fc1.weight,
-            fc1_bias=fc1.bias,
-            fc2_weight=parts.fc2.weight,
-            fc2_bias=parts.fc2.bias,
-            num_heads=parts.attention.num_heads,
-            scale=parts.attention.scale,
-            activation=str(activation_of(parts.act)),
-        )
-
 
 class XCLIPVisionForm(CLIPForm):
     """X-CLIP's vision layer: CLIP's, whose attention has a token with a message of the other frames in addition."""
 
+    RUNS_PREPARED = STACKABLE = False
     MODULES: ClassVar[Modules] = {
         **CLIPForm.MODULES,
         "message_fc": LINEAR,
@@ -92,7 +72,7 @@ class Encoder(Swapped):
         if recorded := output_capturing._active_collector.get():  # may be requested by the config too
             reason = f"{next(iter(recorded))} are recorded"
         if reason is not None:
-            pass_over_prepared(self.layers, reason)
+            pass_over_stack(self.layers, reason)
             return super().forward(inputs_embeds, *masks, **options)
         x = run_blocks(self.layers, inputs_embeds, run=lambda layer, x: layer(x, None))
         return BaseModelOutput(last_hidden_state=x)

@@ -28,8 +28,8 @@ from transformers.activations import (
 from transformers.utils import output_capturing
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate
-from vit_fast.block_params import Norm
+from vit_fast.block import drop_path_scale, drop_rate, pack, pass_over_prepared, prepared_for
+from vit_fast.block_params import BlockParams, Norm
 from vit_fast.integrations import GELU, Fused, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, TENSORS
@@ -44,6 +44,7 @@ _ACTIVATIONS = {
     nn.SiLU: "silu",
     SiLUActivation: "silu",
 }
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 ACTIVATIONS = (GELUActivation, GELUTanh, nn.GELU, *_ACTIVATIONS)
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "vit_fast")  # all are softmax(scale · q kᵀ) v
 _IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # keyword arguments that no attention reads
@@ -111,6 +112,8 @@ GATED_MLP = {**{name: LINEAR for name in GATED}, "act_fn": ACTIVATIONS}
 class Layer(Fused):
     """[B, N, C] → [B, N, C]; base of the forms."""
 
+    RUNS_PREPARED = True
+    STACKABLE = False
     MODULES: ClassVar[Modules] = {}  # as for ``plain.submodules``; "{}Name" stands for a family's own class
     ARGUMENTS: tuple[str, ...] = ("attention_mask",)  # what the library's forward takes by position after the input
     READS: tuple[str, ...] = ("attention_mask",)  # the arguments that the fused forward takes too
@@ -145,6 +148,37 @@ class Layer(Fused):
     def scale(self, attention: Any) -> float:
         """The factor of the scores."""
         return getattr(attention, self.SCALE)
+
+    def not_folded(self) -> str | None:
+        parts = self.parts(self)
+        if norm_kind(parts.norm1) != norm_kind(parts.norm2):
+            return "the blocks have LayerNorms and RMSNorms"
+        act = activation_of(parts.act)
+        return f"the blocks gate by {act}" if len(parts.fc1) > 1 and act not in _GATED else None
+
+    def params(self) -> BlockParams:
+        """The weights for folding, with q, k and v, and gate and up, packed."""
+        parts, (gamma1, gamma2) = self.parts(self), self.gammas()
+        qkv, fc1 = (pack(layers) for layers in (parts.qkv, parts.fc1))
+        act = str(activation_of(parts.act))
+        return BlockParams(
+            norm1=Norm.of(parts.norm1),
+            qkv_weight=qkv[0],
+            qkv_bias=qkv[1],
+            proj_weight=parts.out.weight,
+            proj_bias=parts.out.bias,
+            norm2=Norm.of(parts.norm2),
+            fc1_weight=fc1[0],
+            fc1_bias=fc1[1],
+            fc2_weight=parts.fc2.weight,
+            fc2_bias=parts.fc2.bias,
+            num_heads=getattr(parts.attention, self.HEADS),
+            scale=self.scale(parts.attention),
+            activation=_GATED[act] if len(parts.fc1) > 1 else act,
+            gamma1=gamma1,
+            gamma2=gamma2,
+            norm=norm_kind(parts.norm1),
+        )
 
     def gammas(self) -> tuple[Any, Any]:
         """LayerScale of the two branches, or None."""
@@ -216,6 +250,10 @@ class Layer(Fused):
         options = self.attention_options(x, dict(zip(self.ARGUMENTS, args, strict=False)) | dict(named))
         if isinstance(options, str):
             return options
+        if "cu_seqlens" in options:
+            pass_over_prepared(self, "cu_seqlens is given")
+        elif (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x, **self.with_float_bias(options, x.dtype))
         return self.add_mlp(self.add_attention(x, parts, options), parts)
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -231,15 +269,20 @@ class Layer(Fused):
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
         """x plus the attention branch."""
         attention, (q, kv) = parts.attention, self.project(x, parts)
-        bias = options.get("bias")
-        if bias is not None and bias.dtype == torch.bool:  # True where a key counts
-            options["bias"] = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf)
         y = ops.attention(
-            q, getattr(attention, self.HEADS), self.scale(attention), **kv, **options,
+            q, getattr(attention, self.HEADS), self.scale(attention), **kv, **self.with_float_bias(options, q.dtype),
             dropout_p=self.attention_dropout_rate(attention),
         )  # fmt: skip
         row_scale = drop_path_scale(x, self.drop_path_rates()[0], True)
         return ops.linear_residual(y, parts.out.weight, parts.out.bias, self.gammas()[0], x, row_scale=row_scale)
+
+    @staticmethod
+    def with_float_bias(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """The options of attention, with a mask as what is added to the scores."""
+        bias = options.get("bias")
+        if bias is None or bias.dtype != torch.bool:  # True where a key counts
+            return options
+        return options | {"bias": torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -torch.inf)}
 
     def add_mlp(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """x plus the MLP branch."""

@@ -55,6 +55,7 @@ class PixtralForm(Layer):
 class QwenForm(Layer):
     """Qwen2-VL and Qwen3-VL: [tokens of all images, C], rotary embedding, attention inside each image."""
 
+    RUNS_PREPARED = False  # all their images are packed into one sequence
     MODULES: ClassVar[Modules] = dict(
         norm1=NORM,
         attn=("{}VisionAttention",),

@@ -155,6 +155,7 @@ class Data2VecForm(VideoMAEForm):
 class InternVLForm(ViTForm):
     """InternVL: ViT's layer with LayerScale, norms of either kind and norms of q and k over the whole width."""
 
+    RUNS_PREPARED = False
     MODULES: ClassVar[Modules] = dict(
         layernorm_before=(nn.LayerNorm, "{}RMSNorm"),
         **attention_modules("attention", "{}Attention", ("q_proj", "k_proj", "v_proj", "projection_layer")),

@@ -1,0 +1,157 @@
+"""``prepare`` on the blocks of timm and transformers: rotary embedding, biases, masks, RMSNorm, norms inside branches.
+
+Blocks whose models loop over them are prepared one by one. In bfloat16 on plain PyTorch here; on the C++ library in
+``tests/csrc/test_cpu_models.py``.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support import timm_models, transformers_models
+from support.budget import assert_within_budget
+
+import vit_fast
+from vit_fast.block import PREPARED
+
+# Blocks of branches side by side, post-norm, with attention in windows or of two kinds, with norms of q and k over the
+# whole width, with packed sequences: they stay as they are, and prepare says so.
+NOT_FOLDED = {
+    "ViTamin", "differential", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "Sapiens2",
+    "EvaBlockPostNorm", "ResPostRelPosBlock", "SAM", "Gemma4", "CaiT", "SAM HQ", "InternVL", "InternVL with RMSNorm",
+    "XCLIP", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL MoE", "Qwen3.5", "GLM-4V", "GLM-4V MoE",
+}  # fmt: skip
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05 if parameter.dim() > 1 else 0.2)
+    return model.eval()
+
+
+def first(output):
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def counts(model, call):
+    """How many times the blocks run prepared, and how many times otherwise, in one call."""
+    with vit_fast.backends.recording() as choices, torch.inference_mode():
+        call(model)
+    operations = [operation for operation, *_ in choices]
+    return operations.count("prepared_blocks"), operations.count("layernorm_mlp")
+
+
+def is_prepared(model):
+    return any(PREPARED in vars(module) for module in model.modules())
+
+
+def run(model, call):
+    with torch.inference_mode():
+        return call(model)
+
+
+def holds(model, call):
+    """A prepared model keeps the budget of a whole model, and ``unprepare`` brings back the same bits."""
+    golden, before = run(copy.deepcopy(model).double(), call), run(vit_fast.optimize(model), call)
+    vit_fast.prepare(model)
+    assert counts(model, call)[0] > 0
+    after = run(model, call)
+    assert not torch.equal(after, before)
+    assert_within_budget(after, before, golden, kind="model", replicas=[])
+    copied = copy.deepcopy(model)
+    assert counts(copied, call)[0] == 0 and torch.equal(run(copied, call), before)
+    assert torch.equal(run(vit_fast.refresh(copied), call), after)
+    assert torch.equal(run(vit_fast.unprepare(model), call), before) and not is_prepared(model)
+
+
+def stays(model):
+    with pytest.raises(
+        vit_fast.UnsupportedError, match=r"nothing can be prepared: .* (are not folded|the blocks have)"
+    ):
+        vit_fast.prepare(vit_fast.optimize(model))
+    assert not is_prepared(model)
+
+
+@pytest.mark.parametrize("name", timm_models.MODELS)
+def test_timm(name):
+    torch.manual_seed(0)
+    model = perturbed(timm_models.build(name)).bfloat16()
+    if name in NOT_FOLDED:
+        return stays(model)
+    x = torch.randn(2, 3, 32, 32)
+    return holds(model, lambda m: first(m(x.to(next(m.parameters()).dtype))))
+
+
+@pytest.mark.parametrize("name", transformers_models.CASES)
+def test_transformers(name):
+    torch.manual_seed(0)
+    case = transformers_models.CASES[name]
+    model = case.build().bfloat16()
+    if name in NOT_FOLDED:
+        return stays(model)
+    inputs = case.inputs(torch.bfloat16)
+
+    def call(m):
+        dtype = next(m.parameters()).dtype
+        cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        return transformers_models.output(m, cast)
+
+    return holds(model, call)
+
+
+def test_hooks_and_training_pass_prepared_blocks_over(caplog):
+    model = vit_fast.prepare(vit_fast.optimize(timm_models.build("EVA-02").eval().bfloat16()))
+    x = torch.randn(1, 3, 32, 32).bfloat16()
+    seen = []
+    handle = model.blocks[1].mlp.register_forward_hook(lambda *args: seen.append(args))
+    prepared = counts(model, lambda m: m(x))[0]
+    assert (prepared, len(seen)) == (len(model.blocks) - 1, 1) and "carries a hook" in caplog.text
+    handle.remove()
+    assert counts(model, lambda m: m(x))[0] == len(model.blocks)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight.mul_(2)
+    assert counts(model, lambda m: m(x))[0] == len(model.blocks) - 1 and "proj.weight changed" in caplog.text
+
+
+def test_released_blocks_need_their_weights():
+    model = timm_models.build("EVA-02").eval().bfloat16()
+    saved, x = copy.deepcopy(model.state_dict()), torch.randn(1, 3, 32, 32).bfloat16()
+    vit_fast.prepare(vit_fast.optimize(model), release=True)
+    with torch.inference_mode():
+        expected = model(x)
+    assert all(block.attn.proj.weight.is_meta for block in model.blocks)
+    with pytest.raises(RuntimeError, match="were released; load these again"):
+        model(x)
+    model.load_state_dict(saved, assign=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.05)
+
+
+def test_pickles_hold_no_prepared_blocks():
+    model = vit_fast.prepare(vit_fast.optimize(timm_models.build("DINOv3").eval().bfloat16()))
+    before = len(pickle.dumps(vit_fast.unprepare(copy.deepcopy(model))))
+    assert len(pickle.dumps(model)) < 1.1 * before
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ["EVA-02", "DINOv3", "BEiT", "AIMv2", "BEiT-3"])
+def test_other_precisions(name, precision):
+    torch.manual_seed(0)
+    model = perturbed(timm_models.build(name)).bfloat16()
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    with torch.inference_mode():
+        golden = copy.deepcopy(model).double()(x.double())
+    vit_fast.optimize(model)
+    if (name, precision) in (("EVA-02", "fp8"), ("BEiT-3", "fp8")):
+        with pytest.raises(vit_fast.UnsupportedError, match="float8 has no norms inside the branches"):
+            vit_fast.prepare(model, precision)
+        return
+    vit_fast.prepare(model, precision)
+    with vit_fast.backends.recording() as choices, torch.inference_mode():
+        out = model(x).double()
+    assert f"{precision}_blocks" in [operation for operation, *_ in choices]
+    assert (out - golden).norm() < 0.15 * golden.norm()
