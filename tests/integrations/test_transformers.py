@@ -76,7 +76,7 @@ def test_a_family_runs_fused(case):
     assert torch.equal(again, expected) and not ran
 
 
-@each()
+@each(ONE_EACH)
 def test_bfloat16_is_within_the_budget_of_a_model(case):
     model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
     exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
@@ -101,7 +101,7 @@ def assert_same_gradients(actual, expected, tolerance):
         assert (actual[name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01), name
 
 
-@each()
+@each(ONE_EACH)
 def test_gradients_of_a_checkpointed_model_in_training(case):
     plain, inputs = case.build().double().train(), case.inputs(torch.float64)
     for module in plain.modules():
