@@ -6,13 +6,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.timm_models import MODELS as TIMM_MODELS
+from support.timm_models import build as build_timm
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 import vit_fast
-
-from support.timm_models import MODELS as TIMM_MODELS
-from support.timm_models import build as build_timm
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
 
