@@ -149,20 +149,18 @@ _HEAD = """# Coverage
 What of each architecture runs on the fused operations after `vit_fast.optimize`: its blocks and its patch embedding, in
 one call on images of its own size without memory (`vit_fast.coverage`). Fully fused: every block. Share: of the FLOPs
 of blocks and patch embedding. The last column counts the pretrained tags that `vit_fast.create_model` builds by itself.
-`{made_by}` makes the files of `docs/coverage/`, one line an architecture, and this page.
+`docs/coverage/` has a line for each architecture; `vit-fast coverage --library timm` prints them anew, and
+`python -P tests/support/coverage_tables.py timm` writes the files and this page.
 
 The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
 which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.
 """
-_MADE_BY = "vit-fast coverage --library timm --format csv"
-VERSIONS = {
-    "timm": "timm 1.0.31: the modules of `timm.models` that are named below; names that stand for others left out."
-}
+VERSIONS = {"timm": "timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one."}
 
 
 def page(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
     """``docs/coverage.md`` of the rows of each library."""
-    return "\n".join([_HEAD.format(made_by=_MADE_BY), *(as_markdown(name, rows) for name, rows in tables.items())])
+    return "\n".join([_HEAD, *(as_markdown(name, rows) for name, rows in tables.items())])
 
 
 def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
