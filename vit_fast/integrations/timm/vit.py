@@ -42,7 +42,9 @@ from .parts import (
     head_norms,
     head_scale,
     kind,
+    known_norm,
     mlp_branch,
+    norm_of,
 )
 
 _ATTENTION = (vit.Attention, *((vit.DiffAttention,) if hasattr(vit, "DiffAttention") else ()))
@@ -85,7 +87,7 @@ class FastBlock(PreNormBlock, vit.Block):
         if type(mlp) in SWIGLU:
             (fc1_weight, fc1_bias), word = pack((mlp.fc1_g, mlp.fc1_x)), "swiglu"
         else:
-            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp)
+            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp) or ""
         gamma1, gamma2 = self.gammas()
         return BlockParams(
             norm1=Norm.of(self.norm1),
@@ -106,7 +108,7 @@ class FastBlock(PreNormBlock, vit.Block):
             q_norm=Norm.of(attn.q_norm),
             k_norm=Norm.of(attn.k_norm),
             norm=kind(self.norm1),
-            out_norm=None if getattr(attn, "norm", None) is None else Norm.of(attn.norm),
+            out_norm=norm_of(getattr(attn, "norm", None)),
             inner_norm=Norm.of(mlp.norm),
         )
 
@@ -151,7 +153,7 @@ class _ParallelScaling(Fused):
         if reason := reason or drops_not_covered((path, drop, drop_rate(self.mlp_drop)), 0.0, 0.0):
             return self.run_library(reason, x, *args, **kwargs)
         norm, proj = self.in_norm, self.in_proj
-        y = ops.layer_norm_linear(x, *Norm.of(norm), proj.weight, proj.bias, norm=kind(norm))
+        y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=kind(norm))
         mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
         mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
         attn, mlp = self.attention(qkv, drop), self.mlp_drop(self.mlp_act(mlp))
