@@ -22,6 +22,13 @@ from .explanation import NEEDS_VALUES, NOT_OPTIMISED, call, map_tensors, own_inp
 from .plain import CONVOLUTION, Fusible, why_not_plain
 from .structure import transformer_blocks
 
+# The FLOPs of an operator; torch has no formula for the attention of its CPU backend.
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    **flop_registry,
+}
 _PATCH_EMBED = ("patch_embed", "embeds", "patch_embedding", "patch_embeddings", "conv1", "conv_proj")
 
 
@@ -88,24 +95,22 @@ def _more(names: list[str]) -> str:
 def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None]]:
     """(name, module, kind, reason known ahead of the call) of each block and patch embedding."""
     swaps, left, *_ = survey(model)
-    reasons = {name: reason for name, (_, reason) in left.items()} | dict.fromkeys(swaps, NOT_OPTIMISED)
-    blocks = {name for name in (*reasons, *transformer_blocks(model)) if name.rpartition(".")[2] not in _PATCH_EMBED}
-    blocks |= {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Fusible) and module.OPERATION == "block" and name.rpartition(".")[2] not in _PATCH_EMBED
-    }
+    found: dict[str, tuple[str, str | None]] = {name: ("block", None) for name in transformer_blocks(model)}
+    found |= left
+    found |= {name: (fast.OPERATION, NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
     outer: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in outer):
             continue
-        if name in blocks:
-            yield name, module, "block", reasons.get(name)
-        elif name.rpartition(".")[2] in _PATCH_EMBED:
-            yield name, module, "patch_embed", reasons.get(name) or _why_not_fused(module)
-        else:
-            continue
-        outer.append(name)
+        own: tuple[str, str | None] = ("", None)
+        if name.rpartition(".")[2] in _PATCH_EMBED:
+            own = "patch_embed", _why_not_fused(module)
+        elif isinstance(module, Fusible):
+            own = module.OPERATION, None
+        operation, reason = found.get(name, own)
+        if operation in ("block", "patch_embed"):
+            yield name, module, operation, reason
+            outer.append(name)
 
 
 def _why_not_fused(module: nn.Module) -> str | None:
@@ -168,7 +173,7 @@ class _FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         if formula is None and func is not torch.ops.prim.device.default:
             with self:
                 parts = func.decompose(*args, **kwargs)

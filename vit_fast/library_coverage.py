@@ -5,10 +5,11 @@
 """
 
 import csv
+import functools
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -64,14 +65,18 @@ def timm_architectures() -> Iterator[Architecture]:
     for family in FAMILY:
         for name in sorted(_registry._module_to_models.get(family, ())):
             if name in current:  # without names that stand for another one
-                yield Architecture(name, family, tuple(tags.get(name, ())), lambda name=name: timm.create_model(name))
+                yield Architecture(name, family, tuple(tags.get(name, ())), functools.partial(timm.create_model, name))
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Architecture]]] = {"timm": timm_architectures}
 
 
-def architecture_row(architecture: Architecture) -> ArchitectureRow:
-    """Builds an architecture on the device meta, optimises it and measures its coverage."""
+def architecture_row(architecture: Architecture, created_tags: int | None = None) -> ArchitectureRow:
+    """Builds an architecture on the device meta, optimises it and measures its coverage.
+
+    Args:
+        created_tags: how many of its tags ``create_model`` builds, where that is known; default: they are built.
+    """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = architecture.build().eval()
@@ -80,10 +85,11 @@ def architecture_row(architecture: Architecture) -> ArchitectureRow:
     except UnsupportedError:
         pass  # nothing of it: the reasons are those of ``coverage``
     found = coverage(model)
-    created = sum(_is_created(tag) for tag in architecture.tags)
+    if created_tags is None:
+        created_tags = sum(_is_created(tag) for tag in architecture.tags)
     return ArchitectureRow(
         architecture.name, architecture.family, len(architecture.tags), round(found.share, 4), found.blocks,
-        found.fused_blocks, created, "; ".join(found.reasons),
+        found.fused_blocks, created_tags, "; ".join(found.reasons),
     )  # fmt: skip
 
 
@@ -138,6 +144,25 @@ def _sums(rows: Sequence[ArchitectureRow]) -> tuple[int, int, int, int, int]:
 SUMMARY_HEADS = ("module", "architectures", "fully fused", "tags", "tags fully fused", "tags of create_model")
 
 
+_HEAD = """# Coverage
+
+What of each architecture runs on the fused operations after `vit_fast.optimize`: its blocks and its patch embedding, in
+one call on images of its own size without memory (`vit_fast.coverage`). Fully fused: every block. Share: of the FLOPs
+of blocks and patch embedding. The last column counts the pretrained tags that `vit_fast.create_model` builds by itself.
+`docs/coverage/` has a line for each architecture; `vit-fast coverage --library timm` prints them anew, and
+`python -P tests/support/coverage_tables.py timm` writes the files and this page.
+
+The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
+which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.
+"""
+VERSIONS = {"timm": "timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one."}
+
+
+def page(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
+    """``docs/coverage.md`` of the rows of each library."""
+    return "\n".join([_HEAD, *(as_markdown(name, rows) for name, rows in tables.items())])
+
+
 def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
     """The page of a library: a line for each family, and what does not run fully fused."""
     lines = [_line(SUMMARY_HEADS), _line(["---"] + 5 * ["---:"]), *map(_line, summary(rows))]
@@ -150,7 +175,7 @@ def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
         low, high = min(row.share for row in group), max(row.share for row in group)
         share = f"{low:.1%}" if low == high else f"{low:.1%} – {high:.1%}"
         parts.append(_line((reason, ", ".join(row.architecture for row in group), sum(r.tags for r in group), share)))
-    return "\n".join([f"## {library}", "", *lines, "", *parts, ""])
+    return "\n".join([f"## {library}", "", VERSIONS[library], "", *lines, "", *parts, ""])
 
 
 def _line(cells: Sequence[Any]) -> str:

@@ -264,6 +264,7 @@ class Delegate(nn.Module):
 @each()
 def test_parts_of_other_classes_may_lack_every_attribute(case):
     names = [name for name, _ in case.row(case.build())[1].named_children()]
+    names = [name for name in names if name != "attn_drop"]  # the rate of which timm reads
     for name in names:
         plain, x = case.build().double().train(), images(dtype=torch.float64)
         model = vit_fast.optimize(copy.deepcopy(plain))
@@ -663,7 +664,7 @@ def test_open_clip_masks_keys_and_checkpointing(peer):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-@each()
+@each([name for name in CASES if name not in ("timm SAM", "timm Gemma4")])  # whose blocks take more than tokens
 def test_autocast_gives_what_the_library_gives(case, dtype):
     """A LayerScale in float32 makes a residual in bfloat16 wider in the library, and the fused branches do not."""
     plain, tokens = case.build(), torch.randn(2, 17, 48).to(dtype)

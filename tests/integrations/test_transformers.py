@@ -76,11 +76,11 @@ def test_a_family_runs_fused(case):
     assert torch.equal(again, expected) and not ran
 
 
-@each()
+@each(ONE_EACH)
 def test_bfloat16_is_within_the_budget_of_a_model(case):
     model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
     exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
-    with torch.inference_mode():
+    with torch.no_grad():  # transformers caches indices, which may not be inference tensors
         golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
         actual, ran, _ = run(vit_fast.optimize(model), inputs)
     assert ran
@@ -101,7 +101,7 @@ def assert_same_gradients(actual, expected, tolerance):
         assert (actual[name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01), name
 
 
-@each()
+@each(ONE_EACH)
 def test_gradients_of_a_checkpointed_model_in_training(case):
     plain, inputs = case.build().double().train(), case.inputs(torch.float64)
     for module in plain.modules():
@@ -325,3 +325,41 @@ def test_our_attention_with_grouped_heads_and_what_it_lacks():
     assert weights is None
     with pytest.raises(vit_fast.UnsupportedError, match="Module asks for softcap, which vit_fast does not compute"):
         attention_forward(module, q, q, q, None, softcap=3.0)
+
+
+def check_kernels(case, device):
+    """The kernels keep the budget that transformers' own model sets."""
+    model, inputs = case.build().bfloat16().to(device), case.inputs(torch.bfloat16)
+    inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in inputs.items()}
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    with torch.no_grad():  # transformers caches indices, which may not be inference tensors
+        golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
+        vit_fast.optimize(model)
+        with vit_fast.backend("triton"):
+            actual, ran, reasons = run(model, inputs)
+    assert ran.count("attention") == case.blocks and not reasons
+    assert not torch.equal(actual, eager)
+    assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+@pytest.mark.interp
+@each(ONE_EACH)
+def test_interpreted_kernels_are_within_the_budget_of_a_model(case):
+    check_kernels(case, "cpu")
+
+
+@pytest.mark.gpu
+@each()
+def test_gpu_kernels_are_within_the_budget_of_a_model(case):
+    check_kernels(case, "cuda")
+
+
+@pytest.mark.interp
+@each(("Dinov2 giant", "DINOv3", "Beit", "Aimv2", "Qwen2.5-VL", "SAM"))
+def test_interpreted_kernels_have_the_gradients_of_transformers(case):
+    plain, inputs = case.build(), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    golden = gradients(plain, inputs)
+    with vit_fast.backend("triton"):
+        actual = gradients(model, inputs)
+    assert_same_gradients(actual, golden, 1e-4)

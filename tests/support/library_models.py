@@ -92,12 +92,15 @@ class Case(NamedTuple):
         return model.get_submodule(self.blocks)
 
 
-# A part of the block that is read, where there is no mlp.fc2.
+# A part of the block that is read, where mlp.fc2 is not there, or a norm behind it takes its scale back.
 _LINEARS = {
     "ViTamin": "mlp.w1",
     "ParallelScalingBlock": "attn_out_proj",
     "DiffParallelScalingBlock": "out_proj",
     "Gemma4": "norm4",
+    "ResPostBlock": "norm2",
+    "EvaBlockPostNorm": "norm2",
+    "ResPostRelPosBlock": "norm2",
 }
 
 

@@ -78,10 +78,17 @@ MODELS = {
     "EvaBlockPostNorm": (_eva(use_post_norm=True, use_rot_pos_emb=False), _POST_NORM),
     "BEiT": (partial(beit.Beit, **SMALL, use_rel_pos_bias=True, init_values=0.5), _PACKED),
     "RelPosBlock": (
-        partial(relpos.VisionTransformerRelPos, **SMALL, rel_pos_type="bias", qk_norm=True, init_values=0.5), _PACKED
+        partial(
+            relpos.VisionTransformerRelPos, **SMALL, rel_pos_type="bias", class_token=True, qk_norm=True,
+            init_values=0.5,
+        ),
+        _PACKED,
     ),
     "ResPostRelPosBlock": (
-        partial(relpos.VisionTransformerRelPos, **SMALL, rel_pos_type="bias", block_fn=relpos.ResPostRelPosBlock),
+        partial(
+            relpos.VisionTransformerRelPos, **SMALL, rel_pos_type="bias", class_token=True,
+            block_fn=relpos.ResPostRelPosBlock,
+        ),
         _POST_NORM,
     ),
     "SAM": (

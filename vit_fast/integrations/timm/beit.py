@@ -44,9 +44,9 @@ class FastBeitBlock(PreNormBlock, beit.Block):
 class _RelPos:
     """Where the bias of the scores comes from: the block's own module, or one that is shared by the blocks."""
 
-    ARGUMENTS = ("shared_rel_pos",)
+    ARGUMENTS: tuple[str, ...] = ("shared_rel_pos",)
     BIAS = "shared_rel_pos"
-    CALLED = ("attn.rel_pos",)
+    CALLED: tuple[str, ...] = ("attn.rel_pos",)
     attn: Any
 
     def bias(self, mask: torch.Tensor | None) -> torch.Tensor | None:

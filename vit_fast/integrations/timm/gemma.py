@@ -26,10 +26,12 @@ from .parts import (
     DROPOUTS,
     NORMS,
     added,
+    additive,
     attention_drop,
     drop_path_not_covered,
     drop_path_rate,
     kind,
+    known_norm,
     normalise,
     spread,
 )
@@ -42,8 +44,9 @@ def _one_rotation(x: torch.Tensor) -> torch.Tensor:
 
 def _head_norm(norm: Any) -> Norm:
     """A normalisation of heads whose quarters are in the order of ``_one_rotation``."""
-    weight, bias, eps = Norm.of(norm)
-    return Norm(*(None if part is None else _one_rotation(part) for part in (weight, bias)), eps)
+    weight, bias, eps = known_norm(norm)
+    turned = [None if part is None else _one_rotation(part) for part in (weight, bias)]
+    return Norm(turned[0], turned[1], eps)
 
 
 class FastGemma4Block(Fused, gemma.Gemma4Block):
@@ -90,10 +93,11 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         if attn.num_kv_groups > 1:
             k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
         q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))
-        rope = tuple(_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
+        cos, sin = (_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
+        mask = None if mask is None else additive(mask, x.dtype)
         y = ops.attention(
-            q, attn.num_heads, 1.0, k=k, v=v, bias=mask, rope=rope, rope_layout="half", q_norm=_head_norm(attn.q_norm),
-            k_norm=_head_norm(attn.k_norm), norm=kind(attn.q_norm), dropout_p=drop,
+            q, attn.num_heads, 1.0, k=k, v=v, bias=mask, rope=(cos, sin), rope_layout="half",
+            q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=kind(attn.q_norm), dropout_p=drop,
         )  # fmt: skip
         x = added(x, normalise(attn.proj_drop(attn.o_proj(y)), self.norm2), path)
         return added(x, normalise(self.mlp(normalise(x, self.norm3)), self.norm4), path)

@@ -77,7 +77,7 @@ def attention_submodules(*classes: type, **more: tuple[type, ...]) -> dict[str, 
     return dict(attn=classes) | {f"attn__{name}": kinds for name, kinds in (parts | more).items()}
 
 
-def kind(norm: nn.Module) -> str:
+def kind(norm: Any) -> str:
     """The word of a normalisation in ``ops``."""
     return "layer" if isinstance(norm, nn.LayerNorm) else "rms"
 
@@ -91,9 +91,21 @@ def activation(mlp: Any) -> str | None:
     return None if word is None or mlp.gate_last else _GATED.get(word)
 
 
+def norm_of(norm: Any) -> Norm | None:
+    """The ``Norm`` of a normalisation; None for an Identity or None."""
+    found: Norm | None = None if norm is None else Norm.of(norm)
+    return found
+
+
+def known_norm(norm: Any) -> Norm:
+    """The ``Norm`` of a normalisation that every block has."""
+    found: Norm = Norm.of(norm)
+    return found
+
+
 def normalise(x: torch.Tensor, norm: Any) -> torch.Tensor:
     """A normalisation of timm, or nothing where it is None or an Identity."""
-    params = None if norm is None else Norm.of(norm)
+    params = norm_of(norm)
     return x if params is None else ops.layer_norm(x, *params, norm=kind(norm))
 
 
@@ -122,7 +134,7 @@ def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
     qkv, gate = attn.qkv, getattr(attn, "gate", None)
     if qkv is not None and gate is None and norm is not None:
         return (
-            ops.layer_norm_linear(x, *Norm.of(norm), qkv.weight, qkv_bias(attn), norm=kind(norm)), None, None, None
+            ops.layer_norm_linear(x, *known_norm(norm), qkv.weight, qkv_bias(attn), norm=kind(norm)), None, None, None
         )  # fmt: skip
     x = normalise(x, norm)
     if gate is not None:
@@ -147,9 +159,9 @@ def rotation(attn: Any, table: torch.Tensor | None) -> dict[str, Any]:
 def head_norms(attn: Any) -> dict[str, Any]:
     """The arguments of ``ops.attention`` for the normalisation of q and k over each head."""
     q_norm = getattr(attn, "q_norm", None)
-    if q_norm is None or (params := Norm.of(q_norm)) is None:
+    if (params := norm_of(q_norm)) is None:
         return {}
-    return dict(q_norm=params, k_norm=Norm.of(attn.k_norm), norm=kind(q_norm))
+    return dict(q_norm=params, k_norm=norm_of(attn.k_norm), norm=kind(q_norm))
 
 
 def attend(attn: Any, q: torch.Tensor, k: Any, v: Any, drop: float, **options: Any) -> torch.Tensor:
@@ -190,7 +202,7 @@ def hidden(mlp: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:
         x = F.linear(x, fc1.weight, fc1.bias)
         x = x if word is None else activate(x, word)
     else:
-        x = ops.layer_norm_linear(x, *Norm.of(norm), fc1.weight, fc1.bias, word, norm=kind(norm))
+        x = ops.layer_norm_linear(x, *known_norm(norm), fc1.weight, fc1.bias, word, norm=kind(norm))
     if word is not None:
         return x
     if type(mlp) is Mlp:
@@ -206,7 +218,7 @@ def last_layer(mlp: Any) -> Any:
 
 def inner_norm(mlp: Any) -> dict[str, Any]:
     """The arguments of ``ops`` for the normalisation before the last layer of an MLP."""
-    params = None if type(mlp) in GEGLU else Norm.of(mlp.norm)
+    params = None if type(mlp) in GEGLU else norm_of(mlp.norm)
     return {} if params is None else dict(inner_norm=params, norm=kind(mlp.norm))
 
 
@@ -222,13 +234,14 @@ def attention_branch(
     **options: Any,
 ) -> torch.Tensor:
     """residual + drop_path(gamma·attn(norm(x))); ``options`` are those of ``ops.attention``."""
-    proj, out_norm, inner = attn.proj, getattr(attn, "norm", None), {}
+    inner: dict[str, Any] = {}
+    proj, out_norm = attn.proj, getattr(attn, "norm", None)
     row_scale = drop_path_scale(x, path, True)
     q, k, v, gate = project(attn, x, norm)
     y = attend(attn, q, k, v, attn_drop, **options)
     if gate is not None:
         y = normalise(y, out_norm) * gate
-    elif out_norm is not None and (params := Norm.of(out_norm)) is not None:
+    elif (params := norm_of(out_norm)) is not None:
         inner = dict(inner_norm=params, norm=kind(out_norm))
     return ops.linear_residual(
         y, proj.weight, proj.bias, gamma, residual, row_scale=row_scale, dropout_p=proj_drop, **inner
@@ -251,12 +264,19 @@ def mlp_branch(
     if word is not None and drop == 0.0 and (not inner or inner["norm"] == kind(norm)):
         fc1, inner["norm"] = mlp.fc1, kind(norm)
         return ops.layernorm_mlp(
-            x, *Norm.of(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma, row_scale=row_scale, **inner
+            x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma, row_scale=row_scale, **inner
         )
     y = hidden(mlp, x, norm)
     y = F.dropout(y, drop) if drop else y
     residual = x if residual is None else residual
     return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as ``ops.attention`` adds it to the scores, with four dimensions. In a mask of bools True stands for the
+    keys that take part."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def drop_path_rate(module: Any) -> float:
@@ -303,10 +323,8 @@ class TimmBlock(Fused):
         return None, None
 
     def bias(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """What is added to the scores: the mask that is given (True where a key takes part), or values of the block."""
-        if mask is None or mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=self.attn.proj.weight.dtype).masked_fill_(~mask, -torch.inf)
+        """What is added to the scores: the mask that is given, or values of the block."""
+        return mask
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         options = dict(zip(self.ARGUMENTS, args, strict=False)) | kwargs
@@ -322,7 +340,7 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options["bias"] = bias[(None,) * (4 - bias.dim())]
+            options["bias"] = additive(bias, x.dtype)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return self.fused(x, gammas, paths, drops, options)
@@ -373,7 +391,7 @@ class PreNormBlock(TimmBlock):
         if type(mlp) in SWIGLU:
             (fc1_weight, fc1_bias), word = pack((mlp.fc1_g, mlp.fc1_x)), "swiglu"
         else:
-            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp)
+            fc1_weight, fc1_bias, word = mlp.fc1.weight, mlp.fc1.bias, activation(mlp) or ""
         gamma1, gamma2 = self.gammas()
         inner = inner_norm(mlp)
         return BlockParams(
@@ -393,7 +411,7 @@ class PreNormBlock(TimmBlock):
             gamma1=gamma1,
             gamma2=gamma2,
             norm=kind(self.norm1),
-            out_norm=None if getattr(attn, "norm", None) is None else Norm.of(attn.norm),
+            out_norm=norm_of(getattr(attn, "norm", None)),
             inner_norm=inner.get("inner_norm"),
             **{name: norm for name, norm in head_norms(attn).items() if name != "norm"},
         )

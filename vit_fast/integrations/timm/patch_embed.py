@@ -57,4 +57,4 @@ class FastPatchEmbed(Fused, PatchEmbed):
         return tokens if self.flatten else tokens.unflatten(1, (-1, x.shape[3] // proj.stride[1]))
 
 
-FAST = {PatchEmbed: FastPatchEmbed}
+FAST: dict[type[nn.Module], type[Fused]] = {PatchEmbed: FastPatchEmbed}
