@@ -151,10 +151,14 @@ class CpuLayerNormLinearCase(OnCpu, LinearCase):
         return x, weight, bias, side[0] if self.gamma else None, side[1] if self.row_scale else None
 
     def kernel(self, x, weight, bias, ln_weight, ln_bias):
-        return CPU.forward["layer_norm_linear"](x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm)
+        return CPU.forward["layer_norm_linear"](
+            x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm
+        )
 
     def eager(self, x, weight, bias, ln_weight, ln_bias):
-        return reference.layer_norm_linear_fwd(x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm)
+        return reference.layer_norm_linear_fwd(
+            x, ln_weight, ln_bias, self.EPS, weight, bias, self.activation, norm=self.norm
+        )
 
     def golden(self, x, weight, bias, ln_weight, ln_bias):
         y, mean, rstd = normalised(x, ln_weight, ln_bias, self.EPS, self.norm)
