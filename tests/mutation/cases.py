@@ -246,6 +246,7 @@ def layer_norm():
             module.check(kernels, *module.problem(shape, FLOAT16, weight, bias), config=config)
         module.check(kernels, *module.problem(shape, FLOAT16, side_dtype=FLOAT32), out_dtype=BFLOAT16, config=config)
         module.check(kernels, *module.problem(shape, FLOAT32, side_dtype=FLOAT64), out_dtype=FLOAT64, config=config)
+        module.check(kernels, *module.problem(shape, FLOAT32, mean=2.0), eps=0.1, config=config, norm="rms")
     with np.errstate(divide="raise"):
         module.check(kernels, *module.problem((2, 3, 40), FLOAT32), config=block)
     _layer_norm_launches(kernels)
@@ -675,6 +676,9 @@ def layernorm_mlp():
     pair = (LinearConfig(16, 32, 16, 2, 4, 2, False), LinearConfig(32, 32, 32, 2, 4, 2, True))
     for arguments in (module.problem((2, 5, 48), 40, FLOAT32), module.problem((2, 5, 48), 40, BFLOAT16, "swiglu")):
         module.check(kernels, arguments, torch.tensor([1.25, 0.5]), config=pair)
+        inner = test_layernorm_mlp.inner_norm(40, FLOAT32)
+        module.check(kernels, arguments, config=pair, norm="rms", inner=inner)
+        module.check(kernels, arguments, config=pair, inner=inner)
     used = []
     shipped = linear_kernels.linear
 

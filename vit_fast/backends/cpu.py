@@ -21,11 +21,13 @@ _SCHEMAS = (
     "level() -> str",
     "levels() -> str",
     "use_level(str name) -> ()",
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool with_stats) "
+    "-> (Tensor, Tensor, Tensor)",
     "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse) -> (Tensor, Tensor)",
     "attention_bwd(Tensor grad, Tensor qkv, int num_heads, float scale, Tensor? k, Tensor? v, Tensor out, Tensor lse) "
     "-> Tensor[]",
-    "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool rms) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool rms) "
+    "-> (Tensor, Tensor, Tensor)",
     "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
     "str activation, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "

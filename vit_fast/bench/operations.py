@@ -129,8 +129,13 @@ def _layer_norm_linear(a, out):
 
 def _linear_residual(a, out):
     x, weight = a["x"], a["weight"]
-    vectors = (a["bias"], a["gamma"], a["row_scale"])
-    yield "linear", weight, 2 * x.numel() * weight.shape[0], moved_bytes(x, weight, *vectors, a["residual"], out)
+    read = moved_bytes(x)
+    if a["inner_eps"] is not None:
+        normal = x.numel() * weight.element_size()
+        yield "layer_norm", a["inner_weight"], 0, read + moved_bytes(a["inner_weight"], a["inner_bias"]) + normal
+        read = normal
+    moved = moved_bytes(weight, a["bias"], a["gamma"], a["row_scale"], a["residual"], out) + read
+    yield "linear", weight, 2 * x.numel() * weight.shape[0], moved
 
 
 def _layernorm_mlp(a, out):
@@ -139,6 +144,8 @@ def _layernorm_mlp(a, out):
     normal, hidden = x.numel() * w1.element_size(), rows * w2.shape[1] * w1.element_size()
     yield "layer_norm", a["ln_weight"], 0, moved_bytes(x, a["ln_weight"], a["ln_bias"]) + normal
     yield "linear", w1, 2 * x.numel() * w1.shape[0], normal + moved_bytes(w1, a["b1"]) + hidden
+    if a["inner_eps"] is not None:
+        yield "layer_norm", a["inner_weight"], 0, moved_bytes(a["inner_weight"], a["inner_bias"]) + 2 * hidden
     vectors = (a["b2"], a["gamma"], a["row_scale"])
     yield "linear", w2, 2 * rows * w2.numel(), hidden + moved_bytes(w2, *vectors, x, out)
 

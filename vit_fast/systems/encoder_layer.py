@@ -21,7 +21,7 @@ from vit_fast.kernels.reference import activate
 
 
 class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
-    """[B, N, C] → [B, N, C]; activation is one of those of ``ops.layernorm_mlp`` except "swiglu"."""
+    """[B, N, C] → [B, N, C]; activation is one of those of ``ops.layernorm_mlp``, not gated."""
 
     SUBMODULES = plain.submodules(
         **plain.multihead_submodules("self_attn"),

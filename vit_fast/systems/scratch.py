@@ -22,7 +22,7 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.checkpoints.errors import WeightsError
 from vit_fast.checkpoints.loading import load_state_dict, loads
-from vit_fast.kernels.arguments import ACTIVATIONS
+from vit_fast.kernels.activation_names import ACTIVATIONS, GATED
 from vit_fast.kernels.tracing import untraced
 from vit_fast.pos_embed import check_policy, resize_pos_embed
 
@@ -86,7 +86,7 @@ class ScratchViT(nn.Module):
         arguments.check_heads(FAMILY, "nhead", given["nhead"], "model_dim", given["model_dim"])
         arguments.one_of(FAMILY, "embed", embed, ("conv", "naive"))
         arguments.one_of(FAMILY, "compat", compat, (None, "literal"))
-        arguments.one_of(FAMILY, "activation", activation, tuple(name for name in ACTIVATIONS if name != "swiglu"))
+        arguments.one_of(FAMILY, "activation", activation, tuple(name for name in ACTIVATIONS if name not in GATED))
         self.image_size, self.in_chans = (given["image_h"], given["image_w"]), given["ic"]
         self.patch_size, self.num_classes, self.embed = given["patch_size"], given["num_classes"], embed
         self.grid_size = tuple(side // self.patch_size for side in self.image_size)
