@@ -23,6 +23,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"
+CUTLASS = ROOT / "csrc" / "cutlass"
 BUILD = ROOT / "build" / "emulator"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"
 _FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DVF_EMULATED")
@@ -193,3 +194,31 @@ def build_operators() -> Path:
     files = [str(EMULATOR / name) for name in ("operators.cpp", "emulator.cpp")]
     link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
     return _make(BUILD / f"operators-{digest.hexdigest()[:16]}.so", [*command, *files, *link])
+
+
+def build_cutlass() -> Path:
+    """The library of the operator of ``csrc/cutlass`` for CPU tensors, with loops in the place of CUTLASS's kernels."""
+    compiler, root = _compiler(), Path(torch.__file__).parent
+    command = [compiler, *_FLAGS, "-O2", f"-I{EMULATOR}", f"-I{CUTLASS}", f"-I{SOURCES}", f"-isystem{root / 'include'}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared"]
+    digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
+    for path in sorted([*CUTLASS.glob("*"), *SOURCES.glob("*.h"), *EMULATOR.glob("*.h"), *EMULATOR.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    files = [str(EMULATOR / name) for name in ("cutlass.cpp", "emulator.cpp")]
+    link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    return _make(BUILD / f"cutlass-{digest.hexdigest()[:16]}.so", [*command, *files, *link])
+
+
+def build_epilogue(replaced: tuple[str, str] = ("", "")) -> Path:
+    """The library of ``csrc/cutlass/epilogue.h`` alone. ``replaced``: (old, new) text of a mutant, which must occur."""
+    source = (CUTLASS / "epilogue.h").read_text()
+    assert replaced[0] in source, f"epilogue.h has no {replaced[0]!r}"
+    if replaced[0]:
+        source = source.replace(*replaced)
+    command = [_compiler(), *_FLAGS, "-O1", "-shared"]
+    digest = hashlib.sha256(" ".join([*command, source]).encode() + (EMULATOR / "cutlass_epilogue.cpp").read_bytes())
+    folder = BUILD / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "epilogue.h").write_text(source)
+    return _make(folder / "epilogue.so", [*command, f"-I{folder}", str(EMULATOR / "cutlass_epilogue.cpp")])
