@@ -66,6 +66,7 @@ aot: $(READY) $(TRITON36)/.setup
 	VIT_FAST_TRITON36="$$([ -d $(TRITON36)/triton ] && echo $(CURDIR)/$(TRITON36))" \
 	    $(VENV)/bin/python -P tests/aot/ledger.py --all $(ARGS)
 	$(VENV)/bin/python -P tests/csrc/cuda_ledger.py --all $(ARGS)
+	$(VENV)/bin/python -P tests/csrc/cutlass_ledger.py --all $(ARGS)
 
 lint: $(READY)
 	$(RUN) ruff check .

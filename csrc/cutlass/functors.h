@@ -1,8 +1,9 @@
-// The epilogues of epilogue.h as CUTLASS's visitor trees take them: functors of arrays, those of an activation with an
-// argument. Sm90Compute and VisitorCompute<Functor, …> give each input as an array of float32.
+// What the CUTLASS kernels of this folder share: the epilogues of epilogue.h as visitor trees take them, functors of arrays
+// of float32, those of an activation with an argument; and the launch.
 #pragma once
 
 #include "cutlass/array.h"
+#include "cutlass/cutlass.h"
 #include "epilogue.h"
 
 namespace vf {
@@ -27,5 +28,14 @@ template <class F> struct ResidualFunctor {
         return residual_epilogue<F::kElements>(acc, bias, gamma, residual);
     }
 };
+
+// Null, or what CUTLASS says.
+template <class Gemm> const char* launch(const typename Gemm::Arguments& arguments, void* stream) {
+    if (Gemm::get_workspace_size(arguments)) return "the kernel asks for a workspace";
+    Gemm gemm;
+    cutlass::Status status = Gemm::can_implement(arguments);
+    if (status == cutlass::Status::kSuccess) status = gemm(arguments, nullptr, static_cast<cudaStream_t>(stream));
+    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
+}
 
 }  // namespace vf

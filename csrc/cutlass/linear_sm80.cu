@@ -28,12 +28,12 @@ constexpr int ALIGNMENT = 16 / sizeof(Element), EPILOGUE_STAGES = 1;
 struct Sm75 {
     using Tag = cutlass::arch::Sm75;
     using Instruction = cutlass::gemm::GemmShape<16, 8, 8>;
-    static constexpr int STAGES = 2;
+    static constexpr int STAGES = 2, SHARED = 64 * 1024;
 };
 struct Sm80 {
     using Tag = cutlass::arch::Sm80;
     using Instruction = cutlass::gemm::GemmShape<16, 8, 16>;
-    static constexpr int STAGES = 4;
+    static constexpr int STAGES = 4, SHARED = 99 * 1024;  // of sm_86, the least
 };
 
 using Block = cutlass::gemm::GemmShape<128, 128, 32>;
@@ -87,26 +87,34 @@ struct ResidualTree {
     }
 };
 
-template <class Arch, class Kind> const char* run(const LinearParams& p) {
-    constexpr auto NONE = cutlass::ComplexTransform::kNone;
+template <class Arch, class Kind> struct Product {
+    static constexpr auto NONE = cutlass::ComplexTransform::kNone;
     using RowMajor = cutlass::layout::RowMajor;
-    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
+    using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
         Element, RowMajor, NONE, ALIGNMENT, Element, cutlass::layout::ColumnMajor, NONE, ALIGNMENT, Element, RowMajor,
         ALIGNMENT, float, float, cutlass::arch::OpClassTensorOp, typename Arch::Tag, Block, Warp, typename Arch::Instruction,
         typename Kind::Tree, cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, Arch::STAGES,
-        cutlass::arch::OpMultiplyAdd, EPILOGUE_STAGES>::GemmKernel>;
-    const typename Gemm::Arguments arguments(
-        cutlass::gemm::GemmUniversalMode::kGemm, {p.rows, p.features, p.size}, 1, Kind::arguments(p), p.x, p.weight, nullptr,
-        nullptr, 0, 0, 0, 0, p.x_stride, p.size, 0, 0);
-    Gemm gemm;
-    if (Gemm::get_workspace_size(arguments)) return "the kernel asks for a workspace";
-    cutlass::Status status = Gemm::can_implement(arguments);
-    if (status == cutlass::Status::kSuccess) status = gemm(arguments, nullptr, static_cast<cudaStream_t>(p.stream));
-    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
-}
+        cutlass::arch::OpMultiplyAdd, EPILOGUE_STAGES>::GemmKernel;
+    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+    static constexpr int SHARED = sizeof(typename Kernel::SharedStorage);
+    static_assert(SHARED <= Arch::SHARED, "more shared memory than a block may have");
+
+    static const char* run(const LinearParams& p) {
+        const typename Gemm::Arguments arguments(
+            cutlass::gemm::GemmUniversalMode::kGemm, {p.rows, p.features, p.size}, 1, Kind::arguments(p), p.x, p.weight,
+            nullptr, nullptr, 0, 0, 0, 0, p.x_stride, p.size, 0, 0);
+        return launch<Gemm>(arguments, p.stream);
+    }
+};
+
+using Chosen = Product<VF_ARCH, VF_TREE>;
 
 }  // namespace
 
-const char* VF_KERNEL(const LinearParams& p) { return run<VF_ARCH, VF_TREE>(p); }
+const char* VF_KERNEL(const LinearParams& p) { return Chosen::run(p); }
 
 }  // namespace vf
+
+#ifdef VF_LEDGER
+extern "C" __device__ int vf_dynamic_shared = vf::Chosen::SHARED;
+#endif

@@ -68,7 +68,7 @@ struct ResidualTree {
     }
 };
 
-template <class Schedule, class Kind, class Tile> const char* run(const LinearParams& p) {
+template <class Schedule, class Kind, class Tile> struct Product {
     using RowMajor = cutlass::layout::RowMajor;
     using Epilogue = typename collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, typename Schedule::Cluster,
@@ -79,35 +79,38 @@ template <class Schedule, class Kind, class Tile> const char* run(const LinearPa
         cutlass::layout::ColumnMajor, ALIGNMENT, float, Tile, typename Schedule::Cluster,
         cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
         typename Schedule::Mainloop>::CollectiveOp;
-    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-        cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>>;
+    using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
+    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+    static_assert(Kernel::SharedStorageSize <= 232448, "more shared memory than a block may have");
 
-    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {p.rows, p.features, p.size, 1}};
-    arguments.mainloop = {static_cast<const Element*>(p.x), {p.x_stride, _1{}, 0},
-                          static_cast<const Element*>(p.weight), {p.size, _1{}, 0}};
-    arguments.epilogue.thread = Kind::template arguments<Tile>(p);
-    if constexpr (!std::is_void_v<typename Kind::Source>) {
-        arguments.epilogue.ptr_C = static_cast<const Element*>(p.residual);
-        arguments.epilogue.dC = {p.residual_stride, _1{}, 0};
+    static const char* run(const LinearParams& p) {
+        typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {p.rows, p.features, p.size, 1}};
+        arguments.mainloop = {static_cast<const Element*>(p.x), {p.x_stride, _1{}, 0},
+                              static_cast<const Element*>(p.weight), {p.size, _1{}, 0}};
+        arguments.epilogue.thread = Kind::template arguments<Tile>(p);
+        if constexpr (!std::is_void_v<typename Kind::Source>) {
+            arguments.epilogue.ptr_C = static_cast<const Element*>(p.residual);
+            arguments.epilogue.dC = {p.residual_stride, _1{}, 0};
+        }
+        arguments.epilogue.ptr_D = static_cast<Element*>(p.out);
+        arguments.epilogue.dD = {p.features, _1{}, 0};
+        arguments.hw_info.sm_count = p.multiprocessors;
+        arguments.scheduler.max_swizzle_size = p.swizzle;
+        return launch<Gemm>(arguments, p.stream);
     }
-    arguments.epilogue.ptr_D = static_cast<Element*>(p.out);
-    arguments.epilogue.dD = {p.features, _1{}, 0};
-    arguments.hw_info.sm_count = p.multiprocessors;
-    arguments.scheduler.max_swizzle_size = p.swizzle;
-
-    Gemm gemm;
-    if (Gemm::get_workspace_size(arguments)) return "the kernel asks for a workspace";
-    cutlass::Status status = Gemm::can_implement(arguments);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(arguments, nullptr, static_cast<cudaStream_t>(p.stream));
-    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
-}
+};
 
 using Square = Shape<_128, _128, _64>;
 using Wide = Shape<_128, _256, _64>;
 using Tall = Shape<_256, _128, _64>;
+using Chosen = Product<VF_SCHEDULE, VF_TREE, VF_TILE>;
 
 }  // namespace
 
-const char* VF_KERNEL(const LinearParams& p) { return run<VF_SCHEDULE, VF_TREE, VF_TILE>(p); }
+const char* VF_KERNEL(const LinearParams& p) { return Chosen::run(p); }
 
 }  // namespace vf
+
+#ifdef VF_LEDGER
+extern "C" __device__ int vf_dynamic_shared = vf::Chosen::Kernel::SharedStorageSize;
+#endif

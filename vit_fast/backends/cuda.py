@@ -1,8 +1,8 @@
 """The backend ``cuda``: the kernels of ``csrc/cuda`` for CUDA tensors, from compute capability 7.5 on.
 
 Attention, LayerNorm and patch embedding are kernels of their own. Linear layers are LayerNorm, and a matrix product
-with its epilogue by CUTLASS (``cutlass.py``) or, where that library is absent or cannot take a call, a product by PyTorch
-and a pass for the activation or for LayerScale, drop-path and residual. No backward: the reference's runs.
+with its epilogue by CUTLASS (``cutlass.py``) or, where that library is absent or cannot take a call, a product by
+PyTorch and a pass for the activation or for LayerScale, drop-path and residual. No backward: the reference's runs.
 The library is loaded on the first use. Its operators ``torch.ops.vit_fast_cuda.<name>`` write into tensors that are
 made here, have no fake and no gradient, and are called inside the operators of ``vit_fast.ops`` alone.
 """
