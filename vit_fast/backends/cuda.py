@@ -287,17 +287,22 @@ def patch_embed(
     return out
 
 
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the rows of x [..., C], [rows] float32: what a LayerNorm needs that is folded into a product."""
+    rows = x.numel() // x.shape[-1]
+    check_rows("layer_norm", rows)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, _rows(x), None, None, eps)
+    return mean, rstd
+
+
 def _folded_linear(
     x: Tensor, eps: float, weight: Tensor, sums: Tensor, bias: Tensor, activation: str | None = None
 ) -> Tensor:
     """act(LN(x) weightᵀ + bias), the affine part of LN being folded into weight and bias."""
     if not cutlass.folds(x) or cutlass.reasons(x, weight, activation):
         return _product(layer_norm(x, None, None, eps), weight, bias, activation)
-    rows = x.numel() // x.shape[-1]
-    check_rows("layer_norm", rows)
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, x, None, None, eps)
-    return cutlass.folded_linear(x, mean, rstd, weight, sums, bias, activation)
+    return cutlass.folded_linear(x, *row_statistics(x, eps), weight, sums, bias, activation)
 
 
 def prepared_blocks(
