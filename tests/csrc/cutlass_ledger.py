@@ -1,10 +1,10 @@
 """What nvcc makes of every kernel of csrc/cutlass, for every architecture, against the ledger (cutlass_ledger.json).
 
-    python tests/csrc/cutlass_ledger.py [--all] [--update] [--match TEXT]
+    python tests/csrc/cutlass_ledger.py [--all] [--update] [--match TEXT] [--jobs N]
 
-A compile is one kernel for one architecture, up to 50 s and 4 GB, one at a time: those that changed since the ledger;
---all: every one. --update rewrites the ledger. An entry has registers, spills, bytes of dynamic shared memory, stages of
-the loop (sm_90), how many wgmma, mma.sync, cp.async and TMA instructions the PTX has, and what ptxas warns of. Under
+A compile is one kernel for one architecture, up to 50 s and 4 GB: those that changed since the ledger;
+--all: every one. --update rewrites the ledger. An entry has registers, spills, bytes of dynamic shared memory, stages
+of the loop (sm_90), how many wgmma, mma.sync, cp.async and TMA instructions the PTX has, and what ptxas warns of. Under
 other versions of CUDA or CUTLASS than the ledger's the rules are checked and nothing is compared. Exit status 1: drift,
 or a broken rule.
 """
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,7 +61,7 @@ def label(entry):
 
 def digest(kernel):
     """Of a kernel's sources and flags, but for comments and blank space."""
-    file, defines, _ = build.CUTLASS_KERNELS[kernel]
+    file = build.CUTLASS_KERNELS[kernel][0]
     parts = [cuda_ledger.code((SOURCES / name).read_text()) for name in (file, *_HEADERS)]
     flags = [*_FLAGS, *build.cutlass_flags(kernel, build.Tool(("",), ""))]
     return hashlib.sha256("\n".join([*parts, *flags]).encode()).hexdigest()[:12]
@@ -150,15 +151,19 @@ def main():
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--match", default="")
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     tools = build.nvcc(), build.compiler(), build.cutlass()
     if None in tools:
         print("CUTLASS: not compiled: no nvcc, no C++ compiler or no headers of CUTLASS")
         return 0
     ledger, compiled = load(), []
-    for kernel, arch in wanted() if options.all else changed(ledger):
-        if options.match in f"{kernel} sm_{arch}":
-            compiled.append(entry := compile_kernel(kernel, arch, tools))
+    pairs = [
+        pair for pair in (wanted() if options.all else changed(ledger)) if options.match in f"{pair[0]} sm_{pair[1]}"
+    ]
+    with ThreadPoolExecutor(min(options.jobs, build.jobs("cutlass"))) as pool:
+        for entry in pool.map(lambda pair: compile_kernel(*pair, tools), pairs):
+            compiled.append(entry)
             figures = [f"{name}={value}" for name, value in list(entry.items())[5:] if value not in (None, "")]
             print(f"{label(entry)}: {entry.get('error') or ' '.join(figures)}", flush=True)
     entries, drift, failures = compare(compiled, ledger)
