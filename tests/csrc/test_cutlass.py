@@ -1,9 +1,10 @@
 """``csrc/cutlass`` without a GPU: its operator and its epilogues on CPU tensors, and the backend above them.
 
 CUTLASS's kernels are replaced by loops on the host (``tests/emulator/cutlass.cpp``), whose sums pass through the
-epilogues of ``epilogue.h``, the functions that the kernels call. What is shown: the arithmetic of the epilogues, the
-operator's checks and choice, the backend's choice of calls. What is not: the kernels themselves, and where in a tile
-CUTLASS's visitors read their vectors. ``test_cuda_ledger.py`` compiles the kernels.
+epilogues of ``epilogue.h``, the functions that the kernels call. The visitor trees of ``linear_sm80.cu`` run on the
+host as they are (``tests/emulator/cutlass_visitors.cpp``). What is shown: the arithmetic of the epilogues, where those
+trees read and write, the operator's checks and choice, the backend's choice of calls. What is not: the kernels
+themselves, and the visitors of sm_90. ``cutlass_ledger.py`` compiles the kernels.
 """
 
 import ctypes
@@ -191,6 +192,56 @@ def test_activations_far_out(activation):
     assert torch.equal(run(far)[:-1], far[:-1]) and run(far)[-1].isnan()
     tail = -far[:-2] if activation is None else torch.zeros(5)
     torch.testing.assert_close(run(-far[:-2]), tail, rtol=0, atol=1e-20)
+
+
+def visit(library, product, bias, gamma, residual, activation, dtype):
+    """The epilogue of every tile of a product; what lies behind the output must stay as it was."""
+    rows, features = product.shape
+    out = torch.full((rows + 130, features), 7.0, dtype=dtype)
+    tensors = (out, product, bias, gamma, residual)
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    stride = features if residual is None else residual.stride(0)
+    numbers = map(ctypes.c_int64, (rows, features, stride, cutlass.ACTIVATIONS[activation]))
+    assert ctypes.CDLL(str(library)).emulated_visitors(*addresses, *numbers)
+    assert (out[rows:] == 7).all()
+    return out[:rows]
+
+
+def check_visitors(library, dtype, rows=200, features=264):
+    """Bias, gamma and residual reach the elements that they belong to, in whole tiles and in tails."""
+    product, bias, gamma = torch.randn(rows, features), torch.randn(features), torch.randn(features)
+    residual = torch.randn(rows, features + 16).to(dtype)[:, :features]
+    for b, g in ((bias, gamma), (None, None), (bias, None)):
+        z = product.double() + (0 if b is None else b)
+        found = visit(library, product, b, g, residual, None, dtype)
+        golden = residual + z * (1 if g is None else g)
+        torch.testing.assert_close(found, golden.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+        for activation in ACTIVATIONS:
+            found = visit(library, product, b, None, None, activation, dtype)
+            golden = exact_activation(z, activation).to(dtype)
+            torch.testing.assert_close(found, golden, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype,element", ((torch.bfloat16, "bfloat16_t"), (torch.float16, "half_t")))
+def test_visitors_of_sm80(dtype, element):
+    """CUTLASS's own visitors with our trees and arguments, on the host."""
+    library = cuda_emulator.build_visitors(element)
+    for rows, features in ((200, 264), (256, 128), (1, 392), (129, 8)):
+        check_visitors(library, dtype, rows, features)
+
+
+VISITOR_FAULTS = (
+    ("{p.gamma, 1.0f, {}}", "{p.bias, 1.0f, {}}"),
+    ("{p.gamma, 1.0f, {}}", "{p.gamma, 0.0f, {}}"),
+    ("{p.residual_stride, _1{}, 0}", "{p.features, _1{}, 0}"),
+)
+
+
+@pytest.mark.parametrize("old,new", VISITOR_FAULTS)
+def test_a_fault_of_the_visitors_is_found(old, new):
+    library = cuda_emulator.build_visitors("bfloat16_t", (old, new))
+    with pytest.raises(AssertionError):
+        check_visitors(library, torch.bfloat16)
 
 
 def test_the_first_look_finds_faults(device, monkeypatch):

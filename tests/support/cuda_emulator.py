@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"
 CUTLASS = ROOT / "csrc" / "cutlass"
 BUILD = ROOT / "build" / "emulator"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"
+NO_CUTLASS = "no headers of CUTLASS, or no nvcc"
 _FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DVF_EMULATED")
 _SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
@@ -222,3 +224,46 @@ def build_epilogue(replaced: tuple[str, str] = ("", "")) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "epilogue.h").write_text(source)
     return _make(folder / "epilogue.so", [*command, f"-I{folder}", str(EMULATOR / "cutlass_epilogue.cpp")])
+
+
+def build_visitors(element: str, replaced: tuple[str, str] = ("", "")) -> Path:
+    """The library of the visitor trees of ``linear_sm80.cu``, which g++ compiles with CUTLASS's headers and CUDA's.
+
+    Args:
+        element: CUTLASS's name of the dtype, "bfloat16_t" or "half_t".
+        replaced: (old, new) text of a mutant, which must occur.
+    """
+    from vit_fast.csrc import build
+
+    compiler, cuda, headers = _compiler(), build.nvcc(), build.cutlass()
+    if cuda is None or headers is None:
+        pytest.skip(NO_CUTLASS)
+    told = subprocess.run([*cuda.command, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    includes = re.findall(r'(?:-I|"-isystem" ")([^"]+)"', "".join(re.findall(r"INCLUDES=.*", told)))
+    source = (CUTLASS / "linear_sm80.cu").read_text()
+    begin, end = source.index("namespace vf {"), source.index("template <class Arch, class Kind> struct Product")
+    source = source[begin:end] + "}  // namespace\n}  // namespace vf\n"
+    assert replaced[0] in source, f"linear_sm80.cu has no {replaced[0]!r}"
+    if replaced[0]:
+        source = source.replace(*replaced)
+    host, entry = EMULATOR / "cutlass_host", EMULATOR / "cutlass_visitors.cpp"
+    # -fpermissive: templates that nothing instantiates call functions of CUDA that g++ does not know.
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fpermissive",
+        "-fPIC",
+        "-shared",
+        f"-DVF_ELEMENT=cutlass::{element}",
+    ]
+    command += [f"-I{host}", "-include", str(host / "prelude.h"), "-isystem", headers.command[0]]
+    command += [word for folder in includes for word in ("-isystem", folder)] + [f"-I{CUTLASS}"]
+    digest = hashlib.sha256(" ".join([*command, headers.version, source]).encode())
+    for path in sorted([entry, *host.rglob("*.h"), *CUTLASS.glob("*.h")]):
+        digest.update(path.read_bytes())
+    folder = BUILD / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "visitors_sm80.h").write_text(source)
+    return _make(folder / "visitors.so", [*command, f"-I{folder}", str(entry)])
