@@ -20,7 +20,7 @@ help:
 	@echo "make gpu     on a GPU: limits, tests, all benchmarks, profiles, tuning, into benchmarks/results/ (ARGS=--help tells more)"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
-	@echo "make extension   compile the C++ library for CPU tensors (ARGS=--cuda: that for GPUs too); bench and test do it, BUILD=0 not"
+	@echo "make extension   compile the C++ library for CPU tensors (ARGS=--cuda or --cutlass: those for GPUs too); bench and test do it, BUILD=0 not"
 	@echo "make wheel   a wheel with the CPU library inside, in dist/"
 	@echo "make setup   only the virtual environment, $(VENV)"
 	@echo "make clean   remove $(VENV), out/ and caches"
@@ -66,6 +66,7 @@ aot: $(READY) $(TRITON36)/.setup
 	VIT_FAST_TRITON36="$$([ -d $(TRITON36)/triton ] && echo $(CURDIR)/$(TRITON36))" \
 	    $(VENV)/bin/python -P tests/aot/ledger.py --all $(ARGS)
 	$(VENV)/bin/python -P tests/csrc/cuda_ledger.py --all $(ARGS)
+	$(VENV)/bin/python -P tests/csrc/cutlass_ledger.py --all $(ARGS)
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -6,8 +6,10 @@ A stage is a child process with its own log; one that fails, hangs or runs out o
 the next one runs. summary.json holds the machine, the commit, the outcome of every stage, and the rows without figures
 with the reason (such as too little memory). targets.json compares the figures in the folder with the targets, which are
 for 16-bit products; figures of float8 are listed beside them. With --only, several runs may share a folder. Stages that
-need float8 are left out below capability 8.9. Without a CUDA device of capability 8.0 nothing is measured; where Triton
-does not run on the device, only its ceilings are: summary.json says why, and the exit status is 1.
+need float8 are left out below capability 8.9. The tuner takes the kernels by CUTLASS where `vit-fast build --cutlass`
+has built them: no stage does, as it takes minutes and no GPU; summary.json has the libraries that load. Without a CUDA
+device of capability 8.0 nothing is measured; where Triton does not run on the device, only its ceilings are:
+summary.json says why, and the exit status is 1.
 """
 
 import json
@@ -24,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vit_fast import extension
 from vit_fast.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -319,6 +322,8 @@ def main(
     if "missing" not in known and (error := triton_error()):
         known["triton_error"] = error
         plan = [stage for stage in plan if stage.name == "limits"]
+    libraries = {name: extension.load(name) for name in ("cuda", "cutlass")}
+    known["libraries"] = {name: "; ".join(reasons) or "loaded" for name, reasons in libraries.items()}
     summary = known | {"stages": _stages_before(out, plan)}
     results = []
 

@@ -1,6 +1,7 @@
 """Builds the C++/CUDA libraries with ninja: the commands, the lock, the atomic publication in the cache.
 
-Uses the standard library, the headers of the installed torch, a C++ compiler, ninja and, for the CUDA library, nvcc.
+Uses the standard library, the headers of the installed torch, a C++ compiler, ninja and, for the libraries of CUDA
+kernels, nvcc. The products by CUTLASS are a library of their own: they take minutes to compile, and CUTLASS's headers.
 A build writes into a folder of its own inside the cache and renames it when all is done, so that nobody sees half a
 library. ``flock`` on a file beside it makes one of several builders build and the others find the result; the lock dies
 with its process, and the next holder removes what a killed one left.
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,41 @@ CUDA_ARCHITECTURES: Mapping[str, tuple[int, int]] = {
     "100": (12, 8),
 }
 
+# Kernel of csrc/cutlass → its file, what it is made of, and its architectures: those that nvcc knows, and PTX of the
+# kernels of sm_80, which serve all that comes after. linear.h has the same kernels with what they compute.
+_HOPPER, _AMPERE, _TURING = ("90a",), ("80", "90a", "100"), ("75",)
+CUTLASS_KERNELS: Mapping[str, tuple[str, Mapping[str, str], tuple[str, ...]]] = {
+    **{
+        f"{family}_{epilogue}": (
+            "linear_sm90.cu",
+            {"SCHEDULE": family.capitalize(), "TREE": f"{epilogue.capitalize()}Tree", "TILE": tile},
+            _HOPPER,
+        )
+        for family, epilogue, tile in (
+            ("pingpong", "activation", "Square"),
+            ("pingpong", "fold", "Square"),
+            ("pingpong", "residual", "Square"),
+            ("cooperative", "activation", "Wide"),
+            ("cooperative", "fold", "Tall"),
+            ("cooperative", "residual", "Tall"),
+        )
+    },
+    **{
+        f"{family}_{epilogue}_{dtype}": (
+            "linear_sm80.cu",
+            {"ARCH": arch, "TREE": f"{epilogue.capitalize()}Tree", "ELEMENT": f"cutlass::{element}"},
+            architectures,
+        )
+        for family, arch, dtype, element, architectures in (
+            ("multistage", "Sm80", "bf16", "bfloat16_t", _AMPERE),
+            ("multistage", "Sm80", "fp16", "half_t", _AMPERE),
+            ("turing", "Sm75", "fp16", "half_t", _TURING),
+        )
+        for epilogue in ("activation", "residual")
+    },
+}
+_OLDEST_CUTLASS, _OLDEST_CUDA_OF_CUTLASS = (4, 2), (12, 0)
+
 _TARGET = f"-DTORCH_TARGET_VERSION=0x{cache.ABI_TARGET[0]:02x}{cache.ABI_TARGET[1]:02x}000000000000"
 _CXX = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -54,14 +90,15 @@ _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 LOCK_SECONDS = 15 * 60  # how long a builder waits for another one
 BUILD_SECONDS = 60 * 60  # how long the compilers may take
 MIB = 2**20
-FREE_BYTES = {"cpu": 200 * MIB, "cuda": 1000 * MIB}  # in the cache folder, before a build
-JOB_BYTES = {"cpu": 1024 * MIB, "cuda": 2048 * MIB}  # of memory for each compiler that runs at a time
-STEP_SECONDS = {"cpu": 10, "cuda": 30}  # rough time of one compile, for the estimate
+FREE_BYTES = {"cpu": 200 * MIB, "cuda": 1000 * MIB, "cutlass": 1000 * MIB}  # in the cache folder, before a build
+JOB_BYTES = {"cpu": 1024 * MIB, "cuda": 2048 * MIB, "cutlass": 4096 * MIB}  # of memory for each compiler at a time
+STEP_SECONDS = {"cpu": 10, "cuda": 30, "cutlass": 50}  # rough time of one compile, for the estimate
 
 INSTALL = {
     "compiler": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
     "ninja": "pip install ninja",
     "nvcc": "pip install 'vit-fast[cuda]', or put the CUDA toolkit's nvcc on PATH or its folder into CUDA_HOME",
+    "CUTLASS": "pip install --no-deps nvidia-cutlass, or name the folder of its include/ in CUTLASS_PATH",
 }
 
 
@@ -152,6 +189,19 @@ def nvcc() -> Tool | None:
     return None
 
 
+def cutlass() -> Tool | None:
+    """The headers of CUTLASS (the folder is the command): of ``CUTLASS_PATH``, else of the wheel nvidia-cutlass."""
+    folders = [Path(named) for named in (os.environ.get("CUTLASS_PATH"),) if named]
+    spec = importlib.util.find_spec("cutlass_library")
+    folders += [Path(site) / "source" for site in (spec.submodule_search_locations or ()) if site] if spec else []
+    for include in (folder / "include" for folder in folders):
+        with contextlib.suppress(OSError, TypeError):
+            text = (include / "cutlass" / "version.h").read_text()
+            numbers = [re.search(rf"define CUTLASS_{part} +(\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH")]  # type: ignore[index]
+            return Tool((str(include),), ".".join(numbers))
+    return None
+
+
 def _need(kind: str, found: Tool | None) -> Tool:
     if found is None:
         looked = {
@@ -160,6 +210,7 @@ def _need(kind: str, found: Tool | None) -> Tool:
             else "no C++ compiler: none of g++, c++, clang++ runs",
             "ninja": "no ninja",
             "nvcc": "no nvcc",
+            "CUTLASS": "no headers of CUTLASS",
         }
         raise BuildError(f"{looked[kind]}; {INSTALL[kind]}")
     return found
@@ -214,26 +265,36 @@ def _cpu_steps(sources: Path, torch: Path, cxx: Tool) -> list[Step]:
     return [*steps, Step(library, objects, tuple(link), f"link {library}")]
 
 
+def _version_of(tool: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in tool.split(".")[:2])
+
+
+def known(names: Iterable[str], nvcc_version: str) -> tuple[str, ...]:
+    """Those of some architectures that an nvcc of this version knows."""
+    version = _version_of(nvcc_version)
+    return tuple(name for name in names if version >= CUDA_ARCHITECTURES[name])
+
+
 def architectures(nvcc_version: str) -> tuple[str, ...]:
     """The architectures of ``CUDA_ARCHITECTURES`` that an nvcc of this version knows."""
-    version = tuple(int(part) for part in nvcc_version.split(".")[:2])
-    return tuple(name for name, since in CUDA_ARCHITECTURES.items() if version >= since)
+    return known(CUDA_ARCHITECTURES, nvcc_version)
 
 
-def _cuda_steps(sources: Path, torch: Path, cxx: Tool, cuda: Tool) -> list[Step]:
-    """Every .cu file once for all architectures, and the link; a stub of libtorch_cuda where torch has none."""
-    names = architectures(cuda.version)
+def _nvcc(torch: Path, cxx: Tool, cuda: Tool) -> list[str]:
+    """The words of every compile by nvcc but architectures, source and output."""
+    options = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", _TARGET]
+    return [*cuda.command, "-ccbin", cxx.command[0], *options, *_includes(torch)]
+
+
+def _gencode(names: Sequence[str], ptx: bool) -> list[str]:
+    """The options that compile for architectures, and to PTX for what comes after the last."""
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    codes.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
-    steps = []
-    host = ["-ccbin", cxx.command[0]]
-    for path in sorted((sources / "cuda").glob("*.cu")):
-        output = f"{path.stem}.o"
-        command = [*cuda.command, *host, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-        command += [_TARGET, *_includes(torch), *codes, "-c", str(path), "-o", output]
-        steps.append(Step(output, (str(path),), tuple(command), path.name))
-    objects = tuple(step.output for step in steps)
-    library, needed = cache.file_name("cuda"), objects
+    return codes + [f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"] * ptx
+
+
+def _cuda_link(name: str, torch: Path, cxx: Tool, cuda: Tool, objects: tuple[str, ...]) -> list[Step]:
+    """The link of a library of CUDA kernels; a stub of libtorch_cuda where torch has none."""
+    library, needed, steps = cache.file_name(name), objects, []
     folders = [f"-L{torch / 'lib'}"]
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         stub = "stub/libtorch_cuda.so"
@@ -243,9 +304,44 @@ def _cuda_steps(sources: Path, torch: Path, cxx: Tool, cuda: Tool) -> list[Step]
         needed = (*objects, stub)
     home = Path(cuda.command[0]).resolve().parents[1]
     folders += [f"-L{path}" for path in (home / "lib", home / "lib64") if path.is_dir()]  # of libcudart_static.a
-    link = [*cuda.command, *host, "-shared", "-cudart", "static", "-o", library, *objects, *folders]
+    link = [*cuda.command, "-ccbin", cxx.command[0], "-shared", "-cudart", "static", "-o", library, *objects, *folders]
     link += ["-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
     return [*steps, Step(library, needed, tuple(link), f"link {library}")]
+
+
+def _cuda_steps(sources: Path, torch: Path, cxx: Tool, cuda: Tool) -> list[Step]:
+    """Every .cu file once for all architectures, and the link."""
+    common, codes = _nvcc(torch, cxx, cuda), _gencode(architectures(cuda.version), ptx=True)
+    steps = []
+    for path in sorted((sources / "cuda").glob("*.cu")):
+        output = f"{path.stem}.o"
+        steps.append(Step(output, (str(path),), (*common, *codes, "-c", str(path), "-o", output), path.name))
+    return steps + _cuda_link("cuda", torch, cxx, cuda, tuple(step.output for step in steps))
+
+
+def cutlass_flags(kernel: str, headers: Tool) -> list[str]:
+    """The options that make a kernel of ``CUTLASS_KERNELS`` out of its file.
+
+    Without NDEBUG an assert is a function call in the loop, for which ptxas serialises wgmma (warning C7510).
+    """
+    defines = {"KERNEL": kernel, **CUTLASS_KERNELS[kernel][1]}
+    options = ["--expt-relaxed-constexpr", "-DNDEBUG", "-diag-suppress=177", "-isystem", headers.command[0]]
+    return [*options, *(f"-DVF_{name}={value}" for name, value in defines.items())]
+
+
+def _cutlass_steps(sources: Path, torch: Path, cxx: Tool, cuda: Tool, headers: Tool) -> list[Step]:
+    """Every kernel of ``CUTLASS_KERNELS``, the operators, and the link."""
+    common, folder = _nvcc(torch, cxx, cuda), sources / "cutlass"
+    steps = []
+    for kernel, (file, _, wanted) in CUTLASS_KERNELS.items():
+        names = known(wanted, cuda.version)
+        command = [*common, *cutlass_flags(kernel, headers), *_gencode(names, ptx=wanted == _AMPERE)]
+        output, path = f"{kernel}.o", str(folder / file)
+        steps.append(Step(output, (path,), (*command, "-c", path, "-o", output), f"{file}: {kernel}"))
+    path = str(folder / "operators.cu")
+    command = [*common, *_gencode(("75",), ptx=False), "-c", path, "-o", "operators.o"]  # host code alone
+    steps.append(Step("operators.o", (path,), tuple(command), "operators.cu"))
+    return steps + _cuda_link("cutlass", torch, cxx, cuda, tuple(step.output for step in steps))
 
 
 def _ninja_path(path: str) -> str:
@@ -310,24 +406,36 @@ def plan(name: str, sources: Path = cache.SOURCES) -> Plan:
     """How a library will be built here.
 
     Args:
-        name: "cpu" or "cuda".
+        name: "cpu", "cuda" or "cutlass".
         sources: the folder csrc.
 
     Raises:
-        BuildError: a tool is missing, torch is too old, or there is nothing to compile.
+        BuildError: a tool is missing or too old, torch is too old, or there is nothing to compile.
     """
     if name not in cache.NAMES:
         raise ValueError(f"name is {name!r}, expected one of {', '.join(cache.NAMES)}")
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the extension is built on Linux alone, this is {sys.platform}")
-    files = [path for path in cache.source_files(name, sources) if path.suffix == {"cpu": ".cpp", "cuda": ".cu"}[name]]
-    if not files:
+    suffix = ".cpp" if name == "cpu" else ".cu"
+    if not any(path.suffix == suffix for path in cache.source_files(name, sources)):
         raise BuildError(f"there is nothing to compile in {sources / name}")
     cxx, runner = _need("compiler", compiler()), _need("ninja", ninja())
     if name == "cuda":
         cuda = _need("nvcc", nvcc())
         steps = _cuda_steps(sources, _torch(), cxx, cuda)
         toolchain = f"nvcc {cuda}, {cxx}, sm_{' sm_'.join(architectures(cuda.version))}"
+    elif name == "cutlass":
+        cuda, headers = _need("nvcc", nvcc()), _need("CUTLASS", cutlass())
+        for tool, version, oldest in (
+            ("nvcc", cuda.version, _OLDEST_CUDA_OF_CUTLASS),
+            ("CUTLASS", headers.version, _OLDEST_CUTLASS),
+        ):
+            if _version_of(version) < oldest:
+                raise BuildError(
+                    f"{tool} {version} is too old, wanted {oldest[0]}.{oldest[1]} or newer; {INSTALL[tool]}"
+                )
+        steps = _cutlass_steps(sources, _torch(), cxx, cuda, headers)
+        toolchain = f"nvcc {cuda}, {cxx}, CUTLASS {headers}"
     else:
         steps, toolchain = _cpu_steps(sources, _torch(), cxx), str(cxx)
     try:
@@ -345,7 +453,7 @@ def build(
     """Builds a library into the cache, or finds it there.
 
     Args:
-        name: "cpu" or "cuda".
+        name: "cpu", "cuda" or "cutlass".
         force: build although it is there.
         sources: the folder csrc.
         tell: is given a line of progress at a time.

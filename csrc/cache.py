@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-NAMES = ("cpu", "cuda")
+NAMES = ("cpu", "cuda", "cutlass")
 ABI_TARGET = (2, 11)  # the oldest torch whose stable ABI the libraries use
 SOURCES = Path(__file__).parent
 
@@ -53,14 +53,15 @@ def folder() -> Path:
 
 
 def file_name(name: str) -> str:
-    """The file name of a library, "cpu" or "cuda"."""
+    """The file name of a library, one of ``NAMES``."""
     return f"vit_fast_{name}.so"
 
 
 def source_files(name: str, sources: Path = SOURCES) -> list[Path]:
     """The files that a library is compiled from, headers included, in a fixed order."""
     inside = [path for path in (sources / name).rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh")]
-    return sorted([*inside, *sources.glob("*.h")])
+    shared = (sources / "cuda").glob("*.h") if name == "cutlass" else ()
+    return sorted([*inside, *shared, *sources.glob("*.h")])
 
 
 def key(name: str, sources: Path = SOURCES) -> str:

@@ -35,12 +35,14 @@ PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxsc
 NO_COMPILER = "no C++ compiler and ninja"
 NO_NVCC = "no nvcc"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"
+NO_CUTLASS = "no headers of CUTLASS, or no nvcc"
 NOT_BUILT = "the cpu extension is not built"
 ALLOWED_SKIPS = (
     NO_GPU,
     NO_COMPILER,
     NO_NVCC,
     NO_EMULATOR,
+    NO_CUTLASS,
     NOT_BUILT,
     "Triton is not installed",
     "VIT_FAST_TRITON36 is not set",
@@ -131,7 +133,7 @@ def _note_skip(report):
     reason = _skip_reason(report)
     if reason == NO_GPU:
         COUNTS["gpu_skipped"] += 1
-    elif reason in (NO_COMPILER, NO_NVCC, NO_EMULATOR, NOT_BUILT):
+    elif reason in (NO_COMPILER, NO_NVCC, NO_EMULATOR, NO_CUTLASS, NOT_BUILT):
         COUNTS["extension_skipped"] += 1
     elif reason not in ALLOWED_SKIPS:
         UNLISTED_SKIPS.append(f"{report.nodeid}: {reason}")
@@ -172,7 +174,7 @@ def pytest_terminal_summary(terminalreporter):
     line("checks executed:")
     line(f"  plain tests: {PASSED['plain']} passed")
     if COUNTS["extension_skipped"]:
-        reasons = f"{NO_COMPILER}, {NO_EMULATOR}, {NO_NVCC}, or {NOT_BUILT}"
+        reasons = f"{NO_COMPILER}, {NO_EMULATOR}, {NO_NVCC}, {NO_CUTLASS}, or {NOT_BUILT}"
         line(f"  extension: {COUNTS['extension_skipped']} tests skipped ({reasons})")
     if EXTENSION:
         line(f"  extension tests: {PASSED['extension']} passed, {COUNTS['cases']} random cases in them")

@@ -124,7 +124,8 @@ def extension_facts() -> Iterator[tuple[str, str]]:
             reasons = extension.load(name)
         yield f"{name} extension", "; ".join(reasons) or str(extension.library(name))
     yield "instruction sets", instruction_sets()
-    for name, tool in {"compiler": build.compiler(), "ninja": build.ninja(), "nvcc": build.nvcc()}.items():
+    tools = {"compiler": build.compiler(), "ninja": build.ninja(), "nvcc": build.nvcc(), "CUTLASS": build.cutlass()}
+    for name, tool in tools.items():
         yield name, f"{tool}" if tool else f"not found; to build, {build.INSTALL[name]}"
 
 

@@ -30,7 +30,7 @@ _states: dict[str, _State] = {}
 
 
 def load(name: str) -> tuple[str, ...]:
-    """Loads the library "cpu" or "cuda", once; returns why that is impossible in this process, empty if it is done."""
+    """Loads the library "cpu", "cuda" or "cutlass", once; returns why that is impossible here, empty if it is done."""
     if name in _states:
         return _states[name].reasons
     with _lock:
@@ -50,7 +50,7 @@ def library(name: str) -> Path | None:
 
 def command(name: str) -> str:
     """The command that builds a library."""
-    return "vit-fast build --cuda" if name == "cuda" else "vit-fast build"
+    return "vit-fast build" if name == "cpu" else f"vit-fast build --{name}"
 
 
 def _candidates(name: str, key: str) -> Iterator[Path]:
@@ -73,7 +73,7 @@ def _attempt(name: str) -> _State:
     if version < cache.ABI_TARGET:
         wanted = ".".join(map(str, cache.ABI_TARGET))
         return _State(None, (f"the {name} extension needs torch {wanted} or newer, this is {torch.__version__}",))
-    if name == "cuda" and torch.version.cuda is None:
+    if name != "cpu" and torch.version.cuda is None:
         return _State(None, (f"torch {torch.__version__} is built without CUDA",))
     failures = []
     try:

@@ -8,9 +8,10 @@ compile them ahead, in the order of the timing, into Triton's cache (``compilers
 error budget against float64 (vit_fast.parity); for one that fails to launch, or is wrong, the reason is recorded. Times
 are medians of event-timed steps with a cold L2 cache, queued while the device pauses, so that they contain no host time
 (``timing``); the best config, the rule's config and the libraries are then timed once more, together (``ranking``). On
-sm_90 the linear problems have the configs of kernels/linear_hopper.py beside those of kernels/linear.py. That kernel
-can hang, because its partitions wait for each other: a separate process checks and times it, and is ended when an
-answer is late (``guarded``).
+sm_90 the linear problems have the configs of kernels/linear_hopper.py beside those of kernels/linear.py, and everywhere
+the kernels by CUTLASS that `vit-fast build --cutlass` has built (one with a LayerNorm folded in is timed with the pass
+that computes the statistics of the rows, which it needs). Both can hang, because their warps wait for each other: a
+separate process checks and times them, and is ended when an answer is late (``guarded``).
 The most telling shapes come first and the file is written after each (``report``), so that the budget may end anywhere.
 Winners are put into kernels/configs.py by hand, with machine, date and commit.
 

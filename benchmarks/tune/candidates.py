@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from vit_fast.kernels import configs
 
-from .problems import PLANNED, VITS, WORKS, Problem, Work, linear_sizes
+from .problems import PLANNED, PREPARED, VITS, WORKS, Problem, Work, linear_sizes
 
 
 class Chip(NamedTuple):
@@ -165,16 +165,36 @@ def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
     return [] if launch.INTERPRETED else [replace(shipped, **change) for change in changes]
 
 
+def cutlass_candidates(problem: Problem, work: Work, chip: Chip) -> list[Any]:
+    """Configs of ``vit_fast.backends.cutlass``, where its library can be loaded."""
+    from vit_fast.backends import cutlass
+
+    if work.cutlass is None or cutlass.load():
+        return []
+    *_, ends = linear_sizes(problem.name, VITS[problem.model])
+    folded = problem.name in PREPARED and not ends
+    found = cutlass.configs(work.tensors[0].dtype, chip.arch)
+    return [config for config in found if not folded or config.family != "multistage"]
+
+
+_OWN_KERNEL = {"LinearHopperConfig": "linear_hopper", "CutlassConfig": "cutlass"}
+
+
+def own_kernel(config: object) -> str | None:
+    """The kernel of a config that has one beside the operation's: "linear_hopper" or "cutlass"; None of others."""
+    return _OWN_KERNEL.get(type(config).__name__)
+
+
 def may_hang(config: object) -> bool:
-    """Whether a config is one of ``linear_hopper``."""
-    return type(config).__name__ == "LinearHopperConfig"
+    """Whether a config is of a kernel whose warps wait for each other, and so can hang."""
+    return own_kernel(config) is not None
 
 
 @contextlib.contextmanager
 def calling(problem: Problem, work: Work, config: Any) -> Iterator[Callable[[], torch.Tensor]]:
     """The call that runs a candidate."""
-    if may_hang(config):
-        yield functools.partial(work.hopper, config)
+    if kernel := own_kernel(config):
+        yield functools.partial(work.cutlass if kernel == "cutlass" else work.hopper, config)
     else:
         with rule(problem.operation, lambda shipped: config):
             yield work.kernel
@@ -185,4 +205,4 @@ def plan(problem: Problem, chip: Chip) -> list[Any]:
     with pretending(chip):
         work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
         found = candidates(problem, picked(problem.operation, work.kernel), chip)
-        return found + hopper_candidates(work, chip)
+        return found + hopper_candidates(work, chip) + cutlass_candidates(problem, work, chip)

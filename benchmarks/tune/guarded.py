@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .candidates import own_kernel
 from .problems import VITS, WORKS, Maker, Problem
 from .report import one_line
 from .timing import NO_TIME, Reference, check_and_time, kernel_seconds
@@ -36,10 +37,11 @@ def _serve(connection, device, dtype):
 
 
 class Guarded:
-    """A process that checks and times kernels that may hang; after one has hung, no other is run."""
+    """A process that checks and times kernels that may hang; after a config has hung, none of its kernel is run."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, serve: Callable[..., None] = _serve) -> None:
-        self.arguments, self.serve, self.process, self.hung = (device, dtype), serve, None, None
+        self.arguments, self.serve, self.process = (device, dtype), serve, None
+        self.hung: dict[str | None, str] = {}  # kernel → what hung
 
     def __enter__(self) -> "Guarded":
         return self
@@ -63,8 +65,8 @@ class Guarded:
 
     def time(self, problem: Problem, config: Any, steps: int, seconds: float) -> tuple[float | None, str | None]:
         """(median µs of a step, None), or (None, why there is no time)."""
-        if self.hung:
-            return None, self.hung
+        if hung := self.hung.get(own_kernel(config)):
+            return None, hung
         try:
             if self.process is None:
                 spawn = multiprocessing.get_context("spawn")  # not fork: this process may hold a GPU
@@ -82,7 +84,7 @@ class Guarded:
             self.close()
             if seconds < RUN_SECONDS:
                 return None, NO_TIME
-            self.hung = f"not run: {config} of {problem} did not end"
+            self.hung[own_kernel(config)] = f"not run: {config} of {problem} did not end"
             return None, f"did not end in {RUN_SECONDS} s"
         if answer[0] is None:
             self.close()  # its device may be lost

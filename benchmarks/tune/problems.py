@@ -44,6 +44,7 @@ class Work(NamedTuple):
     batched: int  # how many have a batch dimension
     libraries: dict[str, Callable[[], torch.Tensor]]
     hopper: Callable[..., torch.Tensor] | None = None  # takes a config: the same by linear_hopper, if it can
+    cutlass: Callable[..., torch.Tensor] | None = None  # likewise by CUTLASS
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,21 @@ def _by_hopper(*arguments, **options):
     return call
 
 
+def _by_cutlass(name, x, *arguments):
+    """A function of a config that calls a function of ``vit_fast.backends.cutlass``, and loads its library first."""
+
+    def call(config):
+        from vit_fast.backends import cuda, cutlass
+
+        missing = cutlass.load() or (cuda.CUDA.load() if name == "folded_linear" else ())
+        if missing:
+            raise RuntimeError(missing[0])
+        statistics = cuda.row_statistics(x, 1e-6) if name == "folded_linear" else ()
+        return getattr(cutlass, name)(x, *statistics, *arguments, config)
+
+    return call
+
+
 def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
     """A linear layer: alone, with GELU, at the end of a branch, or as ``vit_fast.prepare`` folds it."""
     from vit_fast.kernels import layer_norm, linear
@@ -137,7 +153,8 @@ def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
 
         libraries["eager"] = lambda: eager(x, weight, bias)
         hopper = _by_hopper(x, weight, wide_bias, activation, norm=(partials, 1e-6, sums))
-        return Work(kernel, eager, (x, weight, bias), 1, libraries, hopper)
+        cutlass = _by_cutlass("folded_linear", x, weight, sums, wide_bias, activation)
+        return Work(kernel, eager, (x, weight, bias), 1, libraries, hopper, cutlass)
     if ends:
         gamma, wide_bias = None if problem.name in PREPARED else new(features), bias.float()
 
@@ -152,7 +169,9 @@ def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
 
         tensors = (x, residual, weight, bias)
         hopper = _by_hopper(x, weight, wide_bias, residual=residual, with_partials=True) if gamma is None else None
-        return Work(kernel, eager, tensors, 2, libraries | {"eager": lambda: eager(*tensors)}, hopper)
+        libraries["eager"] = lambda: eager(*tensors)
+        cutlass = _by_cutlass("linear_residual", x, weight, bias if gamma is not None else wide_bias, gamma, residual)
+        return Work(kernel, eager, tensors, 2, libraries, hopper, cutlass)
 
     def eager(x, weight, bias):
         out = F.linear(x, weight, bias)
@@ -164,7 +183,10 @@ def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
         )
         libraries["eager"] = lambda: eager(x, weight, bias)
     hopper = _by_hopper(x, weight, bias, activation)
-    return Work(lambda: linear.linear(x, weight, bias, activation), eager, (x, weight, bias), 1, libraries, hopper)
+    cutlass = _by_cutlass("linear", x, weight, bias, activation)
+    return Work(
+        lambda: linear.linear(x, weight, bias, activation), eager, (x, weight, bias), 1, libraries, hopper, cutlass
+    )
 
 
 def attention_work(problem: Problem, vit: Vit, new: Maker) -> Work:

@@ -10,7 +10,7 @@ import torch
 from vit_fast.bench import measure
 
 from . import guarded as guarding
-from .candidates import Chip, calling, candidates, hopper_candidates, may_hang, picked
+from .candidates import Chip, calling, candidates, cutlass_candidates, hopper_candidates, may_hang, picked
 from .compilers import NOT_COMPILED, Compilers
 from .guarded import Guarded
 from .problems import VITS, WORKS, Maker, Problem
@@ -60,7 +60,9 @@ def tune(
     device, dtype = make.device, make.dtype
     work = WORKS[problem.operation](problem, VITS[problem.model], make)
     pick = picked(problem.operation, work.kernel)
-    configs_ = candidates(problem, pick, chip) + (hopper_candidates(work, chip) if guarded else [])
+    configs_ = candidates(problem, pick, chip)
+    if guarded:
+        configs_ += hopper_candidates(work, chip) + cutlass_candidates(problem, work, chip)
     times, failures = _time_candidates(problem, work, configs_, compilers, timer, end, device, dtype, guarded)
     ranking = sorted(times, key=times.get)
     for config in ranking[:3] if pick not in times else dict.fromkeys([*ranking[:3], pick]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .candidates import may_hang
+from .candidates import own_kernel
 
 
 def one_line(error: BaseException) -> str:
@@ -17,7 +17,8 @@ def one_line(error: BaseException) -> str:
 
 def config_dict(config: Any) -> dict[str, Any]:
     """A config as a dict for JSON."""
-    return ({"kernel": "linear_hopper"} if may_hang(config) else {}) | asdict(config)
+    kernel = own_kernel(config)
+    return ({"kernel": kernel} if kernel else {}) | asdict(config)
 
 
 def difference(row: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 // LayerNorm forward: y = (x − mean) · rstd · weight + bias over the last axis, rstd = 1/√(var + eps).
 //
 // x [rows, C] at one or two strides, y [rows, C] contiguous, in the dtype of x or, of a float32 x, in 16 bits; weight and
-// bias [C], contiguous, in the dtype of y or float32, or absent; mean and rstd [rows] float32, written where asked for. Statistics take two
-// passes in float32, as large means leave no digits to E[x²] − E[x]²: the mean, then the sum and the squares of what is
-// left. That sum is what rounding lost of the mean (`rest` below); it corrects mean, variance and y.
+// bias [C], contiguous, in the dtype of y or float32, or absent; mean and rstd [rows] float32. Either of y and the statistics
+// may be left out. Statistics take two passes in float32, as large means leave no digits to E[x²] − E[x]²: the mean, then
+// the sum and the squares of what is left. That sum is what rounding lost of the mean (`rest` below); it corrects mean,
+// variance and y.
 //
 // Two kernels:
 //   layer_norm_fwd_kernel       a warp is a row, which stays in registers; four rows a block: C up to 2048, all in pieces
@@ -18,7 +19,7 @@
 namespace vf {
 
 struct LayerNormParams {
-    void* y;            // [rows, C] contiguous
+    void* y;            // [rows, C] contiguous, or null: statistics alone
     float *mean, *rstd; // [rows], or null
     const void* x;      // [rows, C]
     const void *weight, *bias;  // [C], or null
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(32 * LAYER_NORM_WARPS) layer_norm_fwd_kernel(c
     }
     const Statistics s = finish(mean, warp_sum(rest), warp_sum(squares), p.width, p.eps);
     if (p.mean && lane == 0) write_statistics(p, row, s);
+    if (!p.y) return;
     Y* y = static_cast<Y*>(p.y) + row * p.width;
 #pragma unroll
     for (int j = 0; j < PIECES; j++) {
@@ -141,6 +143,7 @@ __global__ void __launch_bounds__(WIDE_THREADS) layer_norm_wide_fwd_kernel(const
     rest = block_sum(rest, shared);
     const Statistics s = finish(mean, rest, block_sum(squares, shared), p.width, p.eps);
     if (p.mean && threadIdx.x == 0) write_statistics(p, row, s);
+    if (!p.y) return;
     Y* y = static_cast<Y*>(p.y) + row * p.width;
     for (int column = first; column < p.width; column += WIDE_THREADS * VEC) {
         load_vector(values, x + column);
@@ -196,7 +199,7 @@ namespace {
 
 using namespace vf;
 
-void layer_norm_operator(Tensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+void layer_norm_operator(MaybeTensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
     const int64_t width = x.size(x.dim() - 1);
     STD_TORCH_CHECK(width > 0 && width < 1 << 24, "vit_fast_cuda::layer_norm: width");
     const LayerNormParams p = {
@@ -205,7 +208,8 @@ void layer_norm_operator(Tensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x,
     const int param_type = type_of(weight ? weight : bias);
     STD_TORCH_CHECK(!weight || !bias || type_of(bias) == param_type, "vit_fast_cuda::layer_norm: weight and bias differ");
     const OnDevice device(x);
-    STD_TORCH_CHECK(layer_norm(p, type_of(x), param_type, type_of(y), device.stream), "vit_fast_cuda::layer_norm: dtypes");
+    const int y_type = y ? type_of(y) : type_of(x);
+    STD_TORCH_CHECK(layer_norm(p, type_of(x), param_type, y_type, device.stream), "vit_fast_cuda::layer_norm: dtypes");
 }
 
 }  // namespace

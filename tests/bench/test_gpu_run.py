@@ -33,6 +33,7 @@ def test_a_machine_without_a_gpu_is_told_and_recorded(tmp_path):
     done = subprocess.run(words, env=hidden, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "not measured: torch finds no CUDA device" in done.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["libraries"]) == {"cuda", "cutlass"} and "loaded" not in summary["libraries"].values()
     assert summary["stages"] == [] and summary["torch"] == torch.__version__ and "missing" in summary
     targets = json.loads((tmp_path / "targets.json").read_text())
     assert len(targets) == 15 and {line["verdict"] for line in targets} == {"not measured"}

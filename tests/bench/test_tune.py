@@ -18,6 +18,9 @@ from rich.console import Console
 from vit_fast.kernels import configs
 from vit_fast.kernels.linear_hopper import LinearHopperConfig
 
+from vit_fast.backends import cuda, cutlass
+from vit_fast.backends.cutlass import CutlassConfig
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "tune"
 CPU = torch.device("cpu")
 
@@ -368,6 +371,111 @@ def test_a_hang_ends_its_process_alone(tune, guarded):
     assert not process.is_alive()
     why = "not run: LinearHopperConfig(block_n=128, group_m=16, num_stages=4) of fc1 base-b1 did not end"
     assert guarded.time(problem, config, 1, 100) == (None, why) and guarded.process is None
+
+
+def test_a_hang_of_one_kernel_leaves_the_other(tune, guarded):
+    problem = tune.problems.Problem("linear", "fc1", "base", 1)
+    hung, other = replace(HOPPER[0], group_m=16), CutlassConfig("pingpong")
+    assert guarded.time(problem, hung, 1, 100) == (None, "did not end in 1.0 s")
+    assert set(guarded.hung) == {"linear_hopper"} and guarded.time(problem, HOPPER[0], 1, 100)[0] is None
+    assert guarded.time(problem, other, 1, 100)[1].startswith(
+        "the process of its own ended"
+    )  # by what stands in for it
+    assert guarded.process is None and guarded.time(problem, HOPPER[1], 1, 100)[1].startswith("not run: ")
+
+
+# the kernels by CUTLASS, which run nowhere here: their candidates, and the calls that would run them
+
+
+@pytest.fixture
+def cutlass_built(monkeypatch):
+    """``cutlass_built(missing)``: the library is there, or why it is not."""
+
+    def make(*missing):
+        monkeypatch.setattr(cutlass, "load", lambda: missing)
+        monkeypatch.setattr(cuda.CUDA, "load", lambda: missing)
+
+    return make
+
+
+@pytest.mark.parametrize("arch,families", ((80, {"multistage"}), (90, set(cutlass.FAMILIES)), (100, {"multistage"})))
+def test_candidates_by_cutlass(tune, cutlass_built, arch, families):
+    chip = tune.candidates.Chip.named(arch)
+    for name in (*tune.problems.LINEARS, *tune.problems.PREPARED):
+        problem = tune.problems.Problem("linear", name, "base", 1)
+        cutlass_built("not built")
+        without = tune.candidates.plan(problem, chip)
+        cutlass_built()
+        more = tune.candidates.plan(problem, chip)
+        assert more[: len(without)] == without
+        found = more[len(without) :]
+        folded = name in ("prepared qkv", "prepared fc1")
+        assert {config.family for config in found} == families - ({"multistage"} if folded else set())
+        assert all(tune.candidates.may_hang(config) for config in found) and len(set(found)) == len(found)
+        assert sum(config.family == "pingpong" for config in found) == (4 if arch == 90 else 0)
+    other = tune.problems.Problem("attention", "attention", "base", 1)
+    assert not any(map(tune.candidates.own_kernel, tune.candidates.plan(other, chip)))
+
+
+@pytest.mark.parametrize(
+    "name", ("qkv", "proj", "fc1", "fc2", *(f"prepared {n}" for n in ("qkv", "proj", "fc1", "fc2")))
+)
+def test_a_call_by_cutlass_computes_the_problem(tune, cutlass_built, monkeypatch, name):
+    """With the formula in the place of the kernel: what it is given is the problem."""
+    monkeypatch.setitem(tune.problems.VITS, "tiny", tune.problems.Vit(5, 64, 2, 128, 8, 1))
+
+    def run(x, weight, bias, config, activation=None, gamma=None, residual=None, norm=None):
+        assert config == CutlassConfig("pingpong", 2)
+        z = x @ weight.t()
+        if norm is not None:
+            mean, rstd, sums = (t.view(*x.shape[:-1], 1) if t.numel() == x.numel() // x.shape[-1] else t for t in norm)
+            z = rstd * (z - mean * sums)
+        z = torch.nn.functional.gelu(z + bias) if activation else z + bias
+        return z if residual is None else residual + z * (1 if gamma is None else gamma)
+
+    def statistics(x, eps):
+        rows = x.flatten(0, -2)
+        return rows.mean(1), (rows.var(1, correction=0) + eps).rsqrt()
+
+    monkeypatch.setattr(cutlass, "_run", run)
+    monkeypatch.setattr(cuda, "row_statistics", statistics)
+    cutlass_built()
+    torch.manual_seed(0)
+    make, problem = (
+        tune.problems.Maker(CPU, torch.float32, filled=True),
+        tune.problems.Problem("linear", name, "tiny", 2),
+    )
+    work = tune.problems.WORKS["linear"](problem, tune.problems.VITS["tiny"], make)
+    with tune.candidates.calling(problem, work, CutlassConfig("pingpong", 2)) as call:
+        torch.testing.assert_close(call(), work.eager(*work.tensors), atol=1e-4, rtol=1e-4)
+        cutlass_built("it is not built")
+        with pytest.raises(RuntimeError, match="it is not built"):
+            call()
+
+
+def test_kernels_by_cutlass_are_ranked_with_the_others(tune, made_up, guarded, monkeypatch):
+    one = CutlassConfig("pingpong")
+    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: [])
+    monkeypatch.setattr(tune.ranking, "cutlass_candidates", lambda problem, work, chip: [one])
+    monkeypatch.setattr(tune.guarded.Guarded, "time", lambda self, problem, config, steps, seconds: (7.0, None))
+    make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
+    compilers, problem = tune.compilers.Compilers(0, chip), tune.problems.Problem(*PROBLEM)
+    row = tune.ranking.tune(problem, chip, make, compilers, made_up, time.monotonic() + 100, guarded)
+    assert row["best"] == {"kernel": "cutlass", "family": "pingpong", "swizzle": 1} and row["best_us"] == 7
+    assert tune.report.difference(row) == "kernel=cutlass family=pingpong swizzle=1"
+    row = tune.ranking.tune(problem, chip, make, compilers, made_up, time.monotonic() + 100, None)
+    assert "kernel" not in row["best"]
+
+
+def test_nothing_compiles_what_cutlass_has_compiled(tune, monkeypatch):
+    submitted = []
+    compilers = tune.compilers.Compilers(0, tune.candidates.Chip.named(90))
+    compilers.pool = type(
+        "Pool", (), {"apply_async": lambda self, function, arguments: submitted.append(arguments[1])}
+    )()
+    problem = tune.problems.Problem("linear", "fc1", "base", 1)
+    compilers.submit(problem, [CutlassConfig("pingpong"), HOPPER[0]])
+    assert submitted == [HOPPER[0]] and compilers.result(problem, CutlassConfig("pingpong"), 1.0) is None
 
 
 def test_a_process_that_does_not_start_is_told(tune, guarded, monkeypatch):

@@ -39,7 +39,7 @@ print("found" if build.build("cpu", sources=Path(sys.argv[2])).found else "built
 def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("VIT_FAST_EXT_DIR", str(folder))
-    for name in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "CUTLASS_PATH"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -210,6 +210,84 @@ def test_the_cuda_library(sources, monkeypatch):
     assert b"libtorch_cuda.so" in library and b"libcudart.so" not in library and b"-arch sm_80" in library
 
 
+@pytest.fixture
+def cutlass(tmp_path, monkeypatch):
+    """``cutlass("4.2", "13.0.88")``: headers of CUTLASS and an nvcc of these versions, and an empty source."""
+
+    def make(version, cuda):
+        folder = tmp_path / "headers" / "include" / "cutlass"
+        folder.mkdir(parents=True, exist_ok=True)
+        major, minor = version.split(".")
+        text = f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR  {minor}\n#define CUTLASS_PATCH 1\n"
+        (folder / "version.h").write_text(text)
+        monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / "headers"))
+        monkeypatch.setattr(build, "nvcc", lambda: build.Tool(("nvcc",), cuda))
+        monkeypatch.setattr(build, "compiler", lambda: build.Tool(("g++",), "12"))
+        monkeypatch.setattr(build, "ninja", lambda: build.Tool(("ninja",), "1.13"))
+        (tmp_path / "csrc" / "cutlass").mkdir(exist_ok=True)
+        (tmp_path / "csrc" / "cutlass" / "operators.cu").write_text("")
+
+    return make
+
+
+@pytest.mark.parametrize("cuda,newest", (("13.0.88", "100"), ("12.4.1", "90a")))
+def test_the_cutlass_library(sources, cutlass, cuda, newest):
+    """A compile for each kernel and its architectures, the operators, and the link of all."""
+    cutlass("4.2", cuda)
+    plan = build.plan("cutlass", sources)
+    assert plan.library.name == "vit_fast_cutlass.so" and "CUTLASS 4.2.1" in plan.toolchain
+    steps = {step.output: step for step in plan.steps}
+    objects = [f"{kernel}.o" for kernel in build.CUTLASS_KERNELS] + ["operators.o"]
+    link = steps["vit_fast_cutlass.so"]
+    assert [*steps][: len(objects)] == objects and [word for word in link.command if word.endswith(".o")] == objects
+    for kernel, (file, _, _) in build.CUTLASS_KERNELS.items():
+        command = steps[f"{kernel}.o"].command
+        assert command[command.index("-c") + 1] == str(sources / "cutlass" / file)
+        assert {f"-DVF_KERNEL={kernel}", "-DNDEBUG", "-isystem"} < set(command)
+        assert not any("," in word for word in command if word.startswith("-DVF_"))  # nvcc splits there
+    codes = {name: [word for word in steps[f"{name}.o"].command if "gencode" in word] for name in build.CUTLASS_KERNELS}
+    assert codes["pingpong_fold"] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert codes["turing_residual_fp16"] == ["-gencode=arch=compute_75,code=sm_75"]
+    assert codes["multistage_residual_bf16"][0] == "-gencode=arch=compute_80,code=sm_80"
+    assert codes["multistage_residual_bf16"][-1] == f"-gencode=arch=compute_{newest},code=compute_{newest}"
+
+
+def test_what_the_cutlass_library_needs(sources, cutlass, monkeypatch, tmp_path):
+    for version, cuda, words in (
+        ("4.1", "13.0.88", "CUTLASS 4.1.1 is too old, wanted 4.2 or newer; pip install --no-deps nvidia-cutlass"),
+        ("4.2", "11.8.89", r"nvcc 11.8.89 is too old, wanted 12.0 or newer; pip install 'vit-fast\[cuda\]'"),
+    ):
+        cutlass(version, cuda)
+        with pytest.raises(build.BuildError, match=words):
+            build.plan("cutlass", sources)
+    cutlass("4.2", "13.0.88")
+    assert build.cutlass() == build.Tool((str(tmp_path / "headers" / "include"),), "4.2.1")
+    (tmp_path / "headers" / "include" / "cutlass" / "version.h").write_text("no version")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.cutlass() is None
+    with pytest.raises(build.BuildError, match=r"^no headers of CUTLASS; pip install --no-deps nvidia-cutlass"):
+        build.plan("cutlass", sources)
+
+
+def test_headers_of_the_wheel(tmp_path, monkeypatch):
+    folder = tmp_path / "cutlass_library" / "source" / "include" / "cutlass"
+    folder.mkdir(parents=True)
+    (folder / "version.h").write_text("#define CUTLASS_MAJOR 5\n#define CUTLASS_MINOR 0\n#define CUTLASS_PATCH 3\n")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "cutlass_library")])
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec if name == "cutlass_library" else None)
+    assert build.cutlass() == build.Tool((str(folder.parent),), "5.0.3")
+
+
+def test_the_key_of_cutlass_follows_the_headers_of_cuda(sources, cutlass):
+    cutlass("4.2", "13.0.88")
+    (sources / "cuda").mkdir()
+    first = cache.key("cutlass", sources)
+    (sources / "cuda" / "rows.h").write_text("int x;")
+    second = cache.key("cutlass", sources)
+    (sources / "cuda" / "kernel.cu").write_text("int x;")
+    assert first != second == cache.key("cutlass", sources)
+
+
 @pytest.mark.usefixtures("compiler")
 def test_wheels(sources, tmp_path, monkeypatch):
     """Pure Python without a compiler, even after a build with the library, which has the tag of the platform."""
@@ -287,7 +365,7 @@ def raise_(error):
 
 
 def test_what_cannot_be_planned(sources, monkeypatch):
-    with pytest.raises(ValueError, match="name is 'tpu', expected one of cpu, cuda"):
+    with pytest.raises(ValueError, match="name is 'tpu', expected one of cpu, cuda, cutlass"):
         build.plan("tpu", sources)
     with pytest.raises(build.BuildError, match="nothing to compile"):
         build.plan("cuda", sources)

@@ -45,15 +45,15 @@ def explore(cases, count, examples=EXAMPLES):
     run()
 
 
-def run_layer_norm(x, weight, bias, eps, out_dtype=None, library=None, statistics=True, **options):
-    y = torch.empty(x.shape, dtype=out_dtype or x.dtype)
+def run_layer_norm(x, weight, bias, eps, out_dtype=None, library=None, statistics=True, output=True, **options):
+    y = torch.empty(x.shape, dtype=out_dtype or x.dtype) if output else None
     rows = x.numel() // x.shape[-1]
     mean, rstd = (torch.empty(rows) if statistics else None for _ in range(2))
     (library or build("layer_norm")).call(
         "emulated_layer_norm",
         writes(y, "y"), writes(mean, "mean"), writes(rstd, "rstd"),
         reads(x, "x"), reads(weight, "weight"), reads(bias, "bias"),
-        x.dim(), tuple(x.shape), x.stride(), type_of(x), type_of(weight, bias), type_of(y), eps, **options,
+        x.dim(), tuple(x.shape), x.stride(), type_of(x), type_of(weight, bias), type_of(y, x), eps, **options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -126,6 +126,15 @@ def test_layer_norm_without_statistics_and_rows():
     assert torch.equal(y, run_layer_norm(x, weight, None, 1e-6)[0])
     assert torch.equal(run_layer_norm(x[:, 1:], weight, None, 1e-6)[0], y[:, 1:])
     assert run_layer_norm(x[:0], weight, None, 1e-6)[0].shape == (0, 5, 64)
+
+
+@pytest.mark.parametrize("dtype,width", ((torch.float32, 64), (torch.bfloat16, 60), (torch.half, 3000)))
+def test_layer_norm_statistics_alone(dtype, width):
+    x = torch.randn(5, width).to(dtype)
+    y, *statistics = run_layer_norm(x, None, None, 1e-6, output=False)
+    assert y is None
+    for found, wanted in zip(statistics, run_layer_norm(x, None, None, 1e-6)[1:], strict=True):
+        assert torch.equal(found, wanted)
 
 
 def run_attention(q, num_heads, scale, k=None, v=None, library=None, with_lse=True, **options):

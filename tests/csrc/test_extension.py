@@ -100,7 +100,8 @@ def test_an_absent_library_is_no_warning(monkeypatch):
         assert extension.load("cuda") == (f"torch {torch.__version__} is built without CUDA",)
     extension._states.clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert extension.load("cuda") == ("the cuda extension is not built: run `vit-fast build --cuda`",)
+    for name in ("cuda", "cutlass"):
+        assert extension.load(name) == (f"the {name} extension is not built: run `vit-fast build --{name}`",)
     assert extension.library("cpu") is None
     with pytest.raises(ValueError, match="name is 'tpu', expected one of cpu, cuda"):
         extension.load("tpu")

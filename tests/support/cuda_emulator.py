@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulator"
+CUTLASS = ROOT / "csrc" / "cutlass"
 BUILD = ROOT / "build" / "emulator"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"
+NO_CUTLASS = "no headers of CUTLASS, or no nvcc"
 _FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DVF_EMULATED")
 _SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
@@ -193,3 +196,74 @@ def build_operators() -> Path:
     files = [str(EMULATOR / name) for name in ("operators.cpp", "emulator.cpp")]
     link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
     return _make(BUILD / f"operators-{digest.hexdigest()[:16]}.so", [*command, *files, *link])
+
+
+def build_cutlass() -> Path:
+    """The library of the operator of ``csrc/cutlass`` for CPU tensors, with loops in the place of CUTLASS's kernels."""
+    compiler, root = _compiler(), Path(torch.__file__).parent
+    command = [compiler, *_FLAGS, "-O2", f"-I{EMULATOR}", f"-I{CUTLASS}", f"-I{SOURCES}", f"-isystem{root / 'include'}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared"]
+    digest = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
+    for path in sorted([*CUTLASS.glob("*"), *SOURCES.glob("*.h"), *EMULATOR.glob("*.h"), *EMULATOR.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    files = [str(EMULATOR / name) for name in ("cutlass.cpp", "emulator.cpp")]
+    link = [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    return _make(BUILD / f"cutlass-{digest.hexdigest()[:16]}.so", [*command, *files, *link])
+
+
+def build_epilogue(replaced: tuple[str, str] = ("", "")) -> Path:
+    """The library of ``csrc/cutlass/epilogue.h`` alone. ``replaced``: (old, new) text of a mutant, which must occur."""
+    source = (CUTLASS / "epilogue.h").read_text()
+    assert replaced[0] in source, f"epilogue.h has no {replaced[0]!r}"
+    if replaced[0]:
+        source = source.replace(*replaced)
+    command = [_compiler(), *_FLAGS, "-O1", "-shared"]
+    digest = hashlib.sha256(" ".join([*command, source]).encode() + (EMULATOR / "cutlass_epilogue.cpp").read_bytes())
+    folder = BUILD / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "epilogue.h").write_text(source)
+    return _make(folder / "epilogue.so", [*command, f"-I{folder}", str(EMULATOR / "cutlass_epilogue.cpp")])
+
+
+def build_visitors(element: str, replaced: tuple[str, str] = ("", "")) -> Path:
+    """The library of the visitor trees of ``linear_sm80.cu``, which g++ compiles with CUTLASS's headers and CUDA's.
+
+    Args:
+        element: CUTLASS's name of the dtype, "bfloat16_t" or "half_t".
+        replaced: (old, new) text of a mutant, which must occur.
+    """
+    from vit_fast.csrc import build
+
+    compiler, cuda, headers = _compiler(), build.nvcc(), build.cutlass()
+    if cuda is None or headers is None:
+        pytest.skip(NO_CUTLASS)
+    told = subprocess.run([*cuda.command, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    includes = re.findall(r'(?:-I|"-isystem" ")([^"]+)"', "".join(re.findall(r"INCLUDES=.*", told)))
+    source = (CUTLASS / "linear_sm80.cu").read_text()
+    begin, end = source.index("namespace vf {"), source.index("template <class Arch, class Kind> struct Product")
+    source = source[begin:end] + "}  // namespace\n}  // namespace vf\n"
+    assert replaced[0] in source, f"linear_sm80.cu has no {replaced[0]!r}"
+    if replaced[0]:
+        source = source.replace(*replaced)
+    host, entry = EMULATOR / "cutlass_host", EMULATOR / "cutlass_visitors.cpp"
+    # -fpermissive: templates that nothing instantiates call functions of CUDA that g++ does not know.
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fpermissive",
+        "-fPIC",
+        "-shared",
+        f"-DVF_ELEMENT=cutlass::{element}",
+    ]
+    command += [f"-I{host}", "-include", str(host / "prelude.h"), "-isystem", headers.command[0]]
+    command += [word for folder in includes for word in ("-isystem", folder)] + [f"-I{CUTLASS}"]
+    digest = hashlib.sha256(" ".join([*command, headers.version, source]).encode())
+    for path in sorted([entry, *host.rglob("*.h"), *CUTLASS.glob("*.h")]):
+        digest.update(path.read_bytes())
+    folder = BUILD / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "visitors_sm80.h").write_text(source)
+    return _make(folder / "visitors.so", [*command, f"-I{folder}", str(entry)])

@@ -1,7 +1,8 @@
 """The backend ``cuda``: the kernels of ``csrc/cuda`` for CUDA tensors, from compute capability 7.5 on.
 
-Attention, LayerNorm and patch embedding are kernels of their own. Linear layers are LayerNorm, a matrix product by
-PyTorch, and a pass for the activation or for LayerScale, drop-path and residual. No backward: the reference's runs.
+Attention, LayerNorm and patch embedding are kernels of their own. Linear layers are LayerNorm, and a matrix product
+with its epilogue by CUTLASS (``cutlass.py``) or, where that library is absent or cannot take a call, a product by
+PyTorch and a pass for the activation or for LayerScale, drop-path and residual. No backward: the reference's runs.
 The library is loaded on the first use. Its operators ``torch.ops.vit_fast_cuda.<name>`` write into tensors that are
 made here, have no fake and no gradient, and are called inside the operators of ``vit_fast.ops`` alone.
 """
@@ -19,11 +20,12 @@ from vit_fast.kernels.arguments import check_rows
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.kernels.folding import FoldedBlock, unflatten
 
+from . import cutlass
 from .base import Backend, attention_option_reasons, normalised_heads
 
 # The implementations are in csrc/cuda/<name>.cu, epilogue.cu for the last two.
 _SCHEMAS = (
-    "layer_norm(Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, "
+    "layer_norm(Tensor(a!)? y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, "
     "float eps) -> ()",
     "attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, int num_heads, float scale) -> ()",
     "patch_embed(Tensor(a!) out, Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
@@ -107,6 +109,14 @@ def _activate(z: Tensor, activation: str | None) -> Tensor:
     return out
 
 
+def _product(y: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """act(y weightᵀ + bias)."""
+    if not cutlass.reasons(y, weight, activation):
+        return cutlass.linear(y, weight, bias, activation)
+    bias = None if bias is None else bias.to(weight.dtype)
+    return _activate(F.linear(y, weight, bias).contiguous(), activation)
+
+
 def _layer_norm_linear(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -118,7 +128,7 @@ def _layer_norm_linear(
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     y, mean, rstd = _normalise(x, ln_weight, ln_bias, eps, weight.dtype, statistics)
-    return _activate(F.linear(y, weight, bias).contiguous(), activation), mean, rstd
+    return _product(y, weight, bias, activation), mean, rstd
 
 
 def layer_norm_linear(
@@ -165,7 +175,10 @@ def linear_residual(
     """As ``kernels.reference.linear_residual``, without dropout."""
     if inner_norm is not None:
         x = layer_norm(x, *inner_norm, norm=norm)
-    branch = F.linear(x.to(weight.dtype), weight, bias).contiguous()
+    x = x.to(weight.dtype)
+    if not cutlass.reasons(x, weight, residual=residual, row_scale=row_scale):
+        return cutlass.linear_residual(x, weight, bias, gamma, residual)
+    branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype)).contiguous()
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if out.numel():
         torch.ops.vit_fast_cuda.residual(out, branch, _rows(residual), _vector(gamma), _vector(row_scale))
@@ -294,6 +307,24 @@ def patch_embed(
     return out
 
 
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the rows of x [..., C], [rows] float32: what a LayerNorm needs that is folded into a product."""
+    rows = x.numel() // x.shape[-1]
+    check_rows("layer_norm", rows)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, _rows(x), None, None, eps)
+    return mean, rstd
+
+
+def _folded_linear(
+    x: Tensor, eps: float, weight: Tensor, sums: Tensor, bias: Tensor, activation: str | None = None
+) -> Tensor:
+    """act(LN(x) weightᵀ + bias), the affine part of LN being folded into weight and bias."""
+    if not cutlass.folds(x) or cutlass.reasons(x, weight, activation):
+        return _product(layer_norm(x, None, None, eps), weight, bias, activation)
+    return cutlass.folded_linear(x, *row_statistics(x, eps), weight, sums, bias, activation)
+
+
 def prepared_blocks(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -306,11 +337,11 @@ def prepared_blocks(
 ) -> Tensor:
     """As ``kernels.reference.prepared_blocks``."""
     for block in unflatten(FoldedBlock, weights):
-        packed = layer_norm_linear(x, None, None, eps1, block.qkv_weight, block.qkv_bias.to(x.dtype))
+        packed = _folded_linear(x, eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)
         out = attention(packed, num_heads, scale)
-        x = linear_residual(out, block.proj_weight, block.proj_bias.to(x.dtype), None, x)
-        hidden = layer_norm_linear(x, None, None, eps2, block.fc1_weight, block.fc1_bias.to(x.dtype), activation)
-        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias.to(x.dtype), None, x)
+        x = linear_residual(out, block.proj_weight, block.proj_bias, None, x)
+        hidden = _folded_linear(x, eps2, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation)
+        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias, None, x)
     return x
 
 
@@ -512,6 +543,13 @@ class Cuda(Backend):
             "layernorm_mlp": layernorm_mlp_fwd,
             "prepared_blocks": prepared_blocks,
         }
+
+    def version(self) -> str | None:
+        """What runs the matrix products."""
+        if self.load():
+            return None
+        missing = cutlass.load()
+        return f"products by PyTorch: {missing[0]}" if missing else "products by CUTLASS"
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if device.type != "cuda":

@@ -10,10 +10,13 @@ from .output import say
 
 def build(
     cuda: Annotated[bool, typer.Option("--cuda", help="Build the library for CUDA tensors too; needs nvcc.")] = False,
+    cutlass: Annotated[
+        bool, typer.Option("--cutlass", help="Build it, and the matrix products by CUTLASS, which take minutes.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build although it is there.")] = False,
 ) -> None:
     """Compile the C++/CUDA extension for this machine, once; later processes load it."""
-    for name in ("cpu", "cuda") if cuda else ("cpu",):
+    for name in ("cpu", *("cuda",) * (cuda or cutlass), *("cutlass",) * cutlass):
         _build(name, force)
 
 
@@ -32,7 +35,7 @@ def _build(name, force):
         raise CommandError(f"the {name} extension was not built: {error}") from error
     size = f"{library.stat().st_size / 1024:.0f} KiB"
     say(f"  {'already there' if found else 'built'}: {library.name}, {size}, {seconds:.1f} s")
-    if name == "cuda" and not _has_cuda():
+    if name != "cpu" and not _has_cuda():
         say("  this torch is built without CUDA and cannot load it")
     elif reasons := extension.load(name):
         raise CommandError("; ".join(reasons))

@@ -1,0 +1,2 @@
+// Stands before CUTLASS's own, which has launches in CUDA's syntax: nothing is launched.
+#pragma once
