@@ -282,8 +282,14 @@ def test_timm_is_named_where_it_is_needed(monkeypatch):
 # Names of timm's ViT family that timm builds.
 
 CHEAP = [
-    "beit_base_patch16_224", "eva02_tiny_patch14_224.mim_in22k", "vit_small_patch16_dinov3.lvd1689m",
-    "deit3_small_patch16_224", "vit_relpos_small_patch16_224", "naflexvit_base_patch16_gap", "vit_tiny_r_s16_p8_224", "samvit_base_patch16_224",
+    "beit_base_patch16_224",
+    "eva02_tiny_patch14_224.mim_in22k",
+    "vit_small_patch16_dinov3.lvd1689m",
+    "deit3_small_patch16_224",
+    "vit_relpos_small_patch16_224",
+    "naflexvit_base_patch16_gap",
+    "vit_tiny_r_s16_p8_224",
+    "samvit_base_patch16_224",
 ]  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class Fused(Swapped, Fusible):
         return self.not_fused() is None
 
 
-def stacks_of(module: nn.Module) -> list[nn.Module]:
+def stacks_of(module: Any) -> list[nn.Module]:
     """The stacks of blocks that a module of an optimised model runs as a whole."""
     return [module.stack(module)] if isinstance(module, Swapped) and hasattr(module, "stack") else []
 
