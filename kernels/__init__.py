@@ -5,6 +5,7 @@ One file is one operation: head comment, device code, launch, public function.
 ====================  ==========================================================
 ``arguments``         checks of the arguments, the same for every backend, and the errors
 ``activation_names``  the names of the activations, and which are gated
+``block_options``     what prepared blocks have beside their weights: norms, rotary embedding, biases
 ``reference``         the same operations in plain PyTorch: truth and last fallback
 ``tracing``           which tracers and transforms of PyTorch a call runs under
 ``folding``           weights folded and quantised for inference

@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 PACKAGE = sorted([*(ROOT / "vit_fast").rglob("*.py"), *(ROOT / "csrc").rglob("*.py")])
 # Modules of kernels/ that vit_fast may import at once.
-WITHOUT_TRITON = ("activation_names", "arguments", "configs", "folding", "packing", "reference", "tracing")
+WITHOUT_TRITON = (
+    "activation_names",
+    "arguments",
+    "block_options",
+    "configs",
+    "folding",
+    "packing",
+    "reference",
+    "tracing",
+)
 WITH_TWIN = ()  # kernel files that may use what the interpreter lacks: each has a twin that it can run
 
 
