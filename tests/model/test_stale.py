@@ -180,7 +180,7 @@ def _activation(stack):
         ("activation", "quick_gelu"),
         ("word", "quick_gelu"),
         ("activation", partial(activate, activation="quick_gelu")),
-        ("activation", torch.nn.functional.relu),
+        ("activation", torch.relu),
     )
     for word, value in changed:
         for module in holders(stack[1], word, type(value)):
