@@ -479,6 +479,24 @@ struct Packed {
   }
 };
 
+// A head of q or k, normalised and turned.
+static void prepare_head(const PreparedBlocks& s, double* x, int64_t D, bool is_k, int64_t head, int64_t token) {
+  const vit_fast::HeadNorm& norm = is_k ? s.k_norm : s.q_norm;
+  if (norm.given) {
+    const Doubles y = normalised(Doubles(x, x + D), norm.eps, s.rms);
+    for (int64_t d = 0; d < D; d++)
+      x[d] = y[d] * (norm.weight ? norm.weight[d] : 1) + (norm.bias ? norm.bias[d] : 0);
+  }
+  if (!s.rope.cos || token < s.rope.prefix) return;
+  const int64_t at = head * s.rope.stride[1] + (token - s.rope.prefix) * s.rope.stride[2];
+  const Doubles y(x, x + D);
+  for (int64_t d = 0; d < D; d++) {
+    const int64_t partner = s.rope.interleaved ? d ^ 1 : (d + D / 2) % D;
+    const double other = partner > d ? -y[partner] : y[partner];
+    x[d] = y[d] * s.rope.cos[at + d] + other * s.rope.sin[at + d];
+  }
+}
+
 static void run_prepared_blocks() {
   PreparedBlocks s{};
   s.type = one_of<Type>({Type::float32, Type::float16, Type::bfloat16, Type::int8, Type::int8}), s.pool = pool();
@@ -500,6 +518,27 @@ static void run_prepared_blocks() {
     const auto last = linears.end();
     blocks.push_back({last[-4].view(), last[-3].view(), last[-2].view(), last[-1].view()});
   }
+  s.rms = chance(), s.out_eps = chance() ? 1e-5f : -1, s.hidden_eps = chance() ? 1e-4f : -1;
+  s.hidden_features = hidden;
+  const Array q_weight = vector(Type::float32, D), k_bias = vector(Type::float32, D);
+  if (chance()) s.q_norm = {q_weight.floats(), nullptr, 1e-3f, true}, s.k_norm = {nullptr, k_bias.floats(), 1e-3f, true};
+  const bool per_head = chance(), with_rope = D % 2 == 0 && chance(), with_bias = chance();
+  s.rope.prefix = integer(0, s.tokens), s.rope.interleaved = chance();
+  const int64_t turned = s.tokens - s.rope.prefix, heads_of_bias = per_head ? s.num_heads : 1;
+  const Array cos = vector(Type::float32, heads_of_bias * turned * D), sin = vector(Type::float32, heads_of_bias * turned * D);
+  if (with_rope) {
+    s.rope.cos = cos.floats(), s.rope.sin = sin.floats();
+    s.rope.stride[1] = per_head ? turned * D : 0, s.rope.stride[2] = D;
+  }
+  const Array bias = vector(Type::float32, s.batch * heads_of_bias * s.tokens * s.tokens);
+  if (with_bias) {
+    for (int64_t row = 0; row < s.batch * heads_of_bias * s.tokens; row++)
+      for (int64_t j = 1; j < s.tokens; j++)  // the first key stays
+        if (integer(0, 4) == 0) static_cast<float*>(bias.data())[row * s.tokens + j] = -INFINITY;
+    s.bias.data = bias.floats();
+    s.bias.stride[2] = s.tokens, s.bias.stride[1] = per_head ? s.tokens * s.tokens : 0;
+    s.bias.stride[0] = heads_of_bias * s.tokens * s.tokens;
+  }
   Array x = vector(Type::float32, rows * C);
   std::vector<Doubles> golden(rows);
   for (int64_t r = 0; r < rows; r++)
@@ -511,7 +550,11 @@ static void run_prepared_blocks() {
   for (int64_t b = 0; b < s.depth; b++) {
     const Packed *qkv = &linears[4 * b], *proj = qkv + 1, *fc1 = qkv + 2, *fc2 = qkv + 3;
     std::vector<Doubles> heads(rows);
-    for (int64_t r = 0; r < rows; r++) heads[r] = (*qkv)(normalised(golden[r], s.eps1));
+    for (int64_t r = 0; r < rows; r++) {
+      heads[r] = (*qkv)(normalised(golden[r], s.eps1, s.rms));
+      for (int64_t h = 0; h < 2 * s.num_heads; h++)
+        prepare_head(s, &heads[r][h * D], D, h / s.num_heads, h % s.num_heads, r % s.tokens);
+    }
     for (int64_t r = 0; r < rows; r++) {
       const int64_t first = r / s.tokens * s.tokens;
       Doubles out(C);
@@ -520,16 +563,21 @@ static void run_prepared_blocks() {
         double total = 0;
         for (int64_t j = 0; j < s.tokens; j++) {
           for (int64_t d = h * D; d < (h + 1) * D; d++) weights[j] += s.scale * heads[r][d] * heads[first + j][C + d];
+          if (s.bias.data)
+            weights[j] += s.bias.data[r / s.tokens * s.bias.stride[0] + h * s.bias.stride[1] +
+                                      r % s.tokens * s.bias.stride[2] + j];
           total += weights[j] = std::exp(weights[j]);
         }
         for (int64_t j = 0; j < s.tokens; j++)
           for (int64_t d = h * D; d < (h + 1) * D; d++) out[d] += weights[j] / total * heads[first + j][2 * C + d];
       }
-      out = (*proj)(out);
+      out = (*proj)(s.out_eps < 0 ? out : normalised(out, s.out_eps, s.rms));
       for (int64_t i = 0; i < C; i++) golden[r][i] += out[i];
     }
     for (Doubles& row : golden) {
-      const Doubles out = (*fc2)(activated((*fc1)(normalised(row, s.eps2)), s.activation));
+      Doubles hidden = activated((*fc1)(normalised(row, s.eps2, s.rms)), s.activation);
+      if (s.hidden_eps >= 0) hidden = normalised(hidden, s.hidden_eps, s.rms);
+      const Doubles out = (*fc2)(hidden);
       for (int64_t i = 0; i < C; i++) row[i] += out[i];
     }
   }

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support import families, library_models
+from support import families, library_models, timm_models
 from support.families import FAMILIES
 from support.library_models import PREPARABLE
 from torch import nn
@@ -121,6 +121,43 @@ def test_variants_at_every_level(words, kind):
             holds(model, operation, images(DTYPES[kind], BATCH[kind]))
     finally:
         CPU.use_level(before)
+
+
+# Rotary embedding in both layouts, norms of q and k, biases, masks, RMSNorm, norms inside the branches, SwiGLU in two.
+TIMM_BLOCKS = (
+    "AIMv2", "BEiT-3", "qk-norm with RMSNorm", "EVA-02", "DINOv3", "mixed RoPE", "BEiT", "RelPosBlock", "NaFlexVit",
+    "NaFlexVit with RoPE",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ("float32", "float16", "int8"))
+@pytest.mark.parametrize("name", TIMM_BLOCKS)
+def test_blocks_of_timm_at_every_level(name, kind):
+    torch.manual_seed(0)
+    model = library_models.moved(timm_models.build(name), DTYPES[kind])
+    model, operation = prepared(vit_fast.optimize(model), kind)
+    before = CPU.version()
+    try:
+        for level in CPU.levels() if name in ("EVA-02", "BEiT") else (before,):
+            CPU.use_level(level)
+            holds(model, operation, images(DTYPES[kind], BATCH[kind]))
+    finally:
+        CPU.use_level(before)
+
+
+def test_masked_keys_and_rows_without_keys():
+    """−inf among the scores, as key lengths and masks have them; a row without any key gives zeros, as elsewhere."""
+    block = library_models.moved(vit_fast.VisionTransformer(**SMALL)).blocks[0]
+    x, mask = torch.randn(2, 40, 48), torch.rand(40, 40) < 0.7
+    mask[3] = False
+    with torch.inference_mode():
+        plain = block(x, attn_mask=mask)
+    stack = vit_fast.prepare(nn.Sequential(block).eval())
+    with torch.inference_mode():
+        with vit_fast.backends.recording() as choices:
+            packed = stack[0](x, attn_mask=mask)
+        assert [(operation, backend) for operation, backend, _ in choices] == [("packed_blocks", "cpu")]
+    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ("float32", "int8"))
