@@ -213,13 +213,47 @@ def test_adapters(peer):
         assert ran and not reasons
 
 
-@pytest.mark.parametrize("name", ("CLIP", "Siglip2"))
+SMALL = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96)
+IMAGE = dict(SMALL, image_size=32, patch_size=8)
+
+
+@pytest.mark.parametrize("name", ("CLIP", "AltCLIP", "MetaClip2", "OwlViT", "Siglip", "Siglip2", "Aimv2"))
 def test_text_towers_are_not_touched(name):
-    config = getattr(transformers, f"{name}Config")
-    small = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96)
-    model = getattr(transformers, f"{name}Model")(config(vision_config=small, text_config=small))
+    vision = IMAGE if name != "Siglip2" else dict(SMALL, num_patches=16)
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=SMALL)
+    model = getattr(transformers, f"{name}Model")(config)
     vit_fast.optimize(model, strict=True)
     assert len(layers(model)) == 1 and layers(model)[0] in set(model.vision_model.modules())
+
+
+def test_a_decoder_on_top_of_a_vision_tower():
+    config = transformers.CLIPSegConfig(vision_config=IMAGE, text_config=SMALL, reduce_dim=16, extract_layers=[0])
+    model = transformers.CLIPSegForImageSegmentation(config).eval()
+    inputs = dict(pixel_values=torch.randn(2, 3, 32, 32), conditional_embeddings=torch.randn(2, 512))
+    expected = model(**inputs).logits
+    vit_fast.optimize(model, strict=True)
+    with vit_fast.backends.recording() as choices:
+        actual = model(**inputs).logits
+    same(actual, expected)
+    assert fused(choices).count("attention") == 2
+
+
+@each(("AltCLIP", "MetaClip2", "OwlViT", "Git", "Idefics3"))
+def test_stacks_are_prepared(case):
+    model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
+    exact = {name: x.double() for name, x in inputs.items()}
+    with torch.no_grad():
+        golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
+        vit_fast.prepare(vit_fast.optimize(model))
+        actual, ran, _ = run(model, inputs)
+    assert ran == ["prepared_blocks"]
+    assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+@each(("XCLIP", "GroupViT", "Blip", "ViTMAE"))
+def test_layers_that_a_model_runs_in_a_loop_of_its_own_are_not_prepared(case):
+    with pytest.raises(ValueError, match="without transformer blocks of this library"):
+        vit_fast.prepare(vit_fast.optimize(case.build().bfloat16()))
 
 
 def test_masked_keys_do_not_count():

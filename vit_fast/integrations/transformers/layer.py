@@ -135,9 +135,9 @@ class Layer(Fused):
         attention = parts.attention
         if getattr(attention, "is_causal", False):
             return "its attention is causal"
-        config = getattr(attention, "config", None)
-        if config is not None and config._attn_implementation not in _KERNELS:
-            return f"its attention runs as {config._attn_implementation!r}"
+        runs_as = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        if runs_as not in (None, *_KERNELS):  # None: the model has one attention only
+            return f"its attention runs as {runs_as!r}"
         if activation_of(parts.act) is None:
             return f"its activation is {parts.act}"
         return None
