@@ -179,9 +179,9 @@ class Layer(Fused):
             elif name == "position_embeddings":
                 options["rope"] = value
             elif name == "cu_seqlens":
-                options["cu_seqlens"] = value
+                options["cu_seqlens"] = value.to(torch.int32)  # int64 while torch.jit traces
         if "rope" in options:
-            options["num_prefix"] = x.shape[1] - options["rope"][0].shape[-2]
+            options["num_prefix"] = int(x.shape[1]) - int(options["rope"][0].shape[-2])
         return options
 
     def _not_taken(self, x: torch.Tensor, parts: Parts) -> str | None:
