@@ -88,6 +88,13 @@ class XCLIPVisionForm(CLIPForm):
         return super().add_attention(with_message, parts, options)[:, : x.shape[1]]
 
 
+class MLCDForm(CLIPForm):
+    """MLCD: CLIP's layer with rotary embedding of all tokens."""
+
+    ARGUMENTS = ("position_embeddings", "attention_mask")
+    READS = ARGUMENTS
+
+
 class CLIPSegDecoderForm(CLIPForm):
     """The layer of CLIPSeg's decoder: CLIP's with the norms behind the branches."""
 

@@ -65,6 +65,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     ),
     "owlvit.modeling_owlvit": (Family(_CLIP, "OwlViTEncoderLayer", "OwlViT", "OwlViTEncoder"),),
     "owlv2.modeling_owlv2": (Family(_CLIP, "Owlv2EncoderLayer", "Owlv2", "Owlv2Encoder"),),
+    "mlcd.modeling_mlcd": (Family(clip.MLCDForm, "MLCDEncoderLayer", "MLCD"),),
     "groupvit.modeling_groupvit": (Family(clip.CLIPForm, "GroupViTEncoderLayer", "GroupViT"),),
     "x_clip.modeling_x_clip": (
         Family(_CLIP, "XCLIPEncoderLayer", "XCLIP", "XCLIPEncoder"),
@@ -85,6 +86,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "dpt.modeling_dpt": (
         Family(vit.VideoMAEForm, "DPTViTLayer", "DPTViT", names={"DPTViTSelfAttention": "DPTSelfAttention"}),
     ),
+    "vitpose_backbone.modeling_vitpose_backbone": (Family(vit.VitPoseForm, "VitPoseBackboneLayer", "VitPoseBackbone"),),
     "beit.modeling_beit": (Family(vit.BeitForm, "BeitLayer", "Beit"),),
     "data2vec.modeling_data2vec_vision": (Family(vit.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
     "internvl.modeling_internvl": (Family(vit.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),

@@ -177,7 +177,7 @@ class Layer(Fused):
                     return "attention_mask is no tensor of 4 dimensions"
                 options["bias"] = value
             elif name == "position_embeddings":
-                options["rope"] = value
+                options["rope"] = tuple(value)
             elif name == "cu_seqlens":
                 options["cu_seqlens"] = value.to(torch.int32)  # int64 while torch.jit traces
         if "rope" in options:
