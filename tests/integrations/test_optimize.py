@@ -914,9 +914,9 @@ def test_bad_models():
     with pytest.raises(ValueError) as raised:
         vit_fast.optimize(nn.Linear(2, 2))
     assert str(raised.value) == (
-        "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (Block and "
-        "PatchEmbed); torchvision (EncoderBlock); transformers (layers of ViT, DeiT, DINOv2, CLIP vision and SigLIP "
-        "vision); open_clip (ResidualAttentionBlock of the image tower)"
+        "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (the blocks of its "
+        "ViTs and PatchEmbed); torchvision (EncoderBlock); transformers (layers of ViT, DeiT, DINOv2, CLIP vision and "
+        "SigLIP vision); open_clip (ResidualAttentionBlock of the image tower)"
     )
     with pytest.raises(TypeError, match=r"vit_fast\.optimize: strict is 'yes', expected a bool"):
         vit_fast.optimize(nn.Linear(2, 2), strict="yes")
