@@ -39,6 +39,7 @@ import vit_fast
 from vit_fast.block import PREPARED
 
 ONE_EACH = ("timm", "torchvision", "open_clip", "ViT")
+KERNELS = (*ONE_EACH, "timm EVA-02", "timm DINOv3", "timm BEiT", "timm SAM", "timm AIMv2")
 
 
 @pytest.fixture
@@ -963,7 +964,7 @@ def check_kernels(case, device):
 
 
 @pytest.mark.interp
-@each(ONE_EACH)
+@each(KERNELS)
 def test_interpreted_kernels_are_within_the_budget_of_a_model(case):
     check_kernels(case, "cpu")
 
@@ -975,7 +976,7 @@ def test_gpu_kernels_are_within_the_budget_of_a_model(case):
 
 
 @pytest.mark.interp
-@each(ONE_EACH)
+@each(KERNELS)
 def test_interpreted_kernels_have_the_gradients_of_the_library(case):
     model, x = case.build().train(), images()
     golden, _ = gradients(copy.deepcopy(model).double(), x.double())
