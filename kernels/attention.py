@@ -104,7 +104,7 @@ def _load(
 
 
 @triton.jit
-def _normal(x, pointers, columns, inside, mean, rstd, norm, D: tl.constexpr):
+def _normal(pointers, columns, inside, mean, rstd, norm, D: tl.constexpr):
     """Columns of a head at ``pointers`` in fp32, normalised; zero outside."""
     tile = tl.load(pointers, mask=inside, other=0.0).to(mean.dtype)
     if norm.eps is not None:
@@ -154,7 +154,7 @@ def _load_changed(
     for i in tl.static_range(len(HEAD_SLICES)):
         columns = (HEAD_SLICES[i][0] + tl.arange(0, HEAD_SLICES[i][1])).to(tl.int64)
         inside = live & (columns < D)[None, :]
-        tile = _normal(x, base + columns[None, :] * stride_c, columns, inside, mean, rstd, norm, D)
+        tile = _normal(base + columns[None, :] * stride_c, columns, inside, mean, rstd, norm, D)
         if cos is not None:
             if INTERLEAVED:
                 second = columns % 2 == 1
@@ -162,7 +162,7 @@ def _load_changed(
             else:
                 second = columns >= D // 2
                 partner = tl.where(second, columns - D // 2, columns + D // 2)
-            other = _normal(x, base + partner[None, :] * stride_c, partner, inside, mean, rstd, norm, D)
+            other = _normal(base + partner[None, :] * stride_c, partner, inside, mean, rstd, norm, D)
             row = (rows + origin - num_prefix)[:, None]
             turned = inside & (row >= 0)
             sine = _table(sin, image, head, row, columns[None, :], turned, 0.0, ACC)
@@ -238,9 +238,10 @@ def _store(
     natural logarithm is taken here. With MASKS a row may have no key: its denominator is zero, and so is its output.
     """
     rows = first + tl.arange(0, ROWS)
-    inverse = 1.0 / l_i
+    denominator = l_i
     if MASKS:
-        inverse = tl.where(l_i == 0.0, 0.0, inverse)
+        denominator = tl.where(l_i == 0.0, 1.0, l_i)
+    inverse = 1.0 / denominator
     for i in tl.static_range(len(HEAD_SLICES)):
         tile = (acc[i] * inverse[:, None]).to(OUT)
         if TMA:

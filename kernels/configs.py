@@ -182,6 +182,8 @@ def pick_attention_config(
         if width > 128:
             warps, stages = (8, 2) if tf32 else (4, 1)
             return AttentionConfig(block_m=16, block_n=16, num_warps=warps, num_stages=stages)
+        if options:
+            return AttentionConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
         if width > 64:
             return AttentionConfig(block_m=32, block_n=32, num_warps=8, num_stages=1)
         return AttentionConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
