@@ -23,7 +23,7 @@ _logger = logging.getLogger("vit_fast")
 
 # library → the module that defines its blocks, and which of its models are optimised
 _LIBRARIES = {
-    "timm": ("timm.models.vision_transformer", "Block and PatchEmbed"),
+    "timm": ("timm.models.vision_transformer", "the blocks of its ViTs and PatchEmbed"),
     "torchvision": ("torchvision.models.vision_transformer", "EncoderBlock"),
     "transformers": ("transformers.modeling_layers", "vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, ..."),
     "open_clip": ("open_clip.transformer", "ResidualAttentionBlock of the image tower, custom ones too"),
@@ -147,7 +147,7 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
 
     Parameters, ``state_dict`` and class relations (``isinstance``) stay as they are; deepcopy, pickle, hooks,
     training, checkpointing and ``torch.compile`` go on working. Outputs differ by rounding. A block runs the library's
-    own forward in every call that the fused operations do not cover: with an attention mask, with attention weights
+    own forward in every call that the fused operations do not cover: with a causal mask, with attention weights
     in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
     weights of optimised models, of transformers those of CLIP, SigLIP and their kind. Text towers are not touched.

@@ -163,6 +163,13 @@ def page(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
     return "\n".join([_HEAD, *(as_markdown(name, rows) for name, rows in tables.items())])
 
 
+def readme_table(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
+    """The table of the README: a line for each library."""
+    heads = ("library", "architectures", "fully fused", "pretrained tags", "of these fully fused")
+    lines = [(name, *_sums(rows)[:4]) for name, rows in tables.items()]
+    return "\n".join(map(_line, (heads, ["---"] + 4 * ["---:"], *lines)))
+
+
 def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
     """The page of a library: a line for each family, and what does not run fully fused."""
     lines = [_line(SUMMARY_HEADS), _line(["---"] + 5 * ["---:"]), *map(_line, summary(rows))]

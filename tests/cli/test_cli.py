@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vit_fast
-from vit_fast import cli, parity
+from vit_fast import cli, library_coverage, parity
 from vit_fast.bench import (
     baselines,
     compare,
@@ -1139,6 +1139,43 @@ def test_info_and_module_entry_point():
         [sys.executable, "-P", "-m", "vit_fast", "info"], capture_output=True, text=True, timeout=120, check=True
     )
     assert torch.__version__ in done.stdout and "layernorm_mlp" in done.stdout and done.stderr == ""
+
+
+def test_coverage_of_a_model_and_of_a_library(capsys, monkeypatch):
+    assert run("coverage", "test_vit") == 0
+    out = capsys.readouterr().out
+    assert out == "VisionTransformer: 100.0% of the FLOPs of blocks and patch embedding run fused, 6 of 6 blocks\n"
+    assert run("coverage", "mixer_s32_224") == 0
+    assert "timm.models.mlp_mixer.MixerBlock is not a class that vit_fast fuses" in capsys.readouterr().out
+    few = [one for one in library_coverage.timm_architectures() if one.name in ("test_vit", "vit_base_r26_s32_224")]
+    monkeypatch.setitem(library_coverage.LIBRARIES, "timm", lambda: iter(few))
+    printed = {}
+    for form in ("table", "csv", "json", "md"):
+        assert run("coverage", "--library", "timm", "--format", form) == 0
+        printed[form] = capsys.readouterr().out
+    rows = library_coverage.from_csv(printed["csv"])
+    *_, everything = library_coverage.summary(rows)
+    assert printed["table"].splitlines()[-1].split() == [str(cell) for cell in everything]
+    assert [row.architecture for row in rows] == ["test_vit", "vit_base_r26_s32_224"]
+    assert rows[0].share == 1.0 and rows[0].fully_fused and 0.5 < rows[1].share < 1.0
+    assert json.loads(printed["json"])[1]["share"] == rows[1].share
+    assert printed["md"] == library_coverage.as_markdown("timm", rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    (
+        ((), "expected a model, or --library"),
+        (("test_vit", "--library", "timm"), "expected a model, or --library"),
+        (("--library", "torch"), "--library"),
+        (("--library", "timm", "--format", "xml"), "--format"),
+        (("no_such_model",), "timm has no model 'no_such_model'"),
+        (("resnet18",), "ResNet without transformer blocks"),
+    ),
+)
+def test_coverage_of_what_is_not_there(words, told, capsys):
+    assert run("coverage", *words) in (1, 2)
+    assert told in capsys.readouterr().err
 
 
 def test_list_takes_a_text_and_tells_what_is_near(capsys):

@@ -117,6 +117,7 @@ def test_the_committed_rows_are_true(name):
 
 def test_the_committed_page_is_made_of_the_table():
     assert (ROOT / "docs/coverage.md").read_text(encoding="utf-8") == table.page(committed())
+    assert f"{table.readme_table(committed())}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_target_is_met():

@@ -39,6 +39,7 @@ import vit_fast
 from vit_fast.block import PREPARED
 
 ONE_EACH = ("timm", "torchvision", "open_clip", "ViT")
+KERNELS = (*ONE_EACH, "timm EVA-02", "timm DINOv3", "timm BEiT", "timm SAM", "timm AIMv2")
 
 
 @pytest.fixture
@@ -912,8 +913,8 @@ def test_bad_models():
     with pytest.raises(ValueError) as raised:
         vit_fast.optimize(nn.Linear(2, 2))
     assert str(raised.value) == (
-        "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (Block and "
-        "PatchEmbed); torchvision (EncoderBlock); transformers (vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, "
+        "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (the blocks of its "
+        "ViTs and PatchEmbed); torchvision (EncoderBlock); transformers (vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, "
         "...); open_clip (ResidualAttentionBlock of the image tower, custom ones too); torch_nn "
         "(TransformerEncoderLayer)"
     )
@@ -983,7 +984,7 @@ def check_kernels(case, device):
 
 
 @pytest.mark.interp
-@each(ONE_EACH)
+@each(KERNELS)
 def test_interpreted_kernels_are_within_the_budget_of_a_model(case):
     check_kernels(case, "cpu")
 
@@ -995,7 +996,7 @@ def test_gpu_kernels_are_within_the_budget_of_a_model(case):
 
 
 @pytest.mark.interp
-@each(ONE_EACH)
+@each(KERNELS)
 def test_interpreted_kernels_have_the_gradients_of_the_library(case):
     model, x = case.build().train(), images()
     golden, _ = gradients(copy.deepcopy(model).double(), x.double())

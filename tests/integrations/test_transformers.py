@@ -194,6 +194,18 @@ def test_compiles_in_one_graph(case):
         same(output(torch.compile(model, fullgraph=True, backend="eager"), inputs), expected)
 
 
+@each(("ViTMAE", "DINOv3", "Beit", "SAM", "Qwen2-VL"))
+def test_traces_and_exports(case):
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        traced = torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False, check_trace=False)
+        torch.testing.assert_close(next(iter(traced(**inputs).values())), expected, rtol=1e-5, atol=1e-5)
+        if "grid_thw" not in inputs:  # transformers reads the grid of each image
+            exported = torch.export.export(model, (), kwargs=inputs).module()
+            torch.testing.assert_close(output(exported, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_adapters(peer):
     peft = peer("peft")
     for name in ("ViTMAE", "Beit", "AltCLIP"):
@@ -213,13 +225,47 @@ def test_adapters(peer):
         assert ran and not reasons
 
 
-@pytest.mark.parametrize("name", ("CLIP", "Siglip2"))
+SMALL = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96)
+IMAGE = dict(SMALL, image_size=32, patch_size=8)
+
+
+@pytest.mark.parametrize("name", ("CLIP", "AltCLIP", "MetaClip2", "OwlViT", "Siglip", "Siglip2", "Aimv2"))
 def test_text_towers_are_not_touched(name):
-    config = getattr(transformers, f"{name}Config")
-    small = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96)
-    model = getattr(transformers, f"{name}Model")(config(vision_config=small, text_config=small))
+    vision = IMAGE if name != "Siglip2" else dict(SMALL, num_patches=16)
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=SMALL)
+    model = getattr(transformers, f"{name}Model")(config)
     vit_fast.optimize(model, strict=True)
     assert len(layers(model)) == 1 and layers(model)[0] in set(model.vision_model.modules())
+
+
+def test_a_decoder_on_top_of_a_vision_tower():
+    config = transformers.CLIPSegConfig(vision_config=IMAGE, text_config=SMALL, reduce_dim=16, extract_layers=[0])
+    model = transformers.CLIPSegForImageSegmentation(config).eval()
+    inputs = dict(pixel_values=torch.randn(2, 3, 32, 32), conditional_embeddings=torch.randn(2, 512))
+    expected = model(**inputs).logits
+    vit_fast.optimize(model, strict=True)
+    with vit_fast.backends.recording() as choices:
+        actual = model(**inputs).logits
+    same(actual, expected)
+    assert fused(choices).count("attention") == 2
+
+
+@each(("AltCLIP", "MetaClip2", "OwlViT", "Git", "Idefics3"))
+def test_stacks_are_prepared(case):
+    model, inputs = case.build().bfloat16(), case.inputs(torch.bfloat16)
+    exact = {name: x.double() for name, x in inputs.items()}
+    with torch.no_grad():
+        golden, eager = output(copy.deepcopy(model).double(), exact), output(model, inputs)
+        vit_fast.prepare(vit_fast.optimize(model))
+        actual, ran, _ = run(model, inputs)
+    assert ran == ["prepared_blocks"]
+    assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+@each(("XCLIP", "GroupViT", "Blip", "ViTMAE"))
+def test_layers_that_a_model_runs_in_a_loop_of_its_own_are_not_prepared(case):
+    with pytest.raises(ValueError, match="without transformer blocks of this library"):
+        vit_fast.prepare(vit_fast.optimize(case.build().bfloat16()))
 
 
 def test_masked_keys_do_not_count():
@@ -283,13 +329,23 @@ def test_every_row_of_the_table_finds_its_classes():
             assert all(issubclass(cls, nn.Module) for cls in _classes(row, family).values()), family
 
 
-def test_layers_of_one_form_have_one_forward():
-    """Of the forms whose models copy each other. The texts differ where an argument is passed by its name or not."""
+# How many texts the forwards of a form's classes have: what differs was read, and is the same arithmetic.
+TEXTS = {
+    ("Dinov2Form", "{}Attention"): 2,  # RADIO's takes cu_seqlens
+    ("CLIPStackForm", "{}Attention"): 5,  # views in another line; is_causal, which is False, is passed or not
+    ("BlipForm", "{}Attention"): 2,  # BLIP's has no other implementation
+    ("VideoMAEForm", "{}SelfAttention"): 2,
+    ("QwenForm", "{}VisionMLP"): 2,  # the names of its layers
+}
+
+
+def test_classes_of_one_form_have_one_forward():
     forwards = {}
     for row, found in families.FAMILIES.items():
         for family in found:
-            forwards.setdefault(family.form.__name__, set()).add(_forward(_classes(row, family)["Layer"]))
-    assert {name: len(texts) for name, texts in forwards.items() if len(texts) > 1} == {}
+            for place, cls in _classes(row, family).items():
+                forwards.setdefault((family.form.__name__, place), set()).add(_forward(cls))
+    assert {place: len(texts) for place, texts in forwards.items() if len(texts) > 1} == TEXTS
 
 
 def test_our_attention_on_request():

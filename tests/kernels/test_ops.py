@@ -516,9 +516,12 @@ def test_forced_backend_never_falls_back():
 @pytest.mark.interp
 def test_forced_triton_names_what_it_cannot():
     qkv = torch.randn(2, 5, 24)
-    with vit_fast.backend("triton"), pytest.raises(vit_fast.UnsupportedError, match=r"attention.*bias is not fused"):
-        ops.attention(qkv, 2, 0.5, bias=torch.zeros(1, 1, 5, 5))
-    assert ops.attention(qkv, 2, 0.5, bias=torch.zeros(1, 1, 5, 5)).shape == (2, 5, 8)
+    with (
+        vit_fast.backend("triton"),
+        pytest.raises(vit_fast.UnsupportedError, match=r"attention.*dropout_p is not fused"),
+    ):
+        ops.attention(qkv, 2, 0.5, dropout_p=0.1)
+    assert ops.attention(qkv, 2, 0.5, dropout_p=0.1).shape == (2, 5, 8)
 
 
 def _run(code, **environment):

@@ -95,6 +95,11 @@ CASES = {
     "Owlv2": _vision("Owlv2"),
     "GroupViT": _vision("GroupViT", depths=[1, 1], num_group_tokens=[4, 2], num_output_groups=[4, 2]),
     "XCLIP": _vision("XCLIP", num_frames=2)._replace(inputs=lambda dtype: {"pixel_values": images(dtype, 4)}),
+    "Blip": _vision("Blip"),
+    "Blip2": _vision("Blip2"),
+    "InstructBlip": _vision("InstructBlip"),
+    "MLCD": _vision("MLCD"),
+    "VitPose": Case("VitPoseBackbone", "VitPoseBackboneConfig", dict(image_size=[32, 32], patch_size=[8, 8])),
     "Git": _vision("Git")._replace(float32=True),
     "Siglip": _vision("Siglip"),
     "Siglip2": _vision("Siglip2", num_patches=16)._replace(inputs=_naflex),
@@ -198,4 +203,6 @@ CASES |= {
 def output(model, inputs, **options):
     """The main output of a model."""
     result = model(**inputs, **options)
-    return result.logits if "logits" in result else result[0]
+    if "logits" in result:
+        return result.logits
+    return result[0] if torch.is_tensor(result[0]) else result[0][-1]  # a backbone's feature maps

@@ -114,7 +114,7 @@ def head_scale(attn: Any) -> float:
     if not attn.fused_attn:
         return attn.scale
     size = getattr(attn, "head_dim", None)
-    return (attn.qkv.out_features // (3 * attn.num_heads) if size is None else size) ** -0.5
+    return (attn.proj.in_features // attn.num_heads if size is None else size) ** -0.5
 
 
 def qkv_bias(attn: Any) -> torch.Tensor | None:

@@ -27,8 +27,10 @@ def _met(cls: type[nn.Module]) -> bool:
     if cls not in FAST:
         if family_of(cls) is None:
             return False
-        FAST[cls], stacks = fast_class(cls)
-        STACKS.update(stacks)
+        fast, stacks = fast_class(cls)
+        FAST.setdefault(cls, fast)  # another thread may have met it too
+        for stack, fast_stack in stacks.items():
+            STACKS.setdefault(stack, fast_stack)
     return True
 
 

@@ -29,7 +29,7 @@ class Family(NamedTuple):
 
 
 _MODELS = "transformers.models."
-_VIT, _CLIP, _DINOV2 = vit.ViTForm, clip.CLIPForm, dino.Dinov2Form
+_VIT, _CLIP, _DINOV2 = vit.ViTForm, clip.CLIPStackForm, dino.Dinov2Form
 
 # file below transformers.models → its layers
 FAMILIES: dict[str, tuple[Family, ...]] = {
@@ -55,20 +55,27 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "eomt_dinov3.modeling_eomt_dinov3": (Family(dino.DINOv3Form, "EomtDinov3Layer", "EomtDinov3"),),
     "clip.modeling_clip": (Family(_CLIP, "CLIPEncoderLayer", "CLIP", "CLIPEncoder"),),
     "altclip.modeling_altclip": (Family(_CLIP, "AltCLIPEncoderLayer", "AltCLIP", "AltCLIPEncoder"),),
-    "clipseg.modeling_clipseg": (Family(_CLIP, "CLIPSegEncoderLayer", "CLIPSeg", "CLIPSegEncoder"),),
+    "clipseg.modeling_clipseg": (
+        Family(_CLIP, "CLIPSegEncoderLayer", "CLIPSeg", "CLIPSegEncoder"),
+        Family(clip.CLIPSegDecoderForm, "CLIPSegDecoderLayer", "CLIPSeg"),
+    ),
     "metaclip_2.modeling_metaclip_2": (Family(_CLIP, "MetaClip2EncoderLayer", "MetaClip2", "MetaClip2Encoder"),),
     "chinese_clip.modeling_chinese_clip": (
         Family(_CLIP, "ChineseCLIPVisionLayer", "ChineseCLIPVision", "ChineseCLIPVisionEncoder"),
     ),
     "owlvit.modeling_owlvit": (Family(_CLIP, "OwlViTEncoderLayer", "OwlViT", "OwlViTEncoder"),),
     "owlv2.modeling_owlv2": (Family(_CLIP, "Owlv2EncoderLayer", "Owlv2", "Owlv2Encoder"),),
-    "groupvit.modeling_groupvit": (Family(_CLIP, "GroupViTEncoderLayer", "GroupViT"),),
+    "mlcd.modeling_mlcd": (Family(clip.MLCDForm, "MLCDEncoderLayer", "MLCD"),),
+    "groupvit.modeling_groupvit": (Family(clip.CLIPForm, "GroupViTEncoderLayer", "GroupViT"),),
     "x_clip.modeling_x_clip": (
         Family(_CLIP, "XCLIPEncoderLayer", "XCLIP", "XCLIPEncoder"),
         Family(clip.XCLIPVisionForm, "XCLIPVisionEncoderLayer", "XCLIP"),
     ),
     "git.modeling_git": (Family(_CLIP, "GitVisionEncoderLayer", "GitVision", "GitVisionEncoder"),),
     "kosmos2.modeling_kosmos2": (Family(_CLIP, "Kosmos2VisionEncoderLayer", "Kosmos2Vision", "Kosmos2VisionEncoder"),),
+    "blip.modeling_blip": (Family(clip.BlipForm, "BlipEncoderLayer", "Blip"),),
+    "blip_2.modeling_blip_2": (Family(clip.BlipForm, "Blip2EncoderLayer", "Blip2"),),
+    "instructblip.modeling_instructblip": (Family(clip.BlipForm, "InstructBlipEncoderLayer", "InstructBlip"),),
     "siglip.modeling_siglip": (Family(_CLIP, "SiglipEncoderLayer", "Siglip", "SiglipEncoder"),),
     "siglip2.modeling_siglip2": (Family(_CLIP, "Siglip2EncoderLayer", "Siglip2", "Siglip2Encoder"),),
     "idefics2.modeling_idefics2": (Family(_CLIP, "Idefics2EncoderLayer", "Idefics2Vision", "Idefics2Encoder"),),
@@ -79,6 +86,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "dpt.modeling_dpt": (
         Family(vit.VideoMAEForm, "DPTViTLayer", "DPTViT", names={"DPTViTSelfAttention": "DPTSelfAttention"}),
     ),
+    "vitpose_backbone.modeling_vitpose_backbone": (Family(vit.VitPoseForm, "VitPoseBackboneLayer", "VitPoseBackbone"),),
     "beit.modeling_beit": (Family(vit.BeitForm, "BeitLayer", "Beit"),),
     "data2vec.modeling_data2vec_vision": (Family(vit.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
     "internvl.modeling_internvl": (Family(vit.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),

@@ -119,6 +119,12 @@ class Layer(Fused):
     READS: tuple[str, ...] = ("attention_mask",)  # the arguments that the fused forward takes too
     HEADS, SCALE, DROPOUT = "num_attention_heads", "scaling", "attention_dropout"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        steps = ("project", "add_attention", "add_mlp")
+        if any(getattr(cls, step) is not getattr(Layer, step) for step in steps):
+            cls.RUNS_PREPARED = False  # ``params`` does not describe what it computes
+
     @staticmethod
     def ignores(hook: Any) -> bool:
         """transformers leaves the hooks that record attention weights on a model; inactive ones are ignored."""
@@ -138,9 +144,9 @@ class Layer(Fused):
         attention = parts.attention
         if getattr(attention, "is_causal", False):
             return "its attention is causal"
-        config = getattr(attention, "config", None)
-        if config is not None and config._attn_implementation not in _KERNELS:
-            return f"its attention runs as {config._attn_implementation!r}"
+        runs_as = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        if runs_as not in (None, *_KERNELS):  # None: the model has one attention only
+            return f"its attention runs as {runs_as!r}"
         if activation_of(parts.act) is None:
             return f"its activation is {parts.act}"
         return None
@@ -211,11 +217,11 @@ class Layer(Fused):
                     return "attention_mask is no tensor of 4 dimensions"
                 options["bias"] = value
             elif name == "position_embeddings":
-                options["rope"] = value
+                options["rope"] = tuple(value)
             elif name == "cu_seqlens":
-                options["cu_seqlens"] = value
+                options["cu_seqlens"] = value.to(torch.int32)  # int64 while torch.jit traces
         if "rope" in options:
-            options["num_prefix"] = x.shape[1] - options["rope"][0].shape[-2]
+            options["num_prefix"] = int(x.shape[1]) - int(options["rope"][0].shape[-2])
         return options
 
     def _not_taken(self, x: torch.Tensor, parts: Parts) -> str | None:

@@ -16,7 +16,6 @@ from .layer import ACTIVATIONS, NORM, Layer, Modules, Parts, linear
 class SamForm(Layer):
     """SAM: [B, rows, columns, C] with decomposed relative positions, in windows or over the whole image."""
 
-    RUNS_PREPARED = False
     MODULES: ClassVar[Modules] = dict(
         layer_norm1=NORM,
         attn=("{}VisionAttention", "{}VisionSdpaAttention"),

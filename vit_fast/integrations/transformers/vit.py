@@ -40,6 +40,9 @@ class PixioForm(ViTForm):
     MODULES: ClassVar[Modules] = {**ViTForm.MODULES, "drop_path": ("{}DropPath", *NOTHING)}
 
 
+_BERT_MLP = ("intermediate", "output")
+
+
 class VideoMAEForm(Layer):
     """VideoMAE, DPT and YOLOS: ViT's layer as BERT names its modules."""
 
@@ -76,6 +79,31 @@ class VideoMAEForm(Layer):
     def dropout_rate(self) -> float:
         modules: Any = self._modules
         return max(drop_rate(modules["attention"].output.dropout), drop_rate(modules["output"].dropout))
+
+
+class VitPoseForm(VideoMAEForm):
+    """ViTPose with one expert: VideoMAE's layer with an MLP of its own."""
+
+    MODULES: ClassVar[Modules] = {
+        **{name: classes for name, classes in VideoMAEForm.MODULES.items() if name.partition("__")[0] not in _BERT_MLP},
+        "mlp": ("{}MLP",),
+        "mlp__fc1": LINEAR,
+        "mlp__activation": ACTIVATIONS,
+        "mlp__fc2": LINEAR,
+    }
+    ARGUMENTS = ("dataset_index",)
+
+    @classmethod
+    def parts(cls, self: Any) -> Parts:
+        attn, mlp = self.attention.attention, self.mlp
+        return Parts(
+            self.layernorm_before, attn, (attn.query, attn.key, attn.value), self.attention.output.dense,
+            self.layernorm_after, (mlp.fc1,), mlp.activation, mlp.fc2,
+        )  # fmt: skip
+
+    def dropout_rate(self) -> float:
+        modules: Any = self._modules
+        return drop_rate(modules["attention"].output.dropout)
 
 
 def position_bias(module: nn.Module, x: torch.Tensor, named: Mapping[str, Any], patch_size: int) -> torch.Tensor:
@@ -155,7 +183,6 @@ class Data2VecForm(VideoMAEForm):
 class InternVLForm(ViTForm):
     """InternVL: ViT's layer with LayerScale, norms of either kind and norms of q and k over the whole width."""
 
-    RUNS_PREPARED = False
     MODULES: ClassVar[Modules] = dict(
         layernorm_before=(nn.LayerNorm, "{}RMSNorm"),
         **attention_modules("attention", "{}Attention", ("q_proj", "k_proj", "v_proj", "projection_layer")),
