@@ -6,6 +6,16 @@ lse [B, H, Nq]. Scores, softmax, LSE and accumulators are fp32 (float64 for floa
 rounded to the dtype of v before they meet v. The scale, times log2(e), is applied in fp32 after the dot, and after the
 row's largest score is subtracted: 2^(s·scale − m_i·scale) would lose the last digits of large scores.
 
+Options, all in the streaming kernel, each compiled in only where it is given:
+  q_norm, k_norm     LayerNorm or RMSNorm of each head as it is loaded, statistics in fp32
+  rope               rotary embedding after them: x·cos + rotate(x)·sin, the partner of each channel loaded beside it,
+                     in fp32, rounded to the dtype of q after it. A query block turns every key block again.
+  bias, rel_pos      added to the scaled scores in fp32; tables are read at any strides, 0 where they broadcast
+  key_lengths        the keys of an image end there, and so does its loop; a query without keys gives zeros
+  cu_seqlens         packed sequences: a program is a query block of one (sequence, head), found by a search over
+                     cu_seqlens, so that the bits of a sequence do not depend on the others
+  v of another head size than q
+
 Two kernels, one-dimensional grids:
   resident   single-pass softmax, for short sequences: a program holds the whole K and V of one (image, head) on chip,
              in power-of-two key chunks (197 keys = 128 + 64 + 16 columns), and takes query blocks in turn. Small
@@ -24,7 +34,9 @@ Without LSE (inference) the resident kernel needs 168 registers, not 206 (197 to
 Source: softmax over blocks of keys after FlashAttention (Dao et al. 2022, arXiv:2205.14135; 2023, arXiv:2307.08691).
 """
 
+import math
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,6 +55,24 @@ _TL_DTYPE = {
     torch.float64: tl.float64,
 }
 _OUT_DTYPE = _TL_DTYPE | {torch.float8_e4m3fn: tl.float8e4nv}
+
+
+class Table(NamedTuple):
+    """A tensor broadcast to [B, H, rows, columns]."""
+
+    ptr: Any
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    stride_c: int
+
+
+class HeadNorm(NamedTuple):
+    """The norm of each head of q or k: vectors [D], contiguous or None. There is none where eps is None."""
+
+    weight_ptr: Any = None
+    bias_ptr: Any = None
+    eps: float | None = None
 
 
 @triton.jit
@@ -74,17 +104,144 @@ def _load(
 
 
 @triton.jit
+def _normal(pointers, columns, inside, mean, rstd, norm, D: tl.constexpr):
+    """Columns of a head at ``pointers`` in fp32, normalised; zero outside."""
+    tile = tl.load(pointers, mask=inside, other=0.0).to(mean.dtype)
+    if norm.eps is not None:
+        tile = (tile - mean[:, None]) * rstd[:, None]
+        if norm.weight_ptr is not None:
+            tile *= tl.load(norm.weight_ptr + columns, mask=columns < D, other=0.0).to(mean.dtype)[None, :]
+        if norm.bias_ptr is not None:
+            tile += tl.load(norm.bias_ptr + columns, mask=columns < D, other=0.0).to(mean.dtype)[None, :]
+        tile = tl.where(inside, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def _table(table, image, head, rows, columns, mask, other: tl.constexpr, ACC: tl.constexpr):
+    """A tile of a ``Table``; rows and columns are int64 tiles that broadcast against each other."""
+    pointers = table.ptr + image * table.stride_b + head * table.stride_h
+    pointers += rows * table.stride_n + columns * table.stride_c
+    return tl.load(pointers, mask=mask, other=other).to(ACC)
+
+
+@triton.jit
+def _load_changed(
+    x, image, head, first, count, stride_b, stride_n, stride_c, norm, cos, sin, num_prefix, origin,
+    ROWS: tl.constexpr, D: tl.constexpr, HEAD_SLICES: tl.constexpr, UPCAST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, RMS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head normalised, then turned by rope. Row 0 is token ``origin`` of the tables."""
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+    live = (rows < count)[:, None]
+    base = x + image * stride_b + head * D * stride_c + rows[:, None] * stride_n
+    mean = tl.full((ROWS,), 0.0, ACC)
+    rstd = mean
+    if norm.eps is not None:
+        if not RMS:
+            for i in tl.static_range(len(HEAD_SLICES)):
+                columns = (HEAD_SLICES[i][0] + tl.arange(0, HEAD_SLICES[i][1])).to(tl.int64)[None, :]
+                mean += tl.sum(tl.load(base + columns * stride_c, mask=live & (columns < D), other=0.0).to(ACC), 1)
+            mean = mean / D
+        for i in tl.static_range(len(HEAD_SLICES)):
+            columns = (HEAD_SLICES[i][0] + tl.arange(0, HEAD_SLICES[i][1])).to(tl.int64)[None, :]
+            inside = live & (columns < D)
+            centred = tl.load(base + columns * stride_c, mask=inside, other=0.0).to(ACC) - mean[:, None]
+            centred = tl.where(inside, centred, 0.0)
+            rstd += tl.sum(centred * centred, 1)
+        rstd = tl.rsqrt(rstd / D + norm.eps)
+    tiles = ()
+    for i in tl.static_range(len(HEAD_SLICES)):
+        columns = (HEAD_SLICES[i][0] + tl.arange(0, HEAD_SLICES[i][1])).to(tl.int64)
+        inside = live & (columns < D)[None, :]
+        tile = _normal(base + columns[None, :] * stride_c, columns, inside, mean, rstd, norm, D)
+        if cos is not None:
+            if INTERLEAVED:
+                second = columns % 2 == 1
+                partner = tl.where(second, columns - 1, columns + 1)
+            else:
+                second = columns >= D // 2
+                partner = tl.where(second, columns - D // 2, columns + D // 2)
+            other = _normal(base + partner[None, :] * stride_c, partner, inside, mean, rstd, norm, D)
+            row = (rows + origin - num_prefix)[:, None]
+            turned = inside & (row >= 0)
+            sine = _table(sin, image, head, row, columns[None, :], turned, 0.0, ACC)
+            cosine = _table(cos, image, head, row, columns[None, :], turned, 1.0, ACC)
+            tile = tile * cosine + other * tl.where(second[None, :], sine, -sine)
+        tile = tile.to(DTYPE)
+        if UPCAST:
+            tile = tile.to(tl.float32)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _load_head(
+    x, image, head, first, count, stride_b, stride_n, stride_c, norm, cos, sin, num_prefix, origin,
+    ROWS: tl.constexpr, D: tl.constexpr, HEAD_SLICES: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, RMS: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``_load`` of q or k, with the options that act on them."""
+    if norm.eps is None and cos is None:
+        tiles = _load(
+            x, image, head, first, count, stride_b, stride_n, stride_c, ROWS, D, HEAD_SLICES, True, TMA, UPCAST
+        )
+    else:
+        tiles = _load_changed(
+            x, image, head, first, count, stride_b, stride_n, stride_c, norm, cos, sin, num_prefix, origin,
+            ROWS, D, HEAD_SLICES, UPCAST, INTERLEAVED, RMS, DTYPE, ACC,
+        )  # fmt: skip
+    return tiles
+
+
+@triton.jit
+def _add_to_scores(
+    s, image, head, query, key, num_queries, num_keys, scale, bias, height, width, key_columns, ACC: tl.constexpr
+):
+    """scale · s + bias + height + width for the tile of scores of some queries and keys."""
+    s = s * scale
+    query, key = query.to(tl.int64)[:, None], key.to(tl.int64)[None, :]
+    inside = (query < num_queries) & (key < num_keys)
+    if bias is not None:
+        s += _table(bias, image, head, query, key, inside, 0.0, ACC)
+    if height is not None:
+        s += _table(height, image, head, query, key // key_columns, inside, 0.0, ACC)
+        s += _table(width, image, head, query, key % key_columns, inside, 0.0, ACC)
+    return s
+
+
+@triton.jit
+def _sequence_of_slot(cu_seqlens_ptr, slot, num_sequences, BLOCK_M: tl.constexpr):
+    """The sequence whose query block has a number, and that of its first block.
+
+    Sequence s has the numbers from cu_seqlens[s] // BLOCK_M + s on, one or more than it needs.
+    """
+    low = slot * 0
+    high = low + num_sequences
+    while low + 1 < high:
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens_ptr + middle) // BLOCK_M + middle <= slot
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tl.load(cu_seqlens_ptr + low) // BLOCK_M + low
+
+
+@triton.jit
 def _store(
-    out, lse_ptr, acc, l_i, m_i, image, head, num_heads, first, count, stride_b, stride_n, stride_c,
+    out, lse_ptr, acc, l_i, m_i, image, head, first, count, stride_b, stride_n, stride_c,
     ROWS: tl.constexpr, D: tl.constexpr, HEAD_SLICES: tl.constexpr, TMA: tl.constexpr, OUT: tl.constexpr,
-    LSE: tl.constexpr,
+    LSE: tl.constexpr, MASKS: tl.constexpr,
 ):  # fmt: skip
     """Divides acc by the softmax denominator l_i and stores ROWS rows of one head, and their LSE.
 
-    m_i is the largest score of each row times the scale and log2(e); the natural logarithm is taken here.
+    lse_ptr leads to the first row of the head. m_i is the largest score of each row times the scale and log2(e); the
+    natural logarithm is taken here. With MASKS a row may have no key: its denominator is zero, and so is its output.
     """
     rows = first + tl.arange(0, ROWS)
-    inverse = 1.0 / l_i
+    denominator = l_i
+    if MASKS:
+        denominator = tl.where(l_i == 0.0, 1.0, l_i)
+    inverse = 1.0 / denominator
     for i in tl.static_range(len(HEAD_SLICES)):
         tile = (acc[i] * inverse[:, None]).to(OUT)
         if TMA:
@@ -96,8 +253,7 @@ def _store(
             tl.store(pointers, tile, mask=(rows < count)[:, None] & (columns < D)[None, :])
     if LSE:
         lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
-        row_ptr = lse_ptr + (image * num_heads + head) * count
-        tl.store(row_ptr + rows, lse, mask=rows < count)
+        tl.store(lse_ptr + rows, lse, mask=rows < count)
 
 
 @triton.jit
@@ -131,35 +287,65 @@ def _zeros(ROWS: tl.constexpr, HEAD_SLICES: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _attention_fwd_streaming_kernel(
-    out_ptr, lse_ptr,  # [B, Nq, H·D], [B, H, Nq]
-    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D] twice; pointers, or tensor descriptors with TMA
-    num_heads, num_queries, num_keys, scale_log2,
+    out_ptr, lse_ptr,  # [B, Nq, H·DV], [B, H, Nq]
+    q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D], [B, Nk, H·DV]; pointers, or tensor descriptors with TMA
+    q_norm, k_norm, cos, sin, bias, height, width,  # HeadNorm twice; Table, or None, five times
+    key_lengths_ptr, cu_seqlens_ptr,  # [B], [sequences + 1], or None
+    num_heads, num_queries, num_keys, scale_log2, scale, num_prefix, key_columns, num_sequences,  # last four: or None
     stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
-    D: tl.constexpr, HEAD_SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEGATIVE: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, HEAD_SLICES: tl.constexpr, VALUE_SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NEGATIVE: tl.constexpr, INTERLEAVED: tl.constexpr, RMS: tl.constexpr, MASKS: tl.constexpr,
+    DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch.pdl_wait(PDL)
     blocks = tl.cdiv(num_queries, BLOCK_M)
+    if cu_seqlens_ptr is not None:
+        blocks = num_queries // BLOCK_M + num_sequences
     pid = tl.program_id(0)
     pair = pid // blocks
     first_query = (pid - pair * blocks) * BLOCK_M
     image = (pair // num_heads).to(tl.int64)
     head = (pair % num_heads).to(tl.int64)
-    q = _load(
-        q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
-        BLOCK_M, D, HEAD_SLICES, True, TMA, UPCAST,
+    if LSE:
+        lse_ptr += (image * num_heads + head) * num_queries
+    origin = 0
+    if cu_seqlens_ptr is not None:
+        slot = pid - pair * blocks
+        sequence, first_slot = _sequence_of_slot(cu_seqlens_ptr, slot, num_sequences, BLOCK_M)
+        origin = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int64)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_keys)
+        num_queries = (end - origin).to(tl.int32)
+        first_query = (slot - first_slot) * BLOCK_M
+        num_keys = tl.where(first_query < num_queries, num_queries, 0)
+        out_ptr += origin * stride_on
+        q_ptr += origin * stride_qn
+        k_ptr += origin * stride_kn
+        v_ptr += origin * stride_vn
+        if LSE:
+            lse_ptr += origin
+    if key_lengths_ptr is not None:
+        length = tl.load(key_lengths_ptr + image).to(tl.int64)
+        num_keys = tl.maximum(tl.minimum(length, num_keys), 0).to(tl.int32)
+    q = _load_head(
+        q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc, q_norm, cos, sin, num_prefix,
+        origin, BLOCK_M, D, HEAD_SLICES, TMA, UPCAST, INTERLEAVED, RMS, DTYPE, ACC,
     )  # fmt: skip
-    acc = _zeros(BLOCK_M, HEAD_SLICES, ACC)
+    acc = _zeros(BLOCK_M, VALUE_SLICES, ACC)
     l_i = tl.full((BLOCK_M,), 0.0, ACC)
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
     for first in range(0, num_keys, BLOCK_N):
-        k = _load(
-            k_ptr, image, head, first, num_keys, stride_kb, stride_kn, stride_kc,
-            BLOCK_N, D, HEAD_SLICES, True, TMA, UPCAST,
+        k = _load_head(
+            k_ptr, image, head, first, num_keys, stride_kb, stride_kn, stride_kc, k_norm, cos, sin, num_prefix,
+            origin, BLOCK_N, D, HEAD_SLICES, TMA, UPCAST, INTERLEAVED, RMS, DTYPE, ACC,
         )  # fmt: skip
         s = _scores(q, k, NEGATIVE, ACC, PRECISION)
+        if scale is not None:
+            query, key = first_query + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
+            s = _add_to_scores(
+                s, image, head, query, key, num_queries, num_keys, scale, bias, height, width, key_columns, ACC
+            )
         s = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -168,16 +354,16 @@ def _attention_fwd_streaming_kernel(
         m_i = m_new
         l_i = l_i * alpha + tl.sum(p, 1)
         rescaled = ()
-        for i in tl.static_range(len(HEAD_SLICES)):
+        for i in tl.static_range(len(VALUE_SLICES)):
             rescaled = rescaled + (acc[i] * alpha[:, None],)
         v = _load(
             v_ptr, image, head, first, num_keys, stride_vb, stride_vn, stride_vc,
-            BLOCK_N, D, HEAD_SLICES, True, TMA, UPCAST,
+            BLOCK_N, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         acc = _accumulate(rescaled, p, v, DTYPE, ACC, PRECISION)
     _store(
-        out_ptr, lse_ptr, acc, l_i, m_i * scale_log2, image, head, num_heads, first_query, num_queries,
-        stride_ob, stride_on, stride_oc, BLOCK_M, D, HEAD_SLICES, TMA, OUT, LSE,
+        out_ptr, lse_ptr, acc, l_i, m_i * scale_log2, image, head, first_query, num_queries,
+        stride_ob, stride_on, stride_oc, BLOCK_M, DV, VALUE_SLICES, TMA, OUT, LSE, MASKS,
     )  # fmt: skip
 
 
@@ -200,6 +386,8 @@ def _attention_fwd_resident_kernel(
     end = tl.minimum(begin + blocks_per_program * BLOCK_M, num_queries)
     image = (pair // num_heads).to(tl.int64)
     head = (pair % num_heads).to(tl.int64)
+    if LSE:
+        lse_ptr += (image * num_heads + head) * num_queries
     k = ()
     v = ()
     for j in tl.static_range(len(CHUNKS)):
@@ -235,8 +423,8 @@ def _attention_fwd_resident_kernel(
             l_i += tl.sum(p, 1)
             acc = _accumulate(acc, p, v[j], DTYPE, ACC, PRECISION)
         _store(
-            out_ptr, lse_ptr, acc, l_i, m_i * scale_log2, image, head, num_heads, first_query, num_queries,
-            stride_ob, stride_on, stride_oc, BLOCK_M, D, HEAD_SLICES, TMA, OUT, LSE,
+            out_ptr, lse_ptr, acc, l_i, m_i * scale_log2, image, head, first_query, num_queries,
+            stride_ob, stride_on, stride_oc, BLOCK_M, D, HEAD_SLICES, TMA, OUT, LSE, False,
         )  # fmt: skip
 
 
@@ -275,36 +463,96 @@ def _tma_compatible(x, slices, head_size):
 
 
 def not_supported_reasons(
-    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None
+    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
 ) -> list[str]:
     """Why these kernels cannot take the arguments; an empty list where they can. The batch size plays no part."""
     reasons = []
     head_size = qkv.shape[2] // (num_heads * 3 if k is None else num_heads)
-    if head_size > 256:
-        reasons.append(f"head size {head_size} is above 256")
+    value_size = head_size if v is None else v.shape[2] // num_heads
+    if max(head_size, value_size) > 256:
+        reasons.append(f"head size {max(head_size, value_size)} is above 256")
     if qkv.dtype not in _TL_DTYPE:
         reasons.append(f"dtype {qkv.dtype} is not a floating-point type the kernel knows")
     return reasons + launch.device_reasons(qkv)
+
+
+class _Options(NamedTuple):
+    """The options of a call as its launches take them; what is shared is broadcast."""
+
+    bias: Tensor | None = None  # [B, H, Nq, Nk]
+    height: Tensor | None = None  # [B, H, Nq, h]
+    width: Tensor | None = None  # [B, H, Nq, w]
+    cos: Tensor | None = None  # [B, H, N − num_prefix, D]
+    sin: Tensor | None = None
+    key_lengths: Tensor | None = None  # [B]
+    cu_seqlens: Tensor | None = None
+    q_norm: HeadNorm = HeadNorm()
+    k_norm: HeadNorm = HeadNorm()
+    num_prefix: int = 0
+    interleaved: bool = False
+    rms: bool = False
+
+    def loads_by_pointer(self) -> bool:
+        """Whether q, k and v must be loaded through pointers: descriptors load neither partners nor up to a length."""
+        given = (self.cos, self.key_lengths, self.cu_seqlens, self.q_norm.eps, self.k_norm.eps)
+        return any(option is not None for option in given)
+
+    def of_images(self, part: slice) -> "_Options":
+        tensors = {
+            name: getattr(self, name)[part]
+            for name in ("bias", "height", "width", "cos", "sin", "key_lengths")
+            if getattr(self, name) is not None
+        }
+        return self._replace(**tensors)
+
+
+_NO_OPTIONS = _Options()
+
+
+def _read_options(
+    q, num_heads, num_keys, *, bias=None, rel_pos=None, key_lengths=None, cu_seqlens=None, rope=None,
+    rope_layout="half", num_prefix=0, q_norm=None, k_norm=None, norm="layer",
+):  # fmt: skip
+    batch, num_queries, width = q.shape
+    heads, head_size = (batch, num_heads), width // num_heads
+    cos = sin = rows = columns = None
+    if rel_pos is not None:
+        rows, columns = rel_pos
+    if rope is not None:
+        cos, sin = (table.expand(*heads, num_queries - num_prefix, head_size) for table in rope)
+    q_norm, k_norm = (
+        HeadNorm() if of is None else HeadNorm(launch.vector(of[0]), launch.vector(of[1]), of[2])
+        for of in (q_norm, k_norm)
+    )
+    return _Options(
+        None if bias is None else bias.expand(*heads, num_queries, num_keys), rows, columns, cos, sin,
+        launch.vector(key_lengths), launch.vector(cu_seqlens), q_norm, k_norm, num_prefix,
+        rope_layout == "interleaved", norm == "rms",
+    )  # fmt: skip
+
+
+def _as_table(t):
+    return None if t is None else Table(t, *t.stride())
 
 
 def _descriptor(x, rows, head_size):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, head_size])
 
 
-def _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl):
+def _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl, options):
     batch, num_queries, width = q.shape
-    num_keys, head_size = k.shape[1], width // num_heads
-    resident, slices = config.block_n == 0, _head_slices(head_size)
+    num_keys, head_size, value_size = k.shape[1], width // num_heads, v.shape[2] // num_heads
+    resident, slices, value_slices = config.block_n == 0, _head_slices(head_size), _head_slices(value_size)
     tensors = (out, q) if resident else (out, q, k, v)
-    tma = config.tma and all(_tma_compatible(x, slices, head_size) for x in tensors)
+    tma = config.tma and value_size == head_size and not options.loads_by_pointer()
+    tma = tma and all(_tma_compatible(x, slices, head_size) for x in tensors)
     if tma:
         rows = (config.block_m, config.block_m, config.block_n, config.block_n)
         tensors = tuple(_descriptor(x, count, head_size) for x, count in zip(tensors, rows))
     # Zero would make NaN of the −inf of masked keys; the smallest normal number leaves finite scores at zero.
     scale_log2 = max(abs(scale) * _LOG2E, 2.0**-126)
-    sizes = (num_heads, num_queries, num_keys, scale_log2)
     strides = [stride for x in (out, q, k, v) for stride in x.stride()]
-    options = dict(
+    constants = dict(
         D=head_size, HEAD_SLICES=slices, BLOCK_M=config.block_m, NEGATIVE=scale < 0, DTYPE=_TL_DTYPE[q.dtype],
         OUT=_OUT_DTYPE[out.dtype], ACC=launch.accumulator(q.dtype), PRECISION=precision,
         UPCAST=launch.INTERPRETED and q.dtype == torch.bfloat16, TMA=tma, LSE=lse is not None,
@@ -318,39 +566,59 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl):
             blocks_per_program = configs.cdiv(blocks, min(wanted, blocks))
             programs = configs.cdiv(blocks, blocks_per_program)
             _attention_fwd_resident_kernel[(pairs * programs,)](
-                out_arg, lse, q_arg, k, v, *sizes, programs, blocks_per_program, *strides,
-                CHUNKS=_key_chunks(num_keys), **options,
+                out_arg, lse, q_arg, k, v, num_heads, num_queries, num_keys, scale_log2, programs, blocks_per_program,
+                *strides, CHUNKS=_key_chunks(num_keys), **constants,
             )  # fmt: skip
         else:
             out_arg, q_arg, k_arg, v_arg = tensors
+            o, factor, key_columns, num_sequences = options, None, None, None
+            if o.bias is not None or o.height is not None:
+                scale_log2, factor = _LOG2E, abs(scale)
+            if o.height is not None:
+                key_columns = o.width.shape[3]
+            if o.cu_seqlens is not None:
+                num_sequences = o.cu_seqlens.shape[0] - 1
+                blocks = num_queries // config.block_m + num_sequences
             _attention_fwd_streaming_kernel[(pairs * blocks,)](
-                out_arg, lse, q_arg, k_arg, v_arg, *sizes, *strides, BLOCK_N=config.block_n, **options
-            )
+                out_arg, lse, q_arg, k_arg, v_arg, o.q_norm, o.k_norm, _as_table(o.cos), _as_table(o.sin),
+                _as_table(o.bias), _as_table(o.height), _as_table(o.width), o.key_lengths, o.cu_seqlens,
+                num_heads, num_queries, num_keys, scale_log2, factor, None if o.cos is None else o.num_prefix,
+                key_columns, num_sequences, *strides, DV=value_size, VALUE_SLICES=value_slices, BLOCK_N=config.block_n,
+                INTERLEAVED=o.interleaved, RMS=o.rms, **constants,
+                MASKS=any(option is not None for option in (o.bias, o.key_lengths, o.cu_seqlens)),
+            )  # fmt: skip
 
 
-def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=False):
+def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=False, **given):
     q, k, v = qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
     batch, num_queries, width = q.shape
-    out = torch.empty(batch, num_queries, width, dtype=out_dtype or q.dtype, device=q.device)
+    options = _read_options(q, num_heads, k.shape[1], **given) if given else _NO_OPTIONS
+    out = torch.empty(batch, num_queries, v.shape[2], dtype=out_dtype or q.dtype, device=q.device)
     lse = None
     if with_lse:
         lse = torch.empty(batch, num_heads, num_queries, dtype=launch.stat_dtype(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
+    if options.cu_seqlens is not None:  # tokens of no sequence
+        out.zero_()
+        lse = lse if lse is None else lse.fill_(-math.inf)
     precision = launch.dot_precision()
     if config is None:
-        arch, head_size = configs.arch_of(q.device), width // num_heads
+        arch, head_size = configs.arch_of(q.device), max(width, v.shape[2]) // num_heads
         tf32, fp8_out = precision == "tf32", out.dtype != q.dtype
-        config = configs.pick_attention_config(num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out)
+        streaming = options is not _NO_OPTIONS or v.shape[2] != width
+        config = configs.pick_attention_config(
+            num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out, streaming
+        )
     images = max(1, _MAX_PROGRAMS // (num_heads * configs.cdiv(num_queries, config.block_m)))
     if batch <= images:
-        _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl)
+        _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl, options)
     else:
         for first in range(0, batch, images):
             part = slice(first, first + images)
             lse_part = lse[part] if with_lse else None
             parts = (out[part], lse_part, q[part], k[part], v[part])
-            _launch(*parts, num_heads, scale, precision, config, pdl)
+            _launch(*parts, num_heads, scale, precision, config, pdl, options.of_images(part))
     return out, lse
 
 
@@ -362,9 +630,10 @@ def attention_fwd(
     k: Tensor | None = None,
     v: Tensor | None = None,
     config: configs.AttentionConfig | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``."""
-    return _forward(qkv, num_heads, scale, k, v, config, with_lse=True)
+    """(out [B, Nq, C], lse [B, H, Nq]); ``config`` forces an ``AttentionConfig``; options as of ``attention``."""
+    return _forward(qkv, num_heads, scale, k, v, config, with_lse=True, **options)
 
 
 def attention(
@@ -376,9 +645,11 @@ def attention(
     v: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     pdl: bool = False,
+    **options: Any,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C].
 
     ``out_dtype``: the input's, or float8 e4m3, whose largest number is 448 (v is scaled to it, see ``fp8_blocks``).
+    ``options``: those of ``vit_fast.ops.attention``, without dropout.
     """
-    return _forward(qkv, num_heads, scale, k, v, None, False, out_dtype, pdl)[0]
+    return _forward(qkv, num_heads, scale, k, v, None, False, out_dtype, pdl, **options)[0]

@@ -161,9 +161,19 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 def pick_attention_config(
-    num_queries: int, num_keys: int, head_size: int, dtype: torch.dtype, tf32: bool, arch: int, fp8_out: bool = False
+    num_queries: int,
+    num_keys: int,
+    head_size: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    arch: int,
+    fp8_out: bool = False,
+    options: bool = False,
 ) -> AttentionConfig:
     """Ignores the batch size, so that the bits of an image cannot depend on its batch mates.
+
+    ``options``: whether the call has any, which the streaming kernel alone knows. On sm_90 two stages make ptxas
+    serialise wgmma, whose operands then come out of arithmetic.
 
     An e4m3 out gets no tiles of 128 queries: for a head of two slices (72 = 64 + 16) ptxas serialises their wgmma.
     """
@@ -172,6 +182,8 @@ def pick_attention_config(
         if width > 128:
             warps, stages = (8, 2) if tf32 else (4, 1)
             return AttentionConfig(block_m=16, block_n=16, num_warps=warps, num_stages=stages)
+        if options:
+            return AttentionConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
         if width > 64:
             return AttentionConfig(block_m=32, block_n=32, num_warps=8, num_stages=1)
         return AttentionConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
@@ -179,7 +191,10 @@ def pick_attention_config(
     wgmma = 90 <= arch < 120
     if num_queries <= 16:
         return AttentionConfig(block_m=16, block_n=32 if width <= 128 else 16, num_warps=4, num_stages=2)
-    if width <= 128 and num_keys <= (_RESIDENT_KEYS.get(width, 128) if wgmma else 128):
+    if options and (wgmma or width > 64):
+        block_n = 64 if width <= 128 else 16
+        return AttentionConfig(block_m=128 if wgmma else 64, block_n=block_n, num_warps=8, num_stages=1)
+    if not options and width <= 128 and num_keys <= (_RESIDENT_KEYS.get(width, 128) if wgmma else 128):
         return AttentionConfig(block_m=64, block_n=0, num_warps=4, num_stages=1, tma=wgmma)
     if wgmma:
         if width > 160:

@@ -10,6 +10,7 @@ Arguments are taken as checked (``arguments``). Shapes: B batch, N tokens, C wid
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -451,7 +452,9 @@ def score_mask(
     return mask
 
 
-def _prepared_heads(qkv, k, v, num_heads, q_norm, k_norm, norm, rope, rope_layout, num_prefix):
+def _prepared_heads(
+    qkv, k, v, num_heads, q_norm=None, k_norm=None, norm="layer", rope=None, rope_layout="half", num_prefix=0
+):
     """q, k, v [B, H, N, D], q and k normalised and turned."""
     q, k, v = split_heads(qkv, k, v, num_heads)
     q, k = _head_norm(q, q_norm, norm), _head_norm(k, k_norm, norm)
@@ -472,8 +475,8 @@ def attention(
     rope: tuple[Tensor, Tensor] | None = None,
     rope_layout: str = "half",
     num_prefix: int = 0,
-    q_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
-    k_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     norm: str = "layer",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -505,12 +508,24 @@ def attention_weights(q: Tensor, k: Tensor | None, scale: float, mask: Tensor | 
 
 
 def attention_fwd(
-    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None
+    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    q_heads, k_heads, _ = split_heads(qkv, k, v, num_heads)
-    stat = _stat_dtype(qkv)
-    lse = torch.logsumexp((q_heads.to(stat) @ k_heads.to(stat).transpose(-2, -1)) * scale, -1)
-    return attention(qkv, num_heads, scale, k=k, v=v), lse
+    """out and lse; the LSE of a query without keys is −inf."""
+    scores = _scores(*_prepared_heads(qkv, k, v, num_heads, **_head_options(options))[:2], scale, **options)
+    return attention(qkv, num_heads, scale, k=k, v=v, **options), torch.logsumexp(scores, -1)
+
+
+def _head_options(options):
+    """The options that act on q and k."""
+    names = ("q_norm", "k_norm", "norm", "rope", "rope_layout", "num_prefix")
+    return {name: options[name] for name in names if name in options}
+
+
+def _scores(q, k, scale, bias=None, rel_pos=None, key_lengths=None, cu_seqlens=None, **_):
+    """What the softmax takes, in float32 or wider."""
+    q, k = q.to(_stat_dtype(q)), k.to(_stat_dtype(q))
+    scores, mask = (q @ k.transpose(-2, -1)) * scale, score_mask(q, k, bias, rel_pos, key_lengths, cu_seqlens)
+    return scores if mask is None else scores + mask
 
 
 def attention_bwd(
@@ -522,20 +537,73 @@ def attention_bwd(
     v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dqkv, None, None) for packed input, (dq, dk, dv) otherwise."""
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """(dqkv, None, None) for packed input, (dq, dk, dv) otherwise; with options also the gradients of bias, height,
+    width, cos, sin, and of weight and bias of q_norm and of k_norm, None where there is none."""
     stat = lse.dtype
-    packed = k is None
-    q, k, v = (t.to(stat) for t in split_heads(qkv, k, v, num_heads))
+    q, k_heads, v_heads = (t.to(stat) for t in split_heads(qkv, k, v, num_heads))
     dout = grad.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
-    out = out.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
-    p = torch.exp((q @ k.transpose(-2, -1)) * scale - lse[..., None])
-    dv = p.transpose(-2, -1) @ dout
-    ds = p * (dout @ v.transpose(-2, -1) - (dout * out).sum(-1, keepdim=True)) * scale
-    dq, dk = ds @ k, ds.transpose(-2, -1) @ q
-    if packed:
-        return torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype), None, None
-    return tuple(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv))
+    more: tuple[Tensor | None, ...] = ()
+    if options:
+        dq, dk, dv, *more = _attention_options_bwd(dout, q, k_heads, v_heads, scale, **options)
+    else:
+        out = out.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
+        p = torch.exp((q @ k_heads.transpose(-2, -1)) * scale - lse[..., None])
+        dv = p.transpose(-2, -1) @ dout
+        ds = p * (dout @ v_heads.transpose(-2, -1) - (dout * out).sum(-1, keepdim=True)) * scale
+        dq, dk = ds @ k_heads, ds.transpose(-2, -1) @ q
+    if k is None:
+        return torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype), None, None, *more
+    return *(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv)), *more
+
+
+def _attention_options_bwd(
+    dout, q, k, v, scale, *, bias=None, rel_pos=None, key_lengths=None, cu_seqlens=None, rope=None, rope_layout="half",
+    num_prefix=0, q_norm=None, k_norm=None, norm="layer",
+):  # fmt: skip
+    """``attention_bwd`` of heads [B, H, N, D] in one wide dtype, with options. The probabilities are computed again."""
+    q_normal, k_normal = _head_norm(q, q_norm, norm), _head_norm(k, k_norm, norm)
+    tables = None if rope is None else tuple(table.to(q.dtype) for table in rope)
+    q_turned, k_turned = (rotary(t, tables, rope_layout, num_prefix) for t in (q_normal, k_normal))
+    p = _scores(q_turned, k_turned, scale, bias, rel_pos, key_lengths, cu_seqlens).softmax(-1)
+    if any(option is not None for option in (bias, key_lengths, cu_seqlens)):
+        p = torch.nan_to_num(p, nan=0.0)  # a query without keys
+    dp = dout @ v.transpose(-2, -1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq, dk, dv = (ds @ k_turned) * scale, (ds.transpose(-2, -1) @ q_turned) * scale, p.transpose(-2, -1) @ dout
+
+    dbias = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
+    dheight = dwidth = dcos = dsin = None
+    if rel_pos is not None:
+        height, width = rel_pos
+        grid = ds.unflatten(-1, (height.shape[-1], width.shape[-1]))
+        dheight, dwidth = grid.sum(-1).to(height.dtype), grid.sum(-2).to(width.dtype)
+    if rope is not None:
+        cos, sin = rope
+        rest = slice(num_prefix, None)
+        pairs = [(dq[:, :, rest], q_normal[:, :, rest]), (dk[:, :, rest], k_normal[:, :, rest])]
+        dcos = sum(grad * x for grad, x in pairs).sum_to_size(cos.shape).to(cos.dtype)
+        dsin = sum(grad * rotate(x, rope_layout) for grad, x in pairs).sum_to_size(sin.shape).to(sin.dtype)
+        dq, dk = (_rotary_bwd(t, tables, rope_layout, num_prefix) for t in (dq, dk))
+    dq, *dq_norm = _head_norm_bwd(dq, q, q_norm, norm)
+    dk, *dk_norm = _head_norm_bwd(dk, k, k_norm, norm)
+    return dq, dk, dv, dbias, dheight, dwidth, dcos, dsin, *dq_norm, *dk_norm
+
+
+def _rotary_bwd(grad, rope, layout, num_prefix):
+    """The transposed rotation: that of −sin, applied to the products with the tables."""
+    cos, sin = rope
+    prefix, rest = grad[:, :, :num_prefix], grad[:, :, num_prefix:]
+    return torch.cat([prefix, rest * cos - rotate(rest * sin, layout)], dim=2)
+
+
+def _head_norm_bwd(grad, x, norm, kind):
+    """(dx, dweight, dbias) of ``_head_norm``."""
+    if norm is None:
+        return grad, None, None
+    weight, bias, eps = norm
+    return layer_norm_bwd(grad, x, weight, bias, *layer_norm_stats(x, eps, norm=kind), norm=kind)
 
 
 # prepared_blocks: transformer blocks whose LayerNorm and LayerScale are folded into their projections (``folding``).

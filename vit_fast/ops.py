@@ -28,7 +28,7 @@ from .backends.base import Backend, backward_key
 from .kernels import arguments, reference
 from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
-from .kernels.tracing import is_transformed
+from .kernels.tracing import is_transformed, known_values
 from .precisions import FOLDED, FP8, Precision, forms
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
@@ -67,6 +67,7 @@ def _register(
     save_output: bool = False,
     flag: str | None = None,
     reasons: Callable[..., Any] | None = None,
+    operation: str | None = None,
 ) -> None:
     """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
 
@@ -77,7 +78,9 @@ def _register(
     ``flag`` names the argument that says whether statistics are wanted; without, they are empty and have no backward.
     ``reasons(ask, *inputs)`` calls ``ask`` as ``select.choose`` is called; default ``forward``, where those arguments
     are the function's.
+    ``operation`` is that of the backends' tables, default ``name``.
     """
+    operation = operation or name
     signature = f"{signature}, bool {flag}" if flag else signature
     statistics = results.count("Tensor") - 1
     kept = statistics + save_output
@@ -87,19 +90,20 @@ def _register(
     _library.define(f"{name}_bwd(Tensor grad, {signature}{saved}, bool[] needs, str backend) -> Tensor[]", tags=tags)
 
     def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
-        told: Sequence[str] = (reasons or forward)(functools.partial(method, name), *inputs[: -2 if flag else -1])
+        values = inputs[: -2 if flag else -1]
+        told: Sequence[str] = (reasons or forward)(functools.partial(method, operation), *values)
         return told
 
     def fwd(*inputs: Any) -> Any:
-        _refuse_transforms(name, inputs[-1])
-        return select.run(name, select.loaded(inputs[-1], name), inputs[0].device, fwd_on, inputs, ask)
+        _refuse_transforms(operation, inputs[-1])
+        return select.run(operation, select.loaded(inputs[-1], operation), inputs[0].device, fwd_on, inputs, ask)
 
     def fwd_on(backend: Backend, *inputs: Any) -> Any:
         if not flag:
-            return forward(backend.forward[name], *inputs[:-1]).contiguous()
+            return forward(backend.forward[operation], *inputs[:-1]).contiguous()
         if inputs[-2]:
-            return tuple(t.contiguous() for t in forward(backend.forward[name], *inputs[:-2]))
-        out, stat = forward(backend.output(name), *inputs[:-2]).contiguous(), _stat(inputs[0])
+            return tuple(t.contiguous() for t in forward(backend.forward[operation], *inputs[:-2]))
+        out, stat = forward(backend.output(operation), *inputs[:-2]).contiguous(), _stat(inputs[0])
         return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
     def bwd(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
@@ -108,13 +112,13 @@ def _register(
         if flag:
             *inputs, wanted = inputs
             if not wanted:
-                raise RuntimeError(f"vit_fast.{name}: {flag} is False, expected True where gradients are wanted")
-        on, values = select.of_backward(word, name), (grad, inputs, saved, needs)
-        grads: Sequence[Any] = select.run(backward_key(name), on, grad.device, bwd_on, values, None)
+                raise RuntimeError(f"vit_fast.{operation}: {flag} is False, expected True where gradients are wanted")
+        on, values = select.of_backward(word, operation), (grad, inputs, saved, needs)
+        grads: Sequence[Any] = select.run(backward_key(operation), on, grad.device, bwd_on, values, None)
         return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
     def bwd_on(backend: Backend, *values: Any) -> Sequence[Any]:
-        return backward(backend.backward[name], *values)
+        return backward(backend.backward[operation], *values)
 
     def bwd_fake(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         *inputs, needs, _ = values
@@ -148,7 +152,7 @@ def _register(
 
     def no_double_backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
-            f"vit_fast.{name}: the backward of a fused kernel cannot be differentiated again; "
+            f"vit_fast.{operation}: the backward of a fused kernel cannot be differentiated again; "
             "run the forward inside `with vit_fast.backend('torch')` for second derivatives"
         )
 
@@ -409,10 +413,9 @@ def linear_residual(
     )
 
 
-def _not_fused(dropout_p: float, **options: Any) -> list[str]:
-    """The options of a call for which no registered operator has an argument; an option that is None is not given."""
-    reasons = [f"{option} is not fused" for option, value in options.items() if value is not None]
-    return [*reasons, "dropout_p is not fused"] if dropout_p else reasons
+def _not_fused(dropout_p: float) -> list[str]:
+    """The options of a call for which no registered operator has an argument."""
+    return ["dropout_p is not fused"] if dropout_p else []
 
 
 # layernorm_mlp
@@ -551,8 +554,102 @@ _register(
 )
 
 
-def _normalise_heads(x: torch.Tensor, num_heads: int, norm: NormParams | None) -> torch.Tensor:
-    return x if norm is None else layer_norm(x.unflatten(2, (num_heads, -1)), *norm).flatten(2)
+def _attention_options(
+    bias: torch.Tensor | None,
+    rel_pos: tuple[torch.Tensor, torch.Tensor] | None,
+    key_lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    rope_layout: str,
+    num_prefix: int,
+    q_norm: NormParams | None,
+    k_norm: NormParams | None,
+    norm: str,
+) -> dict[str, Any]:
+    """The options of a call that are given, by name; words that belong to one go with it."""
+    given = dict(bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope)
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if rope is not None:
+        options |= dict(rope_layout=rope_layout, num_prefix=num_prefix)
+    if q_norm is not None or k_norm is not None:
+        options |= dict(q_norm=q_norm, k_norm=k_norm, norm=norm)
+    return options
+
+
+def _inputs_of_options(
+    bias: torch.Tensor | None = None,
+    rel_pos: Sequence[torch.Tensor | None] = (None, None),
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rope: Sequence[torch.Tensor | None] = (None, None),
+    rope_layout: str = "half",
+    num_prefix: int = 0,
+    q_norm: NormParams | None = None,
+    k_norm: NormParams | None = None,
+    norm: str = "layer",
+) -> tuple[Any, ...]:
+    """The options of ``_attention_options`` as the operator has them, behind qkv, k and v; no norm has no eps."""
+    (*q_vectors, q_eps), (*k_vectors, k_eps) = q_norm or (None, None, None), k_norm or (None, None, None)
+    tensors = (bias, *rel_pos, *rope, *q_vectors, *k_vectors, key_lengths, cu_seqlens)
+    return *tensors, q_eps, k_eps, norm, rope_layout, num_prefix
+
+
+def _options_of_inputs(*inputs: Any) -> dict[str, Any]:
+    """The inverse of ``_inputs_of_options``."""
+    bias, height, width, cos, sin, q_weight, q_bias, k_weight, k_bias, key_lengths, cu_seqlens, *words = inputs
+    q_eps, k_eps, norm, rope_layout, num_prefix = words
+    rel_pos, rope = None if height is None else (height, width), None if cos is None else (cos, sin)
+    q_norm = None if q_eps is None else (q_weight, q_bias, q_eps)
+    k_norm = None if k_eps is None else (k_weight, k_bias, k_eps)
+    return _attention_options(
+        bias, rel_pos, key_lengths, cu_seqlens, rope, rope_layout, num_prefix, q_norm, k_norm, norm
+    )
+
+
+def _options_forward(run: Callable[..., Any], qkv: torch.Tensor, k: Any, v: Any, *inputs: Any) -> Any:
+    *options, num_heads, scale = inputs
+    return run(qkv, num_heads, scale, k=k, v=v, **_options_of_inputs(*options))
+
+
+def _options_fake(qkv: torch.Tensor, k: Any, v: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, num_heads, scale, with_lse, backend = inputs
+    out, lse = _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend)
+    return out if v is None else qkv.new_empty((*qkv.shape[:2], v.shape[2])), lse
+
+
+def _options_backward(
+    run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
+) -> Any:
+    qkv, k, v, *options, num_heads, scale = inputs
+    return run(grad, qkv, num_heads, scale, k, v, *saved, **_options_of_inputs(*options))
+
+
+def _options_flops(qkv: Any, k: Any, v: Any, *inputs: Any, **_: Any) -> int:
+    """Two products for each query and key; of packed sequences as if all were as long."""
+    cu_seqlens, num_heads, scale = inputs[10], *inputs[16:18]
+    flops = _attention_flops(qkv, k, v, num_heads, scale)
+    if v is not None:
+        flops = flops * (qkv[2] + v[2]) // (2 * qkv[2])
+    return flops if cu_seqlens is None else flops // (cu_seqlens[0] - 1)
+
+
+# An operator of its own: PyTorch's time for a call grows with the number of arguments, and plain calls have five.
+_register(
+    "attention_options",
+    "Tensor qkv, Tensor? k, Tensor? v, Tensor? bias, Tensor? height, Tensor? width, Tensor? cos, Tensor? sin, "
+    "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? key_lengths, Tensor? cu_seqlens, "
+    "float? q_eps, float? k_eps, str norm, str rope_layout, int num_prefix, int num_heads, float scale",
+    "(Tensor, Tensor)",
+    range(12),
+    _options_forward,
+    _options_fake,
+    _options_backward,
+    _options_flops,
+    save_output=True,
+    flag="with_lse",
+    reasons=lambda ask, qkv, k, v, *inputs: ask(qkv, inputs[-2], k=k, v=v, **_options_of_inputs(*inputs[:-2])),
+    operation="attention",
+)
 
 
 @torch.fx.wrap
@@ -603,27 +700,25 @@ def attention(
         UnsupportedError: a forced backend cannot.
     Source: Dao et al., "FlashAttention", 2022; Su et al., "RoFormer", 2021 (rope); Li et al., "MViTv2", 2021 (rel_pos).
     """
-    options: dict[str, Any] = dict(
-        k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope,
-        rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm, dropout_p=dropout_p,
-        seed=seed,
+    arguments.check_attention(
+        qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
+        rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    arguments.check_attention(qkv, num_heads, scale, **options)
-    not_fused = _not_fused(
-        dropout_p, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope
+    if key_lengths is not None and (lengths := known_values(key_lengths)) is not None:
+        key_lengths = None if min(lengths, default=0) >= (qkv if k is None else k).shape[1] else key_lengths
+    options = _attention_options(
+        bias, rel_pos, key_lengths, cu_seqlens, rope, rope_layout, num_prefix, q_norm, k_norm, norm
     )
-    if norm != "layer" and (q_norm is not None or k_norm is not None):
-        not_fused.append(f"norm {norm!r} is not fused")
-    if v is not None and v.shape[2] != qkv.shape[2]:
-        not_fused.append("a head size of v other than that of q is not fused")
-    name = select.choose("attention", qkv.device, not_fused, qkv, num_heads, k=k, v=v)
+    name = select.choose("attention", qkv.device, _not_fused(dropout_p), qkv, num_heads, k=k, v=v, **options)
     if name == "torch":
-        return reference.attention(qkv, num_heads, scale, **options)
-    if q_norm is not None or k_norm is not None:
-        q, k, v = qkv.chunk(3, dim=-1) if k is None else (qkv, k, v)
-        qkv, k = _normalise_heads(q, num_heads, q_norm), _normalise_heads(k, num_heads, k_norm)
+        return reference.attention(qkv, num_heads, scale, k=k, v=v, dropout_p=dropout_p, seed=seed, **options)
     qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
-    return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, _needs_grad(qkv, k, v), name)[0]
+    if not options:
+        return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, _needs_grad(qkv, k, v), name)[0]
+    inputs = _inputs_of_options(**options)
+    with_lse = _needs_grad(qkv, k, v, *inputs[:9])
+    return torch.ops.vit_fast.attention_options_fwd(qkv, k, v, *inputs, num_heads, scale, with_lse, name)[0]
 
 
 # prepared_blocks, packed_blocks, fp8_blocks, int8_blocks: one operator for each form of a precision

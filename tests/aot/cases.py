@@ -88,6 +88,39 @@ def attention_cases():
             yield case("attention", f"head size {head_size}", dtype, call, 2, 257, 8, head_size, dtype)
 
 
+def attention_options_cases():
+    """bfloat16 stands for float16 here: both are loaded, turned and multiplied alike."""
+    from vit_fast.kernels.attention import attention
+
+    def call(batch, tokens, head_size, dtype=torch.bfloat16, rope=None, norm=None, bias=False, grid=None, packed=False):
+        options, heads = {}, 8
+        if rope:
+            tables = torch.empty(2, tokens - 1, head_size)
+            options |= dict(rope=(tables[0], tables[1]), rope_layout=rope, num_prefix=1)
+        if norm:
+            weight = torch.empty(head_size)
+            options |= dict(q_norm=(weight, weight, 1e-6), k_norm=(weight, None, 1e-6), norm=norm)
+        if bias:
+            options |= dict(bias=torch.empty(1, heads, tokens, tokens, dtype=dtype))
+        if grid:
+            rel_pos = [torch.empty(batch, heads, tokens, size, dtype=dtype) for size in grid]
+            options |= dict(rel_pos=rel_pos, key_lengths=torch.empty(batch, dtype=torch.int32))
+        if packed:
+            options |= dict(cu_seqlens=torch.empty(33, dtype=torch.int32))
+        attention(torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5, **options)
+
+    for dtype, name, *sizes, options in (
+        (torch.bfloat16, "head size 64", 64, 257, 64, dict(rope="interleaved")),
+        (torch.bfloat16, "head size 72", 64, 257, 72, dict(rope="half", norm="layer")),
+        (torch.bfloat16, "head size 128", 64, 257, 128, dict(rope="half", norm="rms")),
+        (torch.bfloat16, "BEiT", 64, 197, 64, dict(bias=True)),
+        (torch.bfloat16, "SAM", 2, 4096, 80, dict(grid=(64, 64))),
+        (torch.bfloat16, "packed", 1, 8192, 80, dict(rope="half", packed=True)),
+        (torch.float32, "head size 64", 64, 257, 64, dict(rope="half")),
+    ):
+        yield case("attention with options", name, dtype, call, *sizes, dtype, **options)
+
+
 def layer_norm_cases():
     from vit_fast.kernels.layer_norm import layer_norm, layer_norm_fwd, row_partials
 
@@ -331,6 +364,6 @@ def linear_hopper_cases():
 
 
 OPERATIONS = (
-    attention_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
-    fp8_blocks_cases, linear_hopper_cases,
+    attention_cases, attention_options_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases,
+    prepared_blocks_cases, fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip

@@ -68,6 +68,12 @@ def _problems(generator):
             lambda m, q, k, v: m.attention(q, 3, 0.25, k=k, v=v),
             (t(2, 5, 48), t(2, 17, 48), t(2, 17, 48)),
         ),
+        "attention_options": (
+            lambda m, qkv, cos, sin, w, b, bias: m.attention(
+                qkv, 3, 0.25, rope=(cos, sin), num_prefix=1, q_norm=(w, b, 1e-5), k_norm=(w, None, 1e-6), bias=bias
+            ),
+            (t(2, 17, 144), t(16, 16), t(3, 16, 16), scales(16), t(16), t(1, 3, 17, 17)),
+        ),
         "patch_embed": (
             lambda m, *a: m.patch_embed(*a, (4, 4)),
             (t(2, 3, 12, 16), t(40, 3, 4, 4, scale=48**-0.5), t(40), t(1, 12, 40), t(1, 2, 40)),

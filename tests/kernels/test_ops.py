@@ -30,6 +30,7 @@ def _samples(backend, dtype=torch.float32, grad=True):
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
     stats = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     no_norm = None, None, None, "layer"
+    lengths, sequences = torch.tensor([3, 0]), torch.tensor([0, 3, 3, 7], dtype=torch.int32)
     return {
         "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, "layer", True, backend),
         "layer_norm_bare": (t(2, 5, 8), None, None, 1e-6, "layer", True, backend),
@@ -91,6 +92,70 @@ def _samples(backend, dtype=torch.float32, grad=True):
             *(t(8), None, 1e-6, "rms", True, backend),
         ),
         "attention": (t(2, 5, 24), None, None, 2, 0.5, True, backend),
+        "attention_options": (
+            t(2, 5, 24),
+            None,
+            None,
+            t(1, 2, 1, 5),
+            None,
+            None,
+            t(4, 4),
+            t(2, 1, 4, 4),
+            t(4),
+            t(4),
+            t(4),
+            None,
+            lengths,
+            None,
+            1e-5,
+            1e-6,
+            "layer",
+            "half",
+            1,
+            2,
+            0.5,
+            True,
+            backend,
+        ),
+        "attention_options_rms": (
+            t(2, 6, 8),
+            t(2, 6, 8),
+            t(2, 6, 8),
+            None,
+            t(2, 2, 6, 2),
+            t(2, 2, 6, 3),
+            t(6, 4),
+            t(6, 4),
+            None,
+            None,
+            t(4),
+            t(4),
+            None,
+            None,
+            None,
+            1e-6,
+            "rms",
+            "interleaved",
+            0,
+            2,
+            0.5,
+            True,
+            backend,
+        ),
+        "attention_options_packed": (
+            t(1, 7, 24),
+            *[None] * 12,
+            sequences,
+            None,
+            None,
+            "layer",
+            "half",
+            0,
+            2,
+            0.5,
+            True,
+            backend,
+        ),
         "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, True, backend),
         "patch_embed": (t(2, 3, 8, 8), t(8, 3, 4, 4), t(8), t(1, 4, 8), t(1, 2, 8), [4, 4], None, None, backend),
         "patch_embed_overlap": (t(2, 3, 9, 8), t(8, 3, 3, 4), t(8), None, t(2, 1, 8), [2, 1], *stats, backend),
@@ -103,6 +168,7 @@ NAMES = list(_samples("torch"))
 
 # operator → how many of its leading tensor arguments are differentiable; longest names first
 DIFFERENTIABLE = {
+    "attention_options": 12,
     "layer_norm_linear": 5,
     "layernorm_mlp": 11,
     "linear_residual": 8,
@@ -113,7 +179,8 @@ DIFFERENTIABLE = {
 
 
 def test_every_operation_is_tried():
-    assert set(TORCH.backward) == set(DIFFERENTIABLE) == {_stem(name) for name in NAMES} == set(_calls())
+    operators = {*TORCH.backward, "attention_options"}
+    assert operators == set(DIFFERENTIABLE) == {_stem(name) for name in NAMES} == set(_calls())
 
 
 def _stem(name):
@@ -144,6 +211,7 @@ def test_opcheck_on_a_cpu(name):
 
 FLAGS = {
     "attention": "with_lse",
+    "attention_options": "with_lse",
     "layer_norm": "with_stats",
     "layer_norm_linear": "with_stats",
     "layernorm_mlp": "with_stats",
@@ -166,7 +234,9 @@ def test_without_statistics(name, backend):
     torch.testing.assert_close(out, with_statistics)
     opcheck(operator, (*arguments, False, backend), test_utils=("test_schema", "test_faketensor"))
     leaf = arguments[0].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"vit_fast.{_stem(name)}: {FLAGS[_stem(name)]} is False"):
+    with pytest.raises(
+        RuntimeError, match=f"vit_fast.{_stem(name).removesuffix('_options')}: {FLAGS[_stem(name)]} is False"
+    ):
         operator(leaf, *arguments[1:], False, backend)[0].sum().backward()
 
 
@@ -188,27 +258,30 @@ def test_statistics_are_stored_where_a_backward_may_follow(backend, monkeypatch)
     monkeypatch.setattr(ops.select, "choose", lambda *_, **__: "no reference")  # which is called without an operator
     x, qkv = torch.randn(2, 5, 16), torch.randn(2, 5, 48)
     weight, w1, w2 = torch.randn(16), torch.randn(32, 16), torch.randn(16, 32)
+    bias = torch.randn(1, 1, 5, 5)
 
     def calls():
         ops.attention(qkv, 2, 0.3)
+        ops.attention(qkv, 2, 0.3, bias=bias, q_norm=(weight[:8], None, 1e-6))
         ops.layer_norm(x, weight, None, 1e-6)
         ops.layer_norm_linear(x, weight, None, 1e-6, w1, None)
         ops.layernorm_mlp(x, weight, None, 1e-6, w1, None, w2, None, "gelu", None)
         told, asked[:] = list(asked), []
         return told
 
-    assert calls() == [False] * 4
+    assert calls() == [False] * 5
     qkv.requires_grad_()
     weight.requires_grad_()
-    assert calls() == [True] * 4
+    assert calls() == [True] * 5
     with torch.no_grad():
-        assert calls() == [False] * 4
+        assert calls() == [False] * 5
     with torch.inference_mode():
-        assert calls() == [False] * 4
+        assert calls() == [False] * 5
     qkv.requires_grad_(False)
     weight.requires_grad_(False)
     w1.requires_grad_()
-    assert calls() == [False, False, True, True]
+    bias.requires_grad_()
+    assert calls() == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -278,7 +351,7 @@ def test_gradient_layouts(name, layout):
         out = _operator(name)(*arguments)
         out = out[0] if isinstance(out, tuple) else out
         grad = LAYOUTS[layout](torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1)))
-        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
         results.append(torch.autograd.grad(out, tensors, grad.contiguous() if contiguous else grad))
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
@@ -302,13 +375,17 @@ def _calls():
 
     ln, w1, w2 = (t(16), t(16)), (t(32, 16), t(32)), (t(16, 32), t(16))
     conv, pos, cls = (t(16, 3, 4, 4), t(16)), t(1, 4, 16), t(1, 1, 16)
-    proj, gamma = t(16, 16), t(16)
+    proj, gamma, rope, scores = t(16, 16), t(16), (t(5, 8), t(5, 8)), t(1, 2, 1, 5)
     return {
         "layer_norm": (lambda x: ops.layer_norm(x, *ln, 1e-6), (5, 16)),
         "layer_norm_linear": (lambda x: ops.layer_norm_linear(x, *ln, 1e-6, *w1, "gelu"), (5, 16)),
         "linear_residual": (lambda x: ops.linear_residual(x, proj, None, gamma, x), (5, 16)),
         "layernorm_mlp": (lambda x: ops.layernorm_mlp(x, *ln, 1e-6, *w1, *w2, "gelu", None), (5, 16)),
         "attention": (lambda x: ops.attention(torch.cat([x, x, x], -1), 2, 0.3), (5, 16)),
+        "attention_options": (
+            lambda x: ops.attention(torch.cat([x, x, x], -1), 2, 0.3, rope=rope, bias=scores),
+            (5, 16),
+        ),
         "patch_embed": (lambda x: ops.patch_embed(x, *conv, pos, cls, 4), (3, 8, 8)),
     }
 
@@ -356,6 +433,11 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as attention:
         OPS.attention_fwd(torch.randn(2, 5, 24), None, None, 2, 0.5, False, "torch")
     assert attention.get_total_flops() == 2 * (2 * 2 * 5 * 5 * 8)
+    with FlopCounterMode(display=False) as options:
+        x, none = torch.randn(1, 12, 8), [None] * 10
+        words = (None, None, "layer", "half", 0, 2, 0.5, False, "torch")
+        OPS.attention_options_fwd(x, x, torch.randn(1, 12, 16), *none, torch.tensor([0, 4, 8, 12]).int(), *words)
+    assert options.get_total_flops() == 3 * (4 * 4 * (2 * 8 + 2 * 16))
 
 
 def test_dropout_from_a_seed_is_reproducible_and_unbiased():
@@ -434,9 +516,12 @@ def test_forced_backend_never_falls_back():
 @pytest.mark.interp
 def test_forced_triton_names_what_it_cannot():
     qkv = torch.randn(2, 5, 24)
-    with vit_fast.backend("triton"), pytest.raises(vit_fast.UnsupportedError, match=r"attention.*bias is not fused"):
-        ops.attention(qkv, 2, 0.5, bias=torch.zeros(1, 1, 5, 5))
-    assert ops.attention(qkv, 2, 0.5, bias=torch.zeros(1, 1, 5, 5)).shape == (2, 5, 8)
+    with (
+        vit_fast.backend("triton"),
+        pytest.raises(vit_fast.UnsupportedError, match=r"attention.*dropout_p is not fused"),
+    ):
+        ops.attention(qkv, 2, 0.5, dropout_p=0.1)
+    assert ops.attention(qkv, 2, 0.5, dropout_p=0.1).shape == (2, 5, 8)
 
 
 def _run(code, **environment):

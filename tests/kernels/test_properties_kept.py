@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support import properties
 from support.attention import AttentionCase
+from support.attention_options import AttentionOptionsCase
 from support.fp8_blocks import Fp8BlocksCase
 from support.layer_norm import LayerNormCase
 from support.layernorm_mlp import LayerNormMlpCase
@@ -14,8 +15,8 @@ from support.patch_embed import PatchEmbedCase
 from support.prepared_blocks import PreparedBlocksCase
 
 CASES = (
-    AttentionCase, FoldedCase, Fp8BlocksCase, LayerNormCase, LayerNormMlpCase, LinearCase, PatchEmbedCase,
-    PreparedBlocksCase,
+    AttentionCase, AttentionOptionsCase, FoldedCase, Fp8BlocksCase, LayerNormCase, LayerNormMlpCase, LinearCase,
+    PatchEmbedCase, PreparedBlocksCase,
 )  # fmt: skip
 LINES = Path(__file__).with_name("kept_cases.txt").read_text().splitlines()
 TEXTS = [line for line in LINES if line and not line.startswith("#")]

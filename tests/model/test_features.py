@@ -197,17 +197,13 @@ def test_masks_of_deit(distilled):
 
 @pytest.mark.interp
 @torch.no_grad()
-def test_masks_run_on_the_torch_backend_and_are_told():
+def test_masks_run_in_the_kernel():
     ours, theirs = both(depth=1)
     x, chosen = images_for(ours), masks(TOKENS)["bool"]
     with vit_fast.backends.recording() as choices:
         out = ours(x, **chosen)
-    (attention,) = [choice for choice in choices if choice[0] == "attention"]
-    assert attention[1] == "torch" and attention[2] == ("bias is not fused",)
-    assert {choice[1] for choice in choices if choice[0] != "attention"} == {"triton"}
+    assert {choice[1] for choice in choices} == {"triton"}
     torch.testing.assert_close(out, theirs(x, **chosen), rtol=1e-4, atol=1e-5)
-    with vit_fast.backend("triton"), pytest.raises(vit_fast.UnsupportedError, match="bias is not fused"):
-        ours(x, **chosen)
 
 
 # set_input_size

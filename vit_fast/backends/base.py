@@ -18,6 +18,47 @@ def backward_key(operation: str) -> str:
     return f"{operation} backward"
 
 
+Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps
+
+
+def attention_option_reasons(
+    qkv: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    norm: str = "layer",
+    **options: Any,
+) -> list[str]:
+    """Why a backend that has no option of attention but norms of q and k (``normalised_heads``) cannot run a call."""
+    names: tuple[str, ...] = ("bias", "rel_pos", "key_lengths", "cu_seqlens", "rope")
+    lacks = [name for name in names if name in options]
+    lacks += [f"norm {norm!r}"] if norm != "layer" else []
+    lacks += ["head size of v other than that of q"] if v is not None and v.shape[2] != qkv.shape[2] else []
+    return [f"attention has no {option} here" for option in lacks]
+
+
+def normalised_heads(
+    layer_norm: Callable[..., torch.Tensor],
+    qkv: torch.Tensor,
+    num_heads: int,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    norm: str = "layer",
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """qkv, k, v of attention with q and k normalised by a backend's ``layer_norm`` before the kernel."""
+    if q_norm is None and k_norm is None:
+        return qkv, k, v
+    q, k, v = qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
+    q, k = (
+        x if of is None else layer_norm(x.unflatten(2, (num_heads, -1)), *of, norm=norm).flatten(2)
+        for x, of in ((q, q_norm), (k, k_norm))
+    )
+    return q, k, v
+
+
 class Backend:
     """One implementation of operations, with tables of functions by operation.
 

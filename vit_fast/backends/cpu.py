@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from vit_fast import extension
+from vit_fast.kernels import reference
 from vit_fast.precisions import INT8, PACKED
 
 from . import canary, cpu_choice
-from .base import Backend, Table
+from .base import Backend, Table, attention_option_reasons, normalised_heads
 
 # The operators of csrc/cpu/*.cpp. Their schemas are defined here, because a namespace that two libraries define crashes
 # the process.
@@ -79,14 +80,28 @@ def _attention(
 
 
 def attention(
-    qkv: torch.Tensor, num_heads: int, scale: float, *, k: torch.Tensor | None = None, v: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    **norms: Any,
 ) -> torch.Tensor:
+    qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
     return _attention(qkv, num_heads, scale, k, v, False)[0]
 
 
 def attention_fwd(
-    qkv: torch.Tensor, num_heads: int, scale: float, *, k: torch.Tensor | None = None, v: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    **norms: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
     return _attention(qkv, num_heads, scale, k, v, True)
 
 
@@ -99,7 +114,10 @@ def attention_bwd(
     v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    **norms: Any,
 ) -> tuple[torch.Tensor | None, ...]:
+    if norms:
+        return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse, **norms)
     grad = _dense(grad.to(qkv.dtype))
     k, v = (t if t is None else _dense(t) for t in (k, v))
     grads = torch.ops.vit_fast_cpu.attention_bwd(
@@ -353,7 +371,9 @@ class Cpu(Backend):
         self._level, self._capabilities = torch.ops.vit_fast_cpu.level(), torch.cpu.get_capabilities()
         not_supported: Table = {
             "patch_embed": _patch_embed_reasons,
-            "attention": lambda qkv, num_heads, k=None, v=None: _dtype_reasons(qkv),
+            "attention": lambda qkv, num_heads, **options: (
+                _dtype_reasons(qkv) + attention_option_reasons(qkv, **options)
+            ),
             "layer_norm": lambda x, *_, **__: _dtype_reasons(x),
             "layer_norm_linear": lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _dtype_reasons(x, weight),
             "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),

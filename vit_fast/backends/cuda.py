@@ -8,6 +8,7 @@ made here, have no fake and no gradient, and are called inside the operators of 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from vit_fast import extension
 from vit_fast.kernels.arguments import check_rows
 from vit_fast.kernels.folding import FoldedBlock, unflatten
 
-from .base import Backend
+from .base import Backend, attention_option_reasons, normalised_heads
 
 # The implementations are in csrc/cuda/<name>.cu, epilogue.cu for the last two.
 _SCHEMAS = (
@@ -227,15 +228,19 @@ def _attention(
     return out, lse
 
 
-def attention(qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-    """As ``kernels.reference.attention``, without bias, mask and dropout."""
+def attention(
+    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None, **norms: Any
+) -> Tensor:
+    """As ``kernels.reference.attention``, of its options with q_norm and k_norm alone."""
+    qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
     return _attention(qkv, num_heads, scale, k, v, False)[0]
 
 
 def attention_fwd(
-    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None
+    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None, **norms: Any
 ) -> tuple[Tensor, Tensor | None]:
     """As ``kernels.reference.attention_fwd``."""
+    qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
     return _attention(qkv, num_heads, scale, k, v, True)
 
 
@@ -409,9 +414,11 @@ def layernorm_mlp_reasons(
     )
 
 
-def attention_reasons(qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+def attention_reasons(
+    qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
+) -> list[str]:
     """Of attention."""
-    reasons = _dtype_reasons(_HALF, qkv=qkv) + _product_reasons(qkv)
+    reasons = _dtype_reasons(_HALF, qkv=qkv) + _product_reasons(qkv) + attention_option_reasons(qkv, k, v, **options)
     head_size = qkv.shape[2] // (num_heads * (3 if k is None else 1))
     if head_size % 8 or not 16 <= head_size <= 128:
         reasons.append(f"head size {head_size} is not a multiple of 8 from 16 to 128")

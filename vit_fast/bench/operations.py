@@ -106,6 +106,16 @@ def _attention(a, out):
     yield "attention", None, flop, moved_bytes(a["qkv"], a["k"], a["v"], out)
 
 
+def _attention_options(a, out):
+    q, keys = (a["qkv"], a["qkv"]) if a["k"] is None else (a["qkv"], a["k"])
+    of_values = out.shape[-1]
+    of_scores = of_values if a["k"] is None else q.shape[2]
+    sequences = 1 if a["cu_seqlens"] is None else a["cu_seqlens"].shape[0] - 1
+    flop = 2 * q.shape[0] * q.shape[1] * keys.shape[1] * (of_scores + of_values) // sequences
+    tables = (a[name] for name in ("bias", "height", "width", "cos", "sin"))
+    yield "attention", None, flop, moved_bytes(a["qkv"], a["k"], a["v"], *tables, out)
+
+
 def _layer_norm(a, out):
     yield "layer_norm", a["weight"], 0, moved_bytes(a["x"], a["weight"], a["bias"], out)
 
@@ -193,6 +203,7 @@ def _int8_blocks(a, out):
 # Each function yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in order.
 _VIT_FAST = {
     "vit_fast::attention_fwd": _attention,
+    "vit_fast::attention_options_fwd": _attention_options,
     "vit_fast::layer_norm_fwd": _layer_norm,
     "vit_fast::layer_norm_linear_fwd": _layer_norm_linear,
     "vit_fast::linear_residual_fwd": _linear_residual,
