@@ -146,7 +146,8 @@ def _check_layer_norm(op, x, weight, bias, eps, norm, prefix=""):
     _check_vector(op, prefix + "weight", weight, width, "the width of x", "x", x)
     _check_vector(op, prefix + "bias", bias, width, "the width of x", "x", x)
     _check_eps(op, "eps", eps)
-    _check_norm(op, norm)
+    if norm != "layer":
+        _check_norm(op, norm)
 
 
 def _check_weight(op, name, weight, in_features, why, x):
@@ -208,7 +209,8 @@ def check_linear_residual(
         wanted = "[" + ", ".join(str(size) for size in (*x.shape[:-1], weight.shape[0])) + "]"
         raise ValueError(f"vit_fast.{op}: residual has shape {_shape(residual)}, expected {wanted}")
     _check_branch(op, x, gamma, row_scale, weight.shape[0], "the rows of weight")
-    _check_norm(op, norm)
+    if norm != "layer":
+        _check_norm(op, norm)
     _check_inner_norm(op, inner_norm, x.shape[-1], "the width of x", x)
     _check_dropout(op, dropout_p, seed, "x", x)
 

@@ -114,20 +114,19 @@ def _width(x):
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer") -> Tensor:
     if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
         dtype = torch.promote_types(x.dtype, (weight if weight is not None else bias).dtype)
-        return _normalise(x.to(dtype), _cast(weight, dtype), _cast(bias, dtype), eps, norm).to(x.dtype)
-    return _normalise(x, weight, bias, eps, norm)
+        return layer_norm(x.to(dtype), _cast(weight, dtype), _cast(bias, dtype), eps, norm=norm).to(x.dtype)
+    if is_transformed():
+        return _plain_layer_norm(x, weight, bias, eps, norm)
+    if norm == "rms":
+        return _rms_norm(x, weight, bias, eps)
+    return F.layer_norm(x, (_width(x),), weight, bias, eps)
 
 
 def _cast(t, dtype):
     return None if t is None else t.to(dtype)
 
 
-def _normalise(x, weight, bias, eps, norm):
-    """``layer_norm`` of one dtype."""
-    if is_transformed():
-        return _plain_layer_norm(x, weight, bias, eps, norm)
-    if norm == "layer":
-        return F.layer_norm(x, (_width(x),), weight, bias, eps)
+def _rms_norm(x, weight, bias, eps):
     if bias is None:
         return F.rms_norm(x, (_width(x),), weight, eps)
     wide = _stat_dtype(x)
@@ -135,7 +134,7 @@ def _normalise(x, weight, bias, eps, norm):
 
 
 def _plain_layer_norm(x, weight, bias, eps, norm):
-    """``_normalise`` in plain arithmetic: torch (2.13) has a wrong derivative of F.layer_norm's forward mode."""
+    """``layer_norm`` in plain arithmetic: torch (2.13) has a wrong derivative of F.layer_norm's forward mode."""
     wide = x.to(_stat_dtype(x))
     centred = wide - wide.mean(-1, keepdim=True) if norm == "layer" else wide
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
