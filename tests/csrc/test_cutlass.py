@@ -492,6 +492,12 @@ def test_reasons_of_devices(device):
     assert cutlass.reasons(x.half(), weight.half()) == []
 
 
+def test_the_version_of_the_backend_tells_what_multiplies(backend, monkeypatch):
+    assert backend.version() == "products by CUTLASS"
+    monkeypatch.setattr(cutlass, "load", lambda: ("it is not built",))
+    assert backend.version() == "products by PyTorch: it is not built"
+
+
 def test_large_tiles_where_they_fill_the_chip():
     assert cutlass.pick_config(256 * 197, 768, HALF[0], 90).family == "cooperative"
     assert cutlass.pick_config(197, 3072, HALF[0], 90).family == "pingpong"
