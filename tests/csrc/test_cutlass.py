@@ -1,13 +1,14 @@
 """``csrc/cutlass`` without a GPU: its operator and its epilogues on CPU tensors, and the backend above them.
 
 CUTLASS's kernels are replaced by loops on the host (``tests/emulator/cutlass.cpp``), whose sums pass through the
-epilogues of ``epilogue.h``, the functions that the kernels call. The visitor trees of ``linear_sm80.cu`` run on the
-host as they are (``tests/emulator/cutlass_visitors.cpp``). What is shown: the arithmetic of the epilogues, where those
-trees read and write, the operator's checks and choice, the backend's choice of calls. What is not: the kernels
-themselves, and the visitors of sm_90. ``cutlass_ledger.py`` compiles the kernels.
+epilogues of ``epilogue.h``, the functions that the kernels call. The visitor trees of the kernels run on the host as
+they are (``tests/emulator/cutlass_visitors_*.cpp``). What is shown: the arithmetic of the epilogues, where the trees
+read and write, the operator's checks and choice, the backend's choice of calls. What is not: the kernels' loops, and
+what TMA moves. ``cutlass_ledger.py`` compiles the kernels.
 """
 
 import ctypes
+import functools
 import math
 import re
 
@@ -225,23 +226,61 @@ def check_visitors(library, dtype, rows=200, features=264):
 @pytest.mark.parametrize("dtype,element", ((torch.bfloat16, "bfloat16_t"), (torch.float16, "half_t")))
 def test_visitors_of_sm80(dtype, element):
     """CUTLASS's own visitors with our trees and arguments, on the host."""
-    library = cuda_emulator.build_visitors(element)
+    library = cuda_emulator.build_visitors("sm80", element)
     for rows, features in ((200, 264), (256, 128), (1, 392), (129, 8)):
         check_visitors(library, dtype, rows, features)
 
 
+def visit_sm90(library, cooperative, product, bias=None, gamma=None, residual=None, norm=None, activation=None):
+    """As ``visit``, with the trees of sm_90."""
+    rows, features = product.shape
+    out = torch.full((rows + 300, features), 7.0, dtype=torch.bfloat16)
+    tensors = (out, product, bias, gamma, residual, *(norm or (None, None, None)))
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    stride = features if residual is None else residual.stride(0)
+    numbers = map(ctypes.c_int64, (rows, features, stride, cutlass.ACTIVATIONS[activation], cooperative))
+    assert ctypes.CDLL(str(library)).emulated_visitors_sm90(*addresses, *numbers)
+    assert (out[rows:] == 7).all()
+    return out[:rows].float()
+
+
+def check_visitors_sm90(library, cooperative, rows=200, features=264):
+    product, bias, gamma, sums = torch.randn(rows, features), *(torch.randn(features) for _ in range(3))
+    mean, rstd = torch.randn(rows), torch.rand(rows) + 0.5
+    residual = torch.randn(rows, features + 16).bfloat16()[:, :features]
+    run = functools.partial(visit_sm90, library, cooperative, product)
+    for b, g in ((bias, gamma), (None, None)):
+        z = product.double() + (0 if b is None else b)
+        folded = rstd[:, None] * (product.double() - mean[:, None] * sums) + (0 if b is None else b)
+        cases = [(run(b, g, residual), residual + z * (1 if g is None else g))]
+        for activation in ACTIVATIONS:
+            cases.append((run(b, activation=activation), exact_activation(z, activation)))
+            cases.append((run(b, norm=(mean, rstd, sums), activation=activation), exact_activation(folded, activation)))
+        for found, golden in cases:
+            torch.testing.assert_close(found, golden.bfloat16().float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("cooperative", (False, True))
+def test_visitors_of_sm90(cooperative):
+    library = cuda_emulator.build_visitors("sm90")
+    for rows, features in ((200, 264), (256, 256), (1, 392)):
+        check_visitors_sm90(library, cooperative, rows, features)
+
+
 VISITOR_FAULTS = (
-    ("{p.gamma, 1.0f, {}}", "{p.bias, 1.0f, {}}"),
-    ("{p.gamma, 1.0f, {}}", "{p.gamma, 0.0f, {}}"),
-    ("{p.residual_stride, _1{}, 0}", "{p.features, _1{}, 0}"),
+    ("sm80", "{p.residual_stride, _1{}, 0}", "{p.features, _1{}, 0}"),
+    ("sm90", "{p.mean, 0.0f, {}}, {p.rstd, 0.0f, {}}", "{p.rstd, 0.0f, {}}, {p.mean, 0.0f, {}}"),
 )
 
 
-@pytest.mark.parametrize("old,new", VISITOR_FAULTS)
-def test_a_fault_of_the_visitors_is_found(old, new):
-    library = cuda_emulator.build_visitors("bfloat16_t", (old, new))
+@pytest.mark.parametrize("name,old,new", VISITOR_FAULTS)
+def test_a_fault_of_the_visitors_is_found(name, old, new):
+    library = cuda_emulator.build_visitors(name, replaced=(old, new))
     with pytest.raises(AssertionError):
-        check_visitors(library, torch.bfloat16)
+        if name == "sm80":
+            check_visitors(library, torch.bfloat16)
+        else:
+            check_visitors_sm90(library, False)
 
 
 def test_the_first_look_finds_faults(device, monkeypatch):
@@ -451,6 +490,12 @@ def test_reasons_of_devices(device):
     device(75)
     assert cutlass.reasons(x, weight) == ["bfloat16 products need a newer device"]
     assert cutlass.reasons(x.half(), weight.half()) == []
+
+
+def test_the_version_of_the_backend_tells_what_multiplies(backend, monkeypatch):
+    assert backend.version() == "products by CUTLASS"
+    monkeypatch.setattr(cutlass, "load", lambda: ("it is not built",))
+    assert backend.version() == "products by PyTorch: it is not built"
 
 
 def test_large_tiles_where_they_fill_the_chip():

@@ -226,11 +226,12 @@ def build_epilogue(replaced: tuple[str, str] = ("", "")) -> Path:
     return _make(folder / "epilogue.so", [*command, f"-I{folder}", str(EMULATOR / "cutlass_epilogue.cpp")])
 
 
-def build_visitors(element: str, replaced: tuple[str, str] = ("", "")) -> Path:
-    """The library of the visitor trees of ``linear_sm80.cu``, which g++ compiles with CUTLASS's headers and CUDA's.
+def build_visitors(name: str, element: str = "bfloat16_t", replaced: tuple[str, str] = ("", "")) -> Path:
+    """The library of the visitor trees of a file of csrc/cutlass, compiled by g++ with CUTLASS's headers and CUDA's.
 
     Args:
-        element: CUTLASS's name of the dtype, "bfloat16_t" or "half_t".
+        name: "sm80" or "sm90".
+        element: CUTLASS's name of the dtype, "bfloat16_t" or, of sm80, "half_t".
         replaced: (old, new) text of a mutant, which must occur.
     """
     from vit_fast.csrc import build
@@ -240,13 +241,13 @@ def build_visitors(element: str, replaced: tuple[str, str] = ("", "")) -> Path:
         pytest.skip(NO_CUTLASS)
     told = subprocess.run([*cuda.command, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     includes = re.findall(r'(?:-I|"-isystem" ")([^"]+)"', "".join(re.findall(r"INCLUDES=.*", told)))
-    source = (CUTLASS / "linear_sm80.cu").read_text()
-    begin, end = source.index("namespace vf {"), source.index("template <class Arch, class Kind> struct Product")
-    source = source[begin:end] + "}  // namespace\n}  // namespace vf\n"
-    assert replaced[0] in source, f"linear_sm80.cu has no {replaced[0]!r}"
+    source = (CUTLASS / f"linear_{name}.cu").read_text()
+    begin, end = source.index("namespace vf {"), re.search(r"^template <.*> struct Product", source, re.MULTILINE)
+    source = source[begin : end.start()] + "}  // namespace\n}  // namespace vf\n"
+    assert replaced[0] in source, f"linear_{name}.cu has no {replaced[0]!r}"
     if replaced[0]:
         source = source.replace(*replaced)
-    host, entry = EMULATOR / "cutlass_host", EMULATOR / "cutlass_visitors.cpp"
+    host, entry = EMULATOR / "cutlass_host", EMULATOR / f"cutlass_visitors_{name}.cpp"
     # -fpermissive: templates that nothing instantiates call functions of CUDA that g++ does not know.
     command = [
         compiler,
@@ -265,5 +266,5 @@ def build_visitors(element: str, replaced: tuple[str, str] = ("", "")) -> Path:
         digest.update(path.read_bytes())
     folder = BUILD / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "visitors_sm80.h").write_text(source)
+    (folder / "visitors.h").write_text(source)
     return _make(folder / "visitors.so", [*command, f"-I{folder}", str(entry)])

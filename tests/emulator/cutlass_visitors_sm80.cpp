@@ -1,5 +1,5 @@
 // The visitor trees of csrc/cutlass/linear_sm80.cu on the host: CUTLASS's own visitors, thread by thread, with the sums of a
-// product given. visitors_sm80.h is the part of that file from its types to its trees (support/cuda_emulator.py cuts it).
+// product given. visitors.h is the part of that file from its types to its trees (support/cuda_emulator.py cuts it).
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/threadblock/default_thread_map_tensor_op.h"
 #include "cutlass/functional.h"
@@ -11,7 +11,7 @@
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
 #include "functors.h"
 #include "linear.h"
-#include "visitors_sm80.h"
+#include "visitors.h"
 
 namespace vf {
 namespace {
