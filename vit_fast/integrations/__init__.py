@@ -78,9 +78,10 @@ class Fused(Swapped, Fusible):
         return self.not_fused() is None
 
 
-def stacks_of(module: Any) -> list[nn.Module]:
+def stacks_of(module: nn.Module) -> list[nn.Module]:
     """The stacks of blocks that a module of an optimised model runs as a whole."""
-    return [module.stack(module)] if isinstance(module, Swapped) and hasattr(module, "stack") else []
+    stack: Any = getattr(type(module), "stack", None)
+    return [stack(module)] if isinstance(module, Swapped) and stack is not None else []
 
 
 def unknown_submodules(module: nn.Module, fast: type[Fused]) -> list[str]:
