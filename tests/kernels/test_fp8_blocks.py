@@ -20,6 +20,7 @@ from support.prepared_blocks import EPS, HEADS, SCALE, block, formula, normalise
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from vit_fast.kernels import activation_names, configs, folding, reference
+from vit_fast.kernels.block_options import PLAIN
 
 import vit_fast
 from vit_fast import ops
@@ -321,7 +322,7 @@ def test_seven_launches_a_block(monkeypatch):
 @pytest.mark.interp
 def test_operator():
     weights = quantised([block(16, 24, "gelu", torch.float16)], "gelu")
-    arguments = (torch.randn(2, 5, 16).half(), weights, HEADS, SCALE, "gelu", *EPS, "triton")
+    arguments = (torch.randn(2, 5, 16).half(), weights, HEADS, SCALE, "gelu", *EPS, *PLAIN.flatten(), "triton")
     before = [weight.clone() for weight in weights]
     opcheck(torch.ops.vit_fast.fp8_blocks.default, arguments, test_utils=("test_faketensor",))
     # torch's own check of the schema multiplies every tensor by 2, and has no such kernel for e4m3.
@@ -332,7 +333,14 @@ def test_flops_are_counted():
     weights = [weight.to("meta") for weight in quantised([block(32, 64, "gelu", torch.float16)] * 2, "gelu")]
     with FlopCounterMode(display=False) as counter:
         torch.ops.vit_fast.fp8_blocks(
-            torch.empty(2, 5, 32, dtype=torch.float16, device="meta"), weights, HEADS, SCALE, "gelu", *EPS, "triton"
+            torch.empty(2, 5, 32, dtype=torch.float16, device="meta"),
+            weights,
+            HEADS,
+            SCALE,
+            "gelu",
+            *EPS,
+            *PLAIN.flatten(),
+            "triton",
         )
     matrices = 2 * 10 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
     assert counter.get_total_flops() == 2 * (matrices + 4 * 2 * 5 * 5 * 32)

@@ -13,6 +13,7 @@ from support.prepared_blocks import EPS, HEADS, SCALE, block, formula, prepared
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from vit_fast.kernels import folding, reference
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
 import vit_fast
 from vit_fast import ops
@@ -79,6 +80,94 @@ def test_kernels_are_within_the_budget_of_eager(shape, hidden, activation, layou
     assert_within_budget(halves[1], reference.prepared_blocks(x, weights, *words), golden, kind="model")
 
 
+def options(tokens, size, dtype):
+    """Options of stacks by name; a head is ``size`` wide."""
+
+    def norm(bias):
+        return 1 + 0.3 * torch.randn(size).to(dtype), torch.randn(size).to(dtype) if bias else None, 1e-4
+
+    def tables(rows, *heads):
+        angles = torch.randn(*heads, rows, size)
+        return angles.cos(), angles.sin()
+
+    return {
+        "RMSNorm": BlockOptions(norm="rms"),
+        "inner norms": BlockOptions(out_eps=1e-5, hidden_eps=1e-4, hidden_features=40),
+        "inner RMSNorms": BlockOptions(norm="rms", out_eps=1e-5, hidden_eps=1e-4, hidden_features=40),
+        "qk-norm": BlockOptions(q_norm=norm(True), k_norm=norm(False)),
+        "rope": BlockOptions(rope=tables(tokens - 1), num_prefix=1),
+        "interleaved": BlockOptions(rope=tables(tokens, HEADS), rope_layout="interleaved"),
+        "bias": BlockOptions(bias=torch.randn(1, HEADS, tokens, tokens).to(dtype)),
+        "lengths": BlockOptions(key_lengths=torch.tensor([tokens, 3])),
+    }
+
+
+OPTIONS = tuple(options(2, 2, torch.float32))
+
+
+def with_options(name, width, hidden, dtype):
+    """x, folded weights and options of two blocks."""
+    chosen = options(9, width // HEADS, dtype)[name]
+    inside = {}
+    if chosen.out_eps is not None:
+        inside = dict(
+            out_norm=(1 + 0.3 * torch.randn(width).to(dtype), torch.randn(width).to(dtype)),
+            inner_norm=(1 + 0.3 * torch.randn(hidden).to(dtype), None),
+        )
+    blocks = [block(width, hidden, "gelu", dtype) for _ in range(2)]
+    weights = [folding.prepare_block(*parts, norm=chosen.norm, **inside) for parts in blocks]
+    return torch.randn(2, 9, width).to(dtype) + 1, blocks, inside, folding.flatten(weights), chosen
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_folds_with_options_are_algebra(name):
+    x, blocks, inside, weights, chosen = with_options(name, 24, 40, torch.float64)
+    actual = ops.prepared_blocks(x, weights, HEADS, SCALE, "gelu", *EPS, chosen)
+    y, kind = x, chosen.norm
+    for norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2 in blocks:
+        packed = reference.layer_norm_linear(y, *norm1, EPS[0], *qkv, norm=kind)
+        out = reference.attention(packed, HEADS, SCALE, **chosen.of_attention())
+        out_norm = (*inside["out_norm"], chosen.out_eps) if inside else None
+        y = reference.linear_residual(out, *proj, gamma1, y, inner_norm=out_norm, norm=kind)
+        hidden_norm = (*inside["inner_norm"], chosen.hidden_eps) if inside else None
+        y = reference.layernorm_mlp(
+            y, *norm2, EPS[1], *fc1, *fc2, "gelu", gamma2, norm=kind, inner_norm=hidden_norm
+        )  # fmt: skip
+    torch.testing.assert_close(actual, y, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(actual, ops.prepared_blocks(x, weights, HEADS, SCALE, "gelu", *EPS))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=("bfloat16", "float64"))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kernels_with_options_are_within_the_budget_of_eager(name, dtype):
+    x, _, _, weights, chosen = with_options(name, 32, 40, dtype)
+    words = (HEADS, SCALE, "gelu", *EPS)
+    with vit_fast.backend("triton"):
+        out = ops.prepared_blocks(x, weights, *words, chosen)
+    wide = BlockOptions.unflatten(
+        [
+            value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for value in chosen.flatten()
+        ]
+    )
+    golden = reference.prepared_blocks(x.double(), [weight.double() for weight in weights], *words, wide)
+    assert_within_budget(out, reference.prepared_blocks(x, weights, *words, chosen), golden, kind="model")
+
+
+def test_bad_options():
+    x, weights = torch.zeros(2, 5, 16).half(), prepared([block(16, 24, "gelu", torch.float16)])
+    for options, message in (
+        (BlockOptions(norm="batch"), "prepared_blocks: norm is 'batch', expected one of layer, rms"),
+        (BlockOptions(rope=(torch.zeros(4, 8), torch.zeros(4, 8))), r"rope cos has shape \[4, 8\], expected \[5, 8\]"),
+        (BlockOptions(bias=torch.zeros(5, 5)), r"bias has 2 dimensions \[5, 5\], expected 4"),
+        (BlockOptions(q_norm=(torch.ones(16), None, 1e-6)), "q_norm weight has 16 elements, expected 8"),
+        (BlockOptions(key_lengths=torch.tensor([1])), "key_lengths has 1 elements, expected 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.prepared_blocks(x, weights, HEADS, SCALE, "gelu", *EPS, options)
+
+
 @pytest.mark.interp
 def test_five_launches_a_block_and_one_in_front(monkeypatch):
     names, launch = [], sanitizer._Launch
@@ -93,7 +182,7 @@ def test_five_launches_a_block_and_one_in_front(monkeypatch):
 @pytest.mark.interp
 def test_operator():
     weights = prepared([block(16, 24, "gelu", torch.float16)])
-    arguments = (torch.randn(2, 5, 16).half(), weights, HEADS, SCALE, "gelu", *EPS, "triton")
+    arguments = (torch.randn(2, 5, 16).half(), weights, HEADS, SCALE, "gelu", *EPS, *PLAIN.flatten(), "triton")
     opcheck(torch.ops.vit_fast.prepared_blocks.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -101,8 +190,9 @@ def test_flops_are_counted():
     weights = [weight.to("meta") for weight in prepared([block(32, 64, "gelu", torch.float16)] * 2)]
     with FlopCounterMode(display=False) as counter:
         torch.ops.vit_fast.prepared_blocks(
-            torch.empty(2, 5, 32, dtype=torch.float16, device="meta"), weights, HEADS, SCALE, "gelu", *EPS, "triton"
-        )
+            torch.empty(2, 5, 32, dtype=torch.float16, device="meta"), weights, HEADS, SCALE, "gelu", *EPS,
+            *PLAIN.flatten(), "triton",
+        )  # fmt: skip
     matrices = 2 * 10 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
     assert counter.get_total_flops() == 2 * (matrices + 4 * 2 * 5 * 5 * 32)
 

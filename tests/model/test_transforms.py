@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from support.families import family, first
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from vit_fast.kernels.block_options import PLAIN
 
 import vit_fast
 from vit_fast import ops
@@ -200,7 +201,7 @@ def test_graphs_made_outside_of_a_transform():
         jvp(operator, (x,), (x,))
     weights = [torch.ones(1)] * 10
     with fwad.dual_level(), pytest.raises(vit_fast.UnsupportedError, match="prepared_blocks: a recorded graph"):
-        torch.ops.vit_fast.prepared_blocks(x, weights, 2, 1.0, "gelu", 0.0, 0.0, "triton")
+        torch.ops.vit_fast.prepared_blocks(x, weights, 2, 1.0, "gelu", 0.0, 0.0, *PLAIN.flatten(), "triton")
 
 
 @pytest.mark.interp
