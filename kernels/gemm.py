@@ -173,9 +173,11 @@ def _store_tile(
     in_rows, in_columns = row < rows, column < out_features
     mask = in_rows[:, None] & in_columns[None, :]
     acc = _affine(acc, mean, rstd, norm, vectors, 0, column, in_columns, ACC)
-    acc = activate(acc, ACTIVATION, EXACT)
-    if value is not None:
-        acc *= _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
+    if value is None:
+        acc = activate(acc, ACTIVATION, EXACT)
+    else:
+        value = _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
+        acc = activate(acc, ACTIVATION, EXACT) * value
     if vectors.gamma_ptr is not None:
         acc *= tl.load(vectors.gamma_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
     if vectors.row_scale_ptr is not None:
