@@ -2,8 +2,9 @@
 are there without timm installed. ``tests/support/pretrained_cfgs.py`` writes the file from timm.
 
 ``pretrained_cfgs.json``: "timm", the version it was made from; "fields", the names an entry may have; "defaults", the
-values of fields that an entry leaves out; "common", what all entries of "models" share; "models", name → tag → the
-rest, the default tag first. As in timm, a hub id "timm/" stands for timm/<name>.<tag>.
+values of fields that an entry leaves out; "common", the values that most entries of "models" have; "modules", timm's
+modules of the ViT family → their model names; "models", name → tag → the rest, the default tag first (an empty tag: the
+name has none). As in timm, a hub id "timm/" stands for timm/<name>.<tag>.
 """
 
 import difflib
@@ -27,6 +28,12 @@ def tags(name: str) -> list[str]:
     return list(_data()["models"].get(name, ()))
 
 
+@functools.cache
+def modules() -> dict[str, str]:
+    """Name → timm's module, of every model of timm's ViT family."""
+    return {name: module for module, names in _data()["modules"].items() for name in names}
+
+
 def has_source(cfg: Mapping[str, Any]) -> bool:
     """Whether a ``pretrained_cfg`` names a source of weights or holds them."""
     return any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict"))
@@ -45,7 +52,7 @@ def _from_table(name: str, tag: str | None) -> dict[str, Any]:
             f"vit_fast.create_model: unknown tag {tag!r} of {name!r}; near: {', '.join(near)} "
             f"(timm {_data()['timm']}; pretrained_cfg takes the dict of another)"
         )
-    cfg = {"architecture": name, "tag": tag, **_data()["common"], **known[tag]}
+    cfg = {"architecture": name, "tag": tag or None, **_data()["common"], **known[tag]}
     if cfg.get("hf_hub_id") == "timm/":
         cfg["hf_hub_id"] = f"timm/{cfg['architecture']}.{tag}"
     return cfg

@@ -1,7 +1,7 @@
-"""Model names and their presets as data; the names and the arguments are timm's.
+"""``create_model`` and ``list_models``: models by their timm names and tags.
 
-A preset of ``VisionTransformer`` holds the architecture alone. Image size, classes, mean and std come from the
-``pretrained_cfg`` of the name and tag, as in timm.
+The architectures of ``presets`` are built here. The other names of timm's ViT family are built by timm and then
+optimised (``timm_models``).
 """
 
 import difflib
@@ -9,144 +9,17 @@ import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from . import pretrained_cfg as cfgs
+from . import timm_models
 from .checkpoints import WeightsError, hub, load_checkpoint
 from .features import FeatureGetterNet
 from .kernels.arguments import UnsupportedError
+from .presets import PRESETS
 from .vit import VisionTransformer
-
-_WIDTHS: dict[str, dict[str, Any]] = {
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
-    "xsmall": dict(embed_dim=256, depth=10, num_heads=4),
-    "small": dict(embed_dim=384, depth=12, num_heads=6),
-    "medium": dict(embed_dim=512, depth=12, num_heads=8),
-    "betwixt": dict(embed_dim=640, depth=12, num_heads=10),
-    "base": dict(embed_dim=768, depth=12, num_heads=12),
-    "base_plus": dict(embed_dim=896, depth=12, num_heads=14),
-    "large": dict(embed_dim=1024, depth=24, num_heads=16),
-    "so400m": dict(embed_dim=1152, depth=27, num_heads=16, mlp_ratio=3.7362),
-    "huge": dict(embed_dim=1280, depth=32, num_heads=16),
-    "giant": dict(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
-    "giantopt": dict(embed_dim=1536, depth=40, num_heads=16),
-    "gigantic": dict(embed_dim=1664, depth=48, num_heads=16, mlp_ratio=64 / 13),
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A name's keyword arguments, and how to build it: ``build(**arguments)``."""
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-    build: Callable[..., nn.Module] = VisionTransformer
-
-
-PRESETS: dict[str, Preset] = {}
-
-
-def register(name: str, build: Callable[..., nn.Module] = VisionTransformer, **arguments: Any) -> None:
-    """Adds a preset under a name that ``create_model`` and ``list_models`` then know."""
-    PRESETS[name] = Preset(arguments, build)
-
-
-def _register_plain() -> None:
-    """vit_<width>_patch<P>_<image>."""
-    sizes = {
-        "tiny": ((16, 224), (16, 384)),
-        "small": ((8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
-        "base": ((8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
-        "large": ((14, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
-        "huge": ((14, 224),),
-        "giant": ((14, 224),),
-        "gigantic": ((14, 224),),
-    }
-    for width, pairs in sizes.items():
-        for patch, image in pairs:
-            register(f"vit_{width}_patch{patch}_{image}", patch_size=patch, **_WIDTHS[width])
-
-
-def _register_clip() -> None:
-    """vit_<width>_patch<P>_clip_[quickgelu_]<image>: pre-norm towers."""
-    sizes = {
-        "xsmall": ((16, 224),),
-        "medium": ((16, 224), (32, 224)),
-        "betwixt": ((32, 224),),
-        "base": ((16, 224), (16, 384), (32, 224), (32, 256), (32, 384), (32, 448)),
-        "large": ((14, 224), (14, 336)),
-        "huge": ((14, 224), (14, 336), (14, 378)),
-        "giant": ((14, 224),),
-        "gigantic": ((14, 224), (14, 378)),
-    }
-    quick: tuple[str, ...] = ("base_patch16_224", "base_patch32_224", "large_patch14_224", "large_patch14_336")
-    quick += ("huge_patch14_224", "huge_patch14_378", "gigantic_patch14_224")
-    common: dict[str, Any] = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
-    for width, pairs in sizes.items():
-        for patch, image in pairs:
-            kwargs = dict(common, patch_size=patch, **_WIDTHS[width])
-            if f"{width}_patch{patch}_{image}" in quick:
-                register(f"vit_{width}_patch{patch}_clip_quickgelu_{image}", **kwargs, act_layer="quick_gelu")
-            register(f"vit_{width}_patch{patch}_clip_{image}", **kwargs)
-    register("vit_base_patch16_plus_clip_240", **common, patch_size=16, **_WIDTHS["base_plus"])
-
-
-def _register_dinov2() -> None:
-    """vit_<width>_patch14[_reg4]_dinov2."""
-    giant: dict[str, Any] = dict(embed_dim=1536, depth=40, num_heads=24, mlp_ratio=5.33334, mlp_layer="swiglu")
-    for width in ("small", "base", "large", "giant"):
-        kwargs: dict[str, Any] = dict(patch_size=14, init_values=1e-5)
-        kwargs |= giant if width == "giant" else _WIDTHS[width]
-        register(f"vit_{width}_patch14_dinov2", **kwargs)
-        register(f"vit_{width}_patch14_reg4_dinov2", reg_tokens=4, no_embed_class=True, **kwargs)
-
-
-def _register_siglip() -> None:
-    """vit_<width>_patch<P>_siglip_[gap_]<image>: no class token, MAP or average pooling."""
-    sizes = {
-        "base": ((16, 224), (16, 256), (16, 384), (16, 512), (32, 256)),
-        "large": ((16, 256), (16, 384), (16, 512)),
-        "so400m": ((14, 224), (14, 378), (14, 384), (16, 256), (16, 384), (16, 512)),
-        "giantopt": ((16, 256), (16, 384)),
-    }
-    tanh = {"base_patch32_256", "large_patch16_512", "giantopt_patch16_256", "giantopt_patch16_384"}
-    tanh |= {"so400m_patch16_256", "so400m_patch16_384", "so400m_patch16_512"}
-    gap_only = {"so400m": ((14, 448), (14, 896))}
-    for width, pairs in sizes.items():
-        for patch, image in pairs + gap_only.get(width, ()):
-            kwargs: dict[str, Any] = dict(patch_size=patch, class_token=False, **_WIDTHS[width])
-            if f"{width}_patch{patch}_{image}" in tanh:
-                kwargs["act_layer"] = "gelu_tanh"
-            if (patch, image) in pairs:
-                register(f"vit_{width}_patch{patch}_siglip_{image}", global_pool="map", **kwargs)
-            kwargs |= dict(global_pool="avg", fc_norm=False)
-            register(f"vit_{width}_patch{patch}_siglip_gap_{image}", **kwargs)
-
-
-def _register_pooled() -> None:
-    """Towers without a class token that average their tokens, with and without registers."""
-    gap: dict[str, Any] = dict(class_token=False, global_pool="avg")
-    plain_gap = dict(gap, fc_norm=False)
-    for name, patch, width in (
-        ("base_patch16_gap_224", 16, dict(_WIDTHS["base"], num_heads=16)),
-        ("huge_patch14_gap_224", 14, _WIDTHS["huge"]),
-        ("huge_patch16_gap_448", 16, _WIDTHS["huge"]),
-        ("giant_patch16_gap_224", 16, _WIDTHS["giant"]),
-    ):
-        register(f"vit_{name}", patch_size=patch, **plain_gap, **width)
-    register(
-        "vit_base_patch16_reg4_gap_256", patch_size=16, reg_tokens=4, no_embed_class=True, **gap, **_WIDTHS["base"]
-    )
-    so150m: dict[str, Any] = dict(embed_dim=896, depth=18, num_heads=14, mlp_ratio=2.572)
-    for image in (256, 384):
-        register(f"vit_so150m_patch16_reg4_gap_{image}", patch_size=16, reg_tokens=4, **plain_gap, **so150m)
-
-
-for _family in (_register_plain, _register_clip, _register_dinov2, _register_siglip, _register_pooled):
-    _family()
 
 
 def _patterns(argument: str, value: str | Iterable[str]) -> list[str]:
@@ -162,10 +35,16 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _module(name: str) -> str:
-    """timm's module of a name: "vision_transformer", or the family of ``vit_fast.systems``."""
-    build = PRESETS[name].build
-    return "vision_transformer" if build is VisionTransformer else build.__module__.rsplit(".", 1)[-1]
+def names() -> list[str]:
+    """Every name that ``create_model`` knows, without tags."""
+    return list(dict.fromkeys((*PRESETS, *cfgs.modules())))
+
+
+def module_of(name: str) -> str:
+    """timm's module of a name ("vision_transformer", "eva", ...), or the family of ``vit_fast.systems``."""
+    if name not in PRESETS or PRESETS[name].build is VisionTransformer:
+        return cfgs.modules().get(name, "vision_transformer")
+    return PRESETS[name].build.__module__.rsplit(".", 1)[-1]
 
 
 def list_models(
@@ -180,7 +59,7 @@ def list_models(
 
     Args:
         filter: a shell pattern such as "*dinov2*", or several, of which one has to match.
-        module: "vision_transformer" or a family of ``vit_fast.systems``, or several.
+        module: a module of timm ("vision_transformer", "eva", ...) or a family of ``vit_fast.systems``, or several.
         pretrained: only names with published weights, with their tags.
         exclude_filters: patterns of names to leave out.
         name_matches_cfg: only names that timm has.
@@ -193,8 +72,8 @@ def list_models(
     modules = _patterns("module", module)
     include_tags = pretrained if include_tags is None else include_tags
     pairs = []  # (name, tag or "", the text that patterns are matched against)
-    for name in PRESETS:
-        if not modules or _module(name) in modules:
+    for name in names():
+        if not modules or module_of(name) in modules:
             chosen = (cfgs.tags(name) or [""]) if include_tags else [""]
             pairs += [(name, tag, f"{name}.{tag}" if tag else name) for tag in chosen]
 
@@ -230,17 +109,17 @@ def _check_arguments(name: str, build: Callable[..., nn.Module], arguments: Iter
             raise TypeError(f"vit_fast.create_model: unknown argument {argument!r} for {name!r}{hint}")
 
 
-def _known(name: str, asked_for: str) -> Preset:
-    """The preset of a name without a tag."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.5)
+def _check_name(name: str, asked_for: str) -> None:
+    """``ValueError`` for a name, without a tag, that is not known; the nearest ones are named."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         if any(sign in asked_for for sign in "/\\:") and not asked_for.startswith(hub.SOURCES):
             hint += f"; of the Hugging Face hub: 'hf-hub:{asked_for}', of a folder: 'local-dir:{asked_for}'"
         raise ValueError(
             f"vit_fast.create_model: unknown model {asked_for!r}{hint}; vit_fast.list_models() has them all"
         )
-    return PRESETS[name]
 
 
 def _arguments_of(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,14 +165,16 @@ def create_model(
         features_only: the model as a ``FeatureGetterNet``, whose output is the list of feature maps after chosen
             blocks; the blocks behind the last one, the norm and the head are left out.
         out_indices: those blocks: the last n or a list; default the last 3.
-        kwargs: arguments of ``VisionTransformer``, or of the family; they override the preset's. None
+        kwargs: arguments of ``VisionTransformer``, of the family or of timm's class; they override the preset's. None
             counts as not given.
     Returns:
-        the model, in training mode as timm's, with timm's ``pretrained_cfg``, also as ``default_cfg``.
+        the model, in training mode as timm's, with timm's ``pretrained_cfg``, also as ``default_cfg``: a
+        ``VisionTransformer``, a model of ``vit_fast.systems``, or, for the other names of timm's ViT family, timm's own
+        class, optimised (``vit_fast.optimize``).
     Raises:
         TypeError, ValueError: unknown name, tag or argument (the nearest ones are named), or bad values.
-        UnsupportedError: features_only of a family.
-        ImportError: weights or a config that need timm, where it is not installed.
+        UnsupportedError: features_only of a family, or a model of timm of which no block can run fused.
+        ImportError: weights, a config or a class that need timm, where it is not installed.
         WeightsError: weights that cannot be had or do not fit.
     """
     if not isinstance(name, str):
@@ -315,13 +196,7 @@ def create_model(
     else:
         base, _, tag = name.partition(".")
         pretrained_cfg = pretrained_cfg or tag or None
-    preset = _known(base, name)
-    of_vit = preset.build is VisionTransformer
-    if features_only and not of_vit:
-        raise UnsupportedError(
-            f"vit_fast.create_model: features_only is True, expected False, as {base!r} is no VisionTransformer"
-        )
-    _check_arguments(base, preset.build, arguments)
+    _check_name(base, name)
     cfg = cfgs.resolve(base, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not cfgs.has_source(cfg):
         others = [tag for tag in cfgs.tags(base) if cfgs.has_source(cfgs.resolve(base, tag))]
@@ -330,6 +205,16 @@ def create_model(
             f"vit_fast.create_model: pretrained is True, expected False, as timm has no weights of {name!r}{hint}; "
             "checkpoint_path takes a file"
         )
+    if base not in PRESETS:
+        features = dict(features_only=True, out_indices=out_indices) if features_only else {}
+        return timm_models.build(base, name, pretrained, checkpoint_path, cfg, cache_dir, features, arguments)
+    preset = PRESETS[base]
+    of_vit = preset.build is VisionTransformer
+    if features_only and not of_vit:
+        raise UnsupportedError(
+            f"vit_fast.create_model: features_only is True, expected False, as {base!r} is no VisionTransformer"
+        )
+    _check_arguments(base, preset.build, arguments)
     model: Any = preset.build(**{**preset.arguments, **(_arguments_of(cfg, arguments) if of_vit else {}), **arguments})
     if of_vit:
         cfg |= {key: getattr(model, key) for key in ("mean", "std") if key in arguments}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import vit_fast
-from vit_fast.registry import PRESETS
+from vit_fast.presets import PRESETS
 
 # name → smaller words, so that twelve families run in a minute; widths, heads, patches and options stay the family's.
 ARCHITECTURES = {

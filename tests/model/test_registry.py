@@ -11,10 +11,12 @@ from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
 import vit_fast
-from vit_fast.registry import PRESETS
+from vit_fast import pretrained_cfg
+from vit_fast.presets import PRESETS
 
 NAMES = [name for name, preset in PRESETS.items() if preset.build is vit_fast.VisionTransformer]
 OF_TIMM = [name for name in PRESETS if timm.is_model(name)]
+BUILT_BY_TIMM = [name for name in pretrained_cfg.modules() if name not in PRESETS]
 # A tower of a few numbers in the place of the published one.
 TINY = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=4)
 
@@ -184,7 +186,7 @@ LISTS = [
 
 @pytest.mark.parametrize("words", LISTS, ids=range(len(LISTS)))
 def test_lists_are_timms(words):
-    theirs = [n for n in timm.list_models(module="vision_transformer", **words) if n.partition(".")[0] in PRESETS]
+    theirs = timm.list_models(module="vision_transformer", **words)
     assert vit_fast.list_models(module="vision_transformer", **words) == theirs
     assert set(theirs) <= set(vit_fast.list_models(**words))
 
@@ -192,7 +194,7 @@ def test_lists_are_timms(words):
 def test_lists_of_families():
     assert vit_fast.list_models("*dino*", ["deit", "clip"]) == []
     assert set(vit_fast.list_models(module="deit")) > set(vit_fast.list_models("deit_*_distilled_*", "deit")) > set()
-    assert len(vit_fast.list_models()) == len(PRESETS)
+    assert len(vit_fast.list_models()) == len(PRESETS) + len(BUILT_BY_TIMM)
     everything = vit_fast.list_models()
     assert everything.index("vit_base_patch8_224") < everything.index("vit_base_patch16_224")
     assert not [name for name in vit_fast.list_models(name_matches_cfg=True) if not timm.is_model(name)]
@@ -275,3 +277,53 @@ def test_timm_is_named_where_it_is_needed(monkeypatch):
     with torch.device("meta"):
         model = vit_fast.create_model("vit_base_patch16_224.mae", depth=1)
     assert model.pretrained_cfg["crop_pct"] == 0.9 and vit_fast.list_models("*.openai", pretrained=True)
+
+
+# Names of timm's ViT family that timm builds.
+
+CHEAP = [
+    "beit_base_patch16_224", "eva02_tiny_patch14_224.mim_in22k", "vit_small_patch16_dinov3.lvd1689m",
+    "deit3_small_patch16_224", "vit_relpos_small_patch16_224", "naflexvit_base_patch16_gap", "vit_tiny_r_s16_p8_224", "samvit_base_patch16_224",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_models_built_by_timm_are_timms(name, no_download):
+    base, _, tag = name.partition(".")
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+        ours = vit_fast.create_model(name, pretrained=bool(tag))
+        few = vit_fast.create_model(name, num_classes=3)
+    assert isinstance(ours, type(theirs)) == (base not in PRESETS) and shapes(ours) == shapes(theirs)
+    assert ours.pretrained_cfg == theirs.pretrained_cfg and few.num_classes == 3
+    assert no_download == ([theirs.pretrained_cfg] if tag and base not in PRESETS else no_download)
+
+
+@torch.no_grad()
+def test_a_model_built_by_timm_computes_what_timms_does():
+    torch.manual_seed(0)
+    theirs = timm.create_model("eva02_tiny_patch14_224", depth=2, img_size=56).eval()
+    ours = vit_fast.create_model("eva02_tiny_patch14_224", depth=2, img_size=56).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    features = vit_fast.create_model(
+        "eva02_tiny_patch14_224", depth=2, img_size=56, features_only=True, out_indices=[1]
+    )
+    assert [f.shape for f in features(x)] == [(2, 192, 4, 4)]
+
+
+def test_errors_of_models_built_by_timm(tmp_path, monkeypatch):
+    name = "eva02_tiny_patch14_224"
+    with pytest.raises(TypeError, match=r"timm's 'eva02_tiny_patch14_224' does not take these arguments: .*nonsense"):
+        vit_fast.create_model(name, nonsense=1)
+    with pytest.raises(ValueError, match="unknown tag 'mim' of 'eva02_tiny_patch14_224'; near: mim_in22k"):
+        vit_fast.create_model(f"{name}.mim")
+    (tmp_path / "cut.safetensors").write_bytes(b"garbage")
+    with pytest.raises(vit_fast.WeightsError, match="weights of 'eva02_tiny_patch14_224' cannot be had through timm"):
+        vit_fast.create_model(name, checkpoint_path=str(tmp_path / "cut.safetensors"), depth=1)
+    with pytest.raises(ValueError, match=r"unknown model 'eva02_tiny'; near: .*eva02_tiny_patch14_224"):
+        vit_fast.create_model("eva02_tiny")
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ImportError, match="needs timm: pip install"):
+        vit_fast.create_model(name)

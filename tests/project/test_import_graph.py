@@ -21,7 +21,7 @@ LAYERS = (
     ("vit_fast.pos_embed", "vit_fast.patch_resize", "vit_fast.input_size", "vit_fast.pretrained_cfg"),
     ("vit_fast.plain", "vit_fast.layer_args", "vit_fast.block", "vit_fast.snapshot", "vit_fast.structure"),
     ("vit_fast.checkpoints",),
-    ("vit_fast.layers", "vit_fast.vit", "vit_fast.features", "vit_fast.registry"),
+    ("vit_fast.layers", "vit_fast.vit", "vit_fast.features", "vit_fast.presets"),
     ("vit_fast.systems",),
     ("vit_fast.integrations",),
     (
@@ -31,6 +31,7 @@ LAYERS = (
         "vit_fast.cuda_graphs",
         "vit_fast.certificate",
     ),
+    ("vit_fast.timm_models", "vit_fast.registry"),
     ("vit_fast.diagnosis",),
     ("vit_fast",),
     ("vit_fast.bench",),

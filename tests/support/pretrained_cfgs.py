@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import timm
 import torch
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 
-from vit_fast.registry import PRESETS
+from vit_fast.presets import PRESETS
 
+# timm's modules whose models are transformers with one width and one grid of tokens throughout.
+MODULES = (
+    "beit", "cait", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer",
+    "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin",
+)  # fmt: skip
 FILE = Path(__file__).parents[2] / "vit_fast" / "pretrained_cfgs.json"
 
 
@@ -29,14 +35,16 @@ def cfgs_of_timm(name) -> dict[str, dict]:
 
 def table() -> dict:
     """The contents of the file."""
-    models = {name: cfgs_of_timm(name) for name in sorted(PRESETS) if timm.is_model(name)}
+    modules = {module: sorted(timm.list_models(module=module)) for module in MODULES}
+    names = {name for names in modules.values() for name in names} | {name for name in PRESETS if timm.is_model(name)}
+    models = {name: cfgs_of_timm(name) for name in sorted(names)}
     defaults = PretrainedCfg().to_dict()
     rows = [cfg for cfgs in models.values() for cfg in cfgs.values()]
-    common = {
-        field: value
-        for field, value in rows[0].items()
-        if value != defaults.get(field) and all(row.get(field) == value for row in rows)
-    }
+    common = {}
+    for field in rows[0]:
+        value, count = Counter(json.dumps(row.get(field)) for row in rows).most_common(1)[0]
+        if count > len(rows) // 2 and json.loads(value) != defaults.get(field):
+            common[field] = json.loads(value)
     given = {**defaults, **common}
     for name, cfgs in models.items():
         for tag, cfg in cfgs.items():
@@ -47,7 +55,8 @@ def table() -> dict:
                 row["hf_hub_id"] = "timm/"
             cfgs[tag] = row
     fields = [field.name for field in dataclasses.fields(PretrainedCfg)]
-    return {"timm": timm.__version__, "fields": fields, "defaults": defaults, "common": common, "models": models}
+    head = {"timm": timm.__version__, "fields": fields, "defaults": defaults, "common": common, "modules": modules}
+    return head | {"models": models}
 
 
 def text(contents) -> str:

@@ -16,7 +16,8 @@ _SHAPING_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _import_timm(what: str) -> Any:
+def import_timm(what: str) -> Any:
+    """The module timm; ImportError where it is not installed, naming ``what`` needs it."""
     try:
         import timm
     except ImportError as error:
@@ -35,7 +36,7 @@ def config_of(name: str, cache_dir: str | None = None) -> tuple[dict[str, Any], 
         ImportError: timm is not installed, or too old to read folders.
         WeightsError: there is no such config, or it cannot be downloaded.
     """
-    hub = _import_timm(repr(name)).models._hub
+    hub = import_timm(repr(name)).models._hub
     source, _, place = name.partition(":")
     reader = "load_model_config_from_path" if source == "local-dir" else "load_model_config_from_hf"
     if not hasattr(hub, reader):
@@ -70,7 +71,7 @@ def load_pretrained(
         ImportError: timm is not installed.
         WeightsError: timm has no such weights, or they cannot be downloaded.
     """
-    timm = _import_timm("pretrained=True")
+    timm = import_timm("pretrained=True")
     known = {key: arguments[key] for key in _SHAPING_ARGUMENTS if key in arguments}
     if cache_dir is not None:
         known["cache_dir"] = cache_dir

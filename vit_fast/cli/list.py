@@ -13,18 +13,12 @@ from .output import show_table
 _COLUMNS = ("name", "family", "input", "classes", "parameters", "trainable")
 
 
-def _family(name):
-    """The file that builds a name: "vit" for the library's own class, else the family of vit_fast.systems."""
-    from vit_fast.registry import PRESETS
-
-    return PRESETS[name].build.__module__.rsplit(".", 1)[-1]
-
-
 def _row(name, num_classes):
     """The columns of a name; nothing is allocated."""
     import torch
 
     import vit_fast
+    from vit_fast.registry import module_of
 
     with torch.device("meta"):
         try:
@@ -36,7 +30,7 @@ def _row(name, num_classes):
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return (
         name,
-        _family(name),
+        module_of(name),
         "×".join(str(size) for size in facts["input_size"]) if "input_size" in facts else "-",
         str(facts.get("num_classes", "-")),
         f"{sum(count for count, _ in counts):,}",
@@ -46,11 +40,11 @@ def _row(name, num_classes):
 
 def _matches(pattern):
     """The names that match a shell pattern, or that contain a text without wildcards."""
-    from vit_fast.registry import PRESETS
+    from vit_fast.registry import names
 
     if not any(character in pattern for character in "*?["):
         pattern = f"*{pattern}*"
-    return sorted(fnmatch.filter(PRESETS, pattern))
+    return sorted(fnmatch.filter(names(), pattern))
 
 
 def list_models(
@@ -65,19 +59,21 @@ def list_models(
     """Print the names of the models, one a line."""
     if num_classes is not None and not long:
         raise CommandError("--num-classes is given without --long, which counts with it")
+    from vit_fast.registry import module_of
+
     names, known = _matches(pattern), _matches("*")
-    counts = Counter(map(_family, known))
+    counts = Counter(map(module_of, known))
     if family is not None:
         if family not in counts:
             raise CommandError(f"--family is {family!r}, expected one of {', '.join(sorted(counts))}")
-        names = [name for name in names if _family(name) == family]
+        names = [name for name in names if module_of(name) == family]
     if not names:
         near = ", ".join(difflib.get_close_matches(pattern.strip("*"), known, n=5, cutoff=0.5))
         of = f" of family {family}" if family else ""
         raise CommandError(f"no model{of} matches {pattern!r}{near and '; near: ' + near}")
     if families:
-        for name, count in sorted(Counter(map(_family, names)).items()):
-            print(f"{name:<12} {count}")
+        for name, count in sorted(Counter(map(module_of, names)).items()):
+            print(f"{name:<26} {count}")
     elif long:
         show_table(_COLUMNS, [_row(name, num_classes) for name in names], text=("family", "input"))
     else:

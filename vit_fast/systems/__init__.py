@@ -15,7 +15,7 @@ models of ``vit_fast.create_model`` too. Every ``load`` resizes position tables 
 """
 
 from vit_fast.pos_embed import resize_pos_embed
-from vit_fast.registry import register
+from vit_fast.presets import register
 
 from . import clip, clip_reid, deit, hybrid, lanl, scratch, t2t
 
