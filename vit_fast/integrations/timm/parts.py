@@ -358,12 +358,16 @@ class TimmBlock(Fused):
 
 
 class PreNormBlock(TimmBlock):
+    """x + drop_path1(gamma1·attn(norm1(x))), then the same with the MLP."""
+
     def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
         x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
         return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], drops[2])
 
 
 class PostNormBlock(TimmBlock):
+    """x + drop_path1(norm1(attn(x))), then the same with the MLP."""
+
     def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
         attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
         q, k, v, gate = project(attn, x, None)
