@@ -95,7 +95,7 @@ def architecture_row(architecture: Architecture, created_tags: int | None = None
 
 
 def _is_created(tag: str) -> bool:
-    """Whether ``vit_fast.create_model`` builds the model of a pretrained tag, with two blocks where it takes a depth."""
+    """Whether ``vit_fast.create_model`` builds the model of a tag, with two blocks where it takes a depth."""
     arguments: tuple[dict[str, Any], ...] = (dict(depth=2), {})
     for kwargs in arguments:
         with torch.device("meta"), contextlib.suppress(TypeError, ValueError, AssertionError, UnsupportedError):
