@@ -4,6 +4,7 @@
 ``docs/coverage/``; ``vit-fast coverage --library NAME`` prints them anew.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -94,13 +95,13 @@ def architecture_row(architecture: Architecture, created_tags: int | None = None
 
 
 def _is_created(tag: str) -> bool:
-    """Whether ``vit_fast.create_model`` builds the model of a pretrained tag."""
-    with torch.device("meta"):
-        try:
-            create_model(tag)
-        except (TypeError, ValueError, UnsupportedError):
-            return False
-    return True
+    """Whether ``vit_fast.create_model`` builds the model of a tag, with two blocks where it takes a depth."""
+    arguments: tuple[dict[str, Any], ...] = (dict(depth=2), {})
+    for kwargs in arguments:
+        with torch.device("meta"), contextlib.suppress(TypeError, ValueError, AssertionError, UnsupportedError):
+            create_model(tag, **kwargs)
+            return True
+    return False
 
 
 def as_csv(rows: Sequence[ArchitectureRow]) -> str:

@@ -122,6 +122,8 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
         part: Any = module
         for key in path:
             part = part._modules.get(key)
+        if part is None and NoneType in classes:
+            continue
         reason = _why_not_plain(part, classes, ignores)
         if reason is not None:
             return f"{name} {reason}"

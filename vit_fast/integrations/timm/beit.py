@@ -18,6 +18,8 @@ from .parts import DROP_PATHS, MLP, NORMS, SCALES, PostNormBlock, PreNormBlock, 
 
 
 class FastBeitBlock(PreNormBlock, beit.Block):
+    """Pre-norm block; the bias is that of its own table, of one that the blocks share, or the sum of both."""
+
     ARGUMENTS = ("shared_rel_pos_bias",)
     BIAS = "shared_rel_pos_bias"
     SUBMODULES = submodules(

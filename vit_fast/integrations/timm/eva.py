@@ -39,6 +39,8 @@ _PARTS = dict(
 
 
 class FastEvaBlock(PreNormBlock, eva.EvaBlock):
+    """Pre-norm block; ``rope`` is timm's table of sines and cosines, [N, 2D] or broadcast to [B, H, N, 2D]."""
+
     ARGUMENTS = ("rope", "attn_mask", "is_causal")
     SUBMODULES = submodules(**_PARTS)
     gamma_1: Any
@@ -49,6 +51,8 @@ class FastEvaBlock(PreNormBlock, eva.EvaBlock):
 
 
 class FastEvaBlockPostNorm(PostNormBlock, eva.EvaBlockPostNorm):
+    """Post-norm block; ``rope`` as in ``FastEvaBlock``."""
+
     ARGUMENTS = ("rope", "attn_mask", "is_causal")
     SUBMODULES = submodules(**_PARTS)
 
@@ -65,6 +69,8 @@ except ImportError:  # older timm has none
 else:
 
     class FastDeepseekVitBlock(PreNormBlock, DeepseekVitBlock):
+        """Pre-norm block with RMSNorm; ``rope`` as in ``FastEvaBlock``."""
+
         ARGUMENTS = ("rope",)
         SUBMODULES = submodules(**_PARTS)
 

@@ -361,6 +361,8 @@ class TimmBlock(Fused):
 
 
 class PreNormBlock(TimmBlock):
+    """x + drop_path1(gamma1·attn(norm1(x))), then the same with the MLP."""
+
     RUNS_PREPARED = True
 
     def not_folded(self) -> str | None:
@@ -422,6 +424,8 @@ class PreNormBlock(TimmBlock):
 
 
 class PostNormBlock(TimmBlock):
+    """x + drop_path1(norm1(attn(x))), then the same with the MLP."""
+
     def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
         attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
         q, k, v, gate = project(attn, x, None)

@@ -46,6 +46,8 @@ _ATTENTION_PARTS = attention_submodules(*_ATTENTION, norm=NORM_OR_NONE, gate=OPT
 
 
 class FastBlock(PreNormBlock, vit.Block):
+    """timm's pre-norm block with any of its attentions, MLPs and norms."""
+
     STACKABLE = True
     SUBMODULES = submodules(
         norm1=NORMS,
@@ -63,13 +65,15 @@ class FastBlock(PreNormBlock, vit.Block):
 
 
 class FastResPostBlock(PostNormBlock, vit.ResPostBlock):
+    """timm's post-norm block, whose norms start as LayerScale."""
+
     SUBMODULES = submodules(
         **_ATTENTION_PARTS, norm1=NORMS, drop_path1=DROP_PATHS, **MLP, norm2=NORMS, drop_path2=DROP_PATHS
     )
 
 
 class _ParallelScaling(Fused):
-    """x + drop_path(ls(out_proj([attention | act(mlp)]))): attention and MLP read one projection of norm(x)."""
+    """Attention and MLP read one projection of norm(x), and end in one projection or in one each."""
 
     in_norm: Any
     in_proj: Any
