@@ -92,3 +92,29 @@ def test_custom_blocks_are_not_prepared():
     model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"]))
     with pytest.raises(ValueError, match="without transformer blocks"):
         vit_fast.prepare(model)
+
+
+NO_VITS = ("RN", "convnext", "swin", "fastvit")
+
+
+def test_every_vit_tower_of_open_clip_is_fused(library):
+    """The towers of all its configurations, without memory for their weights; those of timm too."""
+    towers = {}
+    for name in library.list_models():
+        config = library.get_model_config(name)
+        vision = dict(config["vision_cfg"], timm_model_pretrained=False)
+        if isinstance(vision.get("layers"), int):
+            vision["layers"] = 1
+        trunk = vision.get("timm_model_name", name)
+        if trunk not in towers:
+            with torch.device("meta"):
+                towers[trunk] = library.model._build_vision_tower(
+                    config["embed_dim"], library.model.CLIPVisionCfg(**vision)
+                )
+    left = []
+    for name, tower in towers.items():
+        try:
+            vit_fast.optimize(tower, strict=True)
+        except (ValueError, vit_fast.UnsupportedError):
+            left.append(name)
+    assert [name for name in left if not name.startswith(NO_VITS)] == [] and len(towers) > 4 * len(left)

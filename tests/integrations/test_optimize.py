@@ -914,8 +914,8 @@ def test_bad_models():
         vit_fast.optimize(nn.Linear(2, 2))
     assert str(raised.value) == (
         "vit_fast.optimize: model is Linear without transformer blocks, expected a model of timm (the blocks of its "
-        "ViTs and PatchEmbed); torchvision (EncoderBlock); transformers (vision layers of ViT, DINO, CLIP, SigLIP, BEiT, SAM, "
-        "...); open_clip (ResidualAttentionBlock of the image tower, custom ones too); torch_nn "
+        "ViTs and PatchEmbed); torchvision (EncoderBlock); transformers (vision layers of ViT, DINO, CLIP, SigLIP, "
+        "BEiT, SAM, ...); open_clip (ResidualAttentionBlock of the image tower, custom ones too); torch_nn "
         "(TransformerEncoderLayer)"
     )
     with pytest.raises(TypeError, match=r"vit_fast\.optimize: strict is 'yes', expected a bool"):
