@@ -628,7 +628,7 @@ CREATE = [
         dict(name="vit_tiny_patch_224"),
         ValueError,
         "unknown model 'vit_tiny_patch_224'; near: vit_tiny_patch16_224, deit_tiny_patch16_224, vit_tiny_patch16_384, "
-        "vit_giant_patch14_224, vit_gigantic_patch14_224; vit_fast.list_models() has them all",
+        "vit_giant_patch14_224, eva02_tiny_patch14_224; vit_fast.list_models() has them all",
     ),
     (dict(name="regnety_040"), ValueError, "unknown model 'regnety_040'; vit_fast.list_models() has them all"),
     (
