@@ -30,7 +30,8 @@ def error(actual, golden):
 
 @pytest.mark.parametrize("name", (*MODELS, *OPTIONS))
 def test_outputs_are_as_exact_as_timm_s_own(name):
-    """Equal bits for most; where sums are taken in another order, the error against float64 is of the same size."""
+    """Equal bits for most; where sums are taken in another order, the error against float64 is of the same size. Every
+    parameter is moved away from its initial value, so that a forgotten one shows."""
     plain, x = moved(build(name)), images()
     golden, expected = copy.deepcopy(plain).double()(x.double()), plain(x)
     with vit_fast.backends.recording() as choices:
@@ -38,19 +39,6 @@ def test_outputs_are_as_exact_as_timm_s_own(name):
     assert not in_library(choices) and fused(choices)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert error(actual, golden) <= max(2 * error(expected, golden), 1e-6 * golden.abs().max().item())
-
-
-@pytest.mark.parametrize("name", (*MODELS, *OPTIONS))
-def test_every_parameter_counts(name):
-    """A weight that the fused form forgets, or reads from the wrong place, shows in the output."""
-    plain, x = moved(build(name)), images()
-    model = vit_fast.optimize(copy.deepcopy(plain))
-    for key, parameter in model.named_parameters():
-        if ".blocks" in f".{key}":
-            with torch.no_grad():
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-                plain.get_parameter(key).copy_(parameter)
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", (*MODELS, "DeepSeek", "class attention", "ParallelThingsBlock", "gated attention"))
