@@ -298,7 +298,8 @@ def check_attention(
         _check_keys(op, qkv, k, v, num_heads)
         keys = k.shape[1]
     sizes = (qkv.shape[0], num_heads, qkv.shape[1], keys)
-    _check_score_options(op, qkv, sizes, bias, rel_pos, key_lengths, cu_seqlens)
+    if not (bias is None and rel_pos is None and key_lengths is None and cu_seqlens is None):
+        _check_score_options(op, qkv, sizes, bias, rel_pos, key_lengths, cu_seqlens)
     _check_head_options(op, qkv, sizes, width // num_heads, rope, rope_layout, num_prefix, q_norm, k_norm, norm)
     _check_dropout(op, dropout_p, seed, "qkv", qkv)
 

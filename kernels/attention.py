@@ -326,7 +326,7 @@ def _attention_fwd_streaming_kernel(
         if LSE:
             lse_ptr += origin
     if key_lengths_ptr is not None:
-        length = tl.load(key_lengths_ptr + image).to(tl.int64)
+        length = tl.load(key_lengths_ptr + image)
         num_keys = tl.maximum(tl.minimum(length, num_keys), 0).to(tl.int32)
     q = _load_head(
         q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc, q_norm, cos, sin, num_prefix,

@@ -567,10 +567,17 @@ def _attention_options(
     norm: str,
 ) -> dict[str, Any]:
     """The options of a call that are given, by name; words that belong to one go with it."""
-    given = dict(bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens, rope=rope)
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {}
+    if bias is not None:
+        options["bias"] = bias
+    if rel_pos is not None:
+        options["rel_pos"] = rel_pos
+    if key_lengths is not None:
+        options["key_lengths"] = key_lengths
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = cu_seqlens
     if rope is not None:
-        options |= dict(rope_layout=rope_layout, num_prefix=num_prefix)
+        options |= dict(rope=rope, rope_layout=rope_layout, num_prefix=num_prefix)
     if q_norm is not None or k_norm is not None:
         options |= dict(q_norm=q_norm, k_norm=k_norm, norm=norm)
     return options

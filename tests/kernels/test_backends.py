@@ -16,7 +16,7 @@ from vit_fast.kernels import reference
 
 import vit_fast
 from vit_fast import ops
-from vit_fast.backends import cpu_choice, select
+from vit_fast.backends import base, cpu_choice, select
 from vit_fast.backends.base import Backend
 from vit_fast.backends.cpu import CPU
 from vit_fast.backends.cuda import CUDA
@@ -233,9 +233,8 @@ def test_tables_hold_operations_with_the_references_arguments():
         ours, wanted = getattr(TRITON, table), getattr(TORCH, table)
         for name, function in ours.items():
             names = [list(inspect.signature(f).parameters) for f in (function, wanted[name])]
-            required = [
-                name for name, p in inspect.signature(wanted[name]).parameters.items() if p.default is inspect._empty
-            ]
+            parameters = inspect.signature(wanted[name]).parameters.values()
+            required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
             assert names[0][: len(required)] == names[1][: len(required)] == required, (table, name)
     assert not any((backend.forward, backend.inference, backend.backward) != ({}, {}, {}) for backend in (CUDA, CPU))
 
@@ -288,3 +287,19 @@ def test_where_the_cpu_extension_is_chosen():
     for operation in TORCH.backward:
         assert rows(operation, torch.float32) is None
     assert not any(cpu_choice.stack_reasons(dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+
+
+def test_attention_without_options_of_its_own():
+    """What the extensions share: they normalise q and k before the kernel, and name every other option."""
+    qkv, norm = torch.randn(2, 5, 48), (torch.randn(8), torch.randn(8), 1e-5)
+    for of in ({"q_norm": norm}, {"k_norm": norm}, {"q_norm": norm, "k_norm": norm}):
+        for k, v, q in ((None, None, qkv), (qkv[..., 16:32], qkv[..., 32:], qkv[..., :16])):
+            changed = base.normalised_heads(reference.layer_norm, q, 2, k, v, **of)
+            out = reference.attention(changed[0], 2, 0.3, k=changed[1], v=changed[2])
+            assert torch.equal(out, reference.attention(q, 2, 0.3, k=k, v=v, **of))
+    given = dict(bias=1, rel_pos=2, key_lengths=3, cu_seqlens=4, rope=5, rope_layout="half", num_prefix=0, norm="rms")
+    told = base.attention_option_reasons(qkv, None, None, **given)
+    lacks = ("bias", "rel_pos", "key_lengths", "cu_seqlens", "rope", "norm 'rms'")
+    assert told == [f"attention has no {name} here" for name in lacks]
+    assert not base.attention_option_reasons(qkv, None, None, q_norm=norm, k_norm=None, norm="layer")
+    assert len(base.attention_option_reasons(qkv[..., :16], qkv[..., :16], qkv[..., :32])) == 1
