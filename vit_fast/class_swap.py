@@ -218,7 +218,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         cls: Any = type(module)
         if cls in classes:
-            if hasattr(cls, "stack"):
-                cls.stack(module).__dict__.pop(PREPARED, None)
+            for holder in (module, *integrations.stacks_of(module)):
+                holder.__dict__.pop(PREPARED, None)
             module.__class__ = classes[cls]
     return model

@@ -105,6 +105,7 @@ def layer_norm_cases(draw):
         weight=draw(st.booleans()),
         bias=draw(st.booleans()),
         eps=draw(st.sampled_from((1e-6, 1e-5, 1e-12))),
+        norm="layer",
         mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
         rows=1,
         block=0,

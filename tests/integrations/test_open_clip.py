@@ -90,7 +90,7 @@ def test_scaled_cosine_attention_stays_as_it_is():
 
 def test_custom_blocks_are_not_prepared():
     model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"]))
-    with pytest.raises(ValueError, match="without transformer blocks"):
+    with pytest.raises(vit_fast.UnsupportedError, match=r"blocks of class FastCustom\w+ are not folded"):
         vit_fast.prepare(model)
 
 

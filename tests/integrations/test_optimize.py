@@ -766,11 +766,6 @@ def test_prepared_rows(case):
     assert not operations(model, x)[1]
 
 
-def test_rows_of_a_model_with_a_loop_of_its_own_cannot_be_prepared():
-    with pytest.raises(ValueError, match="model is ViTModel without transformer blocks of this library"):
-        vit_fast.prepare(vit_fast.optimize(CASES["ViT"].build().bfloat16()))
-
-
 @each(ONE_EACH)
 def test_explain_names_the_fused_blocks(case):
     model = vit_fast.optimize(case.build())

@@ -39,7 +39,7 @@ def first(output):
 
 def counts(model, call):
     """How many times the blocks run prepared, and how many times otherwise, in one call."""
-    with vit_fast.backends.recording() as choices, torch.inference_mode():
+    with vit_fast.backends.recording() as choices, torch.no_grad():
         call(model)
     operations = [operation for operation, *_ in choices]
     return operations.count("prepared_blocks"), operations.count("layernorm_mlp")
@@ -50,7 +50,8 @@ def is_prepared(model):
 
 
 def run(model, call):
-    with torch.inference_mode():
+    """A call without gradients; not in inference mode, whose tensors transformers would keep for later calls."""
+    with torch.no_grad():
         return call(model)
 
 
@@ -121,13 +122,13 @@ def test_released_blocks_need_their_weights():
     model = timm_models.build("EVA-02").eval().bfloat16()
     saved, x = copy.deepcopy(model.state_dict()), torch.randn(1, 3, 32, 32).bfloat16()
     vit_fast.prepare(vit_fast.optimize(model), release=True)
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = model(x)
     assert all(block.attn.proj.weight.is_meta for block in model.blocks)
     with pytest.raises(RuntimeError, match="were released; load these again"):
         model(x)
     model.load_state_dict(saved, assign=True)
-    with torch.inference_mode():
+    with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.05)
 
 
@@ -143,7 +144,7 @@ def test_other_precisions(name, precision):
     torch.manual_seed(0)
     model = perturbed(timm_models.build(name)).bfloat16()
     x = torch.randn(2, 3, 32, 32).bfloat16()
-    with torch.inference_mode():
+    with torch.no_grad():
         golden = copy.deepcopy(model).double()(x.double())
     vit_fast.optimize(model)
     if (name, precision) in (("EVA-02", "fp8"), ("BEiT-3", "fp8")):
@@ -151,7 +152,7 @@ def test_other_precisions(name, precision):
             vit_fast.prepare(model, precision)
         return
     vit_fast.prepare(model, precision)
-    with vit_fast.backends.recording() as choices, torch.inference_mode():
+    with vit_fast.backends.recording() as choices, torch.no_grad():
         out = model(x).double()
     assert f"{precision}_blocks" in [operation for operation, *_ in choices]
     assert (out - golden).norm() < 0.15 * golden.norm()

@@ -262,12 +262,6 @@ def test_stacks_are_prepared(case):
     assert_within_budget(actual, eager, golden, kind="model", replicas=[])
 
 
-@each(("XCLIP", "GroupViT", "Blip", "ViTMAE"))
-def test_layers_that_a_model_runs_in_a_loop_of_its_own_are_not_prepared(case):
-    with pytest.raises(ValueError, match="without transformer blocks of this library"):
-        vit_fast.prepare(vit_fast.optimize(case.build().bfloat16()))
-
-
 def test_masked_keys_do_not_count():
     case = CASES["Siglip2"]
     model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)

@@ -204,7 +204,7 @@ def test_opcheck_interpreted(name):
 
 @pytest.mark.extension
 @pytest.mark.usefixtures("cpu_extension")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("attention_options")])
 def test_opcheck_on_a_cpu(name):
     opcheck(_operator(name), _samples("cpu")[name])
 

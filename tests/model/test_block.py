@@ -103,17 +103,3 @@ def test_branches_are_the_modules(norm, activation):
     torch.testing.assert_close(
         mlp_branch(x, without), x + block.fc2(block.inner_norm(activate(block.fc1(x), activation)))
     )
-
-
-@pytest.mark.parametrize("changes, reason", ((dict(norm="rms"), "RMSNorm"), (dict(inner_norm=1), "inner_norm"),
-                                             (dict(out_norm=1), "out_norm")))  # fmt: skip
-def test_prepare_refuses_what_it_does_not_fold(changes, reason, monkeypatch):
-    import vit_fast
-    from vit_fast import layers
-
-    model = vit_fast.VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=2, num_heads=2).bfloat16().eval()
-    params, norm = layers.Block.params, (None, None, 1e-6)
-    changed = {name: norm if value == 1 else value for name, value in changes.items()}
-    monkeypatch.setattr(layers.Block, "params", lambda block: params(block)._replace(**changed))
-    with pytest.raises(vit_fast.UnsupportedError, match=reason):
-        vit_fast.prepare(model)

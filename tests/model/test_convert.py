@@ -377,7 +377,14 @@ def test_list_families_and_long(capsys):
     assert run("list", "vit_tiny_patch16_224", "-l") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "family", "input", "classes", "parameters", "trainable"]
-    assert lines[2].split() == ["vit_tiny_patch16_224", "vit", "3×224×224", "1000", "5,717,416", "5,717,416"]
+    assert lines[2].split() == [
+        "vit_tiny_patch16_224",
+        "vision_transformer",
+        "3×224×224",
+        "1000",
+        "5,717,416",
+        "5,717,416",
+    ]
     assert run("list", "ViT-B_32", "--long", "--num-classes", "1000") == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert rows["ViT-B_32"][3:5] == ["1000", "88,224,232"] and "R26+ViT-B_32" in rows

@@ -174,7 +174,11 @@ def test_masks_of_a_prepared_model():
     model = both()[0].bfloat16()
     x, chosen = images_for(model).bfloat16(), masks(TOKENS)["bool"]
     wanted = model(x, **chosen)
-    assert torch.equal(vit_fast.prepare(model)(x, **chosen), wanted)
+    with vit_fast.backends.recording() as choices:
+        masked = vit_fast.prepare(model)(x, **chosen)
+    assert [operation for operation, *_ in choices].count("prepared_blocks") == len(model.blocks)
+    torch.testing.assert_close(masked, wanted, rtol=0.05, atol=0.05)
+    assert not torch.allclose(masked, model(x), rtol=0.05, atol=0.05)
 
 
 @torch.no_grad()
