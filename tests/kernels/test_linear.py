@@ -283,7 +283,7 @@ def test_split_k(kernels, tokens, in_features, out_features, dtype, tiles):
 
 @pytest.mark.interp
 def test_swiglu_has_no_split_k(kernels):
-    with pytest.raises(Exception, match="swiglu has no split-K"):
+    with pytest.raises(Exception, match="gated activations have no split-K"):
         kernels.linear(*problem((2, 5, 48), 64, torch.float16), "swiglu", config=POINTERS_SPLIT_K)
 
 
