@@ -524,20 +524,20 @@ def check_fp8_blocks(x: Any, weights: Any) -> None:
 def check_packed_blocks(x: Any, weights: Any) -> None:
     first = folding.first_block(packing.PackedBlock, weights)
     _check_tensor("packed_blocks", "x", x, 3)
-    _check_packed_width("packed_blocks", x, first.proj_bias, first.qkv_weight)
+    _check_packed_width("packed_blocks", x, first.qkv_weight)
 
 
 @untraced
 def check_int8_blocks(x: Any, weights: Any) -> None:
     first = folding.first_block(packing.Int8Block, weights)
     _check_tensor("int8_blocks", "x", x, 3)
-    _check_packed_width("int8_blocks", x, first.proj_bias, first.qkv_weight)
+    _check_packed_width("int8_blocks", x, first.qkv_weight)
 
 
-def _check_packed_width(op, x, proj_bias, weight):
-    """A packed weight tells its inputs up to the padding of a group, its outputs up to that of a panel."""
+def _check_packed_width(op, x, weight):
+    """A packed weight tells its inputs up to the padding of a group."""
     groups, group = weight.shape[1], weight.shape[3]
-    if -(-x.shape[2] // group) != groups or -(-x.shape[2] // packing.PANEL) * packing.PANEL != proj_bias.shape[0]:
+    if -(-x.shape[2] // group) != groups:
         raise ValueError(f"vit_fast.{op}: x has width {x.shape[2]}, expected {groups * group} (as the weights)")
     _check_device(op, "x", x, "weights", weight)
 

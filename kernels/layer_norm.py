@@ -143,8 +143,9 @@ def _layer_norm_wide_fwd_kernel(
     for start in range(0, width, BLOCK):
         column = start + lane
         x = tl.load(x_ptr + column * stride_xc, mask=column < width, other=0.0).to(ACC)
-        centred = tl.where(column < width, x - mean - shift, 0.0)
-        total += centred * centred
+        if not RMS:
+            x = tl.where(column < width, x - mean - shift, 0.0)
+        total += x * x
     rstd = tl.rsqrt(tl.sum(total, axis=0) / width + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean + shift)
@@ -153,7 +154,10 @@ def _layer_norm_wide_fwd_kernel(
     for start in range(0, width, BLOCK):
         column = start + lane
         mask = column < width
-        y = (tl.load(x_ptr + column * stride_xc, mask=mask, other=0.0).to(ACC) - mean - shift) * rstd
+        y = tl.load(x_ptr + column * stride_xc, mask=mask, other=0.0).to(ACC)
+        if not RMS:
+            y = y - mean - shift
+        y *= rstd
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + column, mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:

@@ -24,7 +24,9 @@ import test_linear
 import test_patch_embed
 import test_prepared_blocks
 import torch
+from support import packed_blocks
 from support.large_tensors import last_programs_alone, reserved
+from support.prepared_blocks import block as whole_block
 from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -104,9 +106,24 @@ def arguments():
                     assert type(came).__name__ == error.__name__ and str(came) == f"vit_fast.{op}: {message}"
                 else:
                     raise AssertionError(f"{op} takes {list(changes)}")
+    _packed_widths()
     arguments_module.check_rows("linear", 2**31 - 256)
     with pytest.raises(RuntimeError, match=r"vit_fast.linear: 2147483393 rows, expected at most 2147483392"):
         arguments_module.check_rows("linear", 2**31 - 255)
+
+
+def _packed_widths():
+    """Packed weights take tokens of their own width alone."""
+    weights = {
+        name: pack([whole_block(48, 64, "gelu", FLOAT32)], "gelu")
+        for name, pack in (("packed_blocks", packed_blocks.packed), ("int8_blocks", packed_blocks.quantised))
+    }
+    for name, tensors in weights.items():
+        check = getattr(arguments_module, f"check_{name}")
+        check(torch.zeros(1, 2, 48), tensors)
+        for width in (16, 44, 52):
+            with pytest.raises(ValueError, match=f"vit_fast.{name}: x has width {width}"):
+                check(torch.zeros(1, 2, width), tensors)
 
 
 def _right_arguments():
