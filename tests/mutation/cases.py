@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_attention
+import test_attention_options
 import test_errors
 import test_fp8_blocks
 import test_large_offsets
@@ -436,8 +437,27 @@ def linear():
     _linear_partials(kernels, module, tiny, tma)
     _linear_launches(kernels, module)
     _linear_reasons(kernels, module)
+    _inner_norm(kernels, module, tiny)
     _split_k(kernels, module)
     module.test_layer_norm_linear(kernels, "gelu", BFLOAT16)
+
+
+def _inner_norm(kernels, module, tiles):
+    """linear_residual behind a norm of its input, and the reasons for refusing one."""
+    x, weight, bias = module.problem((3, 7, 40), 48, FLOAT32)
+    gamma, residual, _ = module.branch(x.shape, 48, FLOAT32)
+    inner = torch.rand(40) + 0.5, torch.rand(40), 1e-5
+    for norm in ("layer", "rms"):
+        out = kernels.linear_residual(x, weight, bias, gamma, residual, norm=norm, inner_norm=inner, config=tiles)
+        eager = reference.linear_residual(x, weight, bias, gamma, residual, norm=norm, inner_norm=inner)
+        torch.testing.assert_close(out, eager, rtol=1e-5, atol=1e-5)
+    reasons = kernels.linear_residual_not_supported_reasons
+    assert reasons(x, weight, bias, gamma, residual, inner_norm=inner) == []
+    wide = torch.zeros(1, 1, 65537)
+    arguments = wide, torch.zeros(4, 65537), None, None, torch.zeros(1, 1, 4)
+    assert reasons(*arguments, inner_norm=(None, None, 1e-5)) == ["width 65537 is above 65536"]
+    with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        assert len(reasons(x, weight, bias, gamma, residual, inner_norm=inner)) == 1
 
 
 def _fp8_linear(kernels, module):
@@ -720,6 +740,8 @@ def layernorm_mlp():
                 assert len(reasons) == 2 and "float64" in reasons[1]
         reasons = kernels.not_supported_reasons(x, *rest, row_scale=torch.ones(2, dtype=FLOAT64))
         assert len(reasons) == 2 and "float64" in reasons[1]
+        reasons = kernels.not_supported_reasons(x, *rest, inner_norm=(torch.ones(40, dtype=FLOAT64), None, 1e-5))
+        assert len(reasons) == 2 and "float64" in reasons[1]
 
 
 def attention():
@@ -742,6 +764,7 @@ def attention():
         module.check(kernels, q[:, :3], 2, 0.2, k, v, config=tiles)
         module.check(kernels, torch.ones_like(q), 2, -20.0, torch.ones_like(k), v, config=tiles)
         module.check(kernels, q, 2, 0.0, k, v, config=tiles)
+    _attention_options(kernels, module)
     qkv = module.random_qkv(2, 19, 2, 16, FLOAT16)
     for tiles in (resident, streaming):
         expected = module.check(kernels, qkv, 2, 0.125, config=tiles)
@@ -765,14 +788,25 @@ def _far_attention(kernels, tiles):
     """Offsets beyond 2³¹ that are products of small numbers, on every axis of q, k, v and out."""
     small = torch.randn(3, 3, 5, 48).half()
     expected = torch.empty(3, 5, 48, dtype=FLOAT16)
-    kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles, False)
+    kernels._launch(expected, None, *small, 3, 0.25, "ieee", tiles, False, kernels._NO_OPTIONS)
     memory = reserved(48 * (2**27 + 2**24), dtype=FLOAT16)
     for strides in ((2**30 + 64, 196, 4), (1024, 2**29 + 64, 4), (4, 16, 2**27 + 2**24)):
         far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(4)]
         for tensor, values in zip(far, small):
             tensor.copy_(values)
-        kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles, False)
+        kernels._launch(far[3], None, *far[:3], 3, 0.25, "ieee", tiles, False, kernels._NO_OPTIONS)
         assert torch.equal(far[3], expected)
+
+
+def _attention_options(kernels, module):
+    """Every option against float64, in tiles that leave rows and keys over."""
+    tiles = test_attention_options.configs.AttentionConfig(16, 16, 4, 1)
+    for size, dtype in ((24, FLOAT32), (16, BFLOAT16)):
+        for given in test_attention_options.options(20, 2, size, dtype).values():
+            qkv = test_attention_options.tensor(2, 20, 6 * size, dtype=dtype)
+            out = kernels.attention_fwd(qkv, 2, -0.2, config=tiles, **given)
+            test_attention_options.check(out, qkv, 2, -0.2, **given)
+    test_attention_options.test_every_sequence_is_found(kernels, 7)
 
 
 def _attention_launches(kernels, module):
@@ -797,7 +831,9 @@ def _attention_launches(kernels, module):
                 kernels.attention(module.random_qkv(2, 61, 3, 16, BFLOAT16), 3, -0.5)
                 kernels.attention_fwd(module.random_qkv(1, 60, 2, 24, FLOAT32), 2, 0.5)
     assert picked == [
-        (*shape, tf32, 90, False) for tf32 in (False, True) for shape in ((61, 61, 16, BFLOAT16), (60, 60, 24, FLOAT32))
+        (*shape, tf32, 90, False, False)
+        for tf32 in (False, True)
+        for shape in ((61, 61, 16, BFLOAT16), (60, 60, 24, FLOAT32))
     ]
     for launch, precision in zip(streaming.launches, ("ieee", "tf32"), strict=True):
         assert launch.grid == (12,) and launch.PRECISION == precision and launch.args[1] is None
@@ -831,7 +867,8 @@ def _attention_launches(kernels, module):
     )
     assert kernels.not_supported_reasons(half, 1) == ["head size 257 is above 256"]
     assert kernels.not_supported_reasons(half[..., :768], 1) == []
-    assert kernels.not_supported_reasons(half[..., :300], 1, k=half, v=half) == ["head size 300 is above 256"]
+    wide = half[..., :300]
+    assert kernels.not_supported_reasons(wide, 1, k=wide, v=wide) == ["head size 300 is above 256"]
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         reasons = kernels.not_supported_reasons(cpu, 1, k=cpu, v=cpu)
         assert len(reasons) == 1 and "tensors on cpu" in reasons[0]
@@ -864,7 +901,7 @@ def _attention_in_float8(kernels, module):
             for pdl in (False, True):
                 kernels.attention(qkv, 3, 0.5, out_dtype=out_dtype, pdl=pdl)
         kernels.attention_fwd(qkv, 3, 0.5)
-    assert [args[-1] for args in picked] == [False, False, True, True, False]
+    assert [args[6] for args in picked] == [False, False, True, True, False]
     found = [(str(launch.OUT), launch.PDL) for launch in recorder.launches[::2]]
     assert found == [("bf16", False), ("bf16", True), ("fp8e4nv", False), ("fp8e4nv", True), ("bf16", False)]
     assert recorder.launches[1].PDL is False and recorder.launches[3].PDL is True
@@ -889,7 +926,7 @@ def _attention_shares(kernels, module):
                 kernels.attention_fwd(qkv, 3, 0.0, config=module.config(32, 16))
                 kernels.attention(qkv, 3, 0.0)
         assert [launch.grid for launch in streaming.launches] == [(24,), (6,), *[(6,)] * 5]
-        assert not any(launch.UPCAST or launch.TMA or launch.args[8] != 2.0**-126 for launch in streaming.launches)
+        assert not any(launch.UPCAST or launch.TMA or launch.args[17] != 2.0**-126 for launch in streaming.launches)
         assert [launch.BLOCK_M for launch in resident.launches] == [64] * 6
         # Seven blocks of two heads on three multiprocessors of two programs each: 3 + 3 + 1 blocks.
         kernels.attention_fwd(module.random_qkv(1, 100, 2, 16, FLOAT16), 2, 0.5, config=tall)
@@ -1149,6 +1186,14 @@ def prepared_blocks():
     golden = reference.prepared_blocks(x, weights, *words)
     torch.testing.assert_close(kernels.prepared_blocks(x, weights, *words), golden, rtol=1e-11, atol=1e-11)
     assert torch.equal(kernels.prepared_blocks(x, [], *words), x)
+    for name in module.OPTIONS:
+        x, *_, tensors, chosen = module.with_options(name, 32, 40, FLOAT64)
+        golden = reference.prepared_blocks(x, tensors, 2, 0.3, "gelu", 0.5, 2.0, chosen)
+        actual = kernels.prepared_blocks(x, tensors, 2, 0.3, "gelu", 0.5, 2.0, chosen)
+        torch.testing.assert_close(
+            actual, golden, rtol=1e-6 if chosen.rope else 1e-11, atol=1e-6 if chosen.rope else 1e-11
+        )
+    x = torch.randn(2, 5, 32).double()
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
