@@ -26,12 +26,14 @@ from torch import nn
 
 from vit_fast import backends
 from vit_fast.block import pass_over_prepared, run_blocks
+from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.plain import TENSORS, Fusible
 
 Found = tuple[str, nn.Module, type]  # name, module, class of the library
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the argument ``approximate`` of nn.GELU
+GATED_BY = {gate: word for word, gate in GATED.items()}  # activation of a gate → the gated activation
 
 
 class Swapped(nn.Module):
@@ -76,6 +78,18 @@ class Fused(Swapped, Fusible):
     def is_fused(self) -> bool:
         """Whether the block may run fused; ``run_library`` notes the reason where it does not."""
         return self.not_fused() is None
+
+
+def norm_kind(module: Any) -> str:
+    """The argument ``norm`` of an operation for a LayerNorm or RMSNorm."""
+    return "layer" if isinstance(module, nn.LayerNorm) else "rms"
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as ``ops.attention`` adds it to the scores, with four dimensions. In a mask of bools True stands for the
+    keys that take part."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def stacks_of(module: nn.Module) -> list[nn.Module]:

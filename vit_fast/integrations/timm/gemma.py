@@ -18,7 +18,7 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drops_not_covered
 from vit_fast.block_params import Norm
-from vit_fast.integrations import Fused, given, not_taken
+from vit_fast.integrations import Fused, given, norm_kind, not_taken
 from vit_fast.plain import submodules
 
 from .parts import (
@@ -30,7 +30,6 @@ from .parts import (
     attention_drop,
     drop_path_not_covered,
     drop_path_rate,
-    kind,
     known_norm,
     normalise,
     spread,
@@ -97,7 +96,7 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         mask = None if mask is None else additive(mask, x.dtype)
         y = ops.attention(
             q, attn.num_heads, 1.0, k=k, v=v, bias=mask, rope=(cos, sin), rope_layout="half",
-            q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=kind(attn.q_norm), dropout_p=drop,
+            q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=norm_kind(attn.q_norm), dropout_p=drop,
         )  # fmt: skip
         x = added(x, normalise(attn.proj_drop(attn.o_proj(y)), self.norm2), path)
         return added(x, normalise(self.mlp(normalise(x, self.norm3)), self.norm4), path)

@@ -17,7 +17,7 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
-from vit_fast.integrations import GELU, Fused, given, not_taken
+from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, norm_kind, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
 
@@ -50,7 +50,6 @@ ACTIVATIONS = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
 }
-_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 _SPLIT = dict.fromkeys(SWIGLU, ("fc1_g", "fc1_x", "fc2")) | dict.fromkeys(GEGLU, ("w0", "w1", "w2"))
 
 MLP = dict(
@@ -77,18 +76,13 @@ def attention_submodules(*classes: type, **more: tuple[type, ...]) -> dict[str, 
     return dict(attn=classes) | {f"attn__{name}": kinds for name, kinds in (parts | more).items()}
 
 
-def kind(norm: Any) -> str:
-    """The word of a normalisation in ``ops``."""
-    return "layer" if isinstance(norm, nn.LayerNorm) else "rms"
-
-
 def activation(mlp: Any) -> str | None:
     """The word in ``ops`` of the activation of an Mlp or a GluMlp, or None."""
     act = type(mlp.act)
     word = GELU.get(mlp.act.approximate) if act is nn.GELU else ACTIVATIONS.get(act)
     if type(mlp) is Mlp:
         return word
-    return None if word is None or mlp.gate_last else _GATED.get(word)
+    return None if word is None or mlp.gate_last else GATED_BY.get(word)
 
 
 def norm_of(norm: Any) -> Norm | None:
@@ -106,7 +100,7 @@ def known_norm(norm: Any) -> Norm:
 def normalise(x: torch.Tensor, norm: Any) -> torch.Tensor:
     """A normalisation of timm, or nothing where it is None or an Identity."""
     params = norm_of(norm)
-    return x if params is None else ops.layer_norm(x, *params, norm=kind(norm))
+    return x if params is None else ops.layer_norm(x, *params, norm=norm_kind(norm))
 
 
 def head_scale(attn: Any) -> float:
@@ -133,9 +127,8 @@ def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
     """(q, k, v, gate) of norm(x): q is the packed projection where k and v are None."""
     qkv, gate = attn.qkv, getattr(attn, "gate", None)
     if qkv is not None and gate is None and norm is not None:
-        return (
-            ops.layer_norm_linear(x, *known_norm(norm), qkv.weight, qkv_bias(attn), norm=kind(norm)), None, None, None
-        )  # fmt: skip
+        packed = ops.layer_norm_linear(x, *known_norm(norm), qkv.weight, qkv_bias(attn), norm=norm_kind(norm))
+        return packed, None, None, None
     x = normalise(x, norm)
     if gate is not None:
         gate = F.linear(x, gate.weight, gate.bias).sigmoid()
@@ -161,7 +154,7 @@ def head_norms(attn: Any) -> dict[str, Any]:
     q_norm = getattr(attn, "q_norm", None)
     if (params := norm_of(q_norm)) is None:
         return {}
-    return dict(q_norm=params, k_norm=norm_of(attn.k_norm), norm=kind(q_norm))
+    return dict(q_norm=params, k_norm=norm_of(attn.k_norm), norm=norm_kind(q_norm))
 
 
 def attend(attn: Any, q: torch.Tensor, k: Any, v: Any, drop: float, **options: Any) -> torch.Tensor:
@@ -202,7 +195,7 @@ def hidden(mlp: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:
         x = F.linear(x, fc1.weight, fc1.bias)
         x = x if word is None else activate(x, word)
     else:
-        x = ops.layer_norm_linear(x, *known_norm(norm), fc1.weight, fc1.bias, word, norm=kind(norm))
+        x = ops.layer_norm_linear(x, *known_norm(norm), fc1.weight, fc1.bias, word, norm=norm_kind(norm))
     if word is not None:
         return x
     if type(mlp) is Mlp:
@@ -219,7 +212,7 @@ def last_layer(mlp: Any) -> Any:
 def inner_norm(mlp: Any) -> dict[str, Any]:
     """The arguments of ``ops`` for the normalisation before the last layer of an MLP."""
     params = None if type(mlp) in GEGLU else norm_of(mlp.norm)
-    return {} if params is None else dict(inner_norm=params, norm=kind(mlp.norm))
+    return {} if params is None else dict(inner_norm=params, norm=norm_kind(mlp.norm))
 
 
 def attention_branch(
@@ -242,7 +235,7 @@ def attention_branch(
     if gate is not None:
         y = normalise(y, out_norm) * gate
     elif (params := norm_of(out_norm)) is not None:
-        inner = dict(inner_norm=params, norm=kind(out_norm))
+        inner = dict(inner_norm=params, norm=norm_kind(out_norm))
     return ops.linear_residual(
         y, proj.weight, proj.bias, gamma, residual, row_scale=row_scale, dropout_p=proj_drop, **inner
     )
@@ -261,8 +254,8 @@ def mlp_branch(
     after the last layer."""
     inner, fc2, row_scale = inner_norm(mlp), last_layer(mlp), drop_path_scale(x, path, True)
     word = None if residual is not None or type(mlp) in _SPLIT else activation(mlp)
-    if word is not None and drop == 0.0 and (not inner or inner["norm"] == kind(norm)):
-        fc1, inner["norm"] = mlp.fc1, kind(norm)
+    if word is not None and drop == 0.0 and (not inner or inner["norm"] == norm_kind(norm)):
+        fc1, inner["norm"] = mlp.fc1, norm_kind(norm)
         return ops.layernorm_mlp(
             x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma, row_scale=row_scale, **inner
         )
@@ -270,13 +263,6 @@ def mlp_branch(
     y = F.dropout(y, drop) if drop else y
     residual = x if residual is None else residual
     return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as ``ops.attention`` adds it to the scores, with four dimensions. In a mask of bools True stands for the
-    keys that take part."""
-    mask = mask[(None,) * (4 - mask.dim())]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def drop_path_rate(module: Any) -> float:
@@ -369,7 +355,7 @@ class PreNormBlock(TimmBlock):
         attn, mlp = self.attn, self.mlp
         inside = (getattr(attn, name, None) for name in ("q_norm", "k_norm", "norm"))
         norms = (self.norm1, self.norm2, mlp.norm, *inside)
-        if len({kind(norm) for norm in norms if not isinstance(norm, NOTHING)}) > 1:
+        if len({norm_kind(norm) for norm in norms if not isinstance(norm, NOTHING)}) > 1:
             return "the blocks have LayerNorms and RMSNorms"
         if type(attn) in _DIFFERENTIAL or self.DIMS != 3:
             return f"the blocks have a {type(attn).__name__}"
@@ -412,7 +398,7 @@ class PreNormBlock(TimmBlock):
             activation=word,
             gamma1=gamma1,
             gamma2=gamma2,
-            norm=kind(self.norm1),
+            norm=norm_kind(self.norm1),
             out_norm=norm_of(getattr(attn, "norm", None)),
             inner_norm=inner.get("inner_norm"),
             **{name: norm for name, norm in head_norms(attn).items() if name != "norm"},

@@ -14,7 +14,7 @@ from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
-from vit_fast.integrations import Fused, given, not_taken
+from vit_fast.integrations import Fused, given, norm_kind, not_taken
 from vit_fast.plain import submodules
 
 from .parts import (
@@ -36,7 +36,6 @@ from .parts import (
     drop_path_not_covered,
     drop_path_rate,
     head_norms,
-    kind,
     known_norm,
     mlp_branch,
 )
@@ -106,7 +105,7 @@ class _ParallelScaling(Fused):
         if reason := reason or drops_not_covered((path, drop, drop_rate(self.mlp_drop)), 0.0, 0.0):
             return self.run_library(reason, x, *args, **kwargs)
         norm, proj = self.in_norm, self.in_proj
-        y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=kind(norm))
+        y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=norm_kind(norm))
         mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
         mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
         attn, mlp = self.attention(qkv, drop), self.mlp_drop(self.mlp_act(mlp))

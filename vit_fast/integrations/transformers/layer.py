@@ -30,7 +30,7 @@ from transformers.utils import output_capturing
 from vit_fast import ops
 from vit_fast.block import drop_path_scale, drop_rate, pack, pass_over_prepared, prepared_for
 from vit_fast.block_params import BlockParams, Norm
-from vit_fast.integrations import GELU, Fused, not_taken
+from vit_fast.integrations import GATED_BY, GELU, Fused, additive, norm_kind, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, TENSORS
 
@@ -44,7 +44,6 @@ _ACTIVATIONS = {
     nn.SiLU: "silu",
     SiLUActivation: "silu",
 }
-_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 ACTIVATIONS = (GELUActivation, GELUTanh, nn.GELU, *_ACTIVATIONS)
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "vit_fast")  # all are softmax(scale · q kᵀ) v
 _IGNORED = ("output_hidden_states", "return_dict", "num_items_in_batch")  # keyword arguments that no attention reads
@@ -62,11 +61,6 @@ def activation_of(module: nn.Module) -> str | None:
         exact = isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
         return "gelu_tanh" if exact else None
     return _ACTIVATIONS.get(kind)
-
-
-def norm_kind(module: nn.Module) -> str:
-    """The argument ``norm`` of an operation."""
-    return "layer" if isinstance(module, nn.LayerNorm) else "rms"
 
 
 def linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
@@ -160,7 +154,7 @@ class Layer(Fused):
         if norm_kind(parts.norm1) != norm_kind(parts.norm2):
             return "the blocks have LayerNorms and RMSNorms"
         act = activation_of(parts.act)
-        return f"the blocks gate by {act}" if len(parts.fc1) > 1 and act not in _GATED else None
+        return f"the blocks gate by {act}" if len(parts.fc1) > 1 and act not in GATED_BY else None
 
     def params(self) -> BlockParams:
         """The weights for folding, with q, k and v, and gate and up, packed."""
@@ -180,7 +174,7 @@ class Layer(Fused):
             fc2_bias=parts.fc2.bias,
             num_heads=getattr(parts.attention, self.HEADS),
             scale=self.scale(parts.attention),
-            activation=_GATED[act] if len(parts.fc1) > 1 else act,
+            activation=GATED_BY[act] if len(parts.fc1) > 1 else act,
             gamma1=gamma1,
             gamma2=gamma2,
             norm=norm_kind(parts.norm1),
@@ -286,9 +280,7 @@ class Layer(Fused):
     def with_float_bias(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """The options of attention, with a mask as what is added to the scores."""
         bias = options.get("bias")
-        if bias is None or bias.dtype != torch.bool:  # True where a key counts
-            return options
-        return options | {"bias": torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -torch.inf)}
+        return options if bias is None else options | {"bias": additive(bias, dtype)}
 
     def add_mlp(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """x plus the MLP branch."""
