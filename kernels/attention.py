@@ -57,6 +57,19 @@ _TL_DTYPE = {
 _OUT_DTYPE = _TL_DTYPE | {torch.float8_e4m3fn: tl.float8e4nv}
 
 
+class Dropout(NamedTuple):
+    """Dropout of the probabilities: those whose number is p or less are dropped, the others scaled by 1/(1 − p)."""
+
+    seed_ptr: Any  # int64 [1]
+    p: float
+    scale: float
+    first_image: int  # of the launch
+
+
+def dropout_of(p: float, seed: Tensor | None, first_image: int = 0) -> Dropout | None:
+    return Dropout(seed, p, 1.0 / (1.0 - p), first_image) if p else None
+
+
 class Table(NamedTuple):
     """A tensor broadcast to [B, H, rows, columns]."""
 
@@ -73,6 +86,13 @@ class HeadNorm(NamedTuple):
     weight_ptr: Any = None
     bias_ptr: Any = None
     eps: float | None = None
+
+
+@triton.jit
+def _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys):
+    """The mask of ``reference.dropout_mask``: Philox of the linear index in [B, H, Nq, Nk]; image is int64."""
+    index = ((image + dropout.first_image) * num_heads + head) * num_queries + query
+    return tl.rand(tl.load(dropout.seed_ptr), index * num_keys + key) > dropout.p
 
 
 @triton.jit
@@ -278,6 +298,14 @@ def _accumulate(acc, p, v, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
+def _scaled(tiles, factor):
+    new = ()
+    for i in tl.static_range(len(tiles)):
+        new = new + (tiles[i] * factor,)
+    return new
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, HEAD_SLICES: tl.constexpr, ACC: tl.constexpr):
     acc = ()
     for i in tl.static_range(len(HEAD_SLICES)):
@@ -290,7 +318,7 @@ def _attention_fwd_streaming_kernel(
     out_ptr, lse_ptr,  # [B, Nq, H·DV], [B, H, Nq]
     q_ptr, k_ptr, v_ptr,  # [B, Nq, H·D], [B, Nk, H·D], [B, Nk, H·DV]; pointers, or tensor descriptors with TMA
     q_norm, k_norm, cos, sin, bias, height, width,  # HeadNorm twice; Table, or None, five times
-    key_lengths_ptr, cu_seqlens_ptr,  # [B], [sequences + 1], or None
+    key_lengths_ptr, cu_seqlens_ptr, dropout,  # [B], [sequences + 1], Dropout, or None
     num_heads, num_queries, num_keys, scale_log2, scale, num_prefix, key_columns, num_sequences,  # last four: or None
     stride_ob, stride_on, stride_oc, stride_qb, stride_qn, stride_qc,
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc,
@@ -311,6 +339,7 @@ def _attention_fwd_streaming_kernel(
     if LSE:
         lse_ptr += (image * num_heads + head) * num_queries
     origin = 0
+    all_queries, all_keys = num_queries, num_keys
     if cu_seqlens_ptr is not None:
         slot = pid - pair * blocks
         sequence, first_slot = _sequence_of_slot(cu_seqlens_ptr, slot, num_sequences, BLOCK_M)
@@ -360,7 +389,13 @@ def _attention_fwd_streaming_kernel(
             v_ptr, image, head, first, num_keys, stride_vb, stride_vn, stride_vc,
             BLOCK_N, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
+        if dropout is not None:
+            query = (origin + first_query + tl.arange(0, BLOCK_M))[:, None]
+            key = (origin + first + tl.arange(0, BLOCK_N))[None, :]
+            p = tl.where(_kept(dropout, image, head, query, key, num_heads, all_queries, all_keys), p, 0.0)
         acc = _accumulate(rescaled, p, v, DTYPE, ACC, PRECISION)
+    if dropout is not None:
+        acc = _scaled(acc, dropout.scale)
     _store(
         out_ptr, lse_ptr, acc, l_i, m_i * scale_log2, image, head, first_query, num_queries,
         stride_ob, stride_on, stride_oc, BLOCK_M, DV, VALUE_SLICES, TMA, OUT, LSE, MASKS,
@@ -491,6 +526,7 @@ class _Options(NamedTuple):
     num_prefix: int = 0
     interleaved: bool = False
     rms: bool = False
+    dropout: Dropout | None = None
 
     def loads_by_pointer(self) -> bool:
         """Whether q, k and v must be loaded through pointers: descriptors load neither partners nor up to a length."""
@@ -503,7 +539,8 @@ class _Options(NamedTuple):
             for name in ("bias", "height", "width", "cos", "sin", "key_lengths")
             if getattr(self, name) is not None
         }
-        return self._replace(**tensors)
+        dropout = None if self.dropout is None else self.dropout._replace(first_image=part.start)
+        return self._replace(**tensors, dropout=dropout)
 
 
 _NO_OPTIONS = _Options()
@@ -581,7 +618,7 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl, options
                 blocks = num_queries // config.block_m + num_sequences
             _attention_fwd_streaming_kernel[(pairs * blocks,)](
                 out_arg, lse, q_arg, k_arg, v_arg, o.q_norm, o.k_norm, _as_table(o.cos), _as_table(o.sin),
-                _as_table(o.bias), _as_table(o.height), _as_table(o.width), o.key_lengths, o.cu_seqlens,
+                _as_table(o.bias), _as_table(o.height), _as_table(o.width), o.key_lengths, o.cu_seqlens, o.dropout,
                 num_heads, num_queries, num_keys, scale_log2, factor, None if o.cos is None else o.num_prefix,
                 key_columns, num_sequences, *strides, DV=value_size, VALUE_SLICES=value_slices, BLOCK_N=config.block_n,
                 INTERLEAVED=o.interleaved, RMS=o.rms, **constants,
@@ -589,10 +626,13 @@ def _launch(out, lse, q, k, v, num_heads, scale, precision, config, pdl, options
             )  # fmt: skip
 
 
-def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=False, **given):
+def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=False, dropout_p=0.0, seed=None,
+             **given):  # fmt: skip
     q, k, v = qkv.chunk(3, dim=2) if k is None else (qkv, k, v)
     batch, num_queries, width = q.shape
-    options = _read_options(q, num_heads, k.shape[1], **given) if given else _NO_OPTIONS
+    options = _NO_OPTIONS
+    if given or dropout_p:
+        options = _read_options(q, num_heads, k.shape[1], **given)._replace(dropout=dropout_of(dropout_p, seed))
     out = torch.empty(batch, num_queries, v.shape[2], dtype=out_dtype or q.dtype, device=q.device)
     lse = None
     if with_lse:
@@ -650,6 +690,6 @@ def attention(
     """softmax(scale · q kᵀ) v per head: packed [B, N, 3C], or q [B, Nq, C] with k, v [B, Nk, C], to [B, Nq, C].
 
     ``out_dtype``: the input's, or float8 e4m3, whose largest number is 448 (v is scaled to it, see ``fp8_blocks``).
-    ``options``: those of ``vit_fast.ops.attention``, without dropout.
+    ``options``: those of ``vit_fast.ops.attention``.
     """
     return _forward(qkv, num_heads, scale, k, v, None, False, out_dtype, pdl, **options)[0]

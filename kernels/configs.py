@@ -205,3 +205,16 @@ def pick_attention_config(
     if width > 128:
         return AttentionConfig(block_m=32, block_n=16, num_warps=4, num_stages=2)
     return AttentionConfig(block_m=64, block_n=64 if width <= 96 else 32, num_warps=4, num_stages=2)
+
+
+@dataclass(frozen=True)
+class AttentionBwdConfig:
+    by_keys: AttentionConfig  # dk and dv, with dq too where block_n holds all keys
+    by_queries: AttentionConfig  # dq
+
+
+def pick_attention_bwd_config(
+    num_keys: int, head_size: int, dtype: torch.dtype, tf32: bool, arch: int, dropout: bool
+) -> AttentionBwdConfig:
+    """Ignores the batch size and the number of queries, so that bits depend on neither."""
+    return AttentionBwdConfig(AttentionConfig(32, 64, 4, 1), AttentionConfig(64, 32, 4, 1))
