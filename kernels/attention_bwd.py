@@ -24,6 +24,7 @@ formulas of ``reference``. bias, rel_pos and cu_seqlens: ``backward_not_supporte
 Source: the backward of FlashAttention-2 (Dao 2023, arXiv:2307.08691), by keys.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,13 @@ from .attention import (
     _MAX_PROGRAMS,
     _TL_DTYPE,
     _accumulate,
+    _descriptor,
     _head_slices,
     _kept,
     _load,
     _scaled,
     _scores,
+    _tma_compatible,
     _zeros,
     dropout_of,
 )
@@ -82,7 +85,7 @@ def _store_rows(
 @triton.jit
 def _attention_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr,  # [B, Nq, H·D], [B, Nk, H·D], [B, Nk, H·DV]; dq: None where a program has not all keys
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # dout and out [B, Nq, H·DV], lse [B, H, Nq]
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # lse [B, H, Nq]; dout, out [B, Nq, H·DV]; with TMA dout, q and out are descriptors
     key_lengths_ptr, dropout,  # [B], Dropout, or None
     num_heads, num_queries, num_keys, scale,
     stride_dqb, stride_dqn, stride_dqc, stride_dkb, stride_dkn, stride_dkc, stride_dvb, stride_dvn, stride_dvc,
@@ -90,6 +93,7 @@ def _attention_bwd_kernel(
     stride_kb, stride_kn, stride_kc, stride_vb, stride_vn, stride_vc, stride_ob, stride_on, stride_oc,
     D: tl.constexpr, DV: tl.constexpr, HEAD_SLICES: tl.constexpr, VALUE_SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(num_keys, BLOCK_N)
     pid = tl.program_id(0)
@@ -115,28 +119,28 @@ def _attention_bwd_kernel(
     for first_query in range(0, num_queries, BLOCK_M):
         q = _load(
             q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
-            BLOCK_M, D, HEAD_SLICES, True, False, UPCAST,
+            BLOCK_M, D, HEAD_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         dout = _load(
             dout_ptr, image, head, first_query, num_queries, stride_gb, stride_gn, stride_gc,
-            BLOCK_M, DV, VALUE_SLICES, True, False, UPCAST,
+            BLOCK_M, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         out = _load(
             out_ptr, image, head, first_query, num_queries, stride_ob, stride_on, stride_oc,
-            BLOCK_M, DV, VALUE_SLICES, True, False, UPCAST,
+            BLOCK_M, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         lse, delta = _row_statistics(lse_ptr, dout, out, first_query, num_queries, BLOCK_M, ACC)
         query = (first_query + tl.arange(0, BLOCK_M))[None, :]
-        inside = (key < length) & (query < num_queries)
-        p = _probabilities(_scores(k, q, False, ACC, PRECISION), lse[None, :], inside, scale)
-        dp = _scores(v, dout, False, ACC, PRECISION)
+        p = _probabilities(_scores(k, q, False, ACC, PRECISION), lse[None, :], key < length, scale)
         dropped = p
         if dropout is not None:
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
             dropped = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * dropout.scale, 0.0)
         if dv_ptr is not None:
             dv = _accumulate(dv, dropped, dout, DTYPE, ACC, PRECISION)
+        dp = _scores(v, dout, False, ACC, PRECISION)  # after dv, which ends the life of the rounded p
+        if dropout is not None:
+            dp = tl.where(keep, dp * dropout.scale, 0.0)
         ds = p * (dp - delta[None, :])
         if dk_ptr is not None:
             dk = _accumulate(dk, ds, q, DTYPE, ACC, PRECISION)
@@ -231,7 +235,7 @@ def _launch(grads, tensors, num_heads, scale, precision, config, key_lengths, dr
     (dq, dk, dv), (dout, q, k, v, out, lse) = grads, tensors
     batch, num_queries, width = q.shape
     num_keys, head_size, value_size = k.shape[1], width // num_heads, v.shape[2] // num_heads
-    inputs = (dout, q, k, v, out, lse, key_lengths, dropout, num_heads, num_queries, num_keys, float(scale))
+    scalars = (key_lengths, dropout, num_heads, num_queries, num_keys, float(scale))
     constants = dict(
         D=head_size, DV=value_size, HEAD_SLICES=_head_slices(head_size), VALUE_SLICES=_head_slices(value_size),
         DTYPE=_TL_DTYPE[q.dtype], ACC=launch.accumulator(q.dtype), PRECISION=precision,
@@ -242,20 +246,24 @@ def _launch(grads, tensors, num_heads, scale, precision, config, key_lengths, dr
     with launch.device_guard(q):
         if whole or dk is not None or dv is not None:
             first = dq if whole else None
+            by_step = (dout, q, out)
+            if by_keys.tma:
+                by_step = tuple(_descriptor(x, by_keys.block_m, x.shape[2] // num_heads) for x in by_step)
             _attention_bwd_kernel[(pairs * configs.cdiv(num_keys, by_keys.block_n),)](
-                first, dk, dv, *inputs, *_strides(first, dk, dv, dout, q, k, v, out), **constants,
+                first, dk, dv, *by_step[:2], k, v, by_step[2], lse, *scalars,
+                *_strides(first, dk, dv, dout, q, k, v, out), **constants, TMA=by_keys.tma,
                 BLOCK_M=by_keys.block_m, BLOCK_N=by_keys.block_n,
                 num_warps=by_keys.num_warps, num_stages=by_keys.num_stages,
             )  # fmt: skip
         if dq is not None and not whole:
             _attention_bwd_dq_kernel[(pairs * configs.cdiv(num_queries, by_queries.block_m),)](
-                dq, *inputs, *_strides(dq, dout, q, k, v, out), **constants,
+                dq, dout, q, k, v, out, lse, *scalars, *_strides(dq, dout, q, k, v, out), **constants,
                 BLOCK_M=by_queries.block_m, BLOCK_N=by_queries.block_n,
                 num_warps=by_queries.num_warps, num_stages=by_queries.num_stages,
             )  # fmt: skip
 
 
-def _gradients(dout, q, k, v, out, lse, num_heads, scale, grads, config, key_lengths, dropout_p, seed):
+def _gradients(dout, q, k, v, out, lse, *, grads, num_heads, scale, config, key_lengths, dropout_p, seed):
     """Writes dq, dk and dv into ``grads``, those that are not None."""
     if all(grad is None or grad.numel() == 0 for grad in grads):
         return
@@ -273,6 +281,11 @@ def _gradients(dout, q, k, v, out, lse, num_heads, scale, grads, config, key_len
     blocks = max(
         configs.cdiv(k.shape[1], config.by_keys.block_n), configs.cdiv(num_queries, config.by_queries.block_m)
     )
+    if config.by_keys.tma:
+        dout, q, out = (
+            x if _tma_compatible(x, _head_slices(size := x.shape[2] // num_heads), size) else x.contiguous()
+            for x in (dout, q, out)
+        )
     images = max(1, _MAX_PROGRAMS // (num_heads * blocks))
     for first in range(0, batch, images):
         part = slice(first, first + images)
@@ -281,6 +294,36 @@ def _gradients(dout, q, k, v, out, lse, num_heads, scale, grads, config, key_len
             [grad if grad is None else grad[part] for grad in grads], [t[part] for t in (dout, q, k, v, out, lse)],
             num_heads, scale, precision, config, lengths, dropout_of(dropout_p, seed, first),
         )  # fmt: skip
+
+
+def _through_head_options(
+    kernels, grad, q, k, v, out, lse, num_heads, grads, needs, *, q_norm=None, k_norm=None, norm="layer", rope=None,
+    rope_layout="half", num_prefix=0, **_,
+):  # fmt: skip
+    """Fills ``grads`` where the scores saw q and k normalised and turned.
+
+    Returns: the gradients of bias, height and width (None), cos, sin, and of weight and bias of q_norm and of k_norm.
+    """
+    stat = lse.dtype
+    tables = rope if rope is None else tuple(table.to(stat) for table in rope)
+    wide = [t.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat) for t in (q, k)]
+    normal = [reference._head_norm(x, of, norm) for x, of in zip(wide, (q_norm, k_norm), strict=True)]
+    turned = [reference.rotary(x, tables, rope_layout, num_prefix).transpose(1, 2).flatten(2) for x in normal]
+    seen = [torch.empty_like(x) for x in turned]
+    kernels(grad, *(x.to(q.dtype) for x in turned), v, out, lse, grads=[*seen, grads[2]])
+    changes = [x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in seen]
+    dcos = dsin = None
+    if rope is not None:
+        if any(needs[3:5]):
+            dcos, dsin = reference.rotary_tables_bwd(changes, normal, rope, rope_layout, num_prefix)
+        changes = [reference._rotary_bwd(x, tables, rope_layout, num_prefix) for x in changes]
+    vectors = []
+    for into, change, x, of in zip(grads[:2], changes, wide, (q_norm, k_norm), strict=True):
+        change, *of_norm = reference._head_norm_bwd(change, x, of, norm)
+        vectors += of_norm
+        if into is not None:
+            into.copy_(change.transpose(1, 2).flatten(2))
+    return None, None, None, dcos, dsin, *vectors
 
 
 def backward_not_supported_reasons(qkv: Tensor, num_heads: int, **options: Any) -> list[str]:
@@ -312,15 +355,23 @@ def attention_bwd(
     ``needs``: for each result whether it is wanted; what is not may be None. ``config`` forces an
     ``AttentionBwdConfig``.
     """
-    if backward_not_supported_reasons(qkv, num_heads, **options):
-        return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse, **options)
-    packed, key_lengths = k is None, options.pop("key_lengths", None)
+    packed = k is None
     q, k, v = qkv.chunk(3, dim=2) if packed else (qkv, k, v)
+    of_q, of_k, of_v, *of_options = needs or [True] * 12
     if packed:
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        grads = list(dqkv.chunk(3, dim=2))
+        of_k = of_v = of_q
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format) if of_q else None
+        grads = [None] * 3 if dqkv is None else list(dqkv.chunk(3, dim=2))
     else:
-        wanted = (True, True, True) if needs is None else needs[:3]
-        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else None for t, want in zip((q, k, v), wanted)]
-    _gradients(grad, q, k, v, out, lse, num_heads, scale, grads, config, launch.vector(key_lengths), dropout_p, seed)
-    return (dqkv, None, None) if packed else tuple(grads)
+        wanted = zip((q, k, v), (of_q, of_k, of_v), strict=True)
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) if want else None for t, want in wanted]
+    kernels = functools.partial(
+        _gradients, num_heads=num_heads, scale=scale, config=config, dropout_p=dropout_p, seed=seed,
+        key_lengths=launch.vector(options.get("key_lengths")),
+    )  # fmt: skip
+    more: tuple[Tensor | None, ...] = (None,) * 9 if options else ()
+    if any(options.get(name) is not None for name in ("rope", "q_norm", "k_norm")):
+        more = _through_head_options(kernels, grad, q, k, v, out, lse, num_heads, grads, of_options, **options)
+    else:
+        kernels(grad, q, k, v, out, lse, grads=grads)
+    return (dqkv, None, None, *more) if packed else (*grads, *more)

@@ -581,15 +581,22 @@ def _attention_options_bwd(
         grid = ds.unflatten(-1, (height.shape[-1], width.shape[-1]))
         dheight, dwidth = grid.sum(-1).to(height.dtype), grid.sum(-2).to(width.dtype)
     if rope is not None:
-        cos, sin = rope
-        rest = slice(num_prefix, None)
-        pairs = [(dq[:, :, rest], q_normal[:, :, rest]), (dk[:, :, rest], k_normal[:, :, rest])]
-        dcos = sum(grad * x for grad, x in pairs).sum_to_size(cos.shape).to(cos.dtype)
-        dsin = sum(grad * rotate(x, rope_layout) for grad, x in pairs).sum_to_size(sin.shape).to(sin.dtype)
+        dcos, dsin = rotary_tables_bwd((dq, dk), (q_normal, k_normal), rope, rope_layout, num_prefix)
         dq, dk = (_rotary_bwd(t, tables, rope_layout, num_prefix) for t in (dq, dk))
     dq, *dq_norm = _head_norm_bwd(dq, q, q_norm, norm)
     dk, *dk_norm = _head_norm_bwd(dk, k, k_norm, norm)
     return dq, dk, dv, dbias, dheight, dwidth, dcos, dsin, *dq_norm, *dk_norm
+
+
+def rotary_tables_bwd(
+    grads: Sequence[Tensor], heads: Sequence[Tensor], rope: tuple[Tensor, Tensor], layout: str, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    """(dcos, dsin) from the gradients of turned heads [B, H, N, D], and the heads before they were turned."""
+    cos, sin = rope
+    pairs = [(grad[:, :, num_prefix:], x[:, :, num_prefix:]) for grad, x in zip(grads, heads, strict=True)]
+    dcos = torch.stack([grad * x for grad, x in pairs]).sum(0)
+    dsin = torch.stack([grad * rotate(x, layout) for grad, x in pairs]).sum(0)
+    return dcos.sum_to_size(cos.shape).to(cos.dtype), dsin.sum_to_size(sin.shape).to(sin.dtype)
 
 
 def _rotary_bwd(grad, rope, layout, num_prefix):
