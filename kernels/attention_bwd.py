@@ -1,26 +1,27 @@
 """Attention backward: dq, dk and dv from the gradient of the output, q, k, v, the output and the LSE of every row.
 
-With P = exp(scale · q kᵀ − lse), the probabilities computed again, and the mask M of dropout (0 or 1/(1 − p); 1 without):
+P = exp(scale · q kᵀ − lse) are the probabilities, computed again; M is the mask of dropout, 0 or 1/(1 − p):
     dv = (P ∘ M)ᵀ dout        dP = (dout vᵀ) ∘ M        delta = rowsum(dout ∘ out) = rowsum(P ∘ dP)
     dS = P ∘ (dP − delta)     dq = scale · dS k         dk = scale · dSᵀ q
-Shapes and strides are those of ``attention``: q [B, Nq, C], k [B, Nk, C], v, out and dout with heads of their own size
+Shapes and strides are those of ``attention``: q [B, Nq, C], k [B, Nk, C]; v, out and dout with heads of their own size
 DV. Gradients of a packed projection are written into one tensor [B, N, 3C], without a stack or a concatenation. Scores,
 probabilities, delta and accumulators are fp32 (float64 for float64, interpreted only); P and dS are rounded to the
-dtype of the input before a product. A row whose LSE is −∞ has no keys, and gives nothing.
+dtype of the input before a product. A row whose LSE is −∞ has no keys, and adds nothing.
 
-Two kernels, one-dimensional grids, without atomics, so that a result has the same bits in every run:
+Two kernels, one-dimensional grids, no atomics, so that a result has the same bits in every run:
   _attention_bwd_kernel     a program holds BLOCK_N keys and values of one (image, head) on chip, with the accumulators
                             of dk and dv, and takes BLOCK_M queries a step. Scores are computed transposed, keys along
                             the rows, so that P and dS are operands out of registers. Where one program holds all
                             keys, dqᵀ = kᵀ dSᵀ is complete after each step and stored: q, k, v, dout and out are read
-                            once, and 10·B·H·Nq·Nk·D FLOP done.
+                            once, for 10·B·H·Nq·Nk·D FLOP.
   _attention_bwd_dq_kernel  more keys than that: dq by a program for each BLOCK_M queries, which takes BLOCK_N keys a
-                            step. Scores and dP are computed in both kernels, 14·B·H·Nq·Nk·D FLOP in all.
-The head dimension is cut into the slices of ``attention``, so that 72, 80 or 96 are not padded to 128.
+                            step. Both kernels compute scores and dP then, 14·B·H·Nq·Nk·D FLOP in all.
+The head dimension is cut into the slices of ``attention``, so that 72, 80 or 96 are not padded to 128. With TMA q, dout
+and out are loaded by tensor descriptors, after a copy where their layout does not allow it; the bits are the same.
 
-key_lengths and dropout are compiled in where they are given. Norms of q and k and rotary embedding are applied in PyTorch
-before the kernels, which then give fp32 gradients of what the scores saw, and differentiated after them by the closed
-formulas of ``reference``. bias, rel_pos and cu_seqlens: ``backward_not_supported_reasons``.
+key_lengths and dropout are compiled in where they are given. Norms of q and k and rotary embedding are applied in
+PyTorch before the kernels, which then give fp32 gradients of what the scores saw, and differentiated behind them by the
+closed formulas of ``reference``. bias, rel_pos and cu_seqlens: ``backward_not_supported_reasons``.
 Source: the backward of FlashAttention-2 (Dao 2023, arXiv:2307.08691), by keys.
 """
 
@@ -84,8 +85,8 @@ def _store_rows(
 
 @triton.jit
 def _attention_bwd_kernel(
-    dq_ptr, dk_ptr, dv_ptr,  # [B, Nq, H·D], [B, Nk, H·D], [B, Nk, H·DV]; dq: None where a program has not all keys
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # lse [B, H, Nq]; dout, out [B, Nq, H·DV]; with TMA dout, q and out are descriptors
+    dq_ptr, dk_ptr, dv_ptr,  # [B, Nq, H·D], [B, Nk, H·D], [B, Nk, H·DV], or None; dq where a program has all keys
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # dout, out [B, Nq, H·DV]; descriptors dout, q, out with TMA
     key_lengths_ptr, dropout,  # [B], Dropout, or None
     num_heads, num_queries, num_keys, scale,
     stride_dqb, stride_dqn, stride_dqc, stride_dkb, stride_dkn, stride_dkc, stride_dvb, stride_dvn, stride_dvc,
@@ -276,11 +277,10 @@ def _gradients(dout, q, k, v, out, lse, *, grads, num_heads, scale, config, key_
     precision = launch.dot_precision()
     if config is None:
         head_size = max(width, v.shape[2]) // num_heads
-        arch, tf32 = configs.arch_of(q.device), precision == "tf32"
-        config = configs.pick_attention_bwd_config(k.shape[1], head_size, q.dtype, tf32, arch, dropout_p > 0)
-    blocks = max(
-        configs.cdiv(k.shape[1], config.by_keys.block_n), configs.cdiv(num_queries, config.by_queries.block_m)
-    )
+        special = dropout_p > 0 or key_lengths is not None or v.shape[2] != width
+        arch = configs.arch_of(q.device)
+        config = configs.pick_attention_bwd_config(k.shape[1], head_size, q.dtype, arch, special)
+    blocks = max(configs.cdiv(k.shape[1], config.by_keys.block_n), configs.cdiv(num_queries, config.by_queries.block_m))
     if config.by_keys.tma:
         dout, q, out = (
             x if _tma_compatible(x, _head_slices(size := x.shape[2] // num_heads), size) else x.contiguous()

@@ -214,7 +214,37 @@ class AttentionBwdConfig:
 
 
 def pick_attention_bwd_config(
-    num_keys: int, head_size: int, dtype: torch.dtype, tf32: bool, arch: int, dropout: bool
+    num_keys: int, head_size: int, dtype: torch.dtype, arch: int, special: bool
 ) -> AttentionBwdConfig:
-    """Ignores the batch size and the number of queries, so that bits depend on neither."""
-    return AttentionBwdConfig(AttentionConfig(32, 64, 4, 1), AttentionConfig(64, 32, 4, 1))
+    """Ignores the batch size and the number of queries, so that bits depend on neither. ``special``: lengths of keys,
+    dropout, or heads of v of another size.
+
+    On sm_90 and sm_100 a program holds up to 256 keys of a head of one slice, at 255 registers; TMA saves those of the
+    pointers. Wider heads have smaller tiles, where ptxas otherwise spills or serialises wgmma. On sm_100 the compiler
+    drops the products of a tile of 128 queries for heads of three slices (104 = 64 + 32 + 16).
+    """
+    width, wgmma = cdiv(head_size, 16) * 16, 90 <= arch < 120
+    if dtype in (torch.float32, torch.float64):
+        if width > 64:
+            tile = AttentionConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+            return AttentionBwdConfig(tile, tile)
+        by_keys = AttentionConfig(block_m=16, block_n=32, num_warps=8, num_stages=1)
+        return AttentionBwdConfig(by_keys, AttentionConfig(block_m=32, block_n=16, num_warps=8, num_stages=1))
+    if width > 128:
+        by_keys = AttentionConfig(block_m=16, block_n=32, num_warps=8, num_stages=1)
+        return AttentionBwdConfig(by_keys, AttentionConfig(block_m=64, block_n=16, num_warps=8, num_stages=1))
+    if width > 80:
+        by_keys = AttentionConfig(block_m=32 if wgmma else 16, block_n=64, num_warps=8, num_stages=1)
+        stages = 2 if wgmma else 1
+        return AttentionBwdConfig(by_keys, AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=stages))
+    if wgmma or width <= 64:
+        by_queries = AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
+    else:
+        by_queries = AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
+    if num_keys <= 64:
+        by_keys = AttentionConfig(block_m=32, block_n=64, num_warps=8, num_stages=1)
+    elif wgmma and 128 < num_keys <= 256 and head_size in (16, 32, 64) and not special:
+        by_keys = AttentionConfig(block_m=32, block_n=256, num_warps=8, num_stages=1, tma=True)
+    else:
+        by_keys = AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=2)
+    return AttentionBwdConfig(by_keys, by_queries)

@@ -92,7 +92,8 @@ def attention_options_cases():
     """bfloat16 stands for float16 here: both are loaded, turned and multiplied alike."""
     from vit_fast.kernels.attention import attention
 
-    def call(batch, tokens, head_size, dtype=torch.bfloat16, rope=None, norm=None, bias=False, grid=None, packed=False):
+    def call(batch, tokens, head_size, dtype=torch.bfloat16, rope=None, norm=None, bias=False, grid=None, packed=False,
+             dropout_p=0.0):  # fmt: skip
         options, heads = {}, 8
         if rope:
             tables = torch.empty(2, tokens - 1, head_size)
@@ -107,6 +108,8 @@ def attention_options_cases():
             options |= dict(rel_pos=rel_pos, key_lengths=torch.empty(batch, dtype=torch.int32))
         if packed:
             options |= dict(cu_seqlens=torch.empty(33, dtype=torch.int32))
+        if dropout_p:
+            options |= dict(dropout_p=dropout_p, seed=torch.empty(1, dtype=torch.int64))
         attention(torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), heads, head_size**-0.5, **options)
 
     for dtype, name, *sizes, options in (
@@ -117,8 +120,44 @@ def attention_options_cases():
         (torch.bfloat16, "SAM", 2, 4096, 80, dict(grid=(64, 64))),
         (torch.bfloat16, "packed", 1, 8192, 80, dict(rope="half", packed=True)),
         (torch.float32, "head size 64", 64, 257, 64, dict(rope="half")),
+        (torch.bfloat16, "head size 64", 64, 197, 64, dict(dropout_p=0.1)),
+        (torch.bfloat16, "head size 128", 64, 257, 128, dict(dropout_p=0.1)),
     ):
         yield case("attention with options", name, dtype, call, *sizes, dtype, **options)
+
+
+def attention_bwd_cases():
+    from vit_fast.kernels.attention_bwd import attention_bwd
+
+    def call(batch, tokens, heads, head_size, dtype, lengths=False, **options):
+        """Of packed qkv; with lengths of separate q, k and v."""
+        grad, lse = torch.empty(batch, tokens, heads * head_size, dtype=dtype), torch.empty(batch, heads, tokens)
+        qkv, k, v = torch.empty(batch, tokens, 3 * heads * head_size, dtype=dtype), None, None
+        if lengths:
+            qkv, k, v = torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
+            options |= dict(key_lengths=torch.empty(batch, dtype=torch.int32))
+        if "dropout_p" in options:
+            options |= dict(seed=torch.empty(1, dtype=torch.int64))
+        attention_bwd(grad, qkv, heads, head_size**-0.5, k, v, grad, lse, **options)
+
+    def pooled(tokens, heads, head_size, dtype):
+        grad, lse = torch.empty(64, 1, heads * head_size, dtype=dtype), torch.empty(64, heads, 1)
+        k, v = torch.empty(64, tokens, 2 * heads * head_size, dtype=dtype).chunk(2, dim=-1)
+        attention_bwd(grad, torch.empty_like(grad), heads, head_size**-0.5, k, v, grad, lse)
+
+    half = torch.bfloat16  # float16 is loaded and multiplied alike
+    for dtype in DTYPES:
+        for name, (tokens, width, heads, _, _) in VITS.items():
+            yield case("attention backward", name, dtype, call, 64, tokens, heads, width // heads, dtype)
+    for head_size in (32, 48, 88, 96, 104, 128, 192):
+        yield case("attention backward", f"head size {head_size}", half, call, 2, 257, 8, head_size, half)
+    for tokens in (50, 82):
+        yield case("attention backward", f"{tokens} tokens", half, call, 64, tokens, 12, 64, half)
+    for head_size in (64, 72, 128):
+        for options in (dict(dropout_p=0.1), dict(lengths=True)):
+            size = f"head size {head_size}"
+            yield case("attention backward", size, half, call, 64, 257, 8, head_size, half, **options)
+    yield case("attention backward pooled", "base", half, pooled, 196, 12, 64, half)
 
 
 def layer_norm_cases():
@@ -364,6 +403,7 @@ def linear_hopper_cases():
 
 
 OPERATIONS = (
-    attention_cases, attention_options_cases, layer_norm_cases, linear_cases, layernorm_mlp_cases, patch_embed_cases,
+    attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, linear_cases,
+    layernorm_mlp_cases, patch_embed_cases,
     prepared_blocks_cases, fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip
