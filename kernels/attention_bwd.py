@@ -355,6 +355,8 @@ def attention_bwd(
     ``needs``: for each result whether it is wanted; what is not may be None. ``config`` forces an
     ``AttentionBwdConfig``.
     """
+    if backward_not_supported_reasons(qkv, num_heads, **options):
+        return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse, **options)
     packed = k is None
     q, k, v = qkv.chunk(3, dim=2) if packed else (qkv, k, v)
     of_q, of_k, of_v, *of_options = needs or [True] * 12

@@ -52,7 +52,7 @@ class Triton(Backend):
 
     def _fill_tables(self) -> None:
         # Not at the head of the file: importing vit_fast needs no Triton.
-        from vit_fast.kernels import attention, layer_norm, layernorm_mlp, linear, patch_embed
+        from vit_fast.kernels import attention, attention_bwd, layer_norm, layernorm_mlp, linear, patch_embed
 
         stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
         self.not_supported = {
@@ -77,6 +77,7 @@ class Triton(Backend):
             "linear_residual": linear.linear_residual,
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
+        self.backward = {"attention": attention_bwd.attention_bwd}
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():
