@@ -307,7 +307,7 @@ def _through_head_options(
     stat = lse.dtype
     tables = rope if rope is None else tuple(table.to(stat) for table in rope)
     wide = [t.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat) for t in (q, k)]
-    normal = [reference._head_norm(x, of, norm) for x, of in zip(wide, (q_norm, k_norm), strict=True)]
+    normal = [reference.head_norm(x, of, norm) for x, of in zip(wide, (q_norm, k_norm), strict=True)]
     turned = [reference.rotary(x, tables, rope_layout, num_prefix).transpose(1, 2).flatten(2) for x in normal]
     seen = [torch.empty_like(x) for x in turned]
     kernels(grad, *(x.to(q.dtype) for x in turned), v, out, lse, grads=[*seen, grads[2]])
@@ -316,10 +316,10 @@ def _through_head_options(
     if rope is not None:
         if any(needs[3:5]):
             dcos, dsin = reference.rotary_tables_bwd(changes, normal, rope, rope_layout, num_prefix)
-        changes = [reference._rotary_bwd(x, tables, rope_layout, num_prefix) for x in changes]
+        changes = [reference.rotary_bwd(x, tables, rope_layout, num_prefix) for x in changes]
     vectors = []
     for into, change, x, of in zip(grads[:2], changes, wide, (q_norm, k_norm), strict=True):
-        change, *of_norm = reference._head_norm_bwd(change, x, of, norm)
+        change, *of_norm = reference.head_norm_bwd(change, x, of, norm)
         vectors += of_norm
         if into is not None:
             into.copy_(change.transpose(1, 2).flatten(2))
@@ -355,8 +355,6 @@ def attention_bwd(
     ``needs``: for each result whether it is wanted; what is not may be None. ``config`` forces an
     ``AttentionBwdConfig``.
     """
-    if backward_not_supported_reasons(qkv, num_heads, **options):
-        return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse, **options)
     packed = k is None
     q, k, v = qkv.chunk(3, dim=2) if packed else (qkv, k, v)
     of_q, of_k, of_v, *of_options = needs or [True] * 12

@@ -77,7 +77,9 @@ class Triton(Backend):
             "linear_residual": linear.linear_residual,
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
+        self.dropout = frozenset({"attention"})
         self.backward = {"attention": attention_bwd.attention_bwd}
+        self.backward_not_supported = {"attention": attention_bwd.backward_not_supported_reasons}
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():
