@@ -58,6 +58,7 @@ setup(
     package_dir={"vit_fast.kernels": "kernels", "vit_fast.csrc": "csrc"},
     package_data={
         "vit_fast": ["py.typed", "pretrained_cfgs.json"],
+        "vit_fast.kernels": ["tuned/*.json"],
         "vit_fast.csrc": ["*.h", "*/*.h", "*/*.cuh", "*/*.cpp", "*/*.cu"],
     },
     distclass=PlatformDistribution,

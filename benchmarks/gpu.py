@@ -1,6 +1,8 @@
 """All that only a GPU can show, in one command: its ceilings, correctness on the chip, then the numbers.
 
     make gpu [ARGS="--out FOLDER --minutes 28 --only tests,models --dry-run"]
+    make gpu ARGS=--first-look       the most telling measurements in at most 8 minutes (``first_look``)
+    make gpu ARGS=--models-table     the table of models in at most 5 minutes
 
 A stage is a child process with its own log; one that fails, hangs or runs out of time keeps what it had written, and
 the next one runs. summary.json holds the machine, the commit, the outcome of every stage, and the rows without figures
@@ -12,13 +14,11 @@ device of capability 8.0 nothing is measured; where Triton does not run on the d
 summary.json says why, and the exit status is 1.
 """
 
+import contextlib
+import importlib.metadata
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,12 @@ from rich.table import Table
 
 from vit_fast import extension
 from vit_fast.bench import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import child
+import first_look
+from child import Stage, run, triton_error
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("limits", "check", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
@@ -49,32 +55,13 @@ MODELS = (  # timm's name, pixels, batch sizes, baselines, seconds at most; the 
 )
 # Target speedup over the best baseline at batch size 256.
 SPEEDUPS = {VIT_B: 1.3, VIT_S: 1.4, VIT_L: 1.25, VIT_H: 1.3, SO400M: 1.5}
-PROBE = """
-import torch
-import vit_fast
-x, weight, bias = (torch.randn(*size, device="cuda").bfloat16() for size in ((64, 768), (768,), (768,)))
-with vit_fast.backend("triton"), torch.inference_mode():
-    out = vit_fast.ops.layer_norm(x, weight, bias)
-torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (768,), weight, bias, 1e-6), atol=0.1, rtol=0.1)
-"""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A child process of the run."""
-
-    name: str
-    command: tuple[str, ...]  # after the interpreter
-    seconds: float  # at most
-    cold: bool = False  # has its own kernel caches, empty at the start
-    float8: bool = False  # needs capability 8.9
 
 
 def stages(out: Path, only: str) -> list[Stage]:
     """The stages of the chosen groups, in order."""
     pytest = ("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     checked = "test_gpu_bits or test_gpu_layouts_and_mixed_dtypes or test_gpu_integers_come_out_exactly"
-    memcheck = ("-c", _under("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
+    memcheck = ("-c", child.under("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
     bench = ("-P", "-m", "vit_fast", "bench", "--precision", "bfloat16")
     models = []
     for model, size, batches, baselines, seconds in MODELS:
@@ -120,45 +107,6 @@ def stages(out: Path, only: str) -> list[Stage]:
     if unknown := [word for word in wanted if word not in groups]:
         raise typer.BadParameter(f"got {unknown[0]!r}, wanted any of {', '.join(groups)}", param_hint="--only")
     return [stage for word in groups if word in wanted for stage in groups[word]]
-
-
-def _under(*tool):
-    """Python code that runs this interpreter, with the arguments that follow, under a tool."""
-    return f"import os, sys; os.execvp({tool[0]!r}, [*{list(tool)!r}, sys.executable, *sys.argv[1:]])"
-
-
-def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
-    """Runs one stage; returns its outcome: "passed", "failed (exit status)" or "out of time", and its seconds."""
-    begun = time.monotonic()
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    log_path = out / f"{stage.name.replace(' ', '-')}.log"
-    with open(log_path, "w") as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
-        if stage.cold:
-            environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        child = subprocess.Popen(
-            [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            status = child.wait(min(stage.seconds, seconds))
-            verdict = "passed" if status == 0 else f"failed ({status})"
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)
-            child.wait()
-            verdict = "out of time"
-    return {"stage": stage.name, "verdict": verdict, "seconds": round(time.monotonic() - begun, 1)}
-
-
-def triton_error(seconds: float = 180) -> str | None:
-    """Why a small kernel of ours cannot be compiled, loaded and run here, or None; tried in a child process."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = [sys.executable, "-P", "-c", PROBE]
-    try:
-        child = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"a small kernel did not end within {seconds} s"
-    if child.returncode == 0:
-        return None
-    return child.stderr.strip()[-2000:] or f"exit status {child.returncode} without a word"
 
 
 def _stages_before(out, plan):
@@ -296,21 +244,64 @@ def _print_targets(lines):
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
+def _look(out, minutes, known, models_table, dry_run, rehearse):
+    """The exit status of --first-look or --models-table."""
+    looks = first_look.models_table() if models_table else first_look.plan()
+    if dry_run:
+        first_look.dry_run(looks, out)
+        return 0
+    if reason := child.why_not_writable(out):
+        raise typer.BadParameter(
+            f"got {str(out)!r}, wanted a folder that can be written ({reason})", param_hint="--out"
+        )
+    title = "models_table" if models_table else "first_look"
+    if "missing" in known and not rehearse:
+        child.save(out / f"{title}.json", known | {"stages": []})
+        print(f"not measured: {known['missing']}; {out / title}.json says so")
+        return 1
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        known["triton"] = importlib.metadata.version("triton")
+    if not rehearse and (error := triton_error(60)):
+        known["triton_error"] = error
+        print(f"Triton does not run on this GPU: {error}")
+    if models_table:
+        default, work = first_look.TABLE_MINUTES, first_look.table_of_models
+    else:
+        default, work = first_look.FIRST_LOOK_MINUTES, first_look.first_look
+    status = work(out, default if minutes is None else minutes, known, rehearse, run)
+    print(f"{out / title}.json")
+    return status
+
+
 def main(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results. [default: benchmarks/results/GPU/DATE]")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time for all stages together.")] = 60.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Time for all stages. [default: 60; first look 8, models table 5]")
+    ] = None,
     only: Annotated[str, typer.Option(help="Groups of stages.")] = ",".join(GROUPS),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, run nothing.")] = False,
+    first_look_: Annotated[bool, typer.Option("--first-look", help="Twelve measurements and decisions.")] = False,
+    models_table: Annotated[bool, typer.Option("--models-table", help="The table of models alone.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Start the commands of --first-look or --models-table without a GPU.")
+    ] = False,
 ) -> None:
     """Test and measure on this GPU; see the head of benchmarks/gpu.py."""
+    if first_look_ and models_table:
+        raise typer.BadParameter("got both, wanted one", param_hint="--first-look, --models-table")
+    if rehearse and not (first_look_ or models_table):
+        raise typer.BadParameter("got it alone, wanted it with --first-look or --models-table", param_hint="--rehearse")
     known = machine.gpu_facts()
     folder = ROOT / "out" / "gpu"  # not under results/, as nothing is measured
     if "missing" not in known:
         slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")
         folder = ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
     out = (out or folder).resolve()
+    if first_look_ or models_table:
+        raise typer.Exit(_look(out, minutes, known, models_table, dry_run, rehearse))
+    minutes = 60.0 if minutes is None else minutes
     plan = stages(out, only)
     if dry_run:
         for stage in plan:

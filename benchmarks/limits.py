@@ -1,6 +1,6 @@
 """What this device's memory and libraries reach, in one run: the ceilings for every claim of speed.
 
-    python -P benchmarks/limits.py --json FILE [--seconds 90] [--device cuda:0]
+    python -P benchmarks/limits.py --json FILE [--seconds 90] [--device cuda:0] [--only copy]
 
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
 C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
@@ -19,6 +19,7 @@ import gc
 import json
 import math
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -504,6 +505,7 @@ def main(
     path: Annotated[Path, typer.Option("--json", help="Write machine and items here.")],
     seconds: Annotated[float, typer.Option(min=1.0, help="Time; what does not fit into it is not measured.")] = 90.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")] = None,
+    only: Annotated[str, typer.Option(help="A regular expression: items whose names it matches.")] = "",
 ) -> None:
     """What this device's memory and libraries reach; see the head of benchmarks/limits.py."""
     begun = time.monotonic()
@@ -520,6 +522,8 @@ def main(
     known = facts(target) | {"before": machine.gpu_state(target)}
     rows = []
     for item in items(clock, on_gpu):
+        if not re.search(only, item.name):
+            continue
         if time.monotonic() - begun > seconds:
             rows.append({"name": item.name, "shape": item.shape, "note": "not measured: no time left"})
             continue

@@ -2,13 +2,16 @@
 
 ``arch`` is 10·major + minor of the compute capability (80, 90, 100). Tiles come from ahead-of-time
 compiles (no spills, wgmma not serialised, shared memory within the limit), not from timings:
-where a figure was measured on a GPU, its machine, date and commit stand beside the entry.
+where a figure was measured on a GPU, its machine, date and commit stand beside the entry. A file of kernels/tuned/
+(``tuned``) may replace what the rule of the linear layers picks on a device.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+
+from . import tuned
 
 
 # Triton's own helpers also run in device code, so each call unwraps constexprs; a launch makes several such calls.
@@ -23,6 +26,7 @@ def power_of_two(n: int) -> int:
 
 
 @cache
+@tuned.reads_tables
 def arch_of(device: torch.device) -> int:
     """10·major + minor of a CUDA device; tensors elsewhere (interpreter) take the tiles of sm_80."""
     if device.type != "cuda":
@@ -58,6 +62,7 @@ class LinearConfig:
     split_k: int = 1  # programs that share the K loop of one tile
 
 
+@tuned.overrides
 def pick_linear_config(
     rows: int,
     out_features: int,

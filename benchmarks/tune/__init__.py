@@ -15,5 +15,6 @@ separate process checks and times them, and is ended when an answer is late (``g
 The most telling shapes come first and the file is written after each (``report``), so that the budget may end anywhere.
 Winners are put into kernels/configs.py by hand, with machine, date and commit.
 
+--candidates few takes the most telling neighbours alone, --candidates hopper those of linear_hopper.
 --dry-run lists problems and candidates, --compile-only compiles them for --arch; both work without a GPU (``command``).
 """

@@ -12,6 +12,8 @@ from vit_fast.kernels import configs
 
 from .problems import PLANNED, PREPARED, VITS, WORKS, Problem, Work, linear_sizes
 
+KINDS = ("all", "few", "hopper")  # candidates: all; the most telling; those of linear_hopper beside the rule's
+
 
 class Chip(NamedTuple):
     """Properties of a GPU that configs depend on: 10·major + minor of the capability, bytes of shared memory per
@@ -149,9 +151,29 @@ def fits(problem: Problem, config: Any, chip: Chip, itemsize: int = 2) -> bool:
     return shared <= chip.shared and config.block_m * config.block_n <= 128 * threads
 
 
-def candidates(problem: Problem, pick: Any, chip: Chip) -> list[Any]:
-    """The config that the rule picks and the similar ones that fit, without repetition."""
-    return list(dict.fromkeys([pick, *(c for c in NEIGHBOURS[problem.operation](pick) if fits(problem, c, chip))]))
+def _few(operation, pick):
+    """The most telling neighbours, for a first look: larger tiles and more stages; the other form of attention."""
+    if operation == "attention":
+        form = dict(block_n=64, num_stages=2) if pick.block_n == 0 else dict(block_n=0, num_stages=1)
+        yield replace(pick, block_m=64, num_warps=4, **form)
+    if operation == "linear":
+        if pick.block_m == 128:
+            yield replace(pick, num_warps=8)
+            yield replace(pick, block_n=256, num_warps=8)
+        else:
+            yield replace(pick, num_stages=7)
+
+
+def candidates(problem: Problem, pick: Any, chip: Chip, kind: str = "all") -> list[Any]:
+    """The config that the rule picks and the similar ones that fit, without repetition; of a ``kind`` of ``KINDS``."""
+    near = {"all": NEIGHBOURS[problem.operation](pick), "few": _few(problem.operation, pick), "hopper": ()}[kind]
+    return list(dict.fromkeys([pick, *(c for c in near if fits(problem, c, chip))]))
+
+
+def own_candidates(problem: Problem, work: Work, chip: Chip, kind: str = "all") -> list[Any]:
+    """Configs of the kernels beside the operation's own."""
+    found = [] if kind == "few" else hopper_candidates(work, chip)
+    return found + (cutlass_candidates(problem, work, chip) if kind == "all" else [])
 
 
 def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
@@ -200,9 +222,9 @@ def calling(problem: Problem, work: Work, config: Any) -> Iterator[Callable[[], 
             yield work.kernel
 
 
-def plan(problem: Problem, chip: Chip) -> list[Any]:
+def plan(problem: Problem, chip: Chip, kind: str = "all") -> list[Any]:
     """The candidates of a problem for a chip that this machine may lack; the first is the one that the rule picks."""
     with pretending(chip):
         work = WORKS[problem.operation](problem, VITS[problem.model], PLANNED)
-        found = candidates(problem, picked(problem.operation, work.kernel), chip)
-        return found + hopper_candidates(work, chip) + cutlass_candidates(problem, work, chip)
+        found = candidates(problem, picked(problem.operation, work.kernel), chip, kind)
+        return found + own_candidates(problem, work, chip, kind)

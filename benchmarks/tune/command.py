@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vit_fast.bench import machine
 
-from .candidates import Chip, own_kernel, plan
+from .candidates import KINDS, Chip, own_kernel, plan
 from .compilers import Compilers
 from .guarded import Guarded
 from .problems import BATCHES, OPERATIONS, VITS, Maker, Problem, problems
@@ -30,12 +30,12 @@ def _listed(option, text, known):
 
 
 def compile_only(
-    wanted: list[Problem], chip: Chip, compilers: Compilers, end: float
+    wanted: list[Problem], chip: Chip, compilers: Compilers, end: float, kind: str = "all"
 ) -> tuple[list[dict[str, Any]], int]:
     """(error of each candidate that failed to compile, number of candidates that compiled)."""
     refused, taken = [], 0
     for problem in wanted:
-        for config in plan(problem, chip):
+        for config in plan(problem, chip, kind):
             if own_kernel(config) == "cutlass":
                 continue
             left = end - time.monotonic()
@@ -55,6 +55,9 @@ def main(
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes that compile ahead; 0 for none.", show_default="processors − 2")
     ] = max(1, (os.cpu_count() or 1) - 2),
+    kind: Annotated[
+        str, typer.Option("--candidates", help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}: see candidates.py.")
+    ] = "all",
     arch: Annotated[int, typer.Option(help="10·major + minor of the GPU, for --dry-run and --compile-only.")] = 90,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List problems and candidates.")] = False,
     compile_: Annotated[bool, typer.Option("--compile-only", help="Compile the candidates, time nothing.")] = False,
@@ -63,6 +66,8 @@ def main(
     end = time.monotonic() + seconds
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("got 1, wanted a process that compiles: unset it", param_hint="TRITON_INTERPRET")
+    if kind not in KINDS:
+        raise typer.BadParameter(f"got {kind!r}, wanted any of {', '.join(KINDS)}", param_hint="--candidates")
     sizes = batches.split(",")
     if unknown := [size for size in sizes if not size.isdecimal() or int(size) == 0]:
         raise typer.BadParameter(f"got {unknown[0]!r}, wanted positive ints", param_hint="--batches")
@@ -71,7 +76,7 @@ def main(
     )
     if dry_run:
         for problem in wanted:
-            configs_ = plan(problem, Chip.named(arch))
+            configs_ = plan(problem, Chip.named(arch), kind)
             print(f"{problem}: {len(configs_)} candidates, the rule's first")
             for config in configs_:
                 print(f"  {config}")
@@ -80,8 +85,8 @@ def main(
         chip = Chip.named(arch)
         with Compilers(max(jobs, 1), chip) as compilers:
             for problem in wanted:
-                compilers.submit(problem, plan(problem, chip))
-            refused, taken = compile_only(wanted, chip, compilers, end)
+                compilers.submit(problem, plan(problem, chip, kind))
+            refused, taken = compile_only(wanted, chip, compilers, end, kind)
         save(out, {"arch": arch, "torch": torch.__version__, "compiled": taken, "refused": refused})
         print(f"{taken} candidates compile for sm_{arch}, {len(refused)} do not; {out} names these")
         return
@@ -101,9 +106,9 @@ def main(
     with Compilers(jobs, chip) as compilers, Guarded(device, make.dtype) as guarded:
         for problem in wanted:
             with contextlib.suppress(Exception):  # tuning reports the same error
-                compilers.submit(problem, plan(problem, chip))
+                compilers.submit(problem, plan(problem, chip, kind))
         try:
-            run(wanted, chip, make, compilers, kernel_seconds, end, keep, guarded)
+            run(wanted, chip, make, compilers, kernel_seconds, end, keep, guarded, kind)
         except Exception as error:  # the device is lost; times measured before are kept
             content["lost"] = one_line(error)
             save(out, content)

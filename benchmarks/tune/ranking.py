@@ -10,7 +10,7 @@ import torch
 from vit_fast.bench import measure
 
 from . import guarded as guarding
-from .candidates import Chip, calling, candidates, cutlass_candidates, hopper_candidates, may_hang, picked
+from .candidates import Chip, calling, candidates, may_hang, own_candidates, picked
 from .compilers import NOT_COMPILED, Compilers
 from .guarded import Guarded
 from .problems import VITS, WORKS, Maker, Problem
@@ -54,15 +54,16 @@ def tune(
     timer: Timer,
     end: float,
     guarded: Guarded | None = None,
+    kind: str = "all",
 ) -> dict[str, Any]:
     """The row of a problem: times of its candidates and of the libraries, and the rank of the rule's config."""
     torch.manual_seed(0)
     device, dtype = make.device, make.dtype
     work = WORKS[problem.operation](problem, VITS[problem.model], make)
     pick = picked(problem.operation, work.kernel)
-    configs_ = candidates(problem, pick, chip)
+    configs_ = candidates(problem, pick, chip, kind)
     if guarded:
-        configs_ += hopper_candidates(work, chip) + cutlass_candidates(problem, work, chip)
+        configs_ += own_candidates(problem, work, chip, kind)
     times, failures = _time_candidates(problem, work, configs_, compilers, timer, end, device, dtype, guarded)
     ranking = sorted(times, key=times.get)
     for config in ranking[:3] if pick not in times else dict.fromkeys([*ranking[:3], pick]):
@@ -107,6 +108,7 @@ def run(
     end: float,
     keep: Callable[[list[Any], list[Any], list[Problem]], None],
     guarded: Guarded | None = None,
+    kind: str = "all",
 ) -> None:
     """Tunes problem by problem while there is time; ``keep(rows, errors, problems not reached)`` after each."""
     rows, errors = [], []
@@ -115,7 +117,7 @@ def run(
             break
         try:
             with torch.inference_mode():
-                row = tune(problem, chip, make, compilers, timer, end, guarded)
+                row = tune(problem, chip, make, compilers, timer, end, guarded, kind)
         except Exception as error:  # likewise a whole problem
             errors.append({"problem": str(problem), "why": one_line(error)})
             print(f"{problem}: {errors[-1]['why']}", flush=True)

@@ -118,13 +118,15 @@ def test_commands_are_words_that_the_programs_know(gpu, tmp_path):
 
 def test_what_triton_says_where_it_cannot_run(gpu, monkeypatch):
     assert (gpu.triton_error(120) is None) == torch.cuda.is_available()
-    monkeypatch.setattr(gpu, "PROBE", "import sys; print('ptxas fatal: no such chip', file=sys.stderr); sys.exit(1)")
+    monkeypatch.setattr(
+        gpu.child, "PROBE", "import sys; print('ptxas fatal: no such chip', file=sys.stderr); sys.exit(1)"
+    )
     assert gpu.triton_error() == "ptxas fatal: no such chip"
-    monkeypatch.setattr(gpu, "PROBE", "import os; os.abort()")
+    monkeypatch.setattr(gpu.child, "PROBE", "import os; os.abort()")
     assert gpu.triton_error() == "exit status -6 without a word"
-    monkeypatch.setattr(gpu, "PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpu.child, "PROBE", "import time; time.sleep(60)")
     assert gpu.triton_error(0.5) == "a small kernel did not end within 0.5 s"
-    monkeypatch.setattr(gpu, "PROBE", "import os; assert 'TRITON_INTERPRET' not in os.environ")
+    monkeypatch.setattr(gpu.child, "PROBE", "import os; assert 'TRITON_INTERPRET' not in os.environ")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu.triton_error() is None
 
@@ -135,7 +137,7 @@ def machine(gpu, monkeypatch):
     ran, says = [], {"error": None, "verdict": "passed"}
     known = {"gpu": "NVIDIA H200", "time": "2026-01-01T00:00:00", "torch": "2.11"}
     monkeypatch.setattr(gpu.machine, "gpu_facts", lambda: dict(known))
-    monkeypatch.setattr(gpu, "triton_error", lambda: says["error"])
+    monkeypatch.setattr(gpu, "triton_error", lambda *seconds: says["error"])
 
     def run(stage, out, seconds):
         ran.append(stage.name)
@@ -265,5 +267,5 @@ def test_targets_are_held_against_the_files(gpu, tmp_path, capsys):
 
 
 def test_a_tool_runs_this_very_python(gpu):
-    words = ("-c", gpu._under("env", "WORD=1"), "-c", "import os; print(os.environ['WORD'])")
+    words = ("-c", gpu.child.under("env", "WORD=1"), "-c", "import os; print(os.environ['WORD'])")
     assert subprocess.check_output([sys.executable, *words], text=True, timeout=60) == "1\n"

@@ -21,6 +21,7 @@ from vit_fast.backends.torch import TORCH
 from vit_fast.bench import attribution, machine, measure, operations
 from vit_fast.bench import profile as profiling
 from vit_fast.bench.attribution import STEP, attribute, family
+from vit_fast.bench.errors import BenchError
 from vit_fast.bench.operations import Call, Operation, forward_operations, moved_bytes, tensor_sizes
 from vit_fast.cli import options
 from vit_fast.precisions import FP8, PRECISIONS
@@ -668,6 +669,40 @@ def test_table_of_a_gpu(gpu, tmp_path, capsys):
         and "odd_kernel [8×1×1]" in shown
         and "700 TFLOP/s" in shown
     )
+
+
+def test_a_gpu_that_has_a_model_grades_it(gpu, tmp_path, capsys, monkeypatch):
+    """The predicted time stands beside the measured one, and by how much it is wrong."""
+    model = vit_fast.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().bfloat16().requires_grad_(False)
+    calls = forward_operations(model, torch.empty(2, 3, 32, 32, dtype=torch.bfloat16))
+    kernels = {call.operator: [(f"void {call.operator.removeprefix('aten::')}_kernel", 3)] for call in calls}
+    gpu.events = trace_of(calls, 4, kernels).events
+    file = tmp_path / "rows.json"
+    words = [*GPU_WORDS, "--num-iter", "4", "--results-file", file]
+    assert run(*words) == 0
+    told = json.loads(file.read_text())
+    rows = {(row["operation"], row["module"]): row for row in told["rows"]}
+    assert told["facts"]["predicted"] == "beside the measured"
+    for key in (("linear", "blocks.*.attn.qkv"), ("attention", "blocks.*"), ("linear", "head"), ("sum", "")):
+        row = rows[key]
+        assert row["predicted_us"] > 0
+        assert row["predicted_error_percent"] == pytest.approx(100 * (row["predicted_us"] / row["us"] - 1)), key
+    step = next(row for row in told["rows"] if row["operation"] == profiling.STEP)
+    assert step["predicted_us"] > rows["sum", ""]["predicted_us"]
+    shown = capsys.readouterr().out
+    assert "predicted" in shown and "error" in shown and "what the model of this GPU says" in shown
+
+    def unpredictable(settings):
+        raise BenchError("odd shapes")
+
+    monkeypatch.setattr(profiling.predict, "run", unpredictable)  # the profile goes on without
+    assert run(*words) == 0
+    told = json.loads(file.read_text())
+    assert told["facts"]["predicted"] == "not predicted: odd shapes" in capsys.readouterr().out
+    assert {row["predicted_us"] for row in told["rows"]} == {None}
+    monkeypatch.setattr(machine, "name", lambda device: "NVIDIA H100 PCIe")  # no model of this one
+    assert run(*words) == 0 and json.loads(file.read_text())["facts"]["predicted"] is None
+    assert "predicted" not in capsys.readouterr().out
 
 
 def test_float8_on_a_gpu_has_its_own_ceiling(gpu, tmp_path, capsys, monkeypatch):

@@ -23,6 +23,11 @@ It needs the packages of the extra ``bench`` and imports nothing of the command 
 ``operations``     the operations of a forward pass, their FLOPs and bytes
 ``attribution``    a profiler's trace, by operation
 ``profile``        the time of each operation of a forward pass beside its roofline bound
+``predict``        what a forward pass would take on a GPU that is not here, by a model
+``launches``       what it would launch, from shapes alone
+``resources``      registers and shared memory of a launch
+``instruction_model``  the time of a launch by a model of instructions
+``gpus``           published facts of GPUs
 ``machine``        facts about this machine
 ``results``        files of rows, and their plot
 ``errors``         errors that the user can fix

@@ -11,7 +11,7 @@ kernels of a family as operations. A kernel that belongs to no operation has a r
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,13 +179,13 @@ def _host_works(nodes):
             yield _Work(node.name, node.start, own, node)
 
 
-def _share_out(works, operations):
-    """Pairs (work, operation or None): each operation gets the next work of its family."""
+def share_out(works: Iterable[Any], operations: Iterable[Operation]) -> Iterator[tuple[Any, Operation | None]]:
+    """Pairs (work, operation or None): each operation gets the next work of its family, by the works' ``name``."""
     waiting = defaultdict(list)
     for operation in operations:
         waiting[_FAMILY_OF_OPERATION.get(operation.name, operation.name)].append(operation)
     for work in works:
-        queue = waiting.get(family(work.name))
+        queue = waiting.get(family(work.name) or "")
         yield work, queue.pop(0) if queue else None
 
 
@@ -301,7 +301,7 @@ def attribute(
             for work in claim.works:
                 table.add_work(work, claim.operations[0])
         else:
-            add_pairs(_share_out(claim.works, claim.operations))
+            add_pairs(share_out(claim.works, claim.operations))
     add_pairs(_align(unclaimed, unseen, steps))
     return Attribution(table.rows(), *(1e-6 * value / steps for value in _times(works, nodes, on_gpu)))
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vit_fast.block import PREPARED
-from vit_fast.kernels.folding import Float8Block, unflatten
+from vit_fast.kernels.folding import Float8Block, FoldedBlock, unflatten
 from vit_fast.kernels.packing import Int8Block
 from vit_fast.precisions import PRECISIONS
 
@@ -157,6 +157,24 @@ def _patch_embed(a, out):
     yield "patch_embed", weight, 2 * images.shape[0] * patches * weight.numel(), moved
 
 
+def _prepared_blocks(a, out):
+    """Bytes as in the table at the head of ``kernels/prepared_blocks.py``."""
+    wide = moved_bytes(out)
+    _, tokens, width = out.shape
+    rows = out.numel() // width
+
+    def linear(moved, weight, *vectors):
+        return "linear", weight, 2 * rows * weight.numel(), moved_bytes(weight, *vectors) + moved
+
+    for b in unflatten(FoldedBlock, a["weights"]):
+        hidden = rows * b.fc2_weight.shape[1] * b.fc2_weight.element_size()
+        yield linear(4 * wide, b.qkv_weight, b.qkv_sums, b.qkv_bias)
+        yield "attention", b.proj_weight, 4 * rows * tokens * width, 4 * wide
+        yield linear(3 * wide, b.proj_weight, b.proj_bias)
+        yield linear(wide + hidden, b.fc1_weight, b.fc1_sums, b.fc1_bias)
+        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_bias)
+
+
 def _fp8_blocks(a, out):
     """Bytes as in the table at the head of ``kernels/fp8_blocks.py``: 1 an element for e4m3 tensors."""
     wide = moved_bytes(out)
@@ -209,6 +227,7 @@ _VIT_FAST = {
     "vit_fast::linear_residual_fwd": _linear_residual,
     "vit_fast::layernorm_mlp_fwd": _layernorm_mlp,
     "vit_fast::patch_embed_fwd": _patch_embed,
+    "vit_fast::prepared_blocks": _prepared_blocks,
     "vit_fast::fp8_blocks": _fp8_blocks,
     "vit_fast::int8_blocks": _int8_blocks,
 }
@@ -219,8 +238,9 @@ def _label(path):
 
 
 def _prepared_names(model):
-    """{id of a tensor: label} of the tensors that ``vit_fast.prepare`` made, labelled by their source modules."""
-    names = {}
+    """{id of a tensor: label} of the tensors that ``vit_fast.prepare`` made, labelled by their source modules; and the
+    same by the blocks that they are of."""
+    names, blocks = {}, {}
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
         records = getattr(prepared, "records", ())
@@ -228,7 +248,8 @@ def _prepared_names(model):
         for record in records:
             for part, tensor in zip(prepared.form.modules(), record, strict=True):
                 names[id(tensor)] = ".".join(filter(None, (name, block, part)))
-    return names
+                blocks[id(tensor)] = ".".join(filter(None, (name, block)))
+    return names, blocks
 
 
 def _storages(tensors):
@@ -242,17 +263,19 @@ def _moves_nothing(func, inputs, outputs):
     return bool(inputs) and not func._schema.is_mutable and _storages(outputs) <= _storages(inputs)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records every operator call; names parameters, and tensors computed from parameters alone."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.calls, self.module = [], ""
+        self.calls: list[Call] = []
+        self.module = ""
         self.names = {id(p): _label(name.rpartition(".")[0] or name) for name, p in model.named_parameters()}
-        self.names |= _prepared_names(model)
-        self.kept = []  # references: the id of a freed tensor may be given to another
+        prepared, self.blocks = _prepared_names(model)
+        self.names |= prepared
+        self.kept: list[Any] = []  # references: the id of a freed tensor may be given to another
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs, outputs = (
@@ -276,7 +299,8 @@ class _Recorder(TorchDispatchMode):
         if operator in _VIT_FAST:
             for name, parameter, flop, moved in _VIT_FAST[operator](arguments, out):
                 narrow = parameter is not None and parameter.dtype in _NARROW_DTYPES
-                yield Operation(name, self.names.get(id(parameter), self.module), flop, moved, narrow)
+                labels = self.blocks if name == "attention" else self.names
+                yield Operation(name, labels.get(id(parameter), self.module), flop, moved, narrow)
         elif operator.startswith("aten::"):
             name = operator_name(operator).removeprefix("aten::").rstrip("_")
             shown = "attention" if name == _ATTENTION else _NAMES.get(name, name)
@@ -284,10 +308,10 @@ class _Recorder(TorchDispatchMode):
             yield Operation(shown, module, _aten_flop(name, inputs, out), moved_bytes(*inputs, out))
 
 
-def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
-    """The calls of one forward pass of ``model`` on ``pixels``, in order: of PyTorch's operators and of vit_fast's."""
+def record(model: nn.Module, pixels: torch.Tensor, recorder: Recorder, fake: FakeTensorMode) -> None:
+    """Runs one forward pass of ``model`` on fake ``pixels``, seen by ``recorder``."""
     names = {module: _label(name) for name, module in model.named_modules()}
-    recorder, stack = _Recorder(model), [""]
+    stack = [""]
 
     def enter(module, inputs):
         stack.append(names.get(module, stack[-1]))
@@ -302,12 +326,17 @@ def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
         nn.modules.module.register_module_forward_pre_hook(enter),
         nn.modules.module.register_module_forward_hook(leave),
     ]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # Under inference_mode a dispatch mode sees composite operators such as F.linear, the profiler what they call.
         with torch.inference_mode(False), torch.no_grad(), fake, recorder:
-            model(fake.from_tensor(pixels))
+            model(pixels)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def forward_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
+    """The calls of one forward pass of ``model`` on ``pixels``, in order: of PyTorch's operators and of vit_fast's."""
+    recorder, fake = Recorder(model), FakeTensorMode(allow_non_fake_inputs=True)
+    record(model, fake.from_tensor(pixels), recorder, fake)
     return recorder.calls

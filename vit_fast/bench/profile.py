@@ -2,7 +2,9 @@
 
 The roofline bound of an operation is the greater of its FLOP at the speed of a large matrix product in the dtype that
 it multiplies, and its bytes at the speed of a copy, all measured in the same run. ``operations`` lists the operations,
-torch.profiler tells when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to.
+torch.profiler tells when each kernel (on a CPU: operator) ran, and ``attribution`` which operation it belongs to. On a
+GPU of ``gpus`` the time that ``predict`` says stands beside the measured one of our own variants, and by how much it is
+wrong: every profile grades the model.
 """
 
 import contextlib
@@ -22,11 +24,12 @@ from vit_fast import backends
 from vit_fast.input_size import input_size
 from vit_fast.precisions import Precision
 
-from . import attribution, machine, measure, models, operations
+from . import attribution, gpus, machine, measure, models, operations, predict
 from .errors import BenchError, reason
 from .providers import COMPILE_MODES
 from .providers import PROFILED_VARIANTS as OURS
 
+GAPS, STEP = "gaps (GPU idle)", "step under the profiler"
 WARM_CALLS = {"cuda": 10, "cpu": 2}
 
 
@@ -107,7 +110,29 @@ def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[st
             "attached, or the driver restricts it to administrators); nothing can be attributed"
         )
     facts = _facts(settings, tuple(pixels.shape[2:]), choices, step, host, flop_rate, byte_rate, narrow_rate)
-    return facts, _rows(found, facts), trace
+    rows = _rows(found, facts)
+    predicted = _predicted(settings) if on_gpu else {}
+    facts["predicted"] = predicted.pop("why not", None) or ("beside the measured" if predicted else None)
+    for row in rows:
+        row["predicted_us"] = said = predicted.get((row["operation"], row["module"]))
+        row["predicted_error_percent"] = 100 * (said / row["us"] - 1) if said and row["us"] else None
+    return facts, rows, trace
+
+
+def _predicted(settings):
+    """{(operation, module): microseconds a step} by the model of this GPU; why there is none under "why not"."""
+    gpu = gpus.named(machine.name(settings.device))
+    if gpu is None or settings.provider not in predict.PROVIDERS or settings.backend not in (None, "auto", "triton"):
+        return {}
+    wanted = predict.Settings(
+        settings.model, settings.provider, settings.batch, gpu.name, settings.precision, settings.constructor_kwargs()
+    )
+    try:
+        _, rows = predict.run(wanted)
+    except BenchError as error:
+        return {"why not": f"not predicted: {error}"}
+    found = {(row["operation"], row["module"]): row["us"] for row in rows}
+    return found | {(GAPS, ""): found["gaps between launches", ""], (STEP, ""): found["step", ""]}
 
 
 def _model_and_pixels(settings):
@@ -213,6 +238,6 @@ def _rows(found, facts):
     rows.append(_line("sum", sum(row.seconds for row in found.rows), span, **sums))
     if found.overlap > 1e-3 * span:
         rows.append(_line("of it beside other kernels", found.overlap, span))
-    rows.append(_line("gaps (GPU idle)" if on_gpu else "outside of operators", found.gaps, span))
-    rows.append(_line("step under the profiler", span, span))
+    rows.append(_line(GAPS if on_gpu else "outside of operators", found.gaps, span))
+    rows.append(_line(STEP, span, span))
     return rows

@@ -1,4 +1,4 @@
-"""``vit-fast profile``: its flags, its table and its sentences; ``vit_fast.bench.profile`` measures."""
+"""``vit-fast profile``: its flags, tables and sentences; ``vit_fast.bench.profile`` measures, ``predict`` predicts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vit_fast.bench.errors import require
+from vit_fast.bench.gpus import GPUS
 from vit_fast.bench.providers import PROFILED, PROFILED_VARIANTS
 
 from . import options
@@ -40,8 +41,14 @@ def profile(
     ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write the rows here, .csv or .json.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Keep the profiler's Chrome trace here, .json.")] = None,
+    predict: Annotated[
+        str | None, typer.Option(help=f"Run nothing: predict it on a GPU that is not here: {', '.join(GPUS)}.")
+    ] = None,
 ) -> None:
-    """Profile a forward pass: time of every operation, its share of the step, and its roofline bound on this device."""
+    """Profile a forward pass: time of every operation, its share of the step, and its roofline bound on this device.
+
+    With --predict nothing runs: a model of the GPU says what each launch would take, from shapes alone.
+    """
     options.one_of("--provider", provider, PROFILED)
     for flag, value, least in (
         ("--batch-size", batch_size, 1),
@@ -61,12 +68,17 @@ def profile(
     if trace is not None and trace.suffix != ".json":
         raise options.wrong("--trace", str(trace), "a name that ends in .json")
     kwargs = options.keyword_arguments(model_kwargs)
+    if predict is not None:
+        given = {"--device": device, "--backend": backend, "--num-iter": num_iter, "--trace": trace}
+        _check_prediction(predict, provider, given)
+        precision = precision or "bfloat16"
+        _check_folding(provider, precision)
+        options.output_files({"--results-file": results_file})
+        _predict(model, provider, batch_size, predict, precision, kwargs, img_size, results_file)
+        return
     target = options.target_device(device)
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
-    if provider in PROFILED_VARIANTS and PROFILED_VARIANTS[provider].precision and precision == "float32":
-        raise CommandError(
-            f"--provider {provider}: vit_fast.prepare folds float16 and bfloat16, --precision is float32"
-        )
+    _check_folding(provider, precision)
     if provider in PROFILED_VARIANTS:
         options.backend(backend, target)
         options.check_buildable(model, kwargs, img_size)
@@ -102,6 +114,81 @@ def profile(
         raise typer.Exit(1)
 
 
+def _check_folding(provider, precision):
+    if provider in PROFILED_VARIANTS and PROFILED_VARIANTS[provider].precision and precision == "float32":
+        raise CommandError(
+            f"--provider {provider}: vit_fast.prepare folds float16 and bfloat16, --precision is float32"
+        )
+
+
+def _check_prediction(gpu, provider, given):
+    from vit_fast.bench.predict import PROVIDERS
+
+    options.one_of("--predict", gpu, tuple(GPUS))
+    if provider not in PROVIDERS:
+        raise options.wrong("--provider", provider, f"{', '.join(PROVIDERS)} with --predict")
+    for flag, value in given.items():
+        if value is not None:
+            raise options.wrong(flag, str(value), "it without --predict, which runs nothing")
+
+
+def _predict(model, provider, batch_size, gpu, precision, kwargs, img_size, results_file):
+    from vit_fast.bench import predict as predicting
+    from vit_fast.bench import results
+
+    kwargs = kwargs if img_size is None else kwargs | {"img_size": img_size}
+    settings = predicting.Settings(model, provider, batch_size or BATCH_SIZE["cuda"], gpu, precision, kwargs)
+    facts, rows = predicting.run(settings)
+    heads = ["operation", *(head for _, head, _ in _PREDICTED)]
+    lines = [
+        [
+            f"{row['operation']} {row['module']}".strip(),
+            *("" if row[k] is None else format(row[k], f) for k, _, f in _PREDICTED),
+        ]
+        for row in rows
+    ]
+    show_table(heads, lines, text=("resources",))
+    say()
+    for sentence in _prediction_sentences(facts):
+        say(sentence)
+    if not save("rows", results_file, lambda path: results.write_profile(facts, rows, path)):
+        raise typer.Exit(1)
+
+
+def _prediction_sentences(facts):
+    yield (
+        f"{facts['statement']} {facts['model']} by {facts['provider']}: batch {facts['batch_size']}, "
+        f"{facts['img_size']} pixels, {facts['precision']}, on {facts['gpu']}: {facts['step_ms']:.4g} ms, "
+        f"{facts['images_per_second']:.0f} images/s, ± {facts['uncertainty_percent']:.0f} % of the time "
+        f"({facts['images_per_second_low']:.0f} to {facts['images_per_second_high']:.0f})."
+    )
+    yield (
+        "± 10 % with the token rows of ViT-B/16 at batch 256, ± 40 % at batch 1, between them linear in the logarithm "
+        "of the rows; twice that on GPUs whose machine code was not read (all but capability 9.0)."
+    )
+    yield (
+        f"Assumed: {facts['tflops_assumed']:.4g} TFLOP/s and {facts['tb_per_s_assumed']:.3g} TB/s for the roofline "
+        f"bound, {facts['clock_ghz_assumed']:.3g} GHz. The time is the GPU's: a host that launches more slowly (small "
+        "batches without CUDA graphs) and a power limit make it longer."
+    )
+
+
+_PREDICTED = (
+    ("calls", "calls", ".3g"),
+    ("us_per_call", "µs/call", ".1f"),
+    ("us", "µs", ".1f"),
+    ("percent_of_step", "% of step", ".1f"),
+    ("gflop", "GFLOP", ".4g"),
+    ("mb", "MB", ".4g"),
+    ("roofline_us", "roofline µs", ".1f"),
+    ("percent_of_roofline", "% of roofline", ".1f"),
+    ("programs", "programs", "d"),
+    ("programs_per_multiprocessor", "per SM", "d"),
+    ("waves", "waves", ".2f"),
+    ("registers", "registers", "d"),
+    ("shared_kib", "shared KiB", ".0f"),
+    ("resources", "resources", ""),
+)
 _COLUMNS = (
     ("calls", "calls", ".3g"),
     ("us_per_call", "µs/call", ".1f"),
@@ -112,6 +199,7 @@ _COLUMNS = (
     ("roofline_us", "roofline µs", ".1f"),
     ("percent_of_roofline", "% of roofline", ".1f"),
 )
+_GRADED = (("predicted_us", "predicted µs", ".1f"), ("predicted_error_percent", "error %", "+.1f"))
 
 
 def _is_small(row):
@@ -121,11 +209,13 @@ def _is_small(row):
 
 def _print_table(rows, settings):
     on_gpu = settings.device.type == "cuda"
-    heads = ["operation", *(head for _, head, _ in _COLUMNS), *(["kernels"] if on_gpu else [])]
+    graded = any(row["predicted_us"] is not None for row in rows)
+    columns = (*_COLUMNS, *_GRADED) if graded else _COLUMNS
+    heads = ["operation", *(head for _, head, _ in columns), *(["kernels"] if on_gpu else [])]
     lines = []
     for row in rows:
         if on_gpu or not _is_small(row):
-            figures = ("" if row[key] is None else format(row[key], form) for key, _, form in _COLUMNS)
+            figures = ("" if row[key] is None else format(row[key], form) for key, _, form in columns)
             known = row["roofline_us"] is not None and row["kernels"]
             kernels = [row["kernels"] if known else ""] if on_gpu else []
             lines.append([f"{row['operation']} {row['module']}".strip(), *figures, *kernels])
@@ -160,6 +250,13 @@ def _sentences(facts, rows, settings):
             f"This device has no products in {settings.narrow.products}: their emulation ran, and the bounds are those "
             "of the emulation."
         )
+    if any(row["predicted_us"] is not None for row in rows):
+        yield (
+            "Predicted: what the model of this GPU says (`vit-fast profile --predict`); error: by how much it departs "
+            "from the measured time."
+        )
+    elif facts["predicted"]:
+        yield f"{facts['predicted']}."
     if not gpu and (small := [row for row in rows if _is_small(row)]):
         share = sum(row["percent_of_step"] for row in small)
         names = ", ".join(row["operation"] for row in small)
