@@ -242,7 +242,7 @@ def train(
 
 
 def _run(settings: Settings, device: Any, resume: Path | None) -> None:
-    from vit_fast.training import loop, parallel
+    from vit_fast.training import loop, parallel, run_folder
 
     from . import report
 
@@ -268,12 +268,19 @@ def _run(settings: Settings, device: Any, resume: Path | None) -> None:
                 with tell.paused():
                     say(f"Interrupted. --resume {settings.output} goes on where the last state was saved.")
             raise typer.Exit(INTERRUPTED) from None
+        finally:
+            if processes.first and run.progress.rows:
+                run_folder.save_plot(settings.output, run.progress.rows, _title(settings))
     if processes.first:
         best = rows[run.progress.best or 0]
         say(
             f"Best top-1 accuracy {best['eval_top1']:.2f} % after epoch {best['epoch'] + 1}. Weights, table and plot: "
             f"{settings.output}"
         )
+
+
+def _title(settings: Settings) -> str:
+    return f"{settings.model}, {settings.data_dir or settings.dataset}"
 
 
 def _head(run: Any) -> str:

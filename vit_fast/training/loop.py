@@ -171,26 +171,19 @@ class Run:
             TrainingError: a loss or weights that are not finite, an image that cannot be read, a file that cannot be
                 written. The files of before are kept.
         """
-        own, done = self.settings, self.progress
-        try:
-            with self._backend():
-                while done.epoch < self.epochs:
-                    began = time.perf_counter()
-                    first = done.update
-                    self._train(tell)
-                    seconds = time.perf_counter() - began
-                    images = (self.updates - first) / self.updates * self.training.count * own.batch_size
-                    row = self._row(images * self.processes.count / seconds)
-                    done.rows.append(row)
-                    top1 = [row["eval_top1"] for row in done.rows]
-                    better = done.best is None or row["eval_top1"] > top1[done.best]
-                    done.best = done.epoch if better else done.best
-                    done.epoch, done.update, done.loss, done.images = done.epoch + 1, 0, 0.0, 0
-                    self._save(True, better)
-                    keep(row)
-        finally:
-            if done.rows and self.processes.first:
-                run_folder.save_plot(own.output, done.rows, f"{own.model}, {own.data_dir or own.dataset}")
+        done = self.progress
+        with self._backend():
+            while done.epoch < self.epochs:
+                began, before = time.perf_counter(), done.images
+                self._train(tell)
+                seconds = time.perf_counter() - began
+                row = self._row((done.images - before) * self.processes.count / seconds)
+                done.rows.append(row)
+                better = done.best is None or row["eval_top1"] > done.rows[done.best]["eval_top1"]
+                done.best = done.epoch if better else done.best
+                done.epoch, done.update, done.loss, done.images = done.epoch + 1, 0, 0.0, 0
+                self._save(True, better)
+                keep(row)
         return done.rows
 
     def _train(self, tell: Callable[[str, float], None]) -> None:
