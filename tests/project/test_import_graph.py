@@ -36,6 +36,7 @@ LAYERS = (
     ("vit_fast.library_coverage",),
     ("vit_fast",),
     ("vit_fast.bench",),
+    ("vit_fast.training",),
     ("vit_fast.cli", "vit_fast.__main__"),
 )
 

@@ -15,6 +15,8 @@ It needs the packages of the extra ``bench`` and imports nothing of the command 
 ``contest``        the models with the same weights, and their pixels
 ``time_budget``    which parts of a benchmark fit into a time limit, and deadlines
 ``compare``        parity first, then timing: a row for each provider and batch size
+``training``       the same for training: forward+backward, and the step of an optimiser
+``training_step``  what is timed there
 ``rounds``         timing in rounds, and the figures of a row
 ``speedup``        the statistics of every verdict
 ``measure``        how time, memory and FLOPs are taken

@@ -17,13 +17,13 @@ import torch
 
 import vit_fast
 
-from . import baselines, engines, measure, models
+from . import baselines, engines, measure, models, training_step
 from .contest import caller
 from .providers import COMPILE_MODES, ENGINES, VARIANTS
 from .settings import Settings
 
 CALLS = 3
-_SETTINGS = ("model", "precision", "amp_dtype", "img_size", "model_kwargs", "channels_last", "backend")
+_SETTINGS = ("model", "precision", "amp_dtype", "img_size", "model_kwargs", "channels_last", "backend", "bench")
 METHOD = f"growth of the peak resident memory of a fresh process, from before the model is made to {CALLS} calls"
 
 
@@ -55,7 +55,21 @@ def columns(
     return {"peak_rss_mib": None, "peak_rss_method": f"not measured: {reason}"}
 
 
+def _caller(settings: Settings, name: str, pixels: torch.Tensor) -> Any:
+    """The function that calls the provider's model, or does a step of training."""
+    if settings.bench != "train":
+        return caller(_model(settings, name), pixels, settings)
+    module = _module(settings, name).train()
+    model = baselines.compiled_model(module, name) if name in COMPILE_MODES else module
+    return training_step.calls(module, model, pixels, settings)[training_step.STEP]
+
+
 def _model(settings: Settings, name: str) -> Any:
+    model = _module(settings, name)
+    return baselines.compiled_model(model, name) if name in COMPILE_MODES else model
+
+
+def _module(settings: Settings, name: str) -> Any:
     """The provider's model with timm's initial weights: their values do not change the memory."""
     kwargs = settings.constructor_kwargs()
     variant = next((variant for variant in VARIANTS.values() if variant.provider == name), None)
@@ -66,7 +80,7 @@ def _model(settings: Settings, name: str) -> Any:
         return vit_fast.prepare(model, precision=variant.precision.name) if variant.precision else model
     if name in baselines.LIBRARIES:
         model = baselines.LIBRARIES[name](model).eval()
-    return baselines.compiled_model(model, name) if name in COMPILE_MODES else model
+    return model
 
 
 def _peak() -> int:
@@ -97,8 +111,10 @@ def main() -> None:
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
     before = _peak()
     with forced:
-        model = engines.load(name, *its_file) if its_file else _model(settings, name)
-        call = caller(model, pixels, settings)
+        if its_file:
+            call = caller(engines.load(name, *its_file), pixels, settings)
+        else:
+            call = _caller(settings, name, pixels)
         for _ in range(CALLS):
             call()
     print(_peak() - before)

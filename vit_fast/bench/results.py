@@ -38,6 +38,17 @@ COLUMNS = (
 )
 
 
+# Of these a row of training has others.
+_INFERENCE_ONLY = (
+    "latency_ms",
+    "speedup_vs_best_baseline",
+    "best_baseline",
+    "cold_cache",
+    "achieved_tflops",
+    "percent_of_peak",
+)
+
+
 def speedup_column(baseline: str) -> str:
     """The column of a provider's speedup over a baseline."""
     return f"speedup_vs_{baseline.replace('-', '_')}"
@@ -77,7 +88,10 @@ def _write(path, file_format, content, rows):
 
 def write_rows(rows: list[Row], path: Path, file_format: str) -> None:
     """The rows of a comparison as a JSON list or as CSV, one row a provider and batch size."""
-    names = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
+    first = COLUMNS
+    if rows and rows[0].get("bench") == "train":
+        first = tuple(name.replace("infer_", "train_") for name in COLUMNS if name not in _INFERENCE_ONLY)
+    names = dict.fromkeys([*first, *(key for row in rows for key in row)])
     rows = [{name: row.get(name) for name in names} for row in rows]
     _write(path, file_format, [{name: _finite(value) for name, value in row.items()} for row in rows], rows)
 

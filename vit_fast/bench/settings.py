@@ -18,6 +18,7 @@ class Settings:
         warm_iterations, bench_iterations: calls before the timing, and timed calls, of each provider.
         weights: "random", "initial" or "structured" (``weights``); ``pretrained`` goes before it.
         images: folder of photographs; None takes a sample photograph.
+        bench: "inference" or "train", as timm's flag.
         peak_rss: whether to measure each provider's peak resident memory in a process of its own.
         backend: forced backend of vit_fast; None leaves the choice to vit_fast and its environment variables.
         family: name of a family in ``families``, used instead of ``model``.
@@ -43,6 +44,7 @@ class Settings:
     family: str | None = None
     load_average: float | None = None
     peak_rss: bool = False
+    bench: str = "inference"
 
     @property
     def compute_dtype(self) -> torch.dtype:

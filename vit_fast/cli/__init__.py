@@ -22,6 +22,7 @@ def _app():
     from .info import info, show_version
     from .list import list_models
     from .profile import profile
+    from .train import train
 
     app = typer.Typer(
         name="vit-fast",
@@ -41,6 +42,7 @@ def _app():
     app.command()(info)
     app.command("list")(list_models)
     app.command()(profile)
+    app.command()(train)
     return app
 
 

@@ -24,6 +24,9 @@ DEFAULT_BASELINES = {
 }
 CUDA_GRAPHS = ("compile-cudagraphs", *(name for name, variant in VARIANTS.items() if variant.graphed))
 FORMATS = ("csv", "json")
+BENCHES = ("inference", "train")
+TRAIN_BASELINES = ("eager", "torchvision", "transformers", "compile", "compile-max-autotune")
+DEFAULT_TRAIN_BASELINES = ("eager", "transformers", "compile")
 AMP_PRECISIONS = {"amp": "float16", "amp_bfloat16": "bfloat16"}
 BATCH_SIZES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4)}
 TIME_BUDGET = {"cuda": 0.0, "cpu": 150.0}
@@ -104,6 +107,13 @@ def _default_baselines(target, variants):
 
 def bench(
     model: options.Model = options.DEFAULT_MODEL,
+    bench: Annotated[
+        str,
+        typer.Option(
+            help="inference, or train: forward+backward and the whole step with AdamW, of our model against any of "
+            f"{','.join(TRAIN_BASELINES)}. [train: {','.join(DEFAULT_TRAIN_BASELINES)}]"
+        ),
+    ] = BENCHES[0],
     batch_size: Annotated[
         str | None,
         typer.Option("--batch-size", "-b", help="One, or several: 1,8,64. [default: GPU 1,8,64,256, CPU 1,4]"),
@@ -204,6 +214,11 @@ def bench(
             if given:
                 raise options.wrong(flag, given, "it without --family")
     options.one_of("--weights", weights, KINDS)
+    options.one_of("--bench", bench, BENCHES)
+    if bench == "train":
+        for flag, given in (("--family", family), ("--variants", variants), ("--channels-last", channels_last)):
+            if given:
+                raise options.wrong(flag, given, "it without --bench train")
     if pretrained and weights != KINDS[0]:
         raise options.wrong("--weights", weights, "it without --pretrained")
     if images is not None and not images.is_dir():
@@ -211,7 +226,8 @@ def bench(
     our_variants = None if variants is None else options.list_of("--variants", variants, tuple(VARIANTS))
     others: tuple[str, ...] | None = None
     if baselines is not None:
-        others = () if baselines == "none" else options.list_of("--baselines", baselines, BASELINES)
+        known = TRAIN_BASELINES if bench == "train" else BASELINES
+        others = () if baselines == "none" else options.list_of("--baselines", baselines, known)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
     kwargs = options.keyword_arguments(model_kwargs)
     target = options.target_device(device)
@@ -238,12 +254,14 @@ def bench(
         require(module, "bench")
     options.output_files({"--results-file": results_file, "--plot": plot})
 
-    from vit_fast.bench import compare, results
+    from vit_fast.bench import compare, results, training
     from vit_fast.bench.settings import Settings
     from vit_fast.bench.time_budget import TimeBudget
 
     from . import report
 
+    if bench == "train":
+        our_variants, others = ("plain",), DEFAULT_TRAIN_BASELINES if others is None else others
     if our_variants is None:
         our_variants = _default_variants(target, precision, amp, family)
     if others is None:
@@ -265,6 +283,7 @@ def bench(
         pretrained=pretrained,
         weights=weights,
         peak_rss=peak_rss,
+        bench=bench,
         images=images,
         backend=backend,
         load_average=load,
@@ -296,7 +315,9 @@ def bench(
                     report.print_batch(batch_rows, contest)
 
             try:
-                failed |= compare.run(contest, TimeBudget(limit, began), tell, keep)
+                failed |= (training.run if bench == "train" else compare.run)(
+                    contest, TimeBudget(limit, began), tell, keep
+                )
             except KeyboardInterrupt:
                 interrupted = True
         if its_rows:
