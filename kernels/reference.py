@@ -126,9 +126,13 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 # mean(x²) for var.
 
 
-@untraced
 def _width(x):
     """The size of the last axis as an int, which ONNX export requires."""
+    return x.shape[-1] if torch._C._get_tracing_state() is None else _untraced_width(x)
+
+
+@untraced
+def _untraced_width(x):
     return x.shape[-1]
 
 
@@ -140,11 +144,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return _plain_layer_norm(x, weight, bias, eps, norm)
     if norm == "rms":
         return _rms_norm(x, weight, bias, eps)
-    return F.layer_norm(x, (_width(x),), weight, bias, eps)
+    return torch.layer_norm(x, (_width(x),), weight, bias, eps)
 
 
 def _cast(t, dtype):
-    return None if t is None else t.to(dtype)
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 def _rms_norm(x, weight, bias, eps):
@@ -262,9 +266,9 @@ def layer_norm_linear(
     *,
     norm: str = "layer",
 ) -> Tensor:
-    z = F.linear(layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(weight.dtype), weight, bias)
+    z = F.linear(_cast(layer_norm(x, ln_weight, ln_bias, eps, norm=norm), weight.dtype), weight, bias)
     if activation in ("gelu", "gelu_tanh") and _may_overwrite():
-        return torch.ops.aten.gelu_(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return torch._C._nn.gelu_(z, approximate="tanh" if activation == "gelu_tanh" else "none")
     return activate(z, activation)
 
 
@@ -349,7 +353,7 @@ def linear_residual(
 ) -> Tensor:
     if inner_norm is not None:
         x = layer_norm(x, *inner_norm, norm=norm)
-    branch = dropout(F.linear(x.to(weight.dtype), weight, bias), dropout_p, seed)
+    branch = dropout(F.linear(_cast(x, weight.dtype), weight, bias), dropout_p, seed)
     if branch.dtype == residual.dtype and gamma is None and row_scale is None and _may_overwrite():
         return branch.add_(residual)
     if gamma is not None:

@@ -30,12 +30,12 @@ class Norm(NamedTuple):
         """
         if isinstance(module, nn.Identity):
             return None
-        weight = module.weight
-        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        if eps is None:
+        parameters = module._parameters
+        weight, eps = parameters.get("weight"), module.__dict__.get("variance_epsilon")
+        if eps is None and (eps := module.eps) is None:
             dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
             eps = torch.finfo(dtype).eps
-        return cls(weight, getattr(module, "bias", None), eps)
+        return cls(weight, parameters.get("bias"), eps)
 
 
 class BlockParams(NamedTuple):

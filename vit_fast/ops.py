@@ -339,6 +339,8 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
         2019.
     """
+    if select.is_direct() and eps >= 0:
+        return reference.layer_norm(x, weight, bias, eps, norm=norm)
     arguments.check_layer_norm(x, weight, bias, eps, norm)
     name = select.choose("layer_norm", x.device, (), x, weight, bias, eps, norm=norm)
     if _direct(name, x, weight, bias):
@@ -412,6 +414,8 @@ def layer_norm_linear(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if select.is_direct() and eps >= 0:
+        return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
     arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm)
     name = select.choose(
         "layer_norm_linear", x.device, (), x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm
@@ -486,6 +490,11 @@ def linear_residual(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if select.is_direct():
+        return reference.linear_residual(
+            x, weight, bias, gamma, residual,
+            row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, norm, inner_norm, dropout_p, seed)
     name = select.choose(
         "linear_residual", x.device, (), x, weight, bias, gamma, residual,
@@ -582,6 +591,11 @@ def layernorm_mlp(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if select.is_direct() and eps >= 0:
+        return reference.layernorm_mlp(
+            x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
+            row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     arguments.check_layernorm_mlp(
         x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, norm, inner_norm, dropout_p, seed,
         out_dropout_p, out_seed, recompute,
@@ -821,6 +835,10 @@ def attention(
         UnsupportedError: a forced backend cannot.
     Source: Dao et al., "FlashAttention", 2022; Su et al., "RoFormer", 2021 (rope); Li et al., "MViTv2", 2021 (rel_pos).
     """
+    if select.is_direct() and bias is rel_pos is key_lengths is cu_seqlens is rope is None and math.isfinite(scale):
+        return reference.attention(
+            qkv, num_heads, scale, k=k, v=v, q_norm=q_norm, k_norm=k_norm, norm=norm, dropout_p=dropout_p, seed=seed
+        )
     arguments.check_attention(
         qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
         rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,

@@ -25,7 +25,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import backends, ops
 from .kernels.reference import normalise_pixels
-from .kernels.tracing import is_fx_symbolic_tracing
+from .kernels.tracing import is_fx_symbolic_tracing, is_recording
+from .remembered import has_hooks, recall, remember
 
 # For each sub-module that a fused operation reads: its path, the path's keys, allowed classes, children (or None).
 Submodules = tuple[tuple[str, tuple[str, ...], tuple[type, ...], tuple[str, ...] | None], ...]
@@ -138,6 +139,18 @@ def not_fused_reason(module: nn.Module, cls: type[Fusible]) -> str | None:
     return reason or cls.not_covered(module)  # type: ignore[arg-type]  # possibly the library's class
 
 
+def _parts(module: Fusible) -> list[nn.Module]:
+    """The sub-modules on the paths of ``SUBMODULES``."""
+    found: dict[nn.Module, None] = {}
+    for _, path, _, _ in module.SUBMODULES:
+        part: Any = module
+        for key in path:
+            if (part := part._modules.get(key)) is None:
+                break
+            found[part] = None
+    return list(found)
+
+
 class Fusible(nn.Module):
     """Base of modules that run fused while their sub-modules are plain, and module by module otherwise."""
 
@@ -153,9 +166,29 @@ class Fusible(nn.Module):
         """Whether a forward hook of a sub-module may be skipped."""
         return False
 
+    def settings(self) -> Any:
+        """What ``forward`` reads of the parts beside their tensors; remembered, so no tensor and not the module."""
+        return None
+
+    def look(self) -> tuple[str | None, Any]:
+        """Why the module cannot run fused, or None and its ``settings``."""
+        if torch.compiler.is_compiling() or is_recording():
+            reason = not_fused_reason(self, type(self))
+            return reason, None if reason else self.settings()
+        kept = recall(self)
+        if kept is not None:
+            return None, kept.found
+        reason = not_fused_reason(self, type(self))
+        if reason is not None:
+            return reason, None
+        settings, parts = self.settings(), _parts(self)
+        if not has_hooks(parts):
+            remember(self, parts, settings)
+        return None, settings
+
     def not_fused(self) -> str | None:
         """Why the module cannot run fused, or None."""
-        return not_fused_reason(self, type(self))
+        return self.look()[0]
 
     def is_fused(self) -> bool:
         """Whether the module runs fused; where not, ``explain`` shows why."""

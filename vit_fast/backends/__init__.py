@@ -12,7 +12,19 @@
 ==============  =======================================================================================
 """
 
-from .select import Status, backend, backward_name, names, note, preferred, recording, requested, status, unavailable
+from .select import (
+    Status,
+    backend,
+    backward_name,
+    names,
+    note,
+    preferred,
+    recording,
+    requested,
+    run_block,
+    status,
+    unavailable,
+)
 
 __all__ = [
     "Status",
@@ -23,6 +35,7 @@ __all__ = [
     "preferred",
     "recording",
     "requested",
+    "run_block",
     "status",
     "unavailable",
 ]

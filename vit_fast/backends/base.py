@@ -134,6 +134,10 @@ class Backend:
         """Why a backend that can run an operation on these arguments leaves it to the next, unless it is forced."""
         return []
 
+    def is_slower(self, dtype: torch.dtype) -> bool:
+        """Whether ``slower_reasons`` are given for every operation but stacks of blocks, whatever the sizes."""
+        return False
+
     def slower_stack_reasons(self, dtype: torch.dtype) -> list[str]:
         """Why stacks of blocks whose weights have a dtype are not prepared for it, unless it is forced."""
         return []

@@ -40,7 +40,7 @@ EMULATED_16_BIT: dict[str, int | None] = {
     "attention": 16,  # 2.4
     "patch_embed": 16,  # 25
 }
-
+_NEVER: dict[str, int | None] = dict.fromkeys(NATIVE_FLOAT32)
 
 # Dtype → capabilities (``torch.cpu.get_capabilities()``) with which PyTorch multiplies it, and the extension does not.
 _FASTER_IN_TORCH = {
@@ -68,11 +68,18 @@ def fewest_rows(operation: str, dtype: torch.dtype, level: str, capabilities: Ma
         level: the instruction-set level whose kernels run.
         capabilities: what ``torch.cpu.get_capabilities()`` returns.
     """
+    return _table(dtype, level, capabilities)[operation]
+
+
+def is_never_chosen(dtype: torch.dtype, level: str, capabilities: Mapping[str, Any]) -> bool:
+    """Whether ``fewest_rows`` is None for every operation."""
+    return not any(_table(dtype, level, capabilities).values())
+
+
+def _table(dtype, level, capabilities):
     if level == "generic" or faster_in_torch(dtype, capabilities):
-        return None
+        return _NEVER
     if dtype == torch.float32:
-        table = NATIVE_FLOAT32
-    else:
-        native = dtype == torch.bfloat16 and level == "avx512_bf16"
-        table = NATIVE_BFLOAT16 if native else EMULATED_16_BIT
-    return table[operation]
+        return NATIVE_FLOAT32
+    native = dtype == torch.bfloat16 and level == "avx512_bf16"
+    return NATIVE_BFLOAT16 if native else EMULATED_16_BIT

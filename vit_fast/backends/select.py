@@ -39,6 +39,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vit_fast_b
 _forced_when_compiling: str | None = None
 _failing = threading.Lock()
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("vit_fast_recorder", default=None)
+_direct: contextvars.ContextVar[bool] = contextvars.ContextVar("vit_fast_direct", default=False)
 
 
 def names() -> tuple[str, ...]:
@@ -145,6 +146,8 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
     Raises:
         UnsupportedError: a forced backend cannot; in strict mode, only the reference can.
     """
+    if is_direct():
+        return "torch"
     word = requested()
     if word == "torch":
         note(operation, word, ("forced",))
@@ -178,6 +181,46 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
         raise UnsupportedError(f"vit_fast.{operation}: {names} cannot run this (VIT_FAST_STRICT=1): {told}")
     note(operation, "torch", reasons)
     return "torch"
+
+
+def _is_reference_alone(x: torch.Tensor) -> bool:
+    """Whether ``choose`` names the reference for every operation on tensors like x, nobody asks why, and no gradient is
+    wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _STRICT != "0" or _recorder.get() is not None:
+        return False
+    word = _forced.get() or requested()
+    if word != "auto":
+        return word == "torch"
+    device = x.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return False
+    for name, other in BACKENDS.items():
+        if other is not TORCH and not unavailable(name, device) and not other.is_slower(x.dtype):
+            return False
+    return True
+
+
+def run_block(run: Callable[..., Any], x: torch.Tensor, *arguments: Any) -> Any:
+    """``run(x, *arguments)``, several operations on x and on weights of its dtype.
+
+    Where the reference alone can run them, they call it without a check and a choice each (``is_direct``). Where that
+    fails they run once more with their checks, which say what is wrong with an argument.
+    """
+    if not _is_reference_alone(x):
+        return run(x, *arguments)
+    token = _direct.set(True)
+    try:
+        return run(x, *arguments)
+    except Exception:  # raised again below, by a check or by PyTorch
+        pass
+    finally:
+        _direct.reset(token)
+    return run(x, *arguments)
+
+
+def is_direct() -> bool:
+    """Whether an operation is called inside ``run_block``, and the reference runs it."""
+    return not torch.compiler.is_compiling() and _direct.get()
 
 
 def _joined(refused: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

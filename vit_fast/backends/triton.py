@@ -27,11 +27,13 @@ class Triton(Backend):
     def __init__(self) -> None:
         super().__init__()
         self._failure: tuple[str, ...] | None = None  # None: not tried yet
+        self._interpreted = False  # as the environment said when the kernels were imported, as Triton reads it then
         self._no_driver: tuple[str, ...] | None = None  # None: not asked yet
         self._interpreter = threading.RLock()  # Triton's interpreter keeps its state in globals
 
     def load(self) -> tuple[str, ...]:
         if self._failure is None:
+            self._interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
             self._failure = self._load()
         return self._failure
 
@@ -93,7 +95,7 @@ class Triton(Backend):
                 self._no_driver = self._driver_reasons()
             return self._no_driver
         if device_type == "cpu":
-            if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            if not self._interpreted:
                 return ("Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)",)
             return ()
         return (f"Triton kernels do not run on device type {device_type}",)

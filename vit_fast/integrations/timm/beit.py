@@ -14,7 +14,7 @@ from torch import nn
 from vit_fast.integrations import Fused
 from vit_fast.plain import submodules
 
-from .parts import DROP_PATHS, MLP, NORMS, SCALES, PostNormBlock, PreNormBlock, attention_submodules
+from .parts import DROP_PATHS, MLP, NORMS, SCALES, PostNormBlock, PreNormBlock, attention_submodules, layer_scales
 
 
 class FastBeitBlock(PreNormBlock, beit.Block):
@@ -70,7 +70,7 @@ class FastRelPosBlock(_RelPos, PreNormBlock, relpos.RelPosBlock):
     ls2: Any
 
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
+        return layer_scales(self)
 
 
 class FastResPostRelPosBlock(_RelPos, PostNormBlock, relpos.ResPostRelPosBlock):

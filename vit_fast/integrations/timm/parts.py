@@ -6,7 +6,7 @@
 Source: timm/layers (attention.py, diff_attention.py, mlp.py, norm.py), timm/models/vitamin.py (GeGluMlp).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm.layers as layers
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import DropPath, LayerScale, Mlp
 from torch import nn
 
-from vit_fast import ops
+from vit_fast import backends, ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, norm_kind, not_taken
@@ -91,6 +91,12 @@ def norm_of(norm: Any) -> Norm | None:
     return found
 
 
+def layer_scales(block: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gammas of the modules ls1 and ls2; None where one is an Identity or missing."""
+    first, second = block._modules.get("ls1"), block._modules.get("ls2")
+    return first and first._parameters.get("gamma"), second and second._parameters.get("gamma")
+
+
 def known_norm(norm: Any) -> Norm:
     """The ``Norm`` of a normalisation that every block has."""
     found: Norm = Norm.of(norm)
@@ -113,7 +119,7 @@ def head_scale(attn: Any) -> float:
 
 def qkv_bias(attn: Any) -> torch.Tensor | None:
     """The bias of a packed projection, in one tensor; EVA and BEiT have none for k."""
-    if getattr(attn, "q_bias", None) is None:
+    if attn._parameters.get("q_bias") is None:
         return attn.qkv.bias
     return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
 
@@ -125,7 +131,7 @@ def spread(x: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
 
 def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
     """(q, k, v, gate) of norm(x): q is the packed projection where k and v are None."""
-    qkv, gate = attn.qkv, getattr(attn, "gate", None)
+    qkv, gate = attn.qkv, attn._modules.get("gate")
     if qkv is not None and gate is None and norm is not None:
         packed = ops.layer_norm_linear(x, *known_norm(norm), qkv.weight, qkv_bias(attn), norm=norm_kind(norm))
         return packed, None, None, None
@@ -151,7 +157,7 @@ def rotation(attn: Any, table: torch.Tensor | None) -> dict[str, Any]:
 
 def head_norms(attn: Any) -> dict[str, Any]:
     """The arguments of ``ops.attention`` for the normalisation of q and k over each head."""
-    q_norm = getattr(attn, "q_norm", None)
+    q_norm = attn._modules.get("q_norm")
     if (params := norm_of(q_norm)) is None:
         return {}
     return dict(q_norm=params, k_norm=norm_of(attn.k_norm), norm=norm_kind(q_norm))
@@ -228,7 +234,7 @@ def attention_branch(
 ) -> torch.Tensor:
     """residual + drop_path(gamma·attn(norm(x))); ``options`` are those of ``ops.attention``."""
     inner: dict[str, Any] = {}
-    proj, out_norm = attn.proj, getattr(attn, "norm", None)
+    proj, out_norm = attn.proj, attn._modules.get("norm")
     row_scale = drop_path_scale(x, path, True)
     q, k, v, gate = project(attn, x, norm)
     y = attend(attn, q, k, v, attn_drop, **options)
@@ -284,6 +290,27 @@ def drop_path_not_covered(*paths: Any) -> str | None:
     return None
 
 
+class Words(NamedTuple):
+    """What the operations take beside tensors, in a pre-norm block that drops nothing and has only the usual parts."""
+
+    num_heads: int
+    scale: float
+    activation: str
+    eps1: float
+    eps2: float
+    norm1: str
+    norm2: str
+
+
+class Settings(NamedTuple):
+    """The ``settings`` of a block."""
+
+    paths: tuple[float, float]  # rates of the DropPath of the branches
+    drops: tuple[float, float, float]  # dropout rates of the probabilities, behind the projection, and of the MLP
+    not_covered: str | None  # why these rates do not go together
+    words: Words | None = None
+
+
 class TimmBlock(Fused):
     """A block of attention and MLP: [B, N, C] → [B, N, C].
 
@@ -315,32 +342,38 @@ class TimmBlock(Fused):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         options = dict(zip(self.ARGUMENTS, args, strict=False)) | kwargs
         mask, rope = options.pop(self.BIAS, None), options.pop("rope", None)
-        if reason := given(args[len(self.ARGUMENTS) :], options) or self.not_fused():
+        reason, settings = self.look()
+        if reason := given(args[len(self.ARGUMENTS) :], options) or reason:
             return self.run_library(reason, x, *args, **kwargs)
-        attn, mlp = self.attn, self.mlp
-        gammas, attn_drop, drop = self.gammas(), attention_drop(attn), drop_rate(mlp.drop1)
-        paths = drop_path_rate(self.drop_path1), drop_path_rate(self.drop_path2)
-        drops = attn_drop, drop_rate(attn.proj_drop), drop
-        reason = not_taken(x, attn.proj.weight, *gammas, dims=self.DIMS) or self.drops_not_covered(*paths, *drops)
-        if reason := reason or drops_not_covered((*paths, *drops), drop, drop_rate(mlp.drop2)):
+        gammas, attn = self.gammas(), self._modules["attn"]
+        weight = attn._modules["proj"]._parameters["weight"]
+        if reason := not_taken(x, weight, *gammas, dims=self.DIMS) or settings.not_covered:
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
             options["bias"] = additive(bias, x.dtype)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
-        return self.fused(x, gammas, paths, drops, options)
+        return backends.run_block(self.fused, x, gammas, settings, options)
+
+    def settings(self) -> Settings:
+        attn, mlp = self.attn, self.mlp
+        paths = drop_path_rate(self.drop_path1), drop_path_rate(self.drop_path2)
+        drops = attention_drop(attn), drop_rate(attn.proj_drop), drop_rate(mlp.drop1)
+        reason = self.drops_not_covered(*paths, *drops)
+        reason = reason or drops_not_covered((*paths, *drops), drops[2], drop_rate(mlp.drop2))
+        return Settings(paths, drops, reason)
 
     def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
         """Why the block does not drop at these rates as the library does, or None."""
         return "its attention drops weights" if attn_drop and type(self.attn) in _DIFFERENTIAL else None
 
-    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+    def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
         """The block on the fused operations.
 
         Args:
-            gammas: LayerScale of the branches; paths: rates of their DropPath.
-            drops: dropout rates of the probabilities, behind the projection, and of the MLP.
+            gammas: LayerScale of the branches.
+            settings: the block's ``settings``.
             options: arguments of ``ops.attention``.
         """
         raise NotImplementedError
@@ -404,15 +437,54 @@ class PreNormBlock(TimmBlock):
             **{name: norm for name, norm in head_norms(attn).items() if name != "norm"},
         )
 
-    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+    def settings(self) -> Settings:
+        found = super().settings()
+        attn, mlp = self.attn, self.mlp
+        inside = (getattr(attn, name, None) for name in ("gate", "norm", "q_norm", "k_norm"))
+        plain = attn.qkv is not None and all(isinstance(part, NOTHING) for part in (*inside, mlp.norm))
+        word = None if type(attn) in _DIFFERENTIAL or type(mlp) in _SPLIT else activation(mlp)
+        if not plain or word is None or any(found.paths) or any(found.drops):
+            return found
+        norms = (self.norm1, self.norm2)
+        if any(norm.eps is None for norm in norms) or isinstance(self.norm1, NOTHING):
+            return found
+        words = Words(attn.num_heads, head_scale(attn), word, self.norm1.eps, self.norm2.eps, *map(norm_kind, norms))
+        return found._replace(words=words)
+
+    def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
+        if settings.words is not None:
+            return self.simple(x, gammas, settings.words, options)
+        paths, drops = settings.paths, settings.drops
         x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
         return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], drops[2])
+
+    def simple(self, x: torch.Tensor, gammas: Any, words: Words, options: dict[str, Any]) -> torch.Tensor:
+        """``fused`` of a block that drops nothing and has no norm, gate or projection beside the usual ones."""
+        parts = self._modules
+        attn, mlp = parts["attn"], parts["mlp"]._modules
+        norm1, norm2, qkv, proj, fc1, fc2 = (
+            part._parameters
+            for part in (
+                parts["norm1"], parts["norm2"], attn._modules["qkv"], attn._modules["proj"], mlp["fc1"], mlp["fc2"]
+            )
+        )  # fmt: skip
+        bias = qkv["bias"] if attn._parameters.get("q_bias") is None else qkv_bias(attn)
+        y = ops.layer_norm_linear(
+            x, norm1["weight"], norm1.get("bias"), words.eps1, qkv["weight"], bias, norm=words.norm1
+        )
+        y = ops.attention(y, words.num_heads, words.scale, **options)
+        x = ops.linear_residual(y, proj["weight"], proj["bias"], gammas[0], x)
+        return ops.layernorm_mlp(
+            x, norm2["weight"], norm2.get("bias"), words.eps2, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],
+            words.activation, gammas[1], norm=words.norm2,
+        )  # fmt: skip
 
 
 class PostNormBlock(TimmBlock):
     """x + drop_path1(norm1(attn(x))), then the same with the MLP."""
 
-    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+    def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
+        paths, drops = settings.paths, settings.drops
         attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
         q, k, v, gate = project(attn, x, None)
         y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))

@@ -27,6 +27,7 @@ from .parts import (
     TimmBlock,
     attend,
     attention_submodules,
+    layer_scales,
     mlp_branch,
     normalise,
     project,
@@ -72,14 +73,15 @@ class FastSAMBlock(TimmBlock, sam.Block):
         return TimmBlock.not_covered(self)
 
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
+        return layer_scales(self)
 
     def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
         if self.window_size > 0 and (path1 or proj_drop):
             return "it drops windows, or tokens of windows"
         return None
 
-    def fused(self, x: torch.Tensor, gammas: Any, paths: Any, drops: Any, options: dict[str, Any]) -> torch.Tensor:
+    def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
+        paths, drops = settings.paths, settings.drops
         attn, proj, window, (height, width) = self.attn, self.attn.proj, self.window_size, x.shape[1:3]
         row_scale = drop_path_scale(x, paths[0], True)
         tokens = x.flatten(1, 2)

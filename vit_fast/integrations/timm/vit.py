@@ -37,6 +37,7 @@ from .parts import (
     drop_path_rate,
     head_norms,
     known_norm,
+    layer_scales,
     mlp_branch,
 )
 
@@ -60,7 +61,7 @@ class FastBlock(PreNormBlock, vit.Block):
     )
 
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
+        return layer_scales(self)
 
 
 class FastResPostBlock(PostNormBlock, vit.ResPostBlock):
