@@ -259,16 +259,17 @@ def _first_parameter(model: nn.Module) -> nn.Parameter:
     raise ValueError("vit_fast.graphed: model has no floating-point parameters, expected some to tell its device")
 
 
-def _check_batch_sizes(batch_sizes: Any) -> tuple[int, ...]:
-    if not isinstance(batch_sizes, (tuple, list)):
-        raise TypeError(f"vit_fast.graphed: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
+def check_batch_sizes(caller: str, batch_sizes: Any) -> tuple[int, ...]:
+    """Batch sizes, ascending and each once; ``caller`` is named in the errors."""
+    if not isinstance(batch_sizes, (tuple, list, range)):
+        raise TypeError(f"vit_fast.{caller}: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
     for size in batch_sizes:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"vit_fast.graphed: batch_sizes has {size!r}, expected an int")
+            raise TypeError(f"vit_fast.{caller}: batch_sizes has {size!r}, expected an int")
         if size < 1:
-            raise ValueError(f"vit_fast.graphed: batch_sizes has {size}, expected 1 or more")
+            raise ValueError(f"vit_fast.{caller}: batch_sizes has {size}, expected 1 or more")
     if not batch_sizes:
-        raise ValueError("vit_fast.graphed: batch_sizes is empty, expected one size or more")
+        raise ValueError(f"vit_fast.{caller}: batch_sizes is empty, expected one size or more")
     return tuple(sorted(set(batch_sizes)))
 
 
@@ -294,7 +295,7 @@ class Graphed(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit_fast.graphed: model is {type(model).__name__}, expected an nn.Module")
-        self.batch_sizes = _check_batch_sizes(batch_sizes)
+        self.batch_sizes = check_batch_sizes("graphed", batch_sizes)
         if example is not None and not isinstance(example, torch.Tensor):
             raise TypeError(f"vit_fast.graphed: example is {type(example).__name__}, expected a torch.Tensor")
         if example is not None and example.dim() < 2:
@@ -304,7 +305,7 @@ class Graphed(nn.Module):
             raise ValueError(
                 "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
             )
-        self._sizes: tuple[int, ...] = sizes
+        self.sizes: tuple[int, ...] = sizes  # of an image
         # None: images have the dtype of the weights, which may change later.
         if example is None or example.dtype == _first_parameter(model).dtype:
             self._dtype: torch.dtype | None = None
@@ -342,7 +343,7 @@ class Graphed(nn.Module):
             raise TypeError(f"vit_fast.graphed: images are {type(images).__name__}, expected a torch.Tensor")
         if self.model.training:
             raise UnsupportedError("vit_fast.graphed: the model is in training mode, expected eval mode (model.eval())")
-        sizes = self._buckets_of(len(images)) if images.dim() else ()
+        sizes = self.buckets_of(len(images)) if images.dim() else ()
         with self._lock:
             captured = self._captured
             if captured is not None and not (captured.fits(images) and captured.buckets.keys() >= set(sizes)):
@@ -356,7 +357,20 @@ class Graphed(nn.Module):
                 result = self._run(self._capture(sizes), images, sizes)
         return result
 
-    def _buckets_of(self, count: int) -> tuple[int, ...]:
+    def capture(self, *counts: int) -> None:
+        """Captures now what is missing of the graphs that these numbers of images need."""
+        sizes = {size for count in counts for size in self.buckets_of(count)}
+        with self._lock:
+            captured = self._captured
+            if captured is None or captured.changed():
+                captured = self._capture(sizes)
+            with captured.graphs.turn():
+                captured.capture(self.model, sizes)
+
+    def image_dtype(self) -> torch.dtype:
+        return self._dtype or _first_parameter(self.model).dtype
+
+    def buckets_of(self, count: int) -> tuple[int, ...]:
         """The batch sizes whose graphs run ``count`` images, one after the other."""
         largest = self.batch_sizes[-1]
         rest = count % largest
@@ -371,7 +385,7 @@ class Graphed(nn.Module):
                 f"vit_fast.graphed: {training[0] or 'the model'} is in training mode, expected eval mode (model.eval())"
             )
         like = _first_parameter(model)
-        device, dtype = like.device, self._dtype or like.dtype
+        device, dtype = like.device, self.image_dtype()
         if others := {parameter.device for parameter in model.parameters()} - {device}:
             raise UnsupportedError(
                 f"vit_fast.graphed: parameters are on {device} and {others.pop()}, expected one device"
@@ -383,10 +397,10 @@ class Graphed(nn.Module):
                 raise UnsupportedError(words)
         graphs = self.graphs(device)
         with _capturing():
-            two = model(_random(2, self._sizes, dtype, device))
-            three, read = _watched(model, _random(3, self._sizes, dtype, device))
+            two = model(_random(2, self.sizes, dtype, device))
+            three, read = _watched(model, _random(3, self.sizes, dtype, device))
             layout = _layout_of(two, three)
-            no_images = torch.empty(0, *self._sizes, dtype=dtype, device=device)
+            no_images = torch.empty(0, *self.sizes, dtype=dtype, device=device)
         weights = {_address(tensor): tensor.untyped_storage() for tensor in tensors.values()}
         made_of_weights = any(read[address].device == device for address in read.keys() - weights.keys())
         watch = Snapshot(dict(model.named_modules()), versions=made_of_weights)
