@@ -11,6 +11,8 @@ One file is one operation: head comment, device code, launch, public function.
 ``folding``           weights folded and quantised for inference
 ``configs``           launch configurations as data
 ``launch``            what all launches share: PDL, row layouts, dtypes, device guard
+``interception``      launches handed to a function instead of being run
+``warming``           launches compiled in threads and not run
 ``layer_norm``        LayerNorm over the last axis; row-statistics partials
 ``activations``       activations on a tile
 ``gemm``              the GEMM kernel with its epilogue and tile order

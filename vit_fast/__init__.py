@@ -14,6 +14,7 @@ from .pos_embed import resize_pos_embed
 from .prepared import prepare, refresh, unprepare
 from .registry import create_model, list_models
 from .vit import VisionTransformer
+from .warming import Warmup, warmup
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Coverage",
     "UnsupportedError",
     "VisionTransformer",
+    "Warmup",
     "WeightsError",
     "backend",
     "check",
@@ -39,4 +41,5 @@ __all__ = [
     "status",
     "systems",
     "unprepare",
+    "warmup",
 ]

@@ -1,8 +1,10 @@
 """graphed(model): inference by CUDA graphs, for batches so small that launching kernels takes longer than running them.
 
-One graph is captured a batch size (bucket), the largest first, all in one pool of memory. A call copies its images into
-the static input of the smallest bucket that holds them, replays that graph on the current stream and returns clones of
-the first rows. The other rows keep what they held: an image's result must not depend on its batch mates.
+One graph is captured a batch size (bucket), all in one pool of memory: the smallest at once, which shows that the model
+can be captured, each other in the first call that needs it or, on request, all at once, the largest first. A call
+copies its images into the static input of the smallest bucket that holds them, replays that graph on the current stream
+and returns clones of the first rows. The other rows keep what they held: an image's result must not depend on its batch
+mates.
 
 A graph holds addresses and no Python. So in every call, while the device works, the host checks whether parameters,
 buffers, sub-modules, their classes, hooks and constant attributes, and settings are still those of the capture
@@ -18,7 +20,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -144,7 +146,8 @@ class _Bucket(NamedTuple):
 
 class _Captured(NamedTuple):
     graphs: Any
-    buckets: list[_Bucket]  # the smallest first
+    buckets: dict[int, _Bucket]  # by batch size, those captured so far
+    like: torch.Tensor  # [0, ...]: sizes, dtype and device of the images
     layout: _Layout
     watch: Snapshot
     settings: tuple[Any, ...]
@@ -154,8 +157,16 @@ class _Captured(NamedTuple):
         return self.settings != _settings(self.graphs.device.type) or self.watch.changed() is not None
 
     def fits(self, images: torch.Tensor) -> bool:
-        like = self.buckets[0].input
+        like = self.like
         return images.shape[1:] == like.shape[1:] and images.dtype == like.dtype and images.device == like.device
+
+    def capture(self, model: nn.Module, sizes: Iterable[int]) -> None:
+        """Captures the buckets of these sizes that are missing, the largest first: the others then fit its memory."""
+        missing = set(sizes) - self.buckets.keys()
+        with _capturing() if missing else contextlib.nullcontext():
+            for size in sorted(missing, reverse=True):
+                static_input = self.like.new_zeros(size, *self.like.shape[1:])
+                self.buckets[size] = _capture_bucket(self.graphs, model, static_input, self.layout)
 
 
 def _settings(device_type: str) -> tuple[Any, ...]:
@@ -248,16 +259,17 @@ def _first_parameter(model: nn.Module) -> nn.Parameter:
     raise ValueError("vit_fast.graphed: model has no floating-point parameters, expected some to tell its device")
 
 
-def _check_batch_sizes(batch_sizes: Any) -> tuple[int, ...]:
-    if not isinstance(batch_sizes, (tuple, list)):
-        raise TypeError(f"vit_fast.graphed: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
+def check_batch_sizes(caller: str, batch_sizes: Any) -> tuple[int, ...]:
+    """Batch sizes, ascending and each once; ``caller`` is named in the errors."""
+    if not isinstance(batch_sizes, (tuple, list, range)):
+        raise TypeError(f"vit_fast.{caller}: batch_sizes is {batch_sizes!r}, expected a tuple of ints")
     for size in batch_sizes:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"vit_fast.graphed: batch_sizes has {size!r}, expected an int")
+            raise TypeError(f"vit_fast.{caller}: batch_sizes has {size!r}, expected an int")
         if size < 1:
-            raise ValueError(f"vit_fast.graphed: batch_sizes has {size}, expected 1 or more")
+            raise ValueError(f"vit_fast.{caller}: batch_sizes has {size}, expected 1 or more")
     if not batch_sizes:
-        raise ValueError("vit_fast.graphed: batch_sizes is empty, expected one size or more")
+        raise ValueError(f"vit_fast.{caller}: batch_sizes is empty, expected one size or more")
     return tuple(sorted(set(batch_sizes)))
 
 
@@ -272,11 +284,18 @@ class Graphed(nn.Module):
 
     graphs = CudaGraphs  # captures and replays; a new one, on the model's device, at each capture
 
-    def __init__(self, model: nn.Module, batch_sizes: Sequence[int], example: torch.Tensor | None, clone: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_sizes: Sequence[int],
+        example: torch.Tensor | None,
+        clone: bool,
+        lazy: bool = True,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit_fast.graphed: model is {type(model).__name__}, expected an nn.Module")
-        self.batch_sizes = _check_batch_sizes(batch_sizes)
+        self.batch_sizes = check_batch_sizes("graphed", batch_sizes)
         if example is not None and not isinstance(example, torch.Tensor):
             raise TypeError(f"vit_fast.graphed: example is {type(example).__name__}, expected a torch.Tensor")
         if example is not None and example.dim() < 2:
@@ -286,16 +305,17 @@ class Graphed(nn.Module):
             raise ValueError(
                 "vit_fast.graphed: example is None, expected images, as the model does not tell its input size"
             )
-        self._sizes: tuple[int, ...] = sizes
+        self.sizes: tuple[int, ...] = sizes  # of an image
         # None: images have the dtype of the weights, which may change later.
         if example is None or example.dtype == _first_parameter(model).dtype:
             self._dtype: torch.dtype | None = None
         else:
             self._dtype = example.dtype
         self.model, self.clone, self.training = model, clone, False
+        self._at_once = self.batch_sizes[:1] if lazy else self.batch_sizes
         self._lock = threading.Lock()
         self._captured: _Captured | None = None
-        self._capture()
+        self._capture(self._at_once)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_captured": None, "_lock": None}
@@ -323,19 +343,41 @@ class Graphed(nn.Module):
             raise TypeError(f"vit_fast.graphed: images are {type(images).__name__}, expected a torch.Tensor")
         if self.model.training:
             raise UnsupportedError("vit_fast.graphed: the model is in training mode, expected eval mode (model.eval())")
+        sizes = self.buckets_of(len(images)) if images.dim() else ()
         with self._lock:
             captured = self._captured
-            if captured is None or (not captured.fits(images) and captured.changed()):
-                del captured  # frees its memory before the new capture
-                captured = self._capture()
-            result = self._run(captured, images)
+            if captured is not None and not (captured.fits(images) and captured.buckets.keys() >= set(sizes)):
+                captured = None if captured.changed() else captured
+            if captured is None:
+                captured = self._capture(sizes)
+            result = self._run(captured, images, sizes)
             if captured.changed():  # checked while the device works, so it adds no latency
                 _logger.info("vit_fast.graphed: weights, sub-modules or settings changed, so graphs are captured anew")
-                del captured, result
-                result = self._run(self._capture(), images)
+                del captured, result  # frees their memory before the new capture
+                result = self._run(self._capture(sizes), images, sizes)
         return result
 
-    def _capture(self) -> _Captured:
+    def capture(self, *counts: int) -> None:
+        """Captures now what is missing of the graphs that these numbers of images need."""
+        sizes = {size for count in counts for size in self.buckets_of(count)}
+        with self._lock:
+            captured = self._captured
+            if captured is None or captured.changed():
+                captured = self._capture(sizes)
+            with captured.graphs.turn():
+                captured.capture(self.model, sizes)
+
+    def image_dtype(self) -> torch.dtype:
+        return self._dtype or _first_parameter(self.model).dtype
+
+    def buckets_of(self, count: int) -> tuple[int, ...]:
+        """The batch sizes whose graphs run ``count`` images, one after the other."""
+        largest = self.batch_sizes[-1]
+        rest = count % largest
+        return (largest,) * (count // largest) + tuple(s for s in self.batch_sizes if s >= rest > 0)[:1]
+
+    def _capture(self, sizes: Iterable[int]) -> _Captured:
+        """Captures the model as it is now: the buckets that a call needs, and those that were asked for beforehand."""
         self._captured = None  # frees the memory of the old graphs first
         model = self.model
         if training := [name for name, module in model.named_modules() if module.training]:
@@ -343,7 +385,7 @@ class Graphed(nn.Module):
                 f"vit_fast.graphed: {training[0] or 'the model'} is in training mode, expected eval mode (model.eval())"
             )
         like = _first_parameter(model)
-        device, dtype = like.device, self._dtype or like.dtype
+        device, dtype = like.device, self.image_dtype()
         if others := {parameter.device for parameter in model.parameters()} - {device}:
             raise UnsupportedError(
                 f"vit_fast.graphed: parameters are on {device} and {others.pop()}, expected one device"
@@ -355,24 +397,22 @@ class Graphed(nn.Module):
                 raise UnsupportedError(words)
         graphs = self.graphs(device)
         with _capturing():
-            two = model(_random(2, self._sizes, dtype, device))
-            three, read = _watched(model, _random(3, self._sizes, dtype, device))
+            two = model(_random(2, self.sizes, dtype, device))
+            three, read = _watched(model, _random(3, self.sizes, dtype, device))
             layout = _layout_of(two, three)
-            buckets: list[_Bucket] = []
-            for size in reversed(self.batch_sizes):
-                static_input = torch.zeros(size, *self._sizes, dtype=dtype, device=device)
-                buckets.insert(0, _capture_bucket(graphs, model, static_input, layout))
+            no_images = torch.empty(0, *self.sizes, dtype=dtype, device=device)
         weights = {_address(tensor): tensor.untyped_storage() for tensor in tensors.values()}
         made_of_weights = any(read[address].device == device for address in read.keys() - weights.keys())
         watch = Snapshot(dict(model.named_modules()), versions=made_of_weights)
         kept = [*(read | weights).values()]
-        captured = _Captured(graphs, buckets, layout, watch, _settings(device.type), kept)
+        captured = _Captured(graphs, {}, no_images, layout, watch, _settings(device.type), kept)
+        captured.capture(model, {*sizes, *self._at_once})
         self._captured = captured
         return captured
 
-    def _run(self, captured: _Captured, images: torch.Tensor) -> Any:
+    def _run(self, captured: _Captured, images: torch.Tensor, sizes: Sequence[int]) -> Any:
         if not captured.fits(images):
-            like = captured.buckets[0].input
+            like = captured.like
             raise ValueError(
                 f"vit_fast.graphed: images are {_words(images.shape[0] if images.dim() else 0, images)}, "
                 f"captured were {_words('B', like)}"
@@ -385,8 +425,12 @@ class Graphed(nn.Module):
         if len(images) == 0:
             return self.model(images)
         with captured.graphs.turn():
-            chunks = images.split(self.batch_sizes[-1])
-            parts = [self._replay(captured, chunk, self.clone or len(chunks) > 1) for chunk in chunks]
+            captured.capture(self.model, sizes)
+            chunks, clone = images.split(self.batch_sizes[-1]), self.clone or len(sizes) > 1
+            parts = [
+                self._replay(captured.buckets[size], captured.layout, chunk, clone)
+                for size, chunk in zip(sizes, chunks, strict=True)
+            ]
         leaves = parts[0]
         if len(parts) > 1:
             leaves = [
@@ -394,13 +438,12 @@ class Graphed(nn.Module):
             ]
         return tree_unflatten(leaves, captured.layout.spec)
 
-    def _replay(self, captured: _Captured, images: torch.Tensor, clone: bool) -> list[Any]:
+    def _replay(self, bucket: _Bucket, layout: _Layout, images: torch.Tensor, clone: bool) -> list[Any]:
         count = len(images)
-        bucket = next(bucket for bucket in captured.buckets if len(bucket.input) >= count)
         bucket.input[:count].copy_(images)
         bucket.replay()
         leaves = []
-        for leaf, batched in zip(bucket.leaves, captured.layout.batched):
+        for leaf, batched in zip(bucket.leaves, layout.batched):
             leaf = leaf[:count] if batched else leaf
             leaves.append(leaf.clone() if clone and isinstance(leaf, torch.Tensor) else leaf)
         return leaves
@@ -408,23 +451,31 @@ class Graphed(nn.Module):
 
 def graphed(
     model: nn.Module,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     *,
     example: torch.Tensor | None = None,
     clone: bool = True,
+    lazy: bool = True,
 ) -> Graphed:
     """The model as CUDA graphs: inference with little latency at small batches.
 
-    Graphs are captured here and, after a change of weights, sub-modules, hooks, constant attributes, dtype, device,
-    autocast, matmul precision or forced backend, in the next call. Any number of images may come: more than the largest
-    batch size run in several replays, none run the model itself. Calls of several threads and on several streams take
-    turns.
+    The graph of the smallest batch size is captured here, each other in the first call that needs it: that call runs
+    the model three times and compiles what this batch size needs (``lazy=False`` or ``warmup`` does it beforehand).
+    After a change of weights, sub-modules, hooks, constant attributes, dtype, device, autocast, matmul precision or
+    forced backend, the graphs that a call needs are captured anew in it. Any number of images may come: they are padded
+    to the next batch size, more than the largest run in several replays, none run the model itself. Calls of several
+    threads and on several streams take turns.
+
+    All graphs share one pool of memory, so that of the largest alone is needed where it is captured first
+    (``lazy=False``). Otherwise they need that of all sizes together at most: with the default sizes as much as the
+    activations of 127 images, and inputs and outputs of each.
 
     Args:
         model: in eval mode, on a CUDA device, of one tensor argument; also timm's, torchvision's and transformers'.
         batch_sizes: one graph each; a batch runs in the smallest that holds it.
         example: images [B, ...] whose sizes and dtype are captured; default the model's own size and dtype.
         clone: False returns views of the graph's memory, which the next call overwrites.
+        lazy: False captures the graphs of all batch sizes here.
     Returns:
         ``Graphed``: a module of the model's outputs (tensors in tuples, lists, dicts, registered classes) without
         gradients. Copies and pickles of it capture anew.
@@ -432,4 +483,4 @@ def graphed(
         UnsupportedError: no CUDA device, training mode, gradients asked for, or a model that cannot be captured.
         TypeError, ValueError: bad arguments; images of other sizes, dtype or device than captured.
     """
-    return Graphed(model, batch_sizes, example, clone)
+    return Graphed(model, batch_sizes, example, clone, lazy)

@@ -8,6 +8,7 @@ does, and overwrites as a graph does. The GPU tests hold real graphs against the
 import contextlib
 import copy
 import gc
+import inspect
 import io
 import pickle
 import re
@@ -55,8 +56,8 @@ def tiny(*args, **buffers):
     return Tiny(*args, **buffers).eval()
 
 
-def on_cpu(model, batch_sizes=(1, 2, 4), example=None, clone=True):
-    return OnCpu(model, batch_sizes, example, clone)
+def on_cpu(model, batch_sizes=(1, 2, 4), example=None, clone=True, lazy=False):
+    return OnCpu(model, batch_sizes, example, clone, lazy)
 
 
 def images(count, seed=0):
@@ -90,6 +91,32 @@ def test_each_batch_runs_in_the_smallest_buckets(count, replays):
     got = check(module, model, count)
     assert got.shape == (count, 5) and not got.requires_grad
     assert REPLAYS == replays and CAPTURES == [4, 2, 1]
+
+
+def test_the_graph_of_a_batch_size_is_captured_when_it_is_needed():
+    model = tiny()
+    module = on_cpu(model, (1, 2, 4, 8), lazy=True)
+    assert CAPTURES == [1]
+    for count, captured in ((1, [1]), (3, [1, 4]), (4, [1, 4]), (11, [1, 4, 8]), (9, [1, 4, 8]), (2, [1, 4, 8, 2])):
+        check(module, model, count)
+        assert CAPTURES == captured
+    assert REPLAYS == [1, 4, 4, 8, 4, 8, 1, 2]
+
+
+def test_a_call_that_needs_several_graphs_captures_the_largest_first():
+    module = on_cpu(tiny(), (1, 2, 4, 8), lazy=True)
+    check(module, module.model, 11)
+    assert CAPTURES == [1, 8, 4]
+
+
+def test_by_default_33_images_are_padded_to_64():
+    model = tiny()
+    module = OnCpu(model, inspect.signature(graphed).parameters["batch_sizes"].default, None, True, lazy=True)
+    assert module.batch_sizes == (1, 2, 4, 8, 16, 32, 64)
+    for count, replays in ((33, [64]), (17, [32]), (64, [64]), (65, [64, 1]), (100, [64, 64])):
+        REPLAYS.clear()
+        check(module, model, count)
+        assert REPLAYS == replays
 
 
 def test_rows_that_are_not_asked_for_play_no_part():
@@ -175,7 +202,8 @@ def test_outputs_keep_their_structure(name, clone):
     for count in (3, 4, 11):
         assert type(check(module, model, count)) is type(wanted)
     if clone:
-        held = [*model.parameters(), *(leaf for bucket in module._captured.buckets for leaf in (*bucket[2], bucket[0]))]
+        buckets = module._captured.buckets.values()
+        held = [*model.parameters(), *(leaf for bucket in buckets for leaf in (*bucket.leaves, bucket.input))]
         static = {leaf.data_ptr() for leaf in held if isinstance(leaf, torch.Tensor)}
         got = tree_leaves(check(module, model, 4))
         assert static.isdisjoint(leaf.data_ptr() for leaf in got if isinstance(leaf, torch.Tensor))
@@ -258,7 +286,7 @@ WRONG = (
 @pytest.mark.parametrize("words,error,text", WRONG, ids=[text for *_, text in WRONG])
 def test_bad_arguments_are_named(words, error, text):
     with pytest.raises(error) as caught:
-        OnCpu(**dict(model=tiny(), batch_sizes=(1,), example=None, clone=True) | words)
+        OnCpu(**dict(model=tiny(), batch_sizes=(1,), example=None, clone=True, lazy=True) | words)
     assert str(caught.value) == f"vit_fast.graphed: {text}"
 
 
@@ -414,6 +442,30 @@ def test_replaced_weights_are_captured_anew(change):
         assert not torch.allclose(before, after)
     check(module, model)
     assert len(CAPTURES) == 6
+
+
+def test_after_a_change_only_the_graphs_of_the_call_are_captured_anew():
+    model = tiny()
+    module = on_cpu(model, lazy=True)
+    check(module, model, 4)
+    _replace_module(model, module)
+    check(module, model, 2)
+    assert CAPTURES == [1, 4, 2, 1]
+    _replace_data(model, module)
+    check(module, model, 4)
+    assert CAPTURES == [1, 4, 2, 1, 4, 1]
+
+
+def test_a_missing_graph_is_not_captured_of_a_part_in_training_mode():
+    model = tiny()
+    model.body.append(nn.BatchNorm1d(8).eval())
+    module = on_cpu(model, lazy=True)
+    model.body[3].train()
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"^vit_fast.graphed: body.3 is in training mode"):
+        module(images(2))
+    assert CAPTURES == [1] and model.body[3].num_batches_tracked == 0
+    model.body[3].eval()
+    check(module, model, 2)
 
 
 def test_weights_that_change_in_place_are_seen_by_the_same_graphs():
@@ -581,6 +633,19 @@ def test_a_failing_capture_names_its_bucket_and_leaves_the_model(monkeypatch):
     check(module, model)
 
 
+def test_a_batch_size_that_cannot_be_captured_leaves_the_others(monkeypatch):
+    monkeypatch.setattr(OnCpu, "graphs", Fails)
+    model = tiny()
+    module = on_cpu(model, lazy=True)
+    monkeypatch.setattr(Fails, "size", 4)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="batch size 4 cannot be captured: ValueError"):
+        module(images(4))
+    assert CAPTURES == [1] and not module._lock.locked() and torch.is_autocast_cache_enabled()
+    check(module, model, 2)
+    check(module, model, 1)
+    assert CAPTURES == [1, 2]
+
+
 def test_a_capture_moves_no_random_numbers():
     model = tiny()
     before = torch.get_rng_state()
@@ -707,7 +772,7 @@ def test_models_of_other_libraries(name):
     make, sizes = MODELS[name]
     model = make().eval()
     module = on_cpu(model, (1, 2))
-    assert tuple(module._captured.buckets[0].input.shape) == (1, *sizes)
+    assert tuple(module._captured.like.shape) == (0, *sizes)
     x = torch.randn(3, *sizes)
     with torch.inference_mode():
         torch.testing.assert_close(module(x), model(x))
@@ -900,7 +965,7 @@ def test_gpu_graphed_bits_of_each_batch(dtype):
 def test_gpu_graphed_models_of_other_libraries(make):
     model = make().cuda().eval()
     module = graphed(model, (1, 2))
-    x = torch.randn(3, *module._captured.buckets[0].input.shape[1:], device="cuda")
+    x = torch.randn(3, *module._captured.like.shape[1:], device="cuda")
     with torch.no_grad():
         torch.testing.assert_close(module(x), model(x), atol=1e-3, rtol=1e-3)
 

@@ -38,7 +38,7 @@ LAYERS = (
         "vit_fast.cuda_graphs",
         "vit_fast.certificate",
     ),
-    ("vit_fast.timm_models", "vit_fast.registry"),
+    ("vit_fast.timm_models", "vit_fast.registry", "vit_fast.warming"),
     ("vit_fast.diagnosis", "vit_fast.fused_share"),
     ("vit_fast.library_coverage",),
     ("vit_fast",),
