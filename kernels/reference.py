@@ -1,8 +1,8 @@
 """The operations in plain PyTorch, with the signatures of the kernels.
 
 Three uses: the truth in tests (float64), the backend ``torch`` (called directly where inductor can fuse through it,
-and inside the registered operators in training), and, in the ``*_bwd`` functions, the formulas of the gradients in closed
-form.
+and inside the registered operators in training), and, in the ``*_bwd`` functions, the formulas of the gradients in
+closed form.
 ``*_fwd`` functions return, beside the output, what a backward needs: mean and rstd of every row [rows] and the
 natural-log LSE [B, H, N], in float32 (float64 for float64 inputs), and of the MLP the pre-activation z.
 ``*_bwd`` functions take ``needs``, a bool for each result: what is not needed may be None, and costs nothing. They

@@ -38,7 +38,15 @@ from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
 from .kernels.tracing import is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
-__all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "layer_norm",
+    "layer_norm_linear",
+    "layernorm_mlp",
+    "linear_residual",
+    "patch_embed",
+]
 
 # torch ≤ 2.11 warns on import of its FLOP counter where Triton is absent; importing vit_fast is silent.
 _flop_log = logging.getLogger("torch.utils.flop_counter")
@@ -1019,6 +1027,18 @@ _register(
     _patch_embed_backward,
     _patch_embed_flops,
 )
+
+
+# Forward operators by name, for policies of selective activation checkpointing: with
+# ``torch.utils.checkpoint.create_selective_checkpoint_contexts`` name what to keep, for example
+# ``OPERATORS["attention"]``; they run where gradients are wanted, but not under torch.compile of the backend ``torch``.
+OPERATORS: dict[str, torch._ops.OpOverload] = {
+    name: getattr(torch.ops.vit_fast, f"{name}_fwd").default
+    for name in (
+        *("layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp", "attention", "attention_options"),
+        "patch_embed",
+    )
+}
 
 
 @torch.fx.wrap

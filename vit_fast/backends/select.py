@@ -127,7 +127,7 @@ def note(operation: str, chosen: str, reasons: Sequence[str]) -> None:
 
 def _note_backward(operation: str, chosen: str, arguments: Sequence[Any], options: dict[str, Any]) -> None:
     """Notes a backward that this call leaves to the reference, though the backend has one of the operation."""
-    if _recorder.get() is None or of_backward(chosen, operation).name != chosen:
+    if torch.compiler.is_compiling() or _recorder.get() is None or of_backward(chosen, operation).name != chosen:
         return
     if reasons := BACKENDS[chosen].backward_reasons(operation, *arguments, **options):
         note(backward_key(operation), TORCH.name, reasons)
