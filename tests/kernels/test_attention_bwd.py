@@ -116,7 +116,7 @@ def test_one_key_has_all_the_weight(kernels, config):
 @BOTH
 @pytest.mark.parametrize("scale", (-0.5, 1e-30, 3.0))
 def test_any_scale(kernels, config, scale):
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float32):
         check(*problem(2, 20, 1, 40, dtype), 1, scale, config, expected_zeros=0.7)
 
 
