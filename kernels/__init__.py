@@ -20,6 +20,7 @@ One file is one operation: head comment, device code, launch, public function.
 ``linear_hopper``     the same for sm_90 in Gluon; a candidate of benchmarks/tune/
 ``layernorm_mlp``     LayerNorm + MLP + residual
 ``attention``         attention on packed or separate q, k, v
+``attention_bwd``     its gradients
 ``patch_embed``       patch embedding as an implicit GEMM
 ``prepared_blocks``   transformer blocks on folded weights
 ``fp8_blocks``        transformer blocks in float8

@@ -239,7 +239,7 @@ def pick_attention_bwd_config(
         by_keys = AttentionConfig(block_m=16, block_n=32, num_warps=8, num_stages=1)
         return AttentionBwdConfig(by_keys, AttentionConfig(block_m=64, block_n=16, num_warps=8, num_stages=1))
     if width > 80:
-        by_keys = AttentionConfig(block_m=32 if wgmma else 16, block_n=64, num_warps=8, num_stages=1)
+        by_keys = AttentionConfig(block_m=32 if wgmma and not special else 16, block_n=64, num_warps=8, num_stages=1)
         stages = 2 if wgmma else 1
         return AttentionBwdConfig(by_keys, AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=stages))
     if wgmma or width <= 64:
@@ -251,5 +251,5 @@ def pick_attention_bwd_config(
     elif wgmma and 128 < num_keys <= 256 and head_size in (16, 32, 64) and not special:
         by_keys = AttentionConfig(block_m=32, block_n=256, num_warps=8, num_stages=1, tma=True)
     else:
-        by_keys = AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=2)
+        by_keys = AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=1 if width < 64 else 2)
     return AttentionBwdConfig(by_keys, by_queries)
