@@ -41,7 +41,13 @@ def make(name: str, warn: Callable[[str], None], **kwargs: Any) -> nn.Module:
     timm = require("timm", "train")
     if _known_here(name) or not timm.is_model(name.partition(".")[0]):
         return vit_fast.create_model(name, **kwargs)
-    model = timm.create_model(name, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "'img_size'" not in str(error):
+            raise
+        kwargs.pop("img_size")  # a convolutional model takes images of any size
+        model = timm.create_model(name, **kwargs)
     try:
         return vit_fast.optimize(model)
     except vit_fast.UnsupportedError as error:
