@@ -31,7 +31,16 @@ if not EXTENSION:
     os.environ["VIT_FAST_EXT_DIR"] = str(Path(__file__).parent / "no-extension")
 BORROWED = any(Path(folder, "borrowed.pth").exists() for folder in site.getsitepackages())
 NO_GPU = "no CUDA device of capability 8.0 or more"
-PEERS = ("open_clip", "scipy", "peft", "torchao", "onnx", "onnxruntime", "onnxscript")  # a GPU machine may lack them
+PEERS = (
+    "open_clip",
+    "scipy",
+    "peft",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "sklearn",
+)  # a GPU machine may lack them
 NO_COMPILER = "no C++ compiler and ninja"
 NO_NVCC = "no nvcc"
 NO_EMULATOR = "no g++ 11 or newer on x86-64"

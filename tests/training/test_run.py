@@ -239,5 +239,5 @@ def test_two_processes_are_as_one(data, tmp_path, flags):
     alone, shared = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=2e-3, atol=2e-4)
-    # It goes on in as many processes; nothing is left to do.
-    assert "going on after 2 epochs" in torchrun("--resume", tmp_path / "two", "--device", "cpu")
+    if flags:  # the sharded state is read again; nothing is left to do
+        assert "going on after 2 epochs" in torchrun("--resume", tmp_path / "two", "--device", "cpu")

@@ -1,4 +1,4 @@
-"""The benchmark of training: our model against timm eager, compiled and transformers, from the same weights, in one run.
+"""The benchmark of training: our model against timm's, eager and compiled, and transformers', with the same weights.
 
 As in ``compare`` parity comes first. Every gradient of ours is compared with float64, as a share of the largest of its
 parameter, and the loss of each baseline with timm's. Then forward+backward and the whole step of every provider are
@@ -10,16 +10,16 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import vit_fast
 from vit_fast import backends, parity
 
-from . import measure, peak_rss, speedup, training_step
 from . import contest as contests
+from . import measure, peak_rss, speedup, training_step
 from .baselines import compiled_model
 from .providers import COMPILE_MODES, PLAIN
 from .results import Row, speedup_column
@@ -38,7 +38,7 @@ def run(
     tell: Any,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> bool:
-    """Measures all batch sizes; returns whether vit_fast failed on any of them. ``tell``, ``keep`` as in ``compare``."""
+    """Measures all batch sizes; returns whether vit_fast failed on any. ``tell`` and ``keep`` are as in ``compare``."""
     forced = vit_fast.backend(settings.backend) if settings.backend else contextlib.nullcontext()
     with forced:
         tell(f"{settings.model}: models and pixels", 0.0)
@@ -90,13 +90,14 @@ def _bench_batch(settings, contest, batch, budget, seconds, tell):
         parts = {part: Provider(name, call, rows[name], ours=name == PLAIN) for part, call in calls.items()}
         left = max((end - budget.spent()) / 2, 1.0) if name in COMPILE_MODES else float("inf")
         first = parts[training_step.STEP]
+        begin = partial(_first_calls, parts, module, expected, pixels, settings)
         try:
             with deadline(left):
-                attempt(first, lambda: _first_calls(parts, module, expected, pixels, settings), settings.device)
+                attempt(first, begin, settings.device)
         except OutOfTime:
             rows[name]["status"] = f"not timed: not compiled in the {left:.0f} s that were left for it"
             torch._dynamo.reset()
-        attempt(first, lambda: _memory(first, module, settings), settings.device)
+        attempt(first, partial(_memory, first, module, settings), settings.device)
         if settings.peak_rss and rows[name]["status"] == "ok":
             tell(f"{name}, peak memory of its own process", (index + 1) / len(names) / 2)
             rows[name].update(peak_rss.columns(settings, name, batch, pixels, {}))
@@ -195,7 +196,7 @@ def _fill_in(timed, batch):
 def part_of(row: Row, part: str) -> Row:
     """The row as one of inference with the figures of a part, so that it is printed and drawn as those are."""
     prefix = PREFIXES[part]
-    found = {key: value for key, value in row.items() if not key.startswith("train_")}
+    found = {key: value for key, value in row.items() if not key.startswith(("train_", "parity_"))} | {"part": part}
     for name in ("batch_size", "img_size", "gmacs"):
         found[f"infer_{name}"] = row[f"train_{name}"]
     for key, value in row.items():

@@ -257,6 +257,7 @@ def bench(
     from vit_fast.bench import compare, results, training
     from vit_fast.bench.settings import Settings
     from vit_fast.bench.time_budget import TimeBudget
+    from vit_fast.bench.training_step import STEP
 
     from . import report
 
@@ -312,7 +313,7 @@ def bench(
                     with contextlib.suppress(OSError):  # reported at the end, if it still fails then
                         write_rows(results_file)
                 with tell.paused():
-                    report.print_batch(batch_rows, contest)
+                    (report.print_training_batch if bench == "train" else report.print_batch)(batch_rows, contest)
 
             try:
                 failed |= (training.run if bench == "train" else compare.run)(
@@ -321,14 +322,15 @@ def bench(
             except KeyboardInterrupt:
                 interrupted = True
         if its_rows:
-            report.print_report(its_rows, contest, limit)
+            (report.print_training_report if bench == "train" else report.print_report)(its_rows, contest, limit)
         if interrupted:
             break
         seconds -= time.perf_counter() - began
     if interrupted:
         say("Interrupted: the rows that were finished by then." if rows else "Interrupted before a row was finished.")
+    steps = [training.part_of(row, STEP) for row in rows] if bench == "train" else rows
     written = save("rows", results_file, write_rows) if rows else True
-    written &= save("plot", plot, lambda path: results.draw(rows, path)) if rows else True
+    written &= save("plot", plot, lambda path: results.draw(steps, path)) if rows else True
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if failed or not written:

@@ -106,7 +106,8 @@ def _verdicts(rows):
         here = [row for row in rows if row["infer_batch_size"] == batch]
         ours = [row for row in here if row.get("best_baseline") and _narrow(row) == narrow]
         if ours:
-            yield f"Batch {batch}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_baseline']))}."
+            part = f", {ours[0]['part']}" if "part" in ours[0] else ""
+            yield f"Batch {batch}{part}: {_verdict(max(ours, key=lambda row: row['speedup_vs_best_baseline']))}."
 
 
 def _verdict(row):
@@ -251,6 +252,32 @@ def _sentences(rows, settings, seconds):
             f"Timed calls: {', '.join(map(str, done))} of {settings.bench_iterations}, to keep to the time budget of "
             f"{seconds:.0f} s (--time-budget 0 lifts it)."
         )
+
+
+def print_training_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
+    """``print_batch`` of each part of a step of training."""
+    from vit_fast.bench.training import PREFIXES, part_of
+
+    for part in PREFIXES:
+        say(f"{part}:")
+        print_batch([part_of(row, part) for row in rows], settings)
+
+
+def print_training_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:
+    """``print_report`` of training: the verdict is on the step and on forward+backward alone."""
+    from vit_fast.bench.training import part_of
+    from vit_fast.bench.training_step import FORWARD_BACKWARD, STEP
+
+    print_report([part_of(row, STEP) for row in rows], settings, seconds)
+    for sentence in _verdicts([part_of(row, FORWARD_BACKWARD) for row in rows]):
+        say(sentence)
+    for row in rows:
+        if "parity_passed" in row:
+            say(
+                f"Batch {row['train_batch_size']}: gradients, each as a share of the largest of its parameter, are off "
+                f"float64 by {row['parity_error']:.2e} at most, allowed {row['parity_allowed']:.2e}, timm eager's own "
+                f"{row['parity_eager_error']:.2e}; cosine with eager's {row['parity_cosine']:.7f}."
+            )
 
 
 def print_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:

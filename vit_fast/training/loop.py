@@ -82,7 +82,7 @@ class Run:
                 )
             if saved["torch"] != torch.__version__:
                 warn(f"the state was written by torch {saved['torch']}: with {torch.__version__} bits may differ")
-        in_chans = models.check(settings, warn)
+        in_chans = models.check(settings)
         self.data = datasets.load(settings, in_chans)
         self.classes = settings.num_classes or len(self.data.classes)
         torch.manual_seed(settings.seed)

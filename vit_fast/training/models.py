@@ -41,15 +41,21 @@ def make(name: str, warn: Callable[[str], None], **kwargs: Any) -> nn.Module:
     timm = require("timm", "train")
     if _known_here(name) or not timm.is_model(name.partition(".")[0]):
         return vit_fast.create_model(name, **kwargs)
-    model = timm.create_model(name, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "'img_size'" not in str(error):
+            raise
+        kwargs.pop("img_size")  # a convolutional model takes images of any size
+        model = timm.create_model(name, **kwargs)
     try:
         return vit_fast.optimize(model)
-    except vit_fast.UnsupportedError as error:
+    except (ValueError, vit_fast.UnsupportedError) as error:
         warn(f"{name} is trained as timm built it: {reason(error)}")
         return model
 
 
-def check(settings: Settings, warn: Callable[[str], None]) -> int:
+def check(settings: Settings) -> int:
     """Refuses a model that cannot be made, or that gives no logits; allocates nothing.
 
     Returns:
@@ -59,7 +65,7 @@ def check(settings: Settings, warn: Callable[[str], None]) -> int:
     kwargs = arguments(settings) | dict(num_classes=settings.num_classes or 2)
     try:
         with torch.device("meta"):
-            model: Any = make(settings.model, warn, **kwargs)
+            model: Any = make(settings.model, lambda text: None, **kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise TrainingError(f"--model: {settings.model!r} cannot be made: {reason(error)}") from error
     if not hasattr(model, "get_classifier") or not hasattr(model, "reset_classifier"):
@@ -82,7 +88,7 @@ def build(settings: Settings, classes: int, warn: Callable[[str], None]) -> nn.M
         if path is None:
             model: Any = make(settings.model, warn, pretrained=settings.pretrained, num_classes=classes, **kwargs)
         else:
-            theirs = _classes_of(settings, kwargs, warn) or classes
+            theirs = _classes_of(settings, kwargs) or classes
             model = make(settings.model, warn, checkpoint_path=str(path), num_classes=theirs, **kwargs)
             if theirs != classes:
                 warn(f"the head is new: {str(path)!r} has {theirs} classes, the data set {classes}")
@@ -97,7 +103,7 @@ def build(settings: Settings, classes: int, warn: Callable[[str], None]) -> nn.M
     return _with_lora(model, settings) if settings.lora_rank else model
 
 
-def _classes_of(settings: Settings, kwargs: dict[str, Any], warn: Callable[[str], None]) -> int | None:
+def _classes_of(settings: Settings, kwargs: dict[str, Any]) -> int | None:
     """The classes of the head in --initial-checkpoint, where it has the name of the model's head."""
     state = read_state_dict(settings.initial_checkpoint or "")
     with torch.device("meta"):
