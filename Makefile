@@ -18,6 +18,7 @@ help:
 	@echo "make test-full   the same with thousands of random cases (SEED=n: others) and every mutant, under an hour"
 	@echo "make mutants break the kernels in every small way and see that a test notices (ARGS=--help tells more)"
 	@echo "make gpu     on a GPU: limits, tests, all benchmarks, profiles, tuning, into benchmarks/results/ (ARGS=--help tells more)"
+	@echo "            ARGS=--first-look: the most telling of it in 8 minutes; ARGS=--models-table: models alone, in 5"
 	@echo "make aot     compile every kernel ahead of time and compare with the ledger (ARGS=--update rewrites it)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make extension   compile the C++ library for CPU tensors (ARGS=--cuda or --cutlass: those for GPUs too); bench and test do it, BUILD=0 not"

@@ -75,8 +75,9 @@ def plan() -> list[Look]:
     profile = ("-P", "-m", "vit_fast", "profile", *model)
     bench = ("-P", "-m", "vit_fast", "bench", *model)
     ncu = child.under(
-        "ncu", "--target-processes", "all", "--kernel-name", "regex:_linear_fwd_kernel", "--csv", "--page", "details",
-        "--print-details", "all", "--section", "SpeedOfLight", "--section", "Occupancy",
+        "ncu", "--target-processes", "all", "--kernel-name", "regex:_linear_fwd_kernel",
+        "--clock-control", "none", "--csv", "--page", "details", "--print-details", "all",
+         "--section", "SpeedOfLight", "--section", "Occupancy",
         "--section", "MemoryWorkloadAnalysis", "--section", "ComputeWorkloadAnalysis", "--log-file", "{file}.csv",
     )  # fmt: skip
     memcheck = child.under("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")

@@ -455,8 +455,8 @@ def test_a_call_by_cutlass_computes_the_problem(tune, cutlass_built, monkeypatch
 
 def test_kernels_by_cutlass_are_ranked_with_the_others(tune, made_up, guarded, monkeypatch):
     one = CutlassConfig("pingpong")
-    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: [])
-    monkeypatch.setattr(tune.ranking, "cutlass_candidates", lambda problem, work, chip: [one])
+    monkeypatch.setattr(tune.candidates, "hopper_candidates", lambda work, chip: [])
+    monkeypatch.setattr(tune.candidates, "cutlass_candidates", lambda problem, work, chip: [one])
     monkeypatch.setattr(tune.guarded.Guarded, "time", lambda self, problem, config, steps, seconds: (7.0, None))
     make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
     compilers, problem = tune.compilers.Compilers(0, chip), tune.problems.Problem(*PROBLEM)
@@ -486,7 +486,7 @@ def test_a_process_that_does_not_start_is_told(tune, guarded, monkeypatch):
 
 
 def test_a_hang_does_not_end_the_tuning(tune, made_up, guarded, monkeypatch):
-    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: list(HOPPER))
+    monkeypatch.setattr(tune.candidates, "hopper_candidates", lambda work, chip: list(HOPPER))
     make, chip = tune.problems.Maker(CPU, torch.float32, filled=True), tune.candidates.Chip.named(90)
     problem = tune.problems.Problem(*PROBLEM)
     row = tune.ranking.tune(
@@ -497,7 +497,7 @@ def test_a_hang_does_not_end_the_tuning(tune, made_up, guarded, monkeypatch):
     why = {json.dumps(entry["config"]): entry["why"] for entry in row["failures"]}
     assert why[json.dumps({"kernel": "linear_hopper"} | asdict(HOPPER[2]))] == "did not end in 1.0 s"
     assert row["rank"] == 2 and row["of"] == 8 and guarded.hung
-    monkeypatch.setattr(tune.ranking, "hopper_candidates", lambda work, chip: list(HOPPER[:2]))
+    monkeypatch.setattr(tune.candidates, "hopper_candidates", lambda work, chip: list(HOPPER[:2]))
     with tune.guarded.Guarded(CPU, torch.float32, _answers) as another:
         monkeypatch.setattr(tune.ranking, "STEPS", 1)
         monkeypatch.setattr(tune.ranking, "FINAL_STEPS", 2)
