@@ -12,6 +12,7 @@ One file is one operation: head comment, device code, launch, public function.
 ``configs``           launch configurations as data
 ``launch``            what all launches share: PDL, row layouts, dtypes, device guard
 ``interception``      launches handed to a function instead of being run
+``launch_plan``       the launches of a stack of blocks, noted once and repeated
 ``warming``           launches compiled in threads and not run
 ``layer_norm``        LayerNorm over the last axis; row-statistics partials
 ``activations``       activations on a tile

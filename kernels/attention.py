@@ -648,7 +648,7 @@ def _forward(qkv, num_heads, scale, k, v, config, with_lse, out_dtype=None, pdl=
         tf32, fp8_out = precision == "tf32", out.dtype != q.dtype
         streaming = options is not _NO_OPTIONS or v.shape[2] != width
         config = configs.pick_attention_config(
-            num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out, streaming
+            num_queries, k.shape[1], head_size, q.dtype, tf32, arch, fp8_out, streaming, with_lse
         )
     images = max(1, _MAX_PROGRAMS // (num_heads * configs.cdiv(num_queries, config.block_m)))
     if batch <= images:

@@ -60,6 +60,7 @@ class LinearConfig:
     num_stages: int
     tma: bool  # where addresses and strides allow it
     split_k: int = 1  # programs that share the K loop of one tile
+    maxnreg: int | None = None  # the most registers a thread; None leaves them to ptxas
 
 
 @tuned.overrides
@@ -174,11 +175,12 @@ def pick_attention_config(
     arch: int,
     fp8_out: bool = False,
     options: bool = False,
+    lse: bool = True,
 ) -> AttentionConfig:
     """Ignores the batch size, so that the bits of an image cannot depend on its batch mates.
 
-    ``options``: whether the call has any, which the streaming kernel alone knows. On sm_90 two stages make ptxas
-    serialise wgmma, whose operands then come out of arithmetic.
+    ``lse``: whether the LSE is stored. ``options``: whether the call has any, which the streaming kernel alone knows.
+    On sm_90 two stages make ptxas serialise wgmma, whose operands then come out of arithmetic.
 
     An e4m3 out gets no tiles of 128 queries: for a head of two slices (72 = 64 + 16) ptxas serialises their wgmma.
     """
@@ -199,7 +201,10 @@ def pick_attention_config(
     if options and (wgmma or width > 64):
         block_n = 64 if width <= 128 else 16
         return AttentionConfig(block_m=128 if wgmma else 64, block_n=block_n, num_warps=8, num_stages=1)
-    if not options and width <= 128 and num_keys <= (_RESIDENT_KEYS.get(width, 128) if wgmma else 128):
+    most = _RESIDENT_KEYS.get(width, 128) if wgmma else 128
+    if head_size == 72 and 90 <= arch < 100 and not (lse or fp8_out):  # So400m: 240 registers, two programs an SM
+        most = 256
+    if not options and width <= 128 and num_keys <= most:
         return AttentionConfig(block_m=64, block_n=0, num_warps=4, num_stages=1, tma=wgmma)
     if wgmma:
         if width > 160:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import attention as attn
-from . import configs
+from . import configs, launch_plan
 from . import layer_norm as ln
 from .block_options import PLAIN, BlockOptions
 from .folding import E4M3, Float8Block, first_block, unflatten
@@ -60,6 +60,22 @@ def fp8_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
+    arguments = (num_heads, scale, activation, eps1, eps2, options)
+    if any(isinstance(value, Tensor) for value in options.flatten()):
+        return _run(x, weights, *arguments)
+    return launch_plan.planned(_run, x, weights, *arguments)
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions,
+) -> Tensor:
     blocks = unflatten(Float8Block, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))

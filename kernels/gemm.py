@@ -471,6 +471,6 @@ def gemm(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            **launch.options(pdl, config.num_warps, num_stages=config.num_stages),
+            **launch.options(pdl, config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg),
         )  # fmt: skip
     return out, partials_out

@@ -1,4 +1,4 @@
-"""Launches of our kernels, handed to a function instead of being run: ``warming`` compiles them.
+"""Launches of our kernels, handed to a function instead of being run: ``warming`` and ``launch_plan``.
 
 A launch function calls ``kernel[grid](...)``, which in Triton, compiled or interpreted, is ``kernel.run(*args,
 grid=grid, warmup=False, **kwargs)``. Inside ``intercepted`` the ``run`` of every kernel of this folder is one that

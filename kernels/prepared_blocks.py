@@ -18,6 +18,7 @@ into the projection that follows it, LayerScale into the one that ends the branc
 and two more before the first block: zeros for the split-K semaphores (``gemm``), and the row-statistics partials of x.
 On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``).
 This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements each.
+From the second call with the same weights and shape on the launches are repeated by a plan (``launch_plan``).
 RMSNorm is not folded: its rows are normalised by a launch of their own (two more a block), as are the rows before a
 norm inside a branch (``BlockOptions.out_eps``, ``hidden_eps``), whose parameters are folded all the same.
 Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import attention as attn
-from . import configs
+from . import configs, launch_plan
 from . import layer_norm as ln
 from .block_options import PLAIN, BlockOptions
 from .folding import FoldedBlock, first_block, unflatten
@@ -59,6 +60,22 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
+    arguments = (num_heads, scale, activation, eps1, eps2, options)
+    if any(isinstance(value, Tensor) for value in options.flatten()):
+        return _run(x, weights, *arguments)
+    return launch_plan.planned(_run, x, weights, *arguments)
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_heads: int,
+    scale: float,
+    activation: str | None,
+    eps1: float,
+    eps2: float,
+    options: BlockOptions,
+) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))

@@ -92,8 +92,10 @@ def _linear_candidates(pick):
                 )  # fmt: skip
     for group_m in (1, 4, 16):
         yield replace(pick, group_m=group_m)
-    for num_stages in (2, 5):
+    for num_stages in (2, 5, 7):  # with 7, 12 steps of K are two round trips to memory instead of four
         yield replace(pick, num_stages=num_stages)
+    # Two programs of 8 warps a multiprocessor: half the epilogue for each warp.
+    yield replace(pick, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, maxnreg=128)
     for splits in (1, 2, 4, 8):
         yield replace(pick, split_k=splits)
         yield replace(pick, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4, split_k=splits)

@@ -83,6 +83,8 @@ def attention_cases():
                 yield case(
                     "attention with LSE", name, dtype, call, 64, tokens, heads, width // heads, dtype, attention_fwd
                 )
+        if dtype != torch.float32:
+            yield case("attention", "so400m of 256 tokens", dtype, call, 64, 256, 16, 72, dtype)
         yield case("attention pooled", "base", dtype, pooled, 64, 196, 12, 64, dtype)
         for head_size in (32, 48, 88, 96, 104, 128):
             yield case("attention", f"head size {head_size}", dtype, call, 2, 257, 8, head_size, dtype)

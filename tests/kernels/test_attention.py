@@ -108,7 +108,24 @@ def test_every_shape_has_a_config_whose_keys_fit(kernels, arch):
                 assert (2 * on_chip + tiles.block_m) * width * dtype.itemsize <= limit
 
 
+def test_256_tokens_of_72_channels_stay_on_chip_without_lse():
+    def pick(*size, arch=90, **words):
+        return configs.pick_attention_config(*size, torch.bfloat16, False, arch, **words).block_n == 0
+
+    assert pick(256, 256, 72, lse=False) and pick(256, 209, 72, lse=False)
+    assert not pick(256, 256, 72) and not pick(256, 256, 80, lse=False) and not pick(256, 257, 72, lse=False)
+    assert not pick(256, 256, 72, lse=False, arch=100) and not pick(256, 256, 72, lse=False, fp8_out=True)
+    assert pick(197, 197, 72)
+
+
 # The interpreted kernels
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_256_tokens_of_72_channels_on_chip(kernels, dtype):
+    tiles = configs.pick_attention_config(256, 256, 72, dtype, False, 90, lse=False)
+    check(kernels, random_qkv(1, 256, 1, 72, dtype), 1, 72**-0.5, config=tiles)
 
 
 @pytest.mark.interp

@@ -831,9 +831,9 @@ def _attention_launches(kernels, module):
                 kernels.attention(module.random_qkv(2, 61, 3, 16, BFLOAT16), 3, -0.5)
                 kernels.attention_fwd(module.random_qkv(1, 60, 2, 24, FLOAT32), 2, 0.5)
     assert picked == [
-        (*shape, tf32, 90, False, False)
+        (*shape, tf32, 90, False, False, lse)
         for tf32 in (False, True)
-        for shape in ((61, 61, 16, BFLOAT16), (60, 60, 24, FLOAT32))
+        for *shape, lse in ((61, 61, 16, BFLOAT16, False), (60, 60, 24, FLOAT32, True))
     ]
     for launch, precision in zip(streaming.launches, ("ieee", "tf32"), strict=True):
         assert launch.grid == (12,) and launch.PRECISION == precision and launch.args[1] is None
