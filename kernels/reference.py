@@ -276,7 +276,7 @@ def linear_residual(
         branch = branch * gamma
     if row_scale is not None:
         branch = branch * _per_sample(row_scale, branch)
-    return (residual + branch).to(residual.dtype)
+    return _cast(residual + branch, residual.dtype)
 
 
 def linear_residual_bwd(
@@ -422,7 +422,7 @@ def rotary(x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: str, num_prefi
         return x
     cos, sin = rope
     prefix, rest = x[:, :, :num_prefix], x[:, :, num_prefix:]
-    rest = (rest * cos + rotate(rest, layout) * sin).to(x.dtype)
+    rest = _cast(rest * cos + rotate(rest, layout) * sin, x.dtype)
     return torch.cat([prefix, rest], dim=2) if num_prefix else rest
 
 
@@ -441,7 +441,7 @@ def score_mask(
     cu_seqlens: Tensor | None,
 ) -> Tensor | None:
     """What is added to the scaled scores of q, k [B, H, N, D], in the dtype of q; None where nothing is."""
-    mask = None if bias is None else bias.to(q.dtype)
+    mask = _cast(bias, q.dtype)
     if rel_pos is not None:
         height, width = rel_pos
         position = (height[..., :, None] + width[..., None, :]).flatten(-2).to(q.dtype)

@@ -731,6 +731,12 @@ def attention(
         rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
         dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    if key_lengths is None and select.is_direct():
+        return reference.attention(
+            qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, cu_seqlens=cu_seqlens, rope=rope,
+            rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     if key_lengths is not None and (lengths := known_values(key_lengths)) is not None:
         key_lengths = None if min(lengths, default=0) >= (qkv if k is None else k).shape[1] else key_lengths
     options = _attention_options(
