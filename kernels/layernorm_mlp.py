@@ -67,13 +67,18 @@ def layernorm_mlp_fwd(
     row_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    recompute: bool = False,
     config: tuple[configs.LinearConfig, configs.LinearConfig] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, ..., C], mean [rows], rstd [rows]); config is a pair of configs.LinearConfig, for fc1 and fc2."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, ..., C], mean [rows], rstd [rows], z); config is a pair of configs.LinearConfig, for fc1 and fc2.
+
+    z is the pre-activation in the dtype of w1, by a product of its own; empty with ``recompute``.
+    """
     fc1, fc2 = config or (None, None)
     hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm, config=fc1)
+    z = w1.new_empty(0) if recompute else layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, norm=norm, config=fc1)
     out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm, config=fc2)
-    return out, mean, rstd
+    return out, mean, rstd, z
 
 
 def layernorm_mlp(

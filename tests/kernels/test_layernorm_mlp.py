@@ -28,10 +28,13 @@ def kernels():
 
 def check(kernels, args, row_scale=None, config=TILES, norm="layer", inner=None):
     options = dict(row_scale=row_scale, norm=norm, inner_norm=inner)
-    out, mean, rstd = kernels.layernorm_mlp_fwd(*args, **options, config=config)
-    golden, golden_mean, golden_rstd = formula(*args, **options)
+    out, mean, rstd, z = kernels.layernorm_mlp_fwd(*args, **options, config=config)
+    golden, golden_mean, golden_rstd, golden_z = formula(*args, **options)
     assert out.dtype == args[0].dtype and out.is_contiguous()
     assert_within_budget(out, reference.layernorm_mlp(*args, **options), golden)
+    assert_within_budget(z, reference.layernorm_mlp_fwd(*args, **options)[3], golden_z)
+    *_, none = kernels.layernorm_mlp_fwd(*args, **options, config=config, recompute=True)
+    assert none.numel() == 0
     torch.testing.assert_close(mean.cpu().double(), golden_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd.cpu().double(), golden_rstd, rtol=1e-5, atol=0)
     assert torch.equal(out, kernels.layernorm_mlp(*args, **options, config=config))
@@ -161,7 +164,7 @@ def test_massive_activations(kernels, dtype):
 @pytest.mark.interp
 @pytest.mark.parametrize("shape", ((0, 5, 48), (2, 0, 48)))
 def test_nothing_to_do(kernels, shape):
-    out, mean, rstd = kernels.layernorm_mlp_fwd(*problem(shape, 64, torch.float16))
+    out, mean, rstd, _ = kernels.layernorm_mlp_fwd(*problem(shape, 64, torch.float16))
     assert out.shape == shape and mean.shape == rstd.shape == (0,)
 
 
