@@ -360,7 +360,7 @@ def linear_residual(
         branch = branch * gamma
     if row_scale is not None:
         branch = branch * _per_sample(row_scale, branch)
-    return (residual + branch).to(residual.dtype)
+    return _cast(residual + branch, residual.dtype)
 
 
 def linear_residual_bwd(
@@ -575,7 +575,7 @@ def rotary(x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: str, num_prefi
         return x
     cos, sin = rope
     prefix, rest = x[:, :, :num_prefix], x[:, :, num_prefix:]
-    rest = (rest * cos + rotate(rest, layout) * sin).to(x.dtype)
+    rest = _cast(rest * cos + rotate(rest, layout) * sin, x.dtype)
     return torch.cat([prefix, rest], dim=2) if num_prefix else rest
 
 
@@ -597,7 +597,7 @@ def score_mask(
     """What is added to the scaled scores of q, k [B, H, N, D], in ``dtype``, by default that of q; None where nothing
     is."""
     dtype = dtype or q.dtype
-    mask = None if bias is None else bias.to(dtype)
+    mask = _cast(bias, dtype)
     if rel_pos is not None:
         height, width = rel_pos
         position = (height[..., :, None] + width[..., None, :]).flatten(-2).to(dtype)

@@ -603,6 +603,7 @@ def layernorm_mlp(
         return reference.layernorm_mlp(
             x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
             row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
+            out_dropout_p=out_dropout_p, out_seed=out_seed,
         )  # fmt: skip
     arguments.check_layernorm_mlp(
         x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, norm, inner_norm, dropout_p, seed,
@@ -852,6 +853,12 @@ def attention(
         rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
         dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    if key_lengths is None and select.is_direct():
+        return reference.attention(
+            qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, cu_seqlens=cu_seqlens, rope=rope,
+            rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     if key_lengths is not None and (lengths := known_values(key_lengths)) is not None:
         key_lengths = None if min(lengths, default=0) >= (qkv if k is None else k).shape[1] else key_lengths
     options = _attention_options(

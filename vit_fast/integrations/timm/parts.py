@@ -119,9 +119,10 @@ def head_scale(attn: Any) -> float:
 
 def qkv_bias(attn: Any) -> torch.Tensor | None:
     """The bias of a packed projection, in one tensor; EVA and BEiT have none for k."""
-    if attn._parameters.get("q_bias") is None:
+    parameters = attn._parameters
+    if parameters.get("q_bias") is None:
         return attn.qkv.bias
-    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return torch.cat((parameters["q_bias"], attn.k_bias, parameters["v_bias"]))
 
 
 def spread(x: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
@@ -469,7 +470,7 @@ class PreNormBlock(TimmBlock):
                 parts["norm1"], parts["norm2"], attn._modules["qkv"], attn._modules["proj"], mlp["fc1"], mlp["fc2"]
             )
         )  # fmt: skip
-        bias = qkv["bias"] if attn._parameters.get("q_bias") is None else qkv_bias(attn)
+        bias = qkv_bias(attn) if attn._parameters.get("q_bias") is not None else qkv["bias"]
         y = ops.layer_norm_linear(
             x, norm1["weight"], norm1.get("bias"), words.eps1, qkv["weight"], bias, norm=words.norm1
         )

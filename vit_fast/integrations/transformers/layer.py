@@ -27,7 +27,7 @@ from transformers.activations import (
 )
 from transformers.utils import output_capturing
 
-from vit_fast import ops
+from vit_fast import backends, ops
 from vit_fast.block import drop_path_scale, drop_rate, pack, pass_over_prepared, prepared_for
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.integrations import GATED_BY, GELU, Fused, additive, norm_kind, not_taken
@@ -64,7 +64,8 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
-    return F.linear(x, module.weight, module.bias)
+    parameters = module._parameters
+    return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 class Parts(NamedTuple):
@@ -78,6 +79,23 @@ class Parts(NamedTuple):
     fc1: tuple[Any, ...]  # one, or gate and up
     act: Any
     fc2: Any
+
+
+def _other_attention(attention: Any) -> str | None:
+    """Why the attention that the model's config names is not ours, or None."""
+    config = attention.__dict__.get("config")
+    runs_as = None if config is None else getattr(config, "_attn_implementation", None)
+    if runs_as is None or runs_as in _KERNELS:  # None: the model has one attention only
+        return None
+    return f"its attention runs as {runs_as!r}"
+
+
+class Settings(NamedTuple):
+    """The ``settings`` of a layer."""
+
+    parts: Parts
+    dropout: float  # rate of dropout of the two branches
+    drop_paths: tuple[float, float]  # rates of stochastic depth of the two branches
 
 
 def attention_modules(name: str, cls: str, projections: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
@@ -138,9 +156,8 @@ class Layer(Fused):
         attention = parts.attention
         if getattr(attention, "is_causal", False):
             return "its attention is causal"
-        runs_as = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-        if runs_as not in (None, *_KERNELS):  # None: the model has one attention only
-            return f"its attention runs as {runs_as!r}"
+        if reason := _other_attention(attention):
+            return reason
         if activation_of(parts.act) is None:
             return f"its activation is {parts.act}"
         return None
@@ -218,34 +235,37 @@ class Layer(Fused):
             options["num_prefix"] = int(x.shape[1]) - int(options["rope"][0].shape[-2])
         return options
 
-    def _not_taken(self, x: torch.Tensor, parts: Parts) -> str | None:
+    def settings(self) -> Settings:
+        return Settings(self.parts(self), self.dropout_rate(), self.drop_path_rates())
+
+    def _not_taken(self, x: torch.Tensor, settings: Settings) -> str | None:
         """Why the fused forward does not take x, or the layer in its current state, or None."""
-        if reason := not_taken(x, parts.qkv[0].weight, *self.gammas()):
+        parts = settings.parts
+        if reason := not_taken(x, parts.qkv[0]._parameters["weight"], *self.gammas()):
             return reason
         for norm in (parts.norm1, parts.norm2):
             if norm_kind(norm) == "rms" and norm.weight.dtype != x.dtype:
                 return f"the input is {x.dtype}, an RMSNorm is {norm.weight.dtype}"
         # transformers drops what the MLP returns; the fused branch, like timm, also drops the hidden activations.
-        if self.dropout_rate():
+        if settings.dropout:
             return "it drops the output of its MLP"
-        if max(self.attention_dropout_rate(parts.attention), *self.drop_path_rates()) >= 1:
+        if max(self.attention_dropout_rate(parts.attention), *settings.drop_paths) >= 1:
             return "a drop rate is 1"
-        return None
+        return _other_attention(parts.attention)  # the config is no part of the layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
-        result = self.not_fused()
+        result, settings = self.look()
         if result is None:
-            result = self.fused(hidden_states, args, options)
+            result = self.fused(hidden_states, settings, args, options)
         if isinstance(result, str):
             return self.run_library(result, hidden_states, *args, **options)
         return result
 
-    def fused(self, x: torch.Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def fused(self, x: torch.Tensor, settings: Settings, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """What the library's forward returns, or why the fused one cannot compute it."""
         if len(args) > len(self.ARGUMENTS):
             return "a mask or another argument beside the input is given"
-        parts = self.parts(self)
-        if reason := self._not_taken(x, parts):
+        if reason := self._not_taken(x, settings):
             return reason
         options = self.attention_options(x, dict(zip(self.ARGUMENTS, args, strict=False)) | dict(named))
         if isinstance(options, str):
@@ -254,6 +274,10 @@ class Layer(Fused):
             pass_over_prepared(self, "cu_seqlens is given")
         elif (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **self.with_float_bias(options, x.dtype))
+        return backends.run_block(self.add_branches, x, settings.parts, options)
+
+    def add_branches(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
+        """x plus both branches."""
         return self.add_mlp(self.add_attention(x, parts, options), parts)
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -9,7 +9,18 @@ import torch
 from vit_fast.integrations import not_dense
 from vit_fast.plain import LINEAR
 
-from .layer import ACTIVATIONS, GATED_MLP, MAYBE_LINEAR, NORM, Layer, Modules, Parts, attention_modules, mlp_parts
+from .layer import (
+    ACTIVATIONS,
+    GATED_MLP,
+    MAYBE_LINEAR,
+    NORM,
+    Layer,
+    Modules,
+    Parts,
+    Settings,
+    attention_modules,
+    mlp_parts,
+)
 
 
 class Aimv2Form(Layer):
@@ -76,10 +87,10 @@ class QwenForm(Layer):
         attn = self.attn
         return Parts(self.norm1, attn, (attn.qkv,), attn.proj, self.norm2, *mlp_parts(self.mlp))
 
-    def fused(self, x: torch.Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def fused(self, x: torch.Tensor, settings: Settings, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if reason := not_dense(x, 2):
             return reason
-        result = super().fused(x.unsqueeze(0), args, named)
+        result = super().fused(x.unsqueeze(0), settings, args, named)
         return result if isinstance(result, str) else result.squeeze(0)
 
 

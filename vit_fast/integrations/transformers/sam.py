@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from vit_fast import ops
+from vit_fast import backends, ops
 from vit_fast.block_params import Norm
 from vit_fast.integrations import given, not_dense
 from vit_fast.plain import LINEAR
 
-from .layer import ACTIVATIONS, NORM, Layer, Modules, Parts, linear
+from .layer import ACTIVATIONS, NORM, Layer, Modules, Parts, Settings, linear
 
 
 class SamForm(Layer):
@@ -41,13 +41,12 @@ class SamForm(Layer):
     def attention_dropout_rate(self, attention: Any) -> float:
         return 0.0 if "Sdpa" in type(attention).__name__ else super().attention_dropout_rate(attention)
 
-    def fused(self, x: torch.Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def fused(self, x: torch.Tensor, settings: Settings, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if reason := not_dense(x, 4):
             return reason
-        parts = self.parts(self)
-        if reason := self._not_taken(x.flatten(1, 2), parts) or given(args, named):
+        if reason := self._not_taken(x.flatten(1, 2), settings) or given(args, named):
             return reason
-        return self.add_mlp(self.add_attention(x, parts, {}), parts)
+        return backends.run_block(self.add_branches, x, settings.parts, {})
 
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
         attention, size = parts.attention, self.window_size

@@ -13,7 +13,7 @@ from vit_fast.block import drop_rate
 from vit_fast.block_params import Norm
 from vit_fast.plain import LINEAR, NOTHING
 
-from .layer import ACTIVATIONS, MLP, NORM, Layer, Modules, Parts, attention_modules, mlp_parts
+from .layer import ACTIVATIONS, MLP, NORM, Layer, Modules, Parts, Settings, attention_modules, mlp_parts
 
 
 class ViTForm(Layer):
@@ -173,11 +173,11 @@ class Data2VecForm(VideoMAEForm):
             shared = own if shared is None else own + shared
         return options if shared is None else options | {"bias": shared}
 
-    def fused(self, x: torch.Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        result = super().fused(x, args, named)
+    def fused(self, x: torch.Tensor, settings: Settings, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        result = super().fused(x, settings, args, named)
         if isinstance(result, str):
             return result
-        return (result, None) if "Sdpa" in type(self.parts(self).attention).__name__ else (result,)
+        return (result, None) if "Sdpa" in type(settings.parts.attention).__name__ else (result,)
 
 
 class InternVLForm(ViTForm):
