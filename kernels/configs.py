@@ -47,6 +47,23 @@ def pick_layer_norm_config(width: int) -> LayerNormConfig:
 
 
 @dataclass(frozen=True)
+class LayerNormBwdConfig:
+    rows: int  # rows of a tile, while a row fits in one block
+    block: int
+    num_warps: int
+    programs: int = 512  # at most, while a row fits: each leaves a row of partial sums
+    chunk: int = 64  # rows whose sums one program takes, of wider rows
+
+
+def pick_layer_norm_bwd_config(width: int) -> LayerNormBwdConfig:
+    """About 16 elements of each tensor a thread. Depends on the width alone, as in the forward."""
+    block = max(16, power_of_two(width))
+    if block > 8192:
+        return LayerNormBwdConfig(rows=1, block=2048, num_warps=4)
+    return LayerNormBwdConfig(rows=max(1, 2048 // block), block=block, num_warps=4 if block <= 2048 else block // 512)
+
+
+@dataclass(frozen=True)
 class LinearConfig:
     block_m: int
     block_n: int
