@@ -118,6 +118,23 @@ def pick_linear_config(
     return LinearConfig(block_m, block_n // 2 if gated else block_n, block_k, 8, num_warps, num_stages, tma)
 
 
+def pick_linear_train_config(
+    rows: int,
+    out_features: int,
+    two_products: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    tf32: bool,
+    unaligned: bool,
+    arch: int,
+    heavy: bool,
+) -> LinearConfig:
+    """Of the GEMM of training; ``heavy``: its epilogue draws a dropout mask, or reads one tile and writes two, for
+    which four warps have too few registers."""
+    config = pick_linear_config(rows, out_features, two_products, dtype, out_dtype, tf32, unaligned, arch)
+    return replace(config, num_warps=8) if heavy and config.block_m == 128 else config
+
+
 def split_k_config(
     config: LinearConfig, rows: int, out_features: int, in_features: int, processors: int
 ) -> LinearConfig:

@@ -30,11 +30,11 @@ def dropped(value, dropout, index):
 
 
 @functools.cache
-def _scale(p):
-    """1/(1 − p), where 1 − p is rounded to float32 first, as in ``reference.dropout_mask``."""
-    return 1.0 / struct.unpack("f", struct.pack("f", 1.0 - p))[0]
+def _float32(value):
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def dropout_of(p: float, seed: torch.Tensor | None) -> Dropout | None:
-    """The argument of a launch; None where nothing is dropped."""
-    return Dropout(seed, p, _scale(p)) if p > 0.0 else None
+    """The argument of a launch; None where nothing is dropped. p and 1/(1 − p) are rounded as in
+    ``reference.dropout_mask``."""
+    return Dropout(seed, _float32(p), _float32(1.0 / _float32(1.0 - p))) if p > 0.0 else None

@@ -88,7 +88,7 @@ class LayerNormMlpCase(properties.Case):
         from vit_fast.kernels import layernorm_mlp
 
         tiles = (LinearConfig(32, 64, 32, 2, 4, 2, self.tma), LinearConfig(32, 32, 32, 2, 4, 2, self.tma))
-        return layernorm_mlp.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]), config=tiles)
+        return layernorm_mlp.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]), config=tiles)[:3]
 
     def eager(self, *inputs):
         return reference.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]))

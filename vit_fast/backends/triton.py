@@ -52,7 +52,15 @@ class Triton(Backend):
 
     def _fill_tables(self) -> None:
         # Not at the head of the file: importing vit_fast needs no Triton.
-        from vit_fast.kernels import attention, layer_norm, layernorm_mlp, linear, patch_embed
+        from vit_fast.kernels import (
+            attention,
+            layer_norm,
+            layer_norm_bwd,
+            layernorm_mlp,
+            linear,
+            linear_bwd,
+            patch_embed,
+        )
 
         stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
         self.not_supported = {
@@ -75,8 +83,15 @@ class Triton(Backend):
             "layer_norm": layer_norm.layer_norm_fwd,
             "layer_norm_linear": linear.layer_norm_linear_fwd,
             "linear_residual": linear.linear_residual,
-            "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
+            "layernorm_mlp": lambda *arguments, **options: layernorm_mlp.layernorm_mlp_fwd(
+                *arguments, recompute=True, **options
+            )[:3],
         } | {operation: kernels.run for operation, kernels in stacks.items()}
+        self.backward = {
+            "layer_norm": layer_norm_bwd.layer_norm_bwd,
+            "layer_norm_linear": linear_bwd.layer_norm_linear_bwd,
+            "linear_residual": linear_bwd.linear_residual_bwd,
+        }
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():
