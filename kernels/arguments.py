@@ -89,15 +89,15 @@ def _check_eps(op, name, eps):
         raise ValueError(f"vit_fast.{op}: {name} is {eps}, expected 0 or more")
 
 
-def _check_dropout(op, dropout_p, seed, like_name, like):
-    _check_real(op, "dropout_p", dropout_p)
+def _check_dropout(op, dropout_p, seed, like_name, like, prefix=""):
+    _check_real(op, f"{prefix}dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"vit_fast.{op}: dropout_p is {dropout_p}, expected 0 ≤ dropout_p < 1")
+        raise ValueError(f"vit_fast.{op}: {prefix}dropout_p is {dropout_p}, expected 0 ≤ {prefix}dropout_p < 1")
     if seed is not None:
-        _check_tensor(op, "seed", seed, dtypes=(torch.int64,))
+        _check_tensor(op, f"{prefix}seed", seed, dtypes=(torch.int64,))
         if seed.numel() != 1:
-            raise ValueError(f"vit_fast.{op}: seed has shape {_shape(seed)}, expected one element")
-        _check_device(op, "seed", seed, like_name, like)
+            raise ValueError(f"vit_fast.{op}: {prefix}seed has shape {_shape(seed)}, expected one element")
+        _check_device(op, f"{prefix}seed", seed, like_name, like)
 
 
 def _check_activation(op, activation, allow_none):
@@ -232,6 +232,9 @@ def check_layernorm_mlp(
     inner_norm: Any,
     dropout_p: Any,
     seed: Any,
+    out_dropout_p: Any = 0.0,
+    out_seed: Any = None,
+    recompute: Any = False,
 ) -> None:
     op = "layernorm_mlp"
     _check_layer_norm(op, x, ln_weight, ln_bias, eps, norm, "ln_")
@@ -253,6 +256,9 @@ def check_layernorm_mlp(
     _check_branch(op, x, gamma, row_scale, x.shape[-1], "the width of x")
     _check_inner_norm(op, inner_norm, hidden, why, x)
     _check_dropout(op, dropout_p, seed, "x", x)
+    _check_dropout(op, out_dropout_p, out_seed, "x", x, "out_")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"vit_fast.{op}: recompute is {type(recompute).__name__}, expected a bool")
 
 
 @untraced

@@ -1,12 +1,17 @@
 """The operations in plain PyTorch, with the signatures of the kernels.
 
-Three uses: the truth in tests (float64), the backend ``torch`` (called directly, so that inductor can
-fuse through it), and, in the ``*_bwd`` functions, the formulas of the gradients in closed form.
-``*_fwd`` functions return, beside the output, the statistics that a backward needs: mean and rstd of
-every row [rows] and the natural-log LSE [B, H, N], in float32 (float64 for float64 inputs).
+Three uses: the truth in tests (float64), the backend ``torch`` (called directly where inductor can fuse through it,
+and inside the registered operators in training), and, in the ``*_bwd`` functions, the formulas of the gradients in
+closed form.
+``*_fwd`` functions return, beside the output, what a backward needs: mean and rstd of every row [rows] and the
+natural-log LSE [B, H, N], in float32 (float64 for float64 inputs), and of the MLP the pre-activation z.
+``*_bwd`` functions take ``needs``, a bool for each result: what is not needed may be None, and costs nothing. They
+neither need nor compute again the output of a branch: LayerScale's gradients are taken from those of the scaled
+weight (``linear_residual_bwd``).
 Arguments are taken as checked (``arguments``). Shapes: B batch, N tokens, C width, H heads, D head size.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -71,12 +76,29 @@ def activate_bwd(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
     return torch.ops.aten.silu_backward(grad, z)
 
 
+_CHUNK = 1 << 14  # numbers of a mask that are drawn at once on a CPU: their words stay in the cache
+
+
 def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
-    """Keep-mask / (1 − p) drawn by Philox-4x32-10 from (seed, linear index): the numbers of ``tl.rand``."""
-    index = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
+    """Keep-mask / (1 − p), float32, drawn by Philox4x32-10 from (seed, linear index in ``shape``): the numbers of
+    ``tl.rand``. This is what dropout means on every backend.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+    """
+    count, seed = math.prod(shape), seed.reshape(()).to(device)
+    step = _CHUNK if device.type == "cpu" and not torch.compiler.is_compiling() else max(count, 1)
+    parts = [
+        _uniform(seed, torch.arange(first, min(first + step, count), dtype=torch.int64, device=device)) > p
+        for first in range(0, count, step)
+    ]
+    keep = torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool, device=device)
+    return (keep.to(torch.float32) / (1 - p)).reshape(shape)
+
+
+def _uniform(seed, index):
+    """The first word of Philox4x32-10 for each counter, as a float32 in [0, 1)."""
     low32 = 0xFFFFFFFF
     c0, c1, c2, c3 = index & low32, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
-    seed = seed.reshape(()).to(device)
     k0, k1 = seed & low32, (seed >> 32) & low32
     for _ in range(10):
         product_a, product_b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -88,8 +110,7 @@ def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: to
         )
         k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
     signed = torch.where(c0 >= 2**31, c0 - 2**32, c0)
-    uniform = torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * 4.6566127342e-10
-    return ((uniform > p).to(torch.float32) / (1 - p)).reshape(shape)
+    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * 4.6566127342e-10
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -149,10 +170,37 @@ def layer_norm_stats(x: Tensor, eps: float, *, norm: str = "layer") -> tuple[Ten
     return mean, torch.rsqrt((rows - mean[:, None]).square().mean(-1) + eps)
 
 
+def _aten_norm(x, weight, bias):
+    """x, weight and bias as aten's LayerNorm takes them with statistics in ``_stat_dtype``: the kernels for a CPU know
+    16-bit x beside float32 parameters, those for a GPU one dtype."""
+    if x.device.type == "cpu":
+        dtype = _stat_dtype(x)
+        if weight is None and x.dtype != dtype:
+            weight = x.new_ones(x.shape[-1], dtype=dtype)
+    else:
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in (x, weight, bias) if t is not None))
+        x = x.to(dtype)
+    return x, _cast(weight, dtype), _cast(bias, dtype)
+
+
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if norm == "layer":
+        y, mean, rstd = torch.ops.aten.native_layer_norm(*_before_norm(*_aten_norm(x, weight, bias)), eps)
+        return y.to(x.dtype), mean.flatten(), rstd.flatten()
     return layer_norm(x, weight, bias, eps, norm=norm), *layer_norm_stats(x, eps, norm=norm)
+
+
+def _before_norm(x, weight, bias):
+    """The arguments of aten's LayerNorm before eps."""
+    return x, (x.shape[-1],), weight, bias
+
+
+def _wanted(needs, *arguments):
+    """Which gradients to compute: those needed, of arguments that are given."""
+    needs = (True,) * len(arguments) if needs is None else needs
+    return [need and argument is not None for need, argument in zip(needs, arguments, strict=True)]
 
 
 def layer_norm_bwd(
@@ -164,19 +212,40 @@ def layer_norm_bwd(
     rstd: Tensor,
     *,
     norm: str = "layer",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias); None for parameters that are None."""
-    stat = mean.dtype
-    rows, dy = x.reshape(-1, x.shape[-1]).to(stat), grad.reshape(-1, x.shape[-1]).to(stat)
-    normal = (rows - mean[:, None]) * rstd[:, None]
-    dnormal = dy if weight is None else dy * weight.to(stat)
-    dx = dnormal - normal * (dnormal * normal).mean(-1, keepdim=True)
+    needs: Sequence[bool] | None = None,
+    residual_grad: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias); ``residual_grad``, the gradient of a residual x, is added to dx."""
+    wants = _wanted(needs, x, weight, bias)
     if norm == "layer":
-        dx = dx - dnormal.mean(-1, keepdim=True)
-    dx = (dx * rstd[:, None]).to(x.dtype).reshape(x.shape)
-    dweight = None if weight is None else (dy * normal).sum(0).to(weight.dtype)
-    dbias = None if bias is None else dy.sum(0).to(bias.dtype)
-    return dx, dweight, dbias
+        wide, scale, shift = _aten_norm(x, weight, bias)
+        statistics = (t.to(_stat_dtype(wide)).view(*x.shape[:-1], 1) for t in (mean, rstd))
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            grad.to(wide.dtype), wide, (x.shape[-1],), *statistics, scale, shift, wants
+        )
+    else:
+        dx, dweight, dbias = _rms_norm_bwd(grad, x, weight, rstd, wants)
+    if wants[0]:
+        dx = dx.to(x.dtype) if residual_grad is None else dx.to(x.dtype).add_(residual_grad)
+    return (
+        dx if wants[0] else None,
+        dweight.to(weight.dtype) if wants[1] else None,
+        dbias.to(bias.dtype) if wants[2] else None,
+    )
+
+
+def _rms_norm_bwd(grad, x, weight, rstd, wants):
+    """(dx, dweight, dbias) of RMSNorm, in the dtype of its statistics."""
+    stat = rstd.dtype
+    dy, normal = grad.to(stat), x.to(stat) * rstd.view(*x.shape[:-1], 1)
+    width = x.shape[-1]
+    dweight = (dy * normal).reshape(-1, width).sum(0) if wants[1] else None
+    dbias = dy.reshape(-1, width).sum(0) if wants[2] else None
+    if not wants[0]:
+        return None, dweight, dbias
+    dnormal = dy if weight is None else dy * weight.to(stat)
+    dx = torch.addcmul(dnormal, normal, (dnormal * normal).mean(-1, keepdim=True), value=-1)
+    return dx.mul_(rstd.view(*x.shape[:-1], 1)), dweight, dbias
 
 
 # layer_norm_linear: act(LN(x) Wᵀ + b), computed in the dtype of the weight.
@@ -210,15 +279,24 @@ def layer_norm_linear_fwd(
     *,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
-    return out, *layer_norm_stats(x, eps, norm=norm)
+    y, mean, rstd = layer_norm_fwd(x, ln_weight, ln_bias, eps, norm=norm)
+    return activate(F.linear(y.to(weight.dtype), weight, bias), activation), mean, rstd
 
 
-def linear_bwd(dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_bwd(
+    dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool] | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) of z = x Wᵀ + b."""
-    rows, drows = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
-    dbias = None if bias is None else drows.to(_stat_dtype(dz)).sum(0).to(bias.dtype)
-    return dz @ weight, drows.t() @ rows, dbias
+    wants = _wanted(needs, x, weight, bias)
+    drows = dz.reshape(-1, dz.shape[-1])
+    dx = dz @ weight if wants[0] else None
+    dweight = drows.t() @ x.reshape(-1, x.shape[-1]) if wants[1] else None
+    return dx, dweight, _column_sums(drows, bias.dtype) if wants[2] else None
+
+
+def _column_sums(rows, dtype):
+    """The sums over the rows, accumulated in ``_stat_dtype``."""
+    return rows.sum(0, dtype=_stat_dtype(rows)).to(dtype)
 
 
 def layer_norm_linear_bwd(
@@ -234,12 +312,18 @@ def layer_norm_linear_bwd(
     rstd: Tensor,
     *,
     norm: str = "layer",
+    needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dln_weight, dln_bias, dweight, dbias)."""
-    y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(weight.dtype)
-    dz = activate_bwd(grad, F.linear(y, weight, bias), activation) if activation else grad
-    dy, dweight, dbias = linear_bwd(dz, y, weight, bias)
-    return *layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd, norm=norm), dweight, dbias
+    *wants, wants_weight, wants_bias = _wanted(needs, x, ln_weight, ln_bias, weight, bias)
+    y = x
+    if activation or wants_weight:
+        y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(weight.dtype)
+    dz = activate_bwd(grad, F.linear(y, weight, bias), activation) if activation else grad.to(weight.dtype)
+    dy, dweight, dbias = linear_bwd(dz, y, weight, bias, (any(wants), wants_weight, wants_bias))
+    if dy is None:
+        return None, None, None, dweight, dbias
+    return *layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd, norm=norm, needs=wants), dweight, dbias
 
 
 # linear_residual: residual + row_scale · gamma · dropout(LN(x) Wᵀ + b), in the dtype of the residual; LN only where
@@ -285,30 +369,59 @@ def linear_residual_bwd(
     *,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias); that of the residual is ``grad``."""
-    stat = _stat_dtype(grad)
-    normal = x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm)
-    normal = normal.to(weight.dtype)
-    dbranch, dgamma, drow_scale, dinner_weight, dinner_bias = grad.to(stat), None, None, None, None
-    if gamma is not None or row_scale is not None:
-        branch = F.linear(normal, weight, bias).to(stat)
+    """(dx, dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias); that of the residual is ``grad``.
+
+    With g = grad · row_scale · dropout mask and dW' = gᵀ LN(x): dgamma = rowsum(W · dW') + b · colsum(g),
+    dweight = gamma · dW', dbias = gamma · colsum(g), so that the branch itself is not needed.
+    """
+    inner = inner_norm or (None, None, None)
+    arguments = x, weight, bias, gamma, row_scale, *inner[:2]
+    of_x, of_weight, of_bias, of_gamma, of_scale, *of_inner = _wanted(needs, *arguments)
+    of_product = any((of_x, *of_inner))
+    normal = x
+    if of_weight or of_gamma or of_scale:
+        normal = (x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm)).to(weight.dtype)
+    g, drow_scale = grad.to(weight.dtype), None
+    if dropout_p:
+        g = g * dropout_mask(seed, g.shape, dropout_p, g.device).to(g.dtype)
+    if of_scale:
+        branch = F.linear(normal, weight, bias)
+        branch = branch if gamma is None else branch * gamma.to(branch.dtype)
+        drow_scale = (g * branch).flatten(1).sum(1, dtype=_stat_dtype(g)).to(row_scale.dtype)
     if row_scale is not None:
-        scaled = branch if gamma is None else branch * gamma.to(stat)
-        drow_scale = (dbranch * scaled).flatten(1).sum(1).to(row_scale.dtype)
-        dbranch = dbranch * _per_sample(row_scale, dbranch)
-    if gamma is not None:
-        dgamma = (dbranch * branch).reshape(-1, branch.shape[-1]).sum(0).to(gamma.dtype)
-        dbranch = dbranch * gamma.to(stat)
-    dx, dweight, dbias = linear_bwd(dbranch.to(weight.dtype), normal, weight, bias)
-    if inner_norm is not None:
+        g = g * _per_sample(row_scale, g)
+    if gamma is None:
+        dx, dweight, dbias = linear_bwd(g, normal, weight, bias, (of_product, of_weight, of_bias))
+        dgamma = None
+    else:
+        stat = _stat_dtype(g)
+        scale, of_sums = gamma.to(stat), of_bias or (of_gamma and bias is not None)
+        scaled = (weight * scale[:, None]).to(weight.dtype) if of_product else weight
+        dx, dweight, _ = linear_bwd(g, normal, scaled, None, (of_product, of_weight or of_gamma, False))
+        sums = _column_sums(g.reshape(-1, g.shape[-1]), stat) if of_sums else None
+        dgamma = dbias = None
+        if of_gamma:
+            dgamma = (weight * dweight).sum(1, dtype=stat)
+            dgamma = (dgamma if bias is None else torch.addcmul(dgamma, bias.to(stat), sums)).to(gamma.dtype)
+        if of_bias:
+            dbias = (sums * scale).to(bias.dtype)
+        dweight = (dweight * scale[:, None]).to(weight.dtype) if of_weight else None
+    dinner_weight = dinner_bias = None
+    if inner_norm is not None and dx is not None:
         inner_weight, inner_bias, eps = inner_norm
         statistics = layer_norm_stats(x, eps, norm=norm)
-        dx, dinner_weight, dinner_bias = layer_norm_bwd(dx, x, inner_weight, inner_bias, *statistics, norm=norm)
-    return dx.to(x.dtype), dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias
+        dx, dinner_weight, dinner_bias = layer_norm_bwd(
+            dx, x, inner_weight, inner_bias, *statistics, norm=norm, needs=(of_x, *of_inner)
+        )
+    return None if dx is None else dx.to(x.dtype), dweight, dbias, dgamma, drow_scale, dinner_weight, dinner_bias
 
 
-# layernorm_mlp: x + row_scale · gamma · fc2(LN(dropout(act(fc1(LN(x)))))); the inner LN only where inner_norm is given.
+# layernorm_mlp: x + row_scale · gamma · dropout(fc2(LN(dropout(act(fc1(LN(x))))))); the inner LN only where inner_norm
+# is given. z = fc1(LN(x)) is the pre-activation.
 
 
 def layernorm_mlp(
@@ -328,10 +441,14 @@ def layernorm_mlp(
     inner_norm: Norm | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    out_dropout_p: float = 0.0,
+    out_seed: Tensor | None = None,
 ) -> Tensor:
     hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
-    hidden = dropout(hidden, dropout_p, seed)
-    return linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
+    return linear_residual(
+        dropout(hidden, dropout_p, seed), w2, b2, gamma, x,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=out_dropout_p, seed=out_seed,
+    )  # fmt: skip
 
 
 def layernorm_mlp_fwd(
@@ -349,12 +466,19 @@ def layernorm_mlp_fwd(
     row_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = layernorm_mlp(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
-        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    out_dropout_p: float = 0.0,
+    out_seed: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, mean, rstd, and z in the dtype of w1; z is empty with ``recompute``: the backward computes it again."""
+    z, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, norm=norm)
+    out = linear_residual(
+        dropout(activate(z, activation), dropout_p, seed), w2, b2, gamma, x,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=out_dropout_p, seed=out_seed,
     )  # fmt: skip
-    return out, *layer_norm_stats(x, eps, norm=norm)
+    return out, mean, rstd, z.new_empty(0) if recompute else z
 
 
 def layernorm_mlp_bwd(
@@ -372,19 +496,47 @@ def layernorm_mlp_bwd(
     row_scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    z: Tensor,
     *,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    out_dropout_p: float = 0.0,
+    out_seed: Tensor | None = None,
+    needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dln_weight, dln_bias, dw1, db1, dw2, db2, dgamma, drow_scale, dinner_weight, dinner_bias)."""
-    y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(w1.dtype)
-    z = F.linear(y, w1, b1)
-    dhidden, *of_fc2 = linear_residual_bwd(
-        grad, activate(z, activation), w2, b2, gamma, row_scale, norm=norm, inner_norm=inner_norm
+    inner = (inner_norm or (None, None))[:2]
+    arguments = x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner
+    of_x, of_ln_weight, of_ln_bias, of_w1, of_b1, *of_fc2 = _wanted(needs, *arguments)
+    of_norm = of_x, of_ln_weight, of_ln_bias
+    y, again = x, z.numel() == 0
+    if of_w1 or again:
+        y = layer_norm(x, ln_weight, ln_bias, eps, norm=norm).to(w1.dtype)
+    if again:
+        z = F.linear(y, w1, b1)
+    hidden = activate(z, activation)
+    keeps = dropout_mask(seed, hidden.shape, dropout_p, hidden.device).to(hidden.dtype) if dropout_p else None
+    if keeps is not None:
+        hidden = hidden * keeps
+    dhidden, *grads_of_fc2 = linear_residual_bwd(
+        grad, hidden, w2, b2, gamma, row_scale, norm=norm, inner_norm=inner_norm, dropout_p=out_dropout_p,
+        seed=out_seed, needs=(any((*of_norm, of_w1, of_b1)), *of_fc2),
+    )  # fmt: skip
+    del hidden
+    if dhidden is None:
+        return None, None, None, None, None, *grads_of_fc2
+    dz = activate_bwd(dhidden if keeps is None else dhidden * keeps, z, activation)
+    del dhidden, keeps
+    dy, dw1, db1 = linear_bwd(dz, y, w1, b1, (any(of_norm), of_w1, of_b1))
+    del dz, y
+    if dy is None:
+        return None, None, None, dw1, db1, *grads_of_fc2
+    grads_of_norm = layer_norm_bwd(
+        dy, x, ln_weight, ln_bias, mean, rstd, norm=norm, needs=of_norm, residual_grad=grad if of_x else None
     )
-    dy, dw1, db1 = linear_bwd(activate_bwd(dhidden, z, activation), y, w1, b1)
-    dx, dln_weight, dln_bias = layer_norm_bwd(dy, x, ln_weight, ln_bias, mean, rstd, norm=norm)
-    return dx + grad, dln_weight, dln_bias, dw1, db1, *of_fc2
+    return *grads_of_norm, dw1, db1, *grads_of_fc2
 
 
 # attention: per head softmax(scale · q kᵀ) v; packed [B, N, 3C] or separate q, k, v [B, N, C] → [B, N, C].
@@ -435,12 +587,15 @@ def score_mask(
     rel_pos: tuple[Tensor, Tensor] | None,
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """What is added to the scaled scores of q, k [B, H, N, D], in the dtype of q; None where nothing is."""
-    mask = None if bias is None else bias.to(q.dtype)
+    """What is added to the scaled scores of q, k [B, H, N, D], in ``dtype``, by default that of q; None where nothing
+    is."""
+    dtype = dtype or q.dtype
+    mask = None if bias is None else bias.to(dtype)
     if rel_pos is not None:
         height, width = rel_pos
-        position = (height[..., :, None] + width[..., None, :]).flatten(-2).to(q.dtype)
+        position = (height[..., :, None] + width[..., None, :]).flatten(-2).to(dtype)
         mask = position if mask is None else mask + position
     padding = None
     if key_lengths is not None:
@@ -449,7 +604,7 @@ def score_mask(
         sequence = _token_sequences(cu_seqlens, q.shape[2])
         padding = (sequence[:, None] != sequence) | (sequence < 0) | (sequence >= cu_seqlens.shape[0] - 1)
     if padding is not None:
-        mask = (q.new_zeros(()) if mask is None else mask).masked_fill(padding, -math.inf)
+        mask = (q.new_zeros((), dtype=dtype) if mask is None else mask).masked_fill(padding, -math.inf)
     return mask
 
 
@@ -509,24 +664,53 @@ def attention_weights(q: Tensor, k: Tensor | None, scale: float, mask: Tensor | 
 
 
 def attention_fwd(
-    qkv: Tensor, num_heads: int, scale: float, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse; the LSE of a query without keys is −inf."""
-    scores = _scores(*_prepared_heads(qkv, k, v, num_heads, **_head_options(options))[:2], scale, **options)
-    return attention(qkv, num_heads, scale, k=k, v=v, **options), torch.logsumexp(scores, -1)
+    """out and lse, which is that without dropout; the LSE of a query without keys is −inf."""
+    q, k, v = _prepared_heads(qkv, k, v, num_heads, **_of_heads(options))
+    mask = score_mask(q, k, *_of_scores(options), _stat_dtype(q))
+    if not dropout_p and _has_aten_attention(q, v):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        if mask is not None:  # torch's LSE of a query without keys is 0
+            lse = lse.masked_fill((mask == -math.inf).all(-1).expand(lse.shape), -math.inf)
+    else:
+        scores = _scores(q.to(_stat_dtype(q)), k.to(_stat_dtype(q)), scale, mask)
+        lse = torch.logsumexp(scores, -1)
+        p = torch.exp(scores.sub_(lse[..., None])).nan_to_num_(nan=0.0)
+        if dropout_p:
+            p *= dropout_mask(seed, p.shape, dropout_p, p.device)
+        out = p.to(v.dtype) @ v
+    return out.transpose(1, 2).flatten(2), lse
 
 
-def _head_options(options):
+def _has_aten_attention(q, v):
+    """Whether aten's attention for a CPU, which returns the LSE and has a backward, takes these heads."""
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.numel() > 0
+
+
+def _of_heads(options):
     """The options that act on q and k."""
     names = ("q_norm", "k_norm", "norm", "rope", "rope_layout", "num_prefix")
     return {name: options[name] for name in names if name in options}
 
 
-def _scores(q, k, scale, bias=None, rel_pos=None, key_lengths=None, cu_seqlens=None, **_):
-    """What the softmax takes, in float32 or wider."""
-    q, k = q.to(_stat_dtype(q)), k.to(_stat_dtype(q))
-    scores, mask = (q @ k.transpose(-2, -1)) * scale, score_mask(q, k, bias, rel_pos, key_lengths, cu_seqlens)
-    return scores if mask is None else scores + mask
+def _of_scores(options):
+    """The options that ``score_mask`` takes."""
+    return (options.get(name) for name in ("bias", "rel_pos", "key_lengths", "cu_seqlens"))
+
+
+def _scores(q, k, scale, mask):
+    """What the softmax takes."""
+    scores = (q @ k.transpose(-2, -1)).mul_(scale)
+    return scores if mask is None else scores.add_(mask)
 
 
 def attention_bwd(
@@ -538,63 +722,80 @@ def attention_bwd(
     v: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: Sequence[bool] | None = None,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """(dqkv, None, None) for packed input, (dq, dk, dv) otherwise; with options also the gradients of bias, height,
     width, cos, sin, and of weight and bias of q_norm and of k_norm, None where there is none."""
-    stat = lse.dtype
-    q, k_heads, v_heads = (t.to(stat) for t in split_heads(qkv, k, v, num_heads))
-    dout = grad.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
+    stat, (bias, rel_pos, *_) = lse.dtype, _of_scores(options)
+    q_norm, k_norm, norm = options.get("q_norm"), options.get("k_norm"), options.get("norm", "layer")
+    rope, num_prefix = options.get("rope"), options.get("num_prefix", 0)
+    layout = options.get("rope_layout", "half")
+    q, k_heads, v_heads = split_heads(qkv, k, v, num_heads)
+    dout, out = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
+    ds_needed = rel_pos is not None or (bias is not None and (needs is None or needs[3]))
+    by_aten = not (dropout_p or ds_needed) and _has_aten_attention(q, v_heads)
+    plain = (q, k_heads, v_heads) if by_aten else tuple(t.to(stat) for t in (q, k_heads, v_heads))
+    tables = rope if rope is None or by_aten else tuple(table.to(stat) for table in rope)
+    normal = _head_norm(plain[0], q_norm, norm), _head_norm(plain[1], k_norm, norm)
+    turned = *(rotary(t, tables, layout, num_prefix) for t in normal), plain[2]
+    mask = score_mask(*turned[:2], *_of_scores(options), stat)
+    if by_aten:
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout.to(qkv.dtype), *turned, out, lse.masked_fill(lse == -math.inf, 0.0), 0.0, False,
+            attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        ds = None
+    else:
+        dq, dk, dv, ds = _attention_bwd(dout.to(stat), out.to(stat), *turned, lse, scale, mask, dropout_p, seed)
     more: tuple[Tensor | None, ...] = ()
     if options:
-        dq, dk, dv, *more = _attention_options_bwd(dout, q, k_heads, v_heads, scale, **options)
-    else:
-        out = out.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat)
-        p = torch.exp((q @ k_heads.transpose(-2, -1)) * scale - lse[..., None])
-        dv = p.transpose(-2, -1) @ dout
-        ds = p * (dout @ v_heads.transpose(-2, -1) - (dout * out).sum(-1, keepdim=True)) * scale
-        dq, dk = ds @ k_heads, ds.transpose(-2, -1) @ q
+        dbias = None if bias is None or ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
+        dheight = dwidth = dcos = dsin = None
+        if rel_pos is not None:
+            height, width = rel_pos
+            grid = ds.unflatten(-1, (height.shape[-1], width.shape[-1]))
+            dheight, dwidth = grid.sum(-1).to(height.dtype), grid.sum(-2).to(width.dtype)
+        dq, dk = dq.to(stat), dk.to(stat)
+        if rope is not None:
+            cos, sin = rope
+            if needs is None or needs[6] or needs[7]:
+                rest = slice(num_prefix, None)
+                pairs = [(g[:, :, rest], x[:, :, rest]) for g, x in zip((dq, dk), normal, strict=True)]
+                dcos = sum(g * x for g, x in pairs).sum_to_size(cos.shape).to(cos.dtype)
+                dsin = sum(g * rotate(x, layout) for g, x in pairs).sum_to_size(sin.shape).to(sin.dtype)
+            dq, dk = (_rotary_bwd(t, rope, layout, num_prefix) for t in (dq, dk))
+        dq, *dq_norm = _head_norm_bwd(dq, plain[0], q_norm, norm)
+        dk, *dk_norm = _head_norm_bwd(dk, plain[1], k_norm, norm)
+        more = dbias, dheight, dwidth, dcos, dsin, *dq_norm, *dk_norm
     if k is None:
-        return torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype), None, None, *more
+        packed = torch.stack([t.transpose(1, 2).to(qkv.dtype) for t in (dq, dk, dv)], dim=2)
+        return packed.flatten(2), None, None, *more
     return *(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv)), *more
 
 
-def _attention_options_bwd(
-    dout, q, k, v, scale, *, bias=None, rel_pos=None, key_lengths=None, cu_seqlens=None, rope=None, rope_layout="half",
-    num_prefix=0, q_norm=None, k_norm=None, norm="layer",
-):  # fmt: skip
-    """``attention_bwd`` of heads [B, H, N, D] in one wide dtype, with options. The probabilities are computed again."""
-    q_normal, k_normal = _head_norm(q, q_norm, norm), _head_norm(k, k_norm, norm)
-    tables = None if rope is None else tuple(table.to(q.dtype) for table in rope)
-    q_turned, k_turned = (rotary(t, tables, rope_layout, num_prefix) for t in (q_normal, k_normal))
-    p = _scores(q_turned, k_turned, scale, bias, rel_pos, key_lengths, cu_seqlens).softmax(-1)
-    if any(option is not None for option in (bias, key_lengths, cu_seqlens)):
-        p = torch.nan_to_num(p, nan=0.0)  # a query without keys
+def _attention_bwd(dout, out, q, k, v, lse, scale, mask, dropout_p, seed):
+    """(dq, dk, dv, dscores) of heads [B, H, N, D] in the dtype of lse; the probabilities are computed again."""
+    p = torch.exp(_scores(q, k, scale, mask).sub_(lse[..., None]))
+    if mask is not None:
+        p.nan_to_num_(nan=0.0)  # a query without keys
     dp = dout @ v.transpose(-2, -1)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dq, dk, dv = (ds @ k_turned) * scale, (ds.transpose(-2, -1) @ q_turned) * scale, p.transpose(-2, -1) @ dout
-
-    dbias = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
-    dheight = dwidth = dcos = dsin = None
-    if rel_pos is not None:
-        height, width = rel_pos
-        grid = ds.unflatten(-1, (height.shape[-1], width.shape[-1]))
-        dheight, dwidth = grid.sum(-1).to(height.dtype), grid.sum(-2).to(width.dtype)
-    if rope is not None:
-        cos, sin = rope
-        rest = slice(num_prefix, None)
-        pairs = [(dq[:, :, rest], q_normal[:, :, rest]), (dk[:, :, rest], k_normal[:, :, rest])]
-        dcos = sum(grad * x for grad, x in pairs).sum_to_size(cos.shape).to(cos.dtype)
-        dsin = sum(grad * rotate(x, rope_layout) for grad, x in pairs).sum_to_size(sin.shape).to(sin.dtype)
-        dq, dk = (_rotary_bwd(t, tables, rope_layout, num_prefix) for t in (dq, dk))
-    dq, *dq_norm = _head_norm_bwd(dq, q, q_norm, norm)
-    dk, *dk_norm = _head_norm_bwd(dk, k, k_norm, norm)
-    return dq, dk, dv, dbias, dheight, dwidth, dcos, dsin, *dq_norm, *dk_norm
+    if dropout_p:
+        keeps = dropout_mask(seed, p.shape, dropout_p, p.device).to(p.dtype)
+        dp *= keeps
+        dv = (p * keeps).transpose(-2, -1) @ dout
+    else:
+        dv = p.transpose(-2, -1) @ dout
+    ds = p.mul_(dp.sub_((dout * out).sum(-1, keepdim=True)))
+    return (ds @ k) * scale, (ds.transpose(-2, -1) @ q) * scale, dv, ds
 
 
 def _rotary_bwd(grad, rope, layout, num_prefix):
     """The transposed rotation: that of −sin, applied to the products with the tables."""
-    cos, sin = rope
+    cos, sin = (table.to(grad.dtype) for table in rope)
     prefix, rest = grad[:, :, :num_prefix], grad[:, :, num_prefix:]
     return torch.cat([prefix, rest * cos - rotate(rest * sin, layout)], dim=2)
 
@@ -812,21 +1013,26 @@ def patch_embed_bwd(
     pos_embed: Tensor | None,
     prefix_tokens: Tensor | None,
     stride: tuple[int, int],
-    needs_images_grad: bool,
+    *,
+    needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dimages, dweight, dbias, dpos_embed, dprefix_tokens) for float images without normalisation."""
+    of_images, of_weight, of_bias, of_pos, of_prefix = _wanted(needs, images, weight, bias, pos_embed, prefix_tokens)
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    stat = _stat_dtype(grad)
-    rows = (images.shape[2] - weight.shape[2]) // stride[0] + 1
-    dconv = grad[:, prefix:].transpose(1, 2).unflatten(2, (rows, -1))
-    dimages, dweight, _ = torch.ops.aten.convolution_backward(
-        dconv.to(weight.dtype), images.to(weight.dtype), weight, None,
-        stride, (0, 0), (1, 1), False, (0, 0), 1, (needs_images_grad, True, False),
-    )  # fmt: skip
-    dbias = None if bias is None else grad[:, prefix:].to(stat).sum((0, 1)).to(bias.dtype)
-    dpos = None if pos_embed is None else grad[:, prefix:].to(stat).sum(0, keepdim=True).to(pos_embed.dtype)
-    dprefix = None
-    if prefix_tokens is not None:
-        dprefix = grad[:, :prefix].to(stat)
-        dprefix = (dprefix.sum(0, keepdim=True) if prefix_tokens.shape[0] == 1 else dprefix).to(prefix_tokens.dtype)
+    stat, patches = _stat_dtype(grad), grad[:, prefix:]
+    dimages = dweight = dbias = dpos = dprefix = None
+    if of_images or of_weight:
+        rows = (images.shape[2] - weight.shape[2]) // stride[0] + 1
+        dimages, dweight, _ = torch.ops.aten.convolution_backward(
+            patches.transpose(1, 2).unflatten(2, (rows, -1)).to(weight.dtype), images.to(weight.dtype), weight, None,
+            stride, (0, 0), (1, 1), False, (0, 0), 1, (of_images, of_weight, False),
+        )  # fmt: skip
+    if of_bias:
+        dbias = patches.sum((0, 1), dtype=stat).to(bias.dtype)
+    if of_pos:
+        dpos = patches.sum(0, keepdim=True, dtype=stat).to(pos_embed.dtype)
+    if of_prefix:
+        dprefix = grad[:, :prefix]
+        dprefix = dprefix.sum(0, keepdim=True, dtype=stat) if prefix_tokens.shape[0] == 1 else dprefix.contiguous()
+        dprefix = dprefix.to(prefix_tokens.dtype)
     return None if dimages is None else dimages.to(images.dtype), dweight, dbias, dpos, dprefix

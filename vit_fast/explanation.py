@@ -9,8 +9,8 @@ forward is noted too: a fast class gives the reason (``backends.note``), a block
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from . import backends
+from .backends.base import backward_key
 from .block import PREPARED
 from .class_swap import survey
 from .input_size import input_size
@@ -161,6 +162,11 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     return rows
 
 
+def _with_backward(row: OperationRow, backward: str, reasons: Sequence[str]) -> OperationRow:
+    """A row whose backward another backend runs, for the reasons given."""
+    return replace(row, backward=backward, reasons=(*row.reasons, *(f"backward: {reason}" for reason in reasons)))
+
+
 def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
     """The rows of one call; ``inference``: whether the caller's own calls are inference (eval mode, no gradients)."""
     names = {module: name for name, module in model.named_modules()}
@@ -171,6 +177,10 @@ def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
 
         def flush() -> None:
             for operation, chosen, reasons in choices:
+                if operation.endswith(backward_key("")):  # of the call before it
+                    if not inference:
+                        rows[-1] = _with_backward(rows[-1], chosen, reasons)
+                    continue
                 if not inference and of_operation(operation) is not None:
                     reasons = (*reasons, _NOT_HERE)
                 backward = None if inference else backends.backward_name(chosen, operation)

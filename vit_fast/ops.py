@@ -1,12 +1,15 @@
 """The operations as PyTorch sees them, and the only place that chooses a backend.
 
 Each public function checks its arguments, asks ``backends.select.choose``, and calls either the reference directly
-(so that inductor can fuse through it) or a registered operator ``vit_fast::<op>_fwd``, which looks its function up in
-the tables of the chosen backend. Where gradients are wanted those operators return, beside the output, the statistics
-that a backward needs (natural-log LSE; mean and rstd of rows); elsewhere, as in inference, these are empty and no
-kernel stores them. They carry a fake, an autograd formula and a FLOP formula, and record the backend. Their backward
+or a registered operator ``vit_fast::<op>_fwd``, which looks its function up in the tables of the chosen backend.
+For the backend ``torch`` the operator runs where gradients are wanted of an eager call, because it keeps less for the
+backward; under torch.compile, where inductor fuses through it, and where ``torch`` is forced, the reference runs
+(``_direct``). Where gradients are wanted the operators return, beside the output, what a backward needs (natural-log
+LSE; mean and rstd of rows; the pre-activation of an MLP); elsewhere, as in inference, these are empty and no kernel
+stores them. They carry a fake, an autograd formula and a FLOP formula, and record the backend. Their backward
 ``vit_fast::<op>_bwd`` runs on that backend where it has a backward of the operation, else it is the closed formula of
-``kernels.reference``; differentiating it once more raises.
+``kernels.reference``; differentiating it once more runs autograd over the reference.
+Dropout is drawn from a seed, the same for every backend (``reference.dropout_mask``).
 Under torch.func's transforms, forward-mode differentiation, torch.jit.trace and ONNX export the reference runs
 (``kernels.tracing``). A graph of torch.fx has one node for each public function.
 
@@ -15,21 +18,24 @@ Stacks of prepared blocks, one operation for each form of a precision of ``vit_f
 ``vit_fast.prepare`` calls them in inference only.
 """
 
+import contextlib
 import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backends import select
 from .backends.base import Backend, backward_key
+from .backends.torch import TORCH
 from .kernels import arguments, reference
 from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
 from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
-from .kernels.tracing import is_transformed, known_values
+from .kernels.tracing import is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
 __all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
@@ -69,6 +75,7 @@ def _register(
     flag: str | None = None,
     reasons: Callable[..., Any] | None = None,
     operation: str | None = None,
+    passes: int | None = None,
 ) -> None:
     """Registers ``vit_fast::<name>_fwd`` and ``_bwd``.
 
@@ -80,6 +87,8 @@ def _register(
     ``reasons(ask, *inputs)`` calls ``ask`` as ``select.choose`` is called; default ``forward``, where those arguments
     are the function's.
     ``operation`` is that of the backends' tables, default ``name``.
+    ``passes`` is the position of an argument, of the output's shape and dtype, whose gradient is the incoming one. It
+    is not saved, and ``_bwd`` gets the gradient in its place.
     """
     operation = operation or name
     signature = f"{signature}, bool {flag}" if flag else signature
@@ -97,7 +106,9 @@ def _register(
 
     def fwd(*inputs: Any) -> Any:
         _refuse_transforms(operation, inputs[-1])
-        return select.run(operation, select.loaded(inputs[-1], operation), inputs[0].device, fwd_on, inputs, ask)
+        device = inputs[0].device
+        with _no_autocast(device.type):
+            return select.run(operation, select.loaded(inputs[-1], operation), device, fwd_on, inputs, ask)
 
     def fwd_on(backend: Backend, *inputs: Any) -> Any:
         if not flag:
@@ -115,7 +126,10 @@ def _register(
             if not wanted:
                 raise RuntimeError(f"vit_fast.{operation}: {flag} is False, expected True where gradients are wanted")
         on, values = select.of_backward(word, operation), (grad, inputs, saved, needs)
-        grads: Sequence[Any] = select.run(backward_key(operation), on, grad.device, bwd_on, values, None)
+        if (reasons or forward)(functools.partial(on.backward_reasons, operation), *inputs):
+            on = TORCH
+        with _no_autocast(grad.device.type):
+            grads: Sequence[Any] = select.run(backward_key(operation), on, grad.device, bwd_on, values, None)
         return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
     def bwd_on(backend: Backend, *values: Any) -> Sequence[Any]:
@@ -130,10 +144,8 @@ def _register(
         outputs = output if statistics else (output,)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         ctx.constants = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
-        ctx.save_for_backward(
-            *(v for v, is_tensor in zip(inputs, ctx.is_tensor, strict=True) if is_tensor),
-            *outputs[0 if save_output else 1 :],
-        )
+        tensors = [v for position, v in enumerate(inputs) if ctx.is_tensor[position] and position != passes]
+        ctx.save_for_backward(*tensors, *outputs[0 if save_output else 1 :])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
 
@@ -141,30 +153,74 @@ def _register(
         result: list[torch.Tensor | None] = [None] * len(ctx.is_tensor)
         if grad is None:
             return tuple(result)
-        tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
+        tensors, inputs = iter(ctx.saved_tensors), list(ctx.constants)
+        for position, is_tensor in enumerate(ctx.is_tensor):
+            if is_tensor:
+                inputs[position] = grad if position == passes else next(tensors)
+        if passes is not None and ctx.needs_input_grad[passes]:
+            result[passes] = grad
         needs = [ctx.needs_input_grad[position] for position in differentiable]
-        operator = getattr(torch.ops.vit_fast, f"{name}_bwd").default
-        grads = iter(operator(grad, *inputs[:-1], *tensors, needs, inputs[-1]))
-        for position, need in zip(differentiable, needs, strict=True):
-            if need:
-                result[position] = next(grads)
+        if any(needs):
+            operator = getattr(torch.ops.vit_fast, f"{name}_bwd").default
+            grads = iter(operator(grad, *inputs[:-1], *tensors, needs, inputs[-1]))
+            for position, need in zip(differentiable, needs, strict=True):
+                if need:
+                    result[position] = next(grads)
         return tuple(result)
 
-    def no_double_backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            f"vit_fast.{operation}: the backward of a fused kernel cannot be differentiated again; "
-            "run the forward inside `with vit_fast.backend('torch')` for second derivatives"
-        )
+    def second_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.needs, ctx.count = inputs[-2], len(inputs)
+        values = inputs[: len(inputs) - 2 - kept - bool(flag)]
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in values]
+        ctx.constants = [None if is_tensor else value for value, is_tensor in zip(values, ctx.is_tensor, strict=True)]
+        ctx.save_for_backward(*(v for v, is_tensor in zip(values, ctx.is_tensor, strict=True) if is_tensor))
+
+    def second(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of ``_bwd``: autograd over the reference, which can be differentiated again."""
+        tensors, values = iter(ctx.saved_tensors), list(ctx.constants)
+        for position, is_tensor in enumerate(ctx.is_tensor):
+            if is_tensor:
+                values[position] = next(tensors)
+        sources = [i for i, need in enumerate(ctx.needs_input_grad[: len(values)]) if need and i - 1 != passes]
+        result: list[torch.Tensor | None] = [None] * ctx.count
+        with torch.enable_grad(), _no_autocast(values[0].device.type), sdpa_kernel(SDPBackend.MATH):
+            # Aliases: the gradient depends on the inputs, and no path between them may count here.
+            values = [v.view_as(v) if isinstance(v, torch.Tensor) else v for v in values]
+            grad, *inputs = values
+            taken = [inputs[position] for position, need in zip(differentiable, ctx.needs, strict=True) if need]
+            out = forward(_differentiable(operation), *inputs)
+            firsts = torch.autograd.grad(out, taken, grad, create_graph=True, allow_unused=True)
+        pairs = [(f, g) for f, g in zip(firsts, grads, strict=True) if f is not None and g is not None]
+        if pairs and sources:
+            seconds = torch.autograd.grad(
+                [f for f, _ in pairs], [values[i] for i in sources], [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(), allow_unused=True,
+            )  # fmt: skip
+            for i, value in zip(sources, seconds, strict=True):
+                result[i] = value
+        return tuple(result)
 
     _library.impl(f"{name}_fwd", fwd, "CompositeExplicitAutograd")
     _library.impl(f"{name}_bwd", bwd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vit_fast::{name}_fwd", fake, lib=_library)
     torch.library.register_fake(f"vit_fast::{name}_bwd", bwd_fake, lib=_library)
     torch.library.register_autograd(f"vit_fast::{name}_fwd", autograd, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(f"vit_fast::{name}_bwd", no_double_backward, lib=_library)
+    torch.library.register_autograd(f"vit_fast::{name}_bwd", second, setup_context=second_setup, lib=_library)
     register_flop_formula(getattr(torch.ops.vit_fast, f"{name}_fwd"))(flops)
     register_flop_formula(getattr(torch.ops.vit_fast, f"{name}_bwd"))(lambda grad, *inputs, **_: 2 * flops(*inputs))
+
+
+def _differentiable(operation: str) -> Callable[..., Any]:
+    """An operation in plain PyTorch, as autograd sees it."""
+    function = TORCH.inference.get(operation, TORCH.forward[operation])
+    return lambda *arguments, recompute=False, **options: function(*arguments, **options)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside of an operator, whose inputs have been cast already."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -195,16 +251,43 @@ def _norm_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
 _NO_NORM = None, None, None  # weight, bias and eps of an inner norm that is not there
 
 
-def _branch_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
-    """Calls a function of a backend's table, which takes by name what an operator has last: row_scale, the weight, bias
-    and eps of an inner norm (None for the eps: there is none), and norm."""
-    *plain, row_scale, weight, bias, eps, norm = inputs
-    return run(*plain, row_scale=row_scale, norm=norm, inner_norm=None if eps is None else (weight, bias, eps))
+def _dropout(p: float, seed: torch.Tensor | None, prefix: str = "") -> dict[str, Any]:
+    """Dropout as the functions of the backends' tables take it; nothing where nothing is dropped."""
+    return {f"{prefix}dropout_p": p, f"{prefix}seed": seed} if p else {}
+
+
+def _branch_options(row_scale: Any, weight: Any, bias: Any, eps: Any, norm: str, *dropouts: Any) -> dict[str, Any]:
+    """What an operator has last, by the names of the backends' functions: row_scale, the weight, bias and eps of an
+    inner norm (None for the eps: there is none), norm, and one or two pairs of dropout_p and seed."""
+    inner_norm = None if eps is None else (weight, bias, eps)
+    drops = _dropout(*dropouts[:2]) | _dropout(*(dropouts[2:] or (0.0, None)), prefix="out_")
+    return dict(row_scale=row_scale, norm=norm, inner_norm=inner_norm, **drops)
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward may follow a call, for which its statistics have to be stored."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _direct(name: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether the reference runs in the place of an operator: for the backend ``torch``, unless a backward may follow
+    in eager mode. Subclasses of tensors, as DTensor, know PyTorch's operations alone."""
+    if name != "torch":
+        return False
+    if not _needs_grad(*tensors) or torch.compiler.is_compiling() or select.requested() == "torch":
+        return True
+    return bool(transform_reasons()) or any(t is not None and type(t) not in _PLAIN_TENSORS for t in tensors)
+
+
+def _seeded(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+    """dropout_p and its seed: the given one, else one drawn on the device of x by torch's generator, whose state CUDA
+    graphs and checkpointing keep."""
+    if p and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return float(p), seed
 
 
 def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
@@ -225,7 +308,7 @@ _register(
     (0, 1, 2),
     _norm_by_name,
     lambda x, weight, bias, eps, norm, with_stats, backend: (x.new_empty(x.shape), *_row_stats(x, with_stats)),
-    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved, norm=inputs[4]),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:3], *saved, norm=inputs[4], needs=needs),
     lambda *shapes, **_: 0,
     flag="with_stats",
 )
@@ -258,7 +341,7 @@ def layer_norm(
     """
     arguments.check_layer_norm(x, weight, bias, eps, norm)
     name = select.choose("layer_norm", x.device, (), x, weight, bias, eps, norm=norm)
-    if name == "torch":
+    if _direct(name, x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps, norm=norm)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
@@ -295,7 +378,7 @@ _register(
     (0, 1, 2, 4, 5),
     _norm_by_name,
     _layer_norm_linear_fake,
-    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:-1], *saved, norm=inputs[-1]),
+    lambda run, grad, inputs, saved, needs: run(grad, *inputs[:-1], *saved, norm=inputs[-1], needs=needs),
     lambda x, ln_weight, ln_bias, eps, weight, *_, **__: _linear_flops(x, weight),
     flag="with_stats",
 )
@@ -333,7 +416,7 @@ def layer_norm_linear(
     name = select.choose(
         "layer_norm_linear", x.device, (), x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm
     )
-    if name == "torch":
+    if _direct(name, x, ln_weight, ln_bias, weight, bias):
         return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
     weight, bias = _autocast(x.device.type, weight, bias)
     with_stats = _needs_grad(x, ln_weight, ln_bias, weight, bias)
@@ -344,25 +427,30 @@ def layer_norm_linear(
 # linear_residual
 
 
+def _linear_residual_forward(
+    run: Callable[..., Any], x: Any, weight: Any, bias: Any, gamma: Any, residual: Any, *options: Any
+) -> Any:
+    return run(x, weight, bias, gamma, residual, **_branch_options(*options))
+
+
 def _linear_residual_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    x, weight, bias, gamma, residual, row_scale, inner_weight, inner_bias, eps, norm = inputs
-    inner_norm = None if eps is None else (inner_weight, inner_bias, eps)
-    grads = run(grad, x, weight, bias, gamma, row_scale, norm=norm, inner_norm=inner_norm)
-    return *grads[:4], grad.to(residual.dtype, copy=True), *grads[4:]
+) -> Any:
+    x, weight, bias, gamma, _, *options = inputs
+    return run(grad, x, weight, bias, gamma, **_branch_options(*options), needs=needs)
 
 
 _register(
     "linear_residual",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, Tensor? inner_weight, "
-    "Tensor? inner_bias, float? inner_eps, str norm",
+    "Tensor? inner_bias, float? inner_eps, str norm, float dropout_p, Tensor? seed",
     "Tensor",
-    (0, 1, 2, 3, 4, 5, 6, 7),
-    _branch_by_name,
+    (0, 1, 2, 3, 5, 6, 7),
+    _linear_residual_forward,
     lambda x, weight, bias, gamma, residual, *_: residual.new_empty(residual.shape),
     _linear_residual_backward,
     lambda x, weight, *_, **__: _linear_flops(x, weight),
+    passes=4,
 )
 
 
@@ -400,47 +488,57 @@ def linear_residual(
     """
     arguments.check_linear_residual(x, weight, bias, gamma, residual, row_scale, norm, inner_norm, dropout_p, seed)
     name = select.choose(
-        "linear_residual", x.device, _not_fused(dropout_p), x, weight, bias, gamma, residual,
-        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
+        "linear_residual", x.device, (), x, weight, bias, gamma, residual,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm, **_dropout(dropout_p, seed),
     )  # fmt: skip
-    if name == "torch":
+    inner = inner_norm or _NO_NORM
+    unseeded = dropout_p and seed is None
+    if _direct(name, x, weight, bias, gamma, residual, row_scale, *inner[:2]) or (name == "torch" and unseeded):
         return reference.linear_residual(
             x, weight, bias, gamma, residual,
             row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     weight, bias = _autocast(x.device.type, weight, bias)
+    drops = _seeded(x, dropout_p, seed)
     return torch.ops.vit_fast.linear_residual_fwd(
-        x, weight, bias, gamma, residual, row_scale, *(inner_norm or _NO_NORM), norm, name
+        x, weight, bias, gamma, residual, row_scale, *inner, norm, *drops, name
     )
-
-
-def _not_fused(dropout_p: float) -> list[str]:
-    """The options of a call for which no registered operator has an argument."""
-    return ["dropout_p is not fused"] if dropout_p else []
 
 
 # layernorm_mlp
 
 
+def _layernorm_mlp_forward(run: Callable[..., Any], *inputs: Any) -> Any:
+    plain, options, recompute = inputs[:10], inputs[10:-1], inputs[-1]
+    return run(*plain, **_branch_options(*options), **({"recompute": True} if recompute else {}))
+
+
+def _layernorm_mlp_fake(x: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    w1, *_, recompute, with_stats, _ = inputs[3:]
+    shape = (*x.shape[:-1], w1.shape[0]) if with_stats and not recompute else 0
+    return x.new_empty(x.shape), *_row_stats(x, with_stats), w1.new_empty(shape)
+
+
 def _layernorm_mlp_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> Any:
-    *plain, weight, bias, eps, norm = inputs
-    return run(grad, *plain, *saved, norm=norm, inner_norm=None if eps is None else (weight, bias, eps))
+    plain, options = inputs[:10], _branch_options(*inputs[10:-1])
+    return run(grad, *plain, options.pop("row_scale"), *saved, **options, needs=needs)
 
 
 _register(
     "layernorm_mlp",
     "Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "str activation, Tensor? gamma, Tensor? row_scale, Tensor? inner_weight, Tensor? inner_bias, float? inner_eps, "
-    "str norm",
-    "(Tensor, Tensor, Tensor)",
+    "str norm, float dropout_p, Tensor? seed, float out_dropout_p, Tensor? out_seed, bool recompute",
+    "(Tensor, Tensor, Tensor, Tensor)",
     (0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12),
-    _branch_by_name,
-    lambda x, *inputs: (x.new_empty(x.shape), *_row_stats(x, inputs[-2])),
+    _layernorm_mlp_forward,
+    _layernorm_mlp_fake,
     _layernorm_mlp_backward,
     lambda x, ln_weight, ln_bias, eps, w1, b1, w2, *_, **__: _linear_flops(x, w1) + _linear_flops(x, w2),
     flag="with_stats",
+    reasons=lambda ask, *inputs: _layernorm_mlp_forward(ask, *inputs[:-1], False),
 )
 
 
@@ -462,9 +560,12 @@ def layernorm_mlp(
     inner_norm: NormParams | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    out_dropout_p: float = 0.0,
+    out_seed: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """x + row_scale·gamma·fc2(LN(dropout(act(fc1(LN(x)))))): the whole MLP branch of a transformer block. The second LN
-    is left out without ``inner_norm``.
+    """x + row_scale·gamma·dropout(fc2(LN(dropout(act(fc1(LN(x))))))): the whole MLP branch of a transformer block. The
+    second LN is left out without ``inner_norm``.
 
     Args:
         x: [B, ..., C], also the residual.
@@ -472,7 +573,9 @@ def layernorm_mlp(
         activation: as in ``layer_norm_linear``, but not None.
         norm: "layer" or "rms", the kind of both norms.
         inner_norm: (weight [F] or None, bias [F] or None, eps) of a norm of the hidden activations, or None.
-        gamma, row_scale, dropout_p, seed: as in ``linear_residual``; dropout acts on the hidden activations.
+        gamma, row_scale: as in ``linear_residual``.
+        dropout_p, seed: as in ``linear_residual``, of the hidden activations; out_dropout_p, out_seed: of fc2's output.
+        recompute: the backward computes the pre-activation again instead of keeping it, [B, ..., F] for each layer.
     Returns:
         the shape and dtype of x.
     Raises:
@@ -480,23 +583,30 @@ def layernorm_mlp(
         UnsupportedError: a forced backend cannot.
     """
     arguments.check_layernorm_mlp(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, norm, inner_norm, dropout_p, seed
-    )
-    name = select.choose(
-        "layernorm_mlp", x.device, _not_fused(dropout_p), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
-        row_scale=row_scale, norm=norm, inner_norm=inner_norm,
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, norm, inner_norm, dropout_p, seed,
+        out_dropout_p, out_seed, recompute,
     )  # fmt: skip
-    if name == "torch":
+    name = select.choose(
+        "layernorm_mlp", x.device, (), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm, **_dropout(dropout_p, seed),
+        **_dropout(out_dropout_p, out_seed, "out_"),
+    )  # fmt: skip
+    inner = inner_norm or _NO_NORM
+    tensors = x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner[:2]
+    unseeded = (dropout_p and seed is None) or (out_dropout_p and out_seed is None)
+    if _direct(name, *tensors) or (name == "torch" and unseeded):
         return reference.layernorm_mlp(
             x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
             row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=dropout_p, seed=seed,
+            out_dropout_p=out_dropout_p, out_seed=out_seed,
         )  # fmt: skip
     w1, b1, w2, b2 = _autocast(x.device.type, w1, b1, w2, b2)
-    inner = inner_norm or _NO_NORM
-    with_stats = _needs_grad(x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner[:2])
+    with_stats = _needs_grad(*tensors)
+    drops = *_seeded(x, dropout_p, seed), *_seeded(x, out_dropout_p, out_seed)
     return torch.ops.vit_fast.layernorm_mlp_fwd(
-        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, *inner, norm, with_stats, name
-    )[0]
+        x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale, *inner, norm, *drops,
+        recompute and with_stats, with_stats, name,
+    )[0]  # fmt: skip
 
 
 # attention
@@ -509,20 +619,16 @@ def _attention_forward(
     v: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
 ) -> Any:
-    return run(qkv, num_heads, scale, k=k, v=v)
+    return run(qkv, num_heads, scale, k=k, v=v, **_dropout(dropout_p, seed))
 
 
 def _attention_fake(
-    qkv: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    num_heads: int,
-    scale: float,
-    with_lse: bool,
-    backend: str,
+    qkv: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, num_heads: int, *inputs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, width = qkv.shape
+    with_lse, (batch, tokens, width) = inputs[-2], qkv.shape
     out = qkv.new_empty((batch, tokens, width // 3 if k is None else width))
     return out, qkv.new_empty((batch, num_heads, tokens) if with_lse else 0, dtype=_stat(qkv))
 
@@ -530,11 +636,11 @@ def _attention_fake(
 def _attention_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> Any:
-    qkv, k, v, num_heads, scale = inputs
-    return run(grad, qkv, num_heads, scale, k, v, *saved)
+    qkv, k, v, num_heads, scale, *dropout = inputs
+    return run(grad, qkv, num_heads, scale, k, v, *saved, **_dropout(*dropout), needs=needs)
 
 
-def _attention_flops(qkv: Any, k: Any, v: Any, num_heads: int, scale: float, *_: Any, **__: Any) -> int:
+def _attention_flops(qkv: Any, k: Any, v: Any, num_heads: int, *_: Any, **__: Any) -> int:
     batch, tokens, width = qkv
     keys, width = (tokens, width // 3) if k is None else (k[1], width)
     return 4 * batch * tokens * keys * width
@@ -542,7 +648,7 @@ def _attention_flops(qkv: Any, k: Any, v: Any, num_heads: int, scale: float, *_:
 
 _register(
     "attention",
-    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale",
+    "Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, float dropout_p, Tensor? seed",
     "(Tensor, Tensor)",
     (0, 1, 2),
     _attention_forward,
@@ -551,7 +657,7 @@ _register(
     _attention_flops,
     save_output=True,
     flag="with_lse",
-    reasons=lambda ask, qkv, k, v, num_heads, scale: ask(qkv, num_heads, k=k, v=v),
+    reasons=lambda ask, qkv, k, v, num_heads, scale, *drop: ask(qkv, num_heads, k=k, v=v, **_dropout(*drop)),
 )
 
 
@@ -615,27 +721,33 @@ def _options_of_inputs(*inputs: Any) -> dict[str, Any]:
 
 
 def _options_forward(run: Callable[..., Any], qkv: torch.Tensor, k: Any, v: Any, *inputs: Any) -> Any:
-    *options, num_heads, scale = inputs
-    return run(qkv, num_heads, scale, k=k, v=v, **_options_of_inputs(*options))
+    *options, num_heads, scale, dropout_p, seed = inputs
+    return run(qkv, num_heads, scale, k=k, v=v, **_options_of_inputs(*options), **_dropout(dropout_p, seed))
+
+
+def _options_reasons(ask: Callable[..., Any], qkv: torch.Tensor, k: Any, v: Any, *inputs: Any) -> Any:
+    *options, num_heads, _, dropout_p, seed = inputs
+    return ask(qkv, num_heads, k=k, v=v, **_options_of_inputs(*options), **_dropout(dropout_p, seed))
 
 
 def _options_fake(qkv: torch.Tensor, k: Any, v: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, num_heads, scale, with_lse, backend = inputs
-    out, lse = _attention_fake(qkv, k, v, num_heads, scale, with_lse, backend)
+    num_heads, *rest = inputs[16:]
+    out, lse = _attention_fake(qkv, k, v, num_heads, *rest)
     return out if v is None else qkv.new_empty((*qkv.shape[:2], v.shape[2])), lse
 
 
 def _options_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> Any:
-    qkv, k, v, *options, num_heads, scale = inputs
-    return run(grad, qkv, num_heads, scale, k, v, *saved, **_options_of_inputs(*options))
+    qkv, k, v, *options, num_heads, scale, dropout_p, seed = inputs
+    options, drops = _options_of_inputs(*options), _dropout(dropout_p, seed)
+    return run(grad, qkv, num_heads, scale, k, v, *saved, **options, **drops, needs=needs)
 
 
 def _options_flops(qkv: Any, k: Any, v: Any, *inputs: Any, **_: Any) -> int:
     """Two products for each query and key; of packed sequences as if all were as long."""
-    cu_seqlens, num_heads, scale = inputs[10], *inputs[16:18]
-    flops = _attention_flops(qkv, k, v, num_heads, scale)
+    cu_seqlens, num_heads = inputs[10], inputs[16]
+    flops = _attention_flops(qkv, k, v, num_heads)
     if v is not None:
         flops = flops * (qkv[2] + v[2]) // (2 * qkv[2])
     return flops if cu_seqlens is None else flops // (cu_seqlens[0] - 1)
@@ -646,7 +758,8 @@ _register(
     "attention_options",
     "Tensor qkv, Tensor? k, Tensor? v, Tensor? bias, Tensor? height, Tensor? width, Tensor? cos, Tensor? sin, "
     "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? key_lengths, Tensor? cu_seqlens, "
-    "float? q_eps, float? k_eps, str norm, str rope_layout, int num_prefix, int num_heads, float scale",
+    "float? q_eps, float? k_eps, str norm, str rope_layout, int num_prefix, int num_heads, float scale, "
+    "float dropout_p, Tensor? seed",
     "(Tensor, Tensor)",
     range(12),
     _options_forward,
@@ -655,7 +768,7 @@ _register(
     _options_flops,
     save_output=True,
     flag="with_lse",
-    reasons=lambda ask, qkv, k, v, *inputs: ask(qkv, inputs[-2], k=k, v=v, **_options_of_inputs(*inputs[:-2])),
+    reasons=_options_reasons,
     operation="attention",
 )
 
@@ -718,15 +831,18 @@ def attention(
     options = _attention_options(
         bias, rel_pos, key_lengths, cu_seqlens, rope, rope_layout, num_prefix, q_norm, k_norm, norm
     )
-    name = select.choose("attention", qkv.device, _not_fused(dropout_p), qkv, num_heads, k=k, v=v, **options)
-    if name == "torch":
-        return reference.attention(qkv, num_heads, scale, k=k, v=v, dropout_p=dropout_p, seed=seed, **options)
-    qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
-    if not options:
-        return torch.ops.vit_fast.attention_fwd(qkv, k, v, num_heads, scale, _needs_grad(qkv, k, v), name)[0]
-    inputs = _inputs_of_options(**options)
+    drop = _dropout(dropout_p, seed)
+    name = select.choose("attention", qkv.device, (), qkv, num_heads, k=k, v=v, **options, **drop)
+    inputs = _inputs_of_options(**options) if options else ()
+    plain = (dropout_p and seed is None) or cu_seqlens is not None or qkv.device.type != "cpu"
+    if _direct(name, qkv, k, v, *inputs[:9]) or (name == "torch" and plain):
+        return reference.attention(qkv, num_heads, scale, k=k, v=v, **drop, **options)
     with_lse = _needs_grad(qkv, k, v, *inputs[:9])
-    return torch.ops.vit_fast.attention_options_fwd(qkv, k, v, *inputs, num_heads, scale, with_lse, name)[0]
+    qkv, k, v = _autocast(qkv.device.type, qkv, k, v)
+    last = num_heads, scale, *_seeded(qkv, dropout_p, seed), with_lse, name
+    if not options:
+        return torch.ops.vit_fast.attention_fwd(qkv, k, v, *last)[0]
+    return torch.ops.vit_fast.attention_options_fwd(qkv, k, v, *inputs, *last)[0]
 
 
 # prepared_blocks, packed_blocks, fp8_blocks, int8_blocks: one operator for each form of a precision
@@ -879,7 +995,7 @@ def _patch_embed_backward(
     images, weight, bias, pos_embed, prefix_tokens, stride, mean, std = inputs
     normalised = images.dtype == torch.uint8 or mean is not None or std is not None
     pixels = reference.normalise_pixels(images, mean, std, weight.dtype) if normalised else images
-    dpixels, *grads = run(grad, pixels, weight, bias, pos_embed, prefix_tokens, stride, needs_images_grad=needs[0])
+    dpixels, *grads = run(grad, pixels, weight, bias, pos_embed, prefix_tokens, stride, needs=needs)
     if needs[0] and std is not None:
         dpixels = dpixels / dpixels.new_tensor(std).view(1, -1, 1, 1)
     return None if dpixels is None else dpixels.to(images.dtype), *grads
@@ -937,7 +1053,7 @@ def patch_embed(
     name = select.choose(
         "patch_embed", images.device, (), images, weight, bias, pos_embed, prefix_tokens, stride, mean, std
     )
-    if name == "torch":
+    if _direct(name, images, weight, bias, pos_embed, prefix_tokens):
         return reference.patch_embed(images, weight, bias, pos_embed, prefix_tokens, stride, mean, std)
     dtype = weight.dtype
     weight, bias = _autocast(images.device.type, weight, bias)

@@ -32,9 +32,12 @@ def check(kernels, args, row_scale=None, config=TILES, norm="layer", inner=None)
     again, *_, nothing = kernels.layernorm_mlp_fwd(*args, **options, recompute=True, config=config)
     assert z.dtype == args[4].dtype and z.shape == (*args[0].shape[:-1], len(args[4])) and nothing.numel() == 0
     assert torch.equal(again, out)
-    golden, golden_mean, golden_rstd = formula(*args, **options)
+    golden, golden_mean, golden_rstd, golden_z = formula(*args, **options)
     assert out.dtype == args[0].dtype and out.is_contiguous()
     assert_within_budget(out, reference.layernorm_mlp(*args, **options), golden)
+    assert_within_budget(z, reference.layernorm_mlp_fwd(*args, **options)[3], golden_z)
+    *_, none = kernels.layernorm_mlp_fwd(*args, **options, config=config, recompute=True)
+    assert none.numel() == 0
     torch.testing.assert_close(mean.cpu().double(), golden_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd.cpu().double(), golden_rstd, rtol=1e-5, atol=0)
     assert torch.equal(out, kernels.layernorm_mlp(*args, **options, config=config))

@@ -29,7 +29,8 @@ def _samples(backend, dtype=torch.float32, grad=True):
 
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
     stats = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
-    no_norm = None, None, None, "layer"
+    no_norm, none = (None, None, None, "layer"), (0.0, None)
+    seed, other = torch.tensor([11]), torch.tensor([-7])
     lengths, sequences = torch.tensor([3, 0]), torch.tensor([0, 3, 3, 7], dtype=torch.int32)
     return {
         "layer_norm": (t(2, 5, 8), t(8), t(8), 1e-6, "layer", True, backend),
@@ -50,10 +51,10 @@ def _samples(backend, dtype=torch.float32, grad=True):
             True,
             backend,
         ),
-        "linear_residual": (t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), *no_norm, backend),
-        "linear_residual_bare": (t(2, 5, 12), t(8, 12), None, None, t(2, 5, 8), None, *no_norm, backend),
+        "linear_residual": (t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), *no_norm, *none, backend),
+        "linear_residual_bare": (t(2, 5, 12), t(8, 12), None, None, t(2, 5, 8), None, *no_norm, *none, backend),
         "linear_residual_inner_norm": (
-            *(t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), t(12), t(12), 1e-5, "layer", backend),
+            *(t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), t(12), t(12), 1e-5, "layer", *none, backend),
         ),
         "layernorm_mlp": (
             t(2, 5, 8),
@@ -68,6 +69,9 @@ def _samples(backend, dtype=torch.float32, grad=True):
             t(8),
             t(2),
             *no_norm,
+            *none,
+            *none,
+            False,
             True,
             backend,
         ),
@@ -84,14 +88,17 @@ def _samples(backend, dtype=torch.float32, grad=True):
             None,
             None,
             *no_norm,
+            *none,
+            *none,
+            False,
             True,
             backend,
         ),
         "layernorm_mlp_inner_norm": (
             *(t(2, 5, 8), t(8), None, 1e-6, t(16, 8), t(16), t(8, 8), t(8), "geglu", t(8), t(2)),
-            *(t(8), None, 1e-6, "rms", True, backend),
+            *(t(8), None, 1e-6, "rms", *none, *none, False, True, backend),
         ),
-        "attention": (t(2, 5, 24), None, None, 2, 0.5, True, backend),
+        "attention": (t(2, 5, 24), None, None, 2, 0.5, *none, True, backend),
         "attention_options": (
             t(2, 5, 24),
             None,
@@ -114,6 +121,7 @@ def _samples(backend, dtype=torch.float32, grad=True):
             1,
             2,
             0.5,
+            *none,
             True,
             backend,
         ),
@@ -139,6 +147,7 @@ def _samples(backend, dtype=torch.float32, grad=True):
             0,
             2,
             0.5,
+            *none,
             True,
             backend,
         ),
@@ -153,17 +162,46 @@ def _samples(backend, dtype=torch.float32, grad=True):
             0,
             2,
             0.5,
+            *none,
             True,
             backend,
         ),
-        "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, True, backend),
+        "attention_pooled": (t(2, 1, 8), t(2, 5, 8), t(2, 5, 8), 2, 0.5, *none, True, backend),
+        **_dropping_samples(t, seed, other, backend),
         "patch_embed": (t(2, 3, 8, 8), t(8, 3, 4, 4), t(8), t(1, 4, 8), t(1, 2, 8), [4, 4], None, None, backend),
         "patch_embed_overlap": (t(2, 3, 9, 8), t(8, 3, 3, 4), t(8), None, t(2, 1, 8), [2, 1], *stats, backend),
         "patch_embed_uint8": (pixels, t(8, 3, 4, 4), None, None, None, [4, 4], *stats, backend),
     }
 
 
+def _dropping_samples(t, seed, other, backend):
+    """Calls that drop, which the reference alone runs of every backend, and one that computes z again."""
+    if backend != "torch":
+        return {}
+    no_norm, none, drop = (None, None, None, "layer"), (0.0, None), (0.4, seed)
+    mlp = t(2, 5, 8), t(8), t(8), 1e-6, t(16, 8), t(16), t(8, 16), t(8), "gelu", t(8), t(2)
+    return {
+        "linear_residual_dropout": (
+            *(t(2, 5, 12), t(8, 12), t(8), t(8), t(2, 5, 8), t(2), t(12), None, 1e-5, "layer", *drop, backend),
+        ),
+        "layernorm_mlp_dropout": (*mlp, *no_norm, *drop, 0.3, other, False, True, backend),
+        "layernorm_mlp_recompute": (*mlp, t(16), None, 1e-6, "layer", *drop, *none, True, True, backend),
+        "attention_dropout": (t(2, 5, 24), None, None, 2, 0.5, *drop, True, backend),
+        "attention_options_dropout": (
+            *(t(2, 5, 24), None, None, t(1, 2, 1, 5), *[None] * 10, None, None, "layer", "half", 0, 2, 0.5),
+            *(*drop, True, backend),
+        ),
+    }
+
+
 NAMES = list(_samples("torch"))
+INTERPRETED = list(_samples("triton"))
+
+
+def both_backends(names):
+    """Pairs (name, backend) for parametrize: each name with the reference, and through the interpreted kernels."""
+    through_kernels = [pytest.param(name, "triton", marks=pytest.mark.interp) for name in names if name in INTERPRETED]
+    return [(name, "torch") for name in names] + through_kernels
 
 
 # operator → how many of its leading tensor arguments are differentiable; longest names first
@@ -171,7 +209,7 @@ DIFFERENTIABLE = {
     "attention_options": 12,
     "layer_norm_linear": 5,
     "layernorm_mlp": 11,
-    "linear_residual": 8,
+    "linear_residual": 7,
     "layer_norm": 3,
     "attention": 3,
     "patch_embed": 5,
@@ -197,14 +235,14 @@ def test_opcheck(name):
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_opcheck_interpreted(name):
     opcheck(_operator(name), _samples("triton")[name])
 
 
 @pytest.mark.extension
 @pytest.mark.usefixtures("cpu_extension")
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("attention_options")])
+@pytest.mark.parametrize("name", [name for name in INTERPRETED if not name.startswith("attention_options")])
 def test_opcheck_on_a_cpu(name):
     opcheck(_operator(name), _samples("cpu")[name])
 
@@ -219,12 +257,13 @@ FLAGS = {
 WITH_STATISTICS = [name for name in NAMES if _stem(name) in FLAGS]
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
-@pytest.mark.parametrize("name", WITH_STATISTICS)
+@pytest.mark.parametrize("name, backend", both_backends(WITH_STATISTICS))
 def test_without_statistics(name, backend):
     """Inference asks for none and gets the same bits; a backward that wants them is told."""
     operator = _operator(name)
     *arguments, _, _ = _samples(backend, grad=False)[name]
+    if name.startswith("layernorm_mlp"):
+        arguments[-1] = False  # recompute, of calls that keep statistics
     out, *statistics = operator(*arguments, False, backend)
     assert statistics and all(t.numel() == 0 and t.dtype == torch.float32 for t in statistics)
     with_statistics, *kept = operator(*arguments, True, backend)
@@ -291,25 +330,32 @@ def test_backward_operator(name):
     outputs = _operator(name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     saved = outputs if name.startswith("attention") else outputs[1:]
-    needs = [isinstance(a, torch.Tensor) for a in arguments if isinstance(a, torch.Tensor) or a is None]
-    needs = needs[: DIFFERENTIABLE[_stem(name)]]
+    places = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) or a is None]
+    if _stem(name) == "linear_residual":
+        places.remove(4)  # the residual, whose gradient is the incoming one
+    needs = [isinstance(arguments[i], torch.Tensor) for i in places[: DIFFERENTIABLE[_stem(name)]]]
     if name == "patch_embed_uint8":
         needs[0] = False
     opcheck(_operator(name, "bwd"), (torch.randn_like(outputs[0]), *arguments[:-1], *saved, needs, "torch"))
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interp)])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "patch_embed_uint8"])
+def _of_tensors(name, arguments):
+    """The floating-point tensors among an operator's arguments, and its output as a function of them."""
+    places = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+
+    def run(*values):
+        taken = dict(zip(places, values, strict=True))
+        out = _operator(name)(*(taken.get(i, a) for i, a in enumerate(arguments)))
+        return out[0] if isinstance(out, tuple) else out
+
+    return [arguments[i] for i in places], run
+
+
+@pytest.mark.parametrize("name, backend", both_backends([name for name in NAMES if name != "patch_embed_uint8"]))
 def test_gradcheck(name, backend):
     """float64; with triton the outputs and statistics of the forward kernels feed the backward formulas."""
     arguments = _samples(backend, torch.float64)[name]
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-
-    def run(*values):
-        values = iter(values)
-        out = _operator(name)(*(next(values) if isinstance(a, torch.Tensor) else a for a in arguments))
-        return out[0] if isinstance(out, tuple) else out
-
+    tensors, run = _of_tensors(name, arguments)
     assert torch.autograd.gradcheck(run, tensors, fast_mode=backend == "triton")
 
 
@@ -357,13 +403,28 @@ def test_gradient_layouts(name, layout):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
-def test_double_backward_raises_or_is_right():
-    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    out = OPS.layer_norm_fwd(x, None, None, 1e-6, "layer", True, "torch")[0]
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"layer_norm.*cannot be differentiated again"):
-        grad.sum().backward()
-    assert torch.autograd.gradgradcheck(lambda x: ops.layer_norm(x, None, None, 1e-6), (x,))
+@pytest.mark.parametrize("name, backend", both_backends([name for name in NAMES if name != "patch_embed_uint8"]))
+def test_second_derivatives(name, backend):
+    arguments = _samples(backend, torch.float64)[name]
+    tensors, run = _of_tensors(name, arguments)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True, atol=1e-4)
+
+
+def test_third_derivatives():
+    x, weight = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.randn(5, 8, dtype=torch.float64)
+
+    def call(x):
+        return ops.linear_residual(x, weight, None, None, torch.zeros(3, 5, dtype=torch.float64)).pow(3)
+
+    def third(call):
+        value = call(x)
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value.sin().sum(), x, create_graph=True)
+        return value
+
+    with vit_fast.backend("torch"):
+        wanted = third(call)
+    torch.testing.assert_close(third(call), wanted)
 
 
 def _calls():
@@ -425,17 +486,18 @@ def test_flops_are_counted():
         ops.patch_embed(torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4), None, None, None, 4)
     with FlopCounterMode(display=False) as registered:
         OPS.layernorm_mlp_fwd(
-            x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, None, None, None, "layer", False, "torch"
+            *(x, None, None, 1e-6, w1, None, w2, None, "gelu", None, None, None, None, None, "layer"),
+            *(0.0, None, 0.0, None, False, False, "torch"),
         )
         images, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4)
         OPS.patch_embed_fwd(images, weight, None, None, None, [4, 4], None, None, "torch")
     assert registered.get_total_flops() == reference.get_total_flops() > 0
     with FlopCounterMode(display=False) as attention:
-        OPS.attention_fwd(torch.randn(2, 5, 24), None, None, 2, 0.5, False, "torch")
+        OPS.attention_fwd(torch.randn(2, 5, 24), None, None, 2, 0.5, 0.0, None, False, "torch")
     assert attention.get_total_flops() == 2 * (2 * 2 * 5 * 5 * 8)
     with FlopCounterMode(display=False) as options:
         x, none = torch.randn(1, 12, 8), [None] * 10
-        words = (None, None, "layer", "half", 0, 2, 0.5, False, "torch")
+        words = (None, None, "layer", "half", 0, 2, 0.5, 0.0, None, False, "torch")
         OPS.attention_options_fwd(x, x, torch.randn(1, 12, 16), *none, torch.tensor([0, 4, 8, 12]).int(), *words)
     assert options.get_total_flops() == 3 * (4 * 4 * (2 * 8 + 2 * 16))
 

@@ -13,13 +13,13 @@ from vit_fast.kernels.configs import LinearConfig
 def formula(
     x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale=None, norm="layer", inner_norm=None
 ):
-    """(out, mean, rstd) in float64."""
+    """(out, mean, rstd, z) in float64."""
     x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale = (
         None if t is None else t.detach().cpu().double()
         for t in (x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale)
     )
-    z, mean, rstd = layer_norm.formula(x, ln_weight, ln_bias, eps, norm)
-    z = torch.einsum("...c,hc->...h", z, w1) + (0.0 if b1 is None else b1)
+    y, mean, rstd = layer_norm.formula(x, ln_weight, ln_bias, eps, norm)
+    z = torch.einsum("...c,hc->...h", y, w1) + (0.0 if b1 is None else b1)
     hidden = exact_activation(z, activation)
     if inner_norm is not None:
         hidden = layer_norm.formula(hidden, *inner_norm, norm)[0]
@@ -27,7 +27,7 @@ def formula(
     branch = branch if gamma is None else branch * gamma
     if row_scale is not None:
         branch = torch.stack([image * scale for image, scale in zip(branch, row_scale)])
-    return x + branch, mean, rstd
+    return x + branch, mean, rstd, z
 
 
 def problem(shape, hidden, dtype, activation="gelu", x_dtype=None, side_dtype=None, optional=True, device="cpu"):
@@ -88,7 +88,7 @@ class LayerNormMlpCase(properties.Case):
         from vit_fast.kernels import layernorm_mlp
 
         tiles = (LinearConfig(32, 64, 32, 2, 4, 2, self.tma), LinearConfig(32, 32, 32, 2, 4, 2, self.tma))
-        return layernorm_mlp.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]), config=tiles)[:3]
+        return layernorm_mlp.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]), config=tiles)
 
     def eager(self, *inputs):
         return reference.layernorm_mlp_fwd(*inputs[:10], **self.options(*inputs[10:]))
@@ -106,9 +106,9 @@ class LayerNormMlpCase(properties.Case):
         x, *rest, row_scale = inputs[:11]
         image = slice(self.seed % self.batch, self.seed % self.batch + 1)
         rows = slice(image.start * self.tokens, image.stop * self.tokens)
-        out, mean, rstd = results
+        out, mean, rstd, z = results
         actual = self.kernel(x[image], *rest, None if row_scale is None else row_scale[image], *inputs[11:])
-        self.same_but_for_order(inputs, actual, (out[image], mean[rows], rstd[rows]))
+        self.same_but_for_order(inputs, actual, (out[image], mean[rows], rstd[rows], z[image]))
 
     def relation_dropped_images(self, inputs, results):
         """Drop path: an image whose scale is 0 stays unchanged."""

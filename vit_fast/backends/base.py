@@ -10,6 +10,8 @@ from . import quarantine
 
 Table = Mapping[str, Callable[..., Any]]
 
+DROPOUT_OPTIONS = ("dropout_p", "seed", "out_dropout_p", "out_seed")  # present in a call's options where it drops
+
 _nothing = contextlib.nullcontext()
 
 
@@ -71,7 +73,11 @@ class Backend:
         forward: the output, and the statistics that the backward needs; holds every operation of the backend.
         inference: the output alone, where leaving out the statistics is cheaper than ``forward``.
         backward: the gradients; where an operation is missing, the reference's backward runs.
+        dropout: the operations whose ``forward`` and ``inference`` take ``dropout_p`` and ``seed`` (and the second
+            pair of ``layernorm_mlp``); the others refuse a call that drops.
         not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
+        backward_not_supported: why the backward cannot follow a call, of the same arguments, also those of dropout;
+            then the reference's runs.
         remedy: what a user may do where it fails; a sentence of the warning.
         quarantined: operation → why it failed in this process; it is left to the next backend from then on. The
             backward of an operation has a key of its own, ``backward_key``.
@@ -84,7 +90,9 @@ class Backend:
         self.forward: Table = {}
         self.inference: Table = {}
         self.backward: Table = {}
+        self.dropout: frozenset[str] = frozenset()
         self.not_supported: Table = {}
+        self.backward_not_supported: Table = {}
         self.quarantined: dict[str, str] = {}
 
     def load(self) -> tuple[str, ...]:
@@ -105,7 +113,21 @@ class Backend:
             return [f"{self.name} has no {operation}"]
         if operation in self.quarantined:
             return [quarantine.reason(self.quarantined[operation])]
+        reasons = []
+        if operation not in self.dropout:
+            reasons = [f"{name} is not fused" for name in ("dropout_p", "out_dropout_p") if name in options]
+            options = {name: value for name, value in options.items() if name not in DROPOUT_OPTIONS}
         not_supported = self.not_supported.get(operation)
+        return reasons + (list(not_supported(*arguments, **options)) if not_supported else [])
+
+    def backward_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
+        """Why the backward of an operation cannot follow a call that the forward has run; empty where it can."""
+        if operation not in self.backward:
+            return [f"{self.name} has none"]
+        for key in (operation, backward_key(operation)):
+            if key in self.quarantined:
+                return [quarantine.reason(self.quarantined[key])]
+        not_supported = self.backward_not_supported.get(operation)
         return list(not_supported(*arguments, **options)) if not_supported else []
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:

@@ -117,10 +117,9 @@ def attention_bwd(
     v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    **norms: Any,
+    *,
+    needs: Sequence[bool] | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    if norms:
-        return reference.attention_bwd(grad, qkv, num_heads, scale, k, v, out, lse, **norms)
     grad = _dense(grad.to(qkv.dtype))
     k, v = (t if t is None else _dense(t) for t in (k, v))
     grads = torch.ops.vit_fast_cpu.attention_bwd(
@@ -159,13 +158,16 @@ def layer_norm_bwd(
     rstd: torch.Tensor,
     *,
     norm: str = "layer",
+    needs: Sequence[bool] | None = None,
+    residual_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     rows = _rows(x)
     dx, dweight, dbias = torch.ops.vit_fast_cpu.layer_norm_bwd(
         _rows(grad.to(x.dtype)), rows, _vector(weight), mean.contiguous(), rstd.contiguous(), norm == "rms"
     )
+    dx = dx.view(x.shape) if residual_grad is None else dx.view(x.shape).add_(residual_grad)
     dweight = None if weight is None else dweight.to(weight.dtype)
-    return dx.view(x.shape), dweight, None if bias is None else dbias.to(bias.dtype)
+    return dx, dweight, None if bias is None else dbias.to(bias.dtype)
 
 
 def _layer_norm_linear(
@@ -248,11 +250,13 @@ def _layernorm_mlp(
     norm: str,
     inner_norm: Norm | None,
     with_stats: bool,
-) -> _Stats:
-    hidden, *stats = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm, with_stats)
-    mean, rstd = stats
+    with_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    first = None if with_z else activation
+    hidden, mean, rstd = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, first, norm, with_stats)
+    z, hidden = (hidden, reference.activate(hidden, activation)) if with_z else (hidden.new_empty(0), hidden)
     out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
-    return out, mean, rstd
+    return out, mean, rstd, z
 
 
 def layernorm_mlp(
@@ -272,7 +276,7 @@ def layernorm_mlp(
     inner_norm: Norm | None = None,
 ) -> torch.Tensor:
     inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
-    return _layernorm_mlp(*inputs, norm, inner_norm, False)[0]
+    return _layernorm_mlp(*inputs, norm, inner_norm, False, False)[0]
 
 
 def layernorm_mlp_fwd(
@@ -290,9 +294,10 @@ def layernorm_mlp_fwd(
     row_scale: torch.Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
-) -> _Stats:
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
-    return _layernorm_mlp(*inputs, norm, inner_norm, True)
+    return _layernorm_mlp(*inputs, norm, inner_norm, True, not recompute)
 
 
 def patch_embed(
@@ -427,6 +432,11 @@ class Cpu(Backend):
             "layernorm_mlp": layernorm_mlp,
         }
         self.backward = {"attention": attention_bwd, "layer_norm": layer_norm_bwd}
+        self.backward_not_supported = {
+            "attention": lambda qkv, num_heads, k=None, v=None, **options: [
+                f"attention has no {name} in the backward here" for name in ("q_norm", "k_norm") if name in options
+            ]
+        }
         forward: Table = {
             "patch_embed": patch_embed,
             "attention": attention_fwd,

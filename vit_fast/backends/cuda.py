@@ -100,11 +100,15 @@ def layer_norm_fwd(
     return _normalise(x, weight, bias, eps, x.dtype, True)
 
 
-def _activate(z: Tensor, activation: str | None) -> Tensor:
-    """The activation of z, which nobody else has: in place but for "swiglu"."""
-    if activation is None or not z.numel():
-        return z if activation != "swiglu" else z.new_empty((*z.shape[:-1], z.shape[-1] // 2))
+def _activate(z: Tensor, activation: str | None, in_place: bool = True) -> Tensor:
+    """The activation of z; "swiglu" is never in place."""
+    if activation is None:
+        return z
     out = z.new_empty((*z.shape[:-1], z.shape[-1] // 2)) if activation == "swiglu" else z
+    if not in_place and out is z:
+        out = torch.empty_like(z)
+    if not z.numel():
+        return out
     torch.ops.vit_fast_cuda.activation(out, z, _ACTIVATIONS[activation])
     return out
 
@@ -221,11 +225,14 @@ def layernorm_mlp_fwd(
     row_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """As ``kernels.reference.layernorm_mlp_fwd``, without dropout."""
-    hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
+    first = activation if recompute else None
+    hidden, mean, rstd = layer_norm_linear_fwd(x, ln_weight, ln_bias, eps, w1, b1, first, norm=norm)
+    z, hidden = (w1.new_empty(0), hidden) if recompute else (hidden, _activate(hidden, activation, in_place=False))
     out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
-    return out, mean, rstd
+    return out, mean, rstd, z
 
 
 def _attention(

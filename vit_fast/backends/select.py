@@ -125,6 +125,14 @@ def note(operation: str, chosen: str, reasons: Sequence[str]) -> None:
         recorder.append((operation, chosen, tuple(reasons)))
 
 
+def _note_backward(operation: str, chosen: str, arguments: Sequence[Any], options: dict[str, Any]) -> None:
+    """Notes a backward that this call leaves to the reference, though the backend has one of the operation."""
+    if torch.compiler.is_compiling() or _recorder.get() is None or of_backward(chosen, operation).name != chosen:
+        return
+    if reasons := BACKENDS[chosen].backward_reasons(operation, *arguments, **options):
+        note(backward_key(operation), TORCH.name, reasons)
+
+
 def choose(operation: str, device: torch.device, not_fused: Sequence[str], *arguments: Any, **options: Any) -> str:
     """The name of the backend that runs a call: the first of the order that can, or the one that is forced.
 
@@ -157,6 +165,7 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
             slower[name] = why
         else:
             note(operation, name, _joined(refused))
+            _note_backward(operation, name, arguments, options)
             return name
     reasons = _joined(refused | slower) or absent
     if word != "auto":

@@ -57,9 +57,11 @@ class Triton(Backend):
             layer_norm,
             layer_norm_bwd,
             layernorm_mlp,
+            layernorm_mlp_bwd,
             linear,
             linear_bwd,
             patch_embed,
+            patch_embed_bwd,
         )
 
         stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
@@ -83,15 +85,16 @@ class Triton(Backend):
             "layer_norm": layer_norm.layer_norm_fwd,
             "layer_norm_linear": linear.layer_norm_linear_fwd,
             "linear_residual": linear.linear_residual,
-            "layernorm_mlp": lambda *arguments, **options: layernorm_mlp.layernorm_mlp_fwd(
-                *arguments, recompute=True, **options
-            )[:3],
+            "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
         self.backward = {
             "layer_norm": layer_norm_bwd.layer_norm_bwd,
             "layer_norm_linear": linear_bwd.layer_norm_linear_bwd,
             "linear_residual": linear_bwd.linear_residual_bwd,
+            "layernorm_mlp": layernorm_mlp_bwd.layernorm_mlp_bwd,
+            "patch_embed": patch_embed_bwd.patch_embed_bwd,
         }
+        self.dropout = frozenset({"linear_residual", "layernorm_mlp"})
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
         if reasons := self.load():
