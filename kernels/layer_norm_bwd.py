@@ -83,7 +83,7 @@ def _layer_norm_bwd_kernel(
     if dbias_ptr is not None:
         dbias = tl.zeros([ROWS, BLOCK], ACC)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = tl.arange(0, ROWS).to(tl.int64) + first
         in_rows = row < rows
         mask = in_rows[:, None] & in_width[None, :]
         dy_row = launch.row_offset(row, dy_inner, stride_go, stride_gi, DY_TWO_STRIDES)
@@ -222,7 +222,8 @@ def _layer_norm_sums_kernel(
     column = (program % column_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_width = column < width
     dweight, dbias = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for row in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, rows)):
+    for i in range(0, tl.minimum(rows - chunk * CHUNK, CHUNK)):
+        row = chunk * CHUNK + i
         dy_row = launch.row_offset(row, dy_inner, stride_go, stride_gi, DY_TWO_STRIDES)
         dy = tl.load(dy_ptr + dy_row + column * stride_gc, mask=in_width, other=0.0).to(ACC)
         if dweight_ptr is not None:
