@@ -45,3 +45,44 @@ def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     elif ACTIVATION == "silu":
         z = z * sigmoid(z, EXACT)
     return z
+
+
+@triton.jit
+def activate_and_derive(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """(activation of z, its derivative at z), which share their exponentials; (z, 1) for None. NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        if EXACT:
+            cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+            value = z * cdf
+        else:
+            size = tl.minimum(tl.abs(z), 32.0)
+            t = reciprocal(1.0 + 0.375705 * size)
+            p = -0.0911806684 * t + 0.2000518714
+            p = p * t + 0.0837157211
+            p = p * t + 0.1580672795
+            p = (p * t + 0.1493327026) * t
+            e = tl.exp2(size * (-0.7213475204444817 * size))
+            value = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - size * (p * e)
+            # of −|z|: Φ(−|z|) − |z|·φ(z), and 1 minus that of |z|
+            tail = e * (p - 0.3989422804014327 * size)
+            slope = tl.where(z < 0.0, tail, 1.0 - tail)
+            slope = tl.where(z == z, slope, z)
+    elif ACTIVATION == "gelu_tanh":
+        s = sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z), EXACT)
+        value = z * s
+        slope = s + value * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+    elif ACTIVATION == "quick_gelu":
+        s = sigmoid(1.702 * z, EXACT)
+        value = z * s
+        slope = s + 1.702 * value * (1.0 - s)
+    elif ACTIVATION == "relu":
+        value = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(z <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        s = sigmoid(z, EXACT)
+        value = z * s
+        slope = s + value * (1.0 - s)
+    else:
+        value, slope = z, tl.full(z.shape, 1.0, z.dtype)
+    return value, slope

@@ -51,6 +51,23 @@ def pick_layer_norm_config(width: int) -> LayerNormConfig:
 
 
 @dataclass(frozen=True)
+class LayerNormBwdConfig:
+    rows: int  # rows of a tile, while a row fits in one block
+    block: int
+    num_warps: int
+    programs: int = 512  # at most, while a row fits: each leaves a row of partial sums
+    chunk: int = 64  # rows whose sums one program takes, of wider rows
+
+
+def pick_layer_norm_bwd_config(width: int) -> LayerNormBwdConfig:
+    """About 16 elements of each tensor a thread. Depends on the width alone, as in the forward."""
+    block = max(16, power_of_two(width))
+    if block > 8192:
+        return LayerNormBwdConfig(rows=1, block=2048, num_warps=4)
+    return LayerNormBwdConfig(rows=max(1, 2048 // block), block=block, num_warps=4 if block <= 2048 else block // 512)
+
+
+@dataclass(frozen=True)
 class LinearConfig:
     block_m: int
     block_n: int
@@ -105,6 +122,23 @@ def pick_linear_config(
         tile = (128, 128, 32, 8 if out_dtype.itemsize > dtype.itemsize else 4, 4)
     block_m, block_n, block_k, num_warps, num_stages = tile
     return LinearConfig(block_m, block_n // 2 if gated else block_n, block_k, 8, num_warps, num_stages, tma)
+
+
+def pick_linear_train_config(
+    rows: int,
+    out_features: int,
+    two_products: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    tf32: bool,
+    unaligned: bool,
+    arch: int,
+    heavy: bool,
+) -> LinearConfig:
+    """Of the GEMM of training; ``heavy``: its epilogue draws a dropout mask, or reads one tile and writes two, for
+    which four warps have too few registers."""
+    config = pick_linear_config(rows, out_features, two_products, dtype, out_dtype, tf32, unaligned, arch)
+    return replace(config, num_warps=8) if heavy and config.block_m == 128 else config
 
 
 def split_k_config(

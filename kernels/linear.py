@@ -1,7 +1,7 @@
 """Linear layers on the GEMM of ``gemm``, with what surrounds them in a transformer block, and LayerNorm + linear.
 
     linear                    residual + row_scale[b] · gamma · act(x Wᵀ + bias)       every part but x Wᵀ optional
-    linear_residual           residual + row_scale[b] · gamma · (x Wᵀ + bias), LN(x) in x's place with inner_norm
+    linear_residual           residual + row_scale[b] · gamma · drop(x Wᵀ + bias), LN(x) in x's place with inner_norm
     layer_norm_linear         act(LN(x) Wᵀ + bias), in two launches
     linear_with_partials      residual + x Wᵀ + bias, and the row-statistics partials of that
     folded_linear             act((LN(x) without weight and bias) Wᵀ + bias), LN in the epilogue, from partials of x
@@ -18,7 +18,8 @@ folded_linear: x Wᵀ − mean · colsum(W) cancels where a row is far from zero
 digits; the rows of W should be centred, which keeps colsum(W) small.
 e4m3: weight_scale [N] undoes the scales of x and of the rows of W; out may be e4m3 too, with out_scale its scale;
 capability 8.9 and later. On sm_90 the tensor cores accumulate e4m3 only to about 2^-13 of a long sum.
-Limits: float64 in the interpreter only; dropout is not fused; loads narrower than 16 bytes (K not a multiple of 8 in
+Dropout, of a call in training, takes the kernel of ``gemm_train``.
+Limits: float64 in the interpreter only; loads narrower than 16 bytes (K not a multiple of 8 in
 16-bit types, x transposed) are slow.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from . import configs, launch
 from . import layer_norm as ln
 from .gemm import gemm
+from .gemm_train import linear_train
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
@@ -120,12 +122,19 @@ def linear_residual(
     row_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     config: configs.LinearConfig | None = None,
 ) -> Tensor:
-    """residual + row_scale · gamma · (LN(x) Wᵀ + bias), in the residual's dtype; LN only with an ``inner_norm``, in a
-    launch of its own that casts to the weight's dtype."""
+    """residual + row_scale · gamma · dropout(LN(x) Wᵀ + bias), in the residual's dtype; LN only with an ``inner_norm``,
+    in a launch of its own that casts to the weight's dtype. seed: int64, one element, where dropout_p > 0."""
     if inner_norm is not None:
         x = ln.layer_norm(x, *inner_norm, out_dtype=weight.dtype, norm=norm)
+    if dropout_p:
+        return linear_train(
+            x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, dropout_p=dropout_p, seed=seed,
+            config=config,
+        )[0]  # fmt: skip
     return linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=config)
 
 
@@ -139,8 +148,10 @@ def linear_residual_not_supported_reasons(
     row_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> list[str]:
-    reasons = launch.device_reasons(x, weight, bias, gamma, residual, row_scale)
+    reasons = launch.device_reasons(x, weight, bias, gamma, residual, row_scale, seed)
     if inner_norm is not None:
         reasons += [r for r in ln.not_supported_reasons(x, *inner_norm, norm=norm) if r not in reasons]
     return reasons

@@ -257,6 +257,88 @@ def linear_cases():
         yield case("fc2", "base", float32, branch, batch, 197, 3072, 768, float32, tf32=True)
 
 
+def layer_norm_bwd_cases():
+    from vit_fast.kernels.layer_norm_bwd import layer_norm_bwd
+
+    def call(batch, tokens, width, dtype, side, needs=(True, True, True), norm="layer", past=True):
+        x, grad = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(batch, tokens, width, dtype=side)
+        vector, statistics = torch.empty(width, dtype=side), torch.empty(batch * tokens)
+        layer_norm_bwd(
+            grad, x, vector, vector, statistics, statistics, norm=norm, needs=needs, residual_grad=x if past else None
+        )
+
+    for dtype in DTYPES:
+        for name, (tokens, width, _, _, _) in VITS.items():
+            yield case("layer_norm_bwd", name, dtype, call, 64, tokens, width, dtype, dtype)
+        for width in (4096, 8192, 20480):
+            yield case("layer_norm_bwd", f"width {width}", dtype, call, 1, 64, width, dtype, dtype)
+        base = ("layer_norm_bwd", "base", dtype, call, 64, 197, 768, dtype, dtype)
+        yield case(*base, needs=(True, False, False))
+        yield case(*base, needs=(False, True, True), past=False)
+        yield case(*base, norm="rms", past=False)
+        yield case("layer_norm_bwd", "base, fp32 x", dtype, call, 64, 197, 768, torch.float32, dtype)
+
+
+def linear_train_cases():
+    """The products of training and the passes around them; what torch multiplies is left out."""
+    from vit_fast.kernels.column_sums import branch_gradient, column_sums
+    from vit_fast.kernels.gemm_train import linear_train, pre_activation_gradient
+    from vit_fast.kernels.linear_bwd import layer_scale_bwd
+
+    def fc1(batch, tokens, width, out, dtype, activation="gelu", dropout_p=0.0, tf32=False):
+        x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
+        seed = torch.empty(1, dtype=torch.int64)
+        with matmul_precision("high" if tf32 else "highest"):
+            linear_train(
+                x, weight, torch.empty(out, dtype=dtype), activation, dropout_p=dropout_p, seed=seed, with_z=True
+            )
+
+    def fc2(batch, tokens, hidden, width, dtype):
+        x, weight = torch.empty(batch, tokens, hidden, dtype=dtype), torch.empty(width, hidden, dtype=dtype)
+        vector, seed = torch.empty(width, dtype=dtype), torch.empty(1, dtype=torch.int64)
+        residual = torch.empty(batch, tokens, width, dtype=dtype)
+        linear_train(
+            x, weight, vector, gamma=vector, residual=residual, row_scale=torch.empty(batch), dropout_p=0.1, seed=seed
+        )
+
+    def dz(batch, tokens, width, hidden, dtype, activation="gelu", with_hidden=True, dropout_p=0.0, tf32=False):
+        grad = torch.empty(batch, tokens, width, dtype=dtype)
+        z = torch.empty(batch, tokens, hidden * (1 + (activation in GATED)), dtype=dtype)
+        seed = torch.empty(1, dtype=torch.int64)
+        with matmul_precision("high" if tf32 else "highest"):
+            pre_activation_gradient(
+                grad, torch.empty(width, hidden, dtype=dtype), z, activation,
+                dropout_p=dropout_p, seed=seed, with_hidden=with_hidden,
+            )  # fmt: skip
+
+    def passes(batch, tokens, width, hidden, dtype):
+        grad, seed = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(1, dtype=torch.int64)
+        column_sums(grad)
+        branch_gradient(grad, dtype, torch.empty(batch), 0.1, seed, True)
+        wide, vector = torch.empty(width, hidden), torch.empty(width, dtype=dtype)
+        layer_scale_bwd(wide, torch.empty(width, hidden, dtype=dtype), vector, vector, torch.empty(width))
+
+    for dtype in DTYPES:
+        yield case("passes of a backward", "base", dtype, passes, 64, 197, 768, 3072, dtype)
+        for name, (tokens, width, _, hidden, _) in VITS.items():
+            yield case("dz", name, dtype, dz, 64, tokens, width, hidden, dtype)
+            yield case("fc1 with z", name, dtype, fc1, 64, tokens, width, hidden, dtype)
+        base = (dtype, dz, 64, 197, 768, 3072, dtype)
+        for activation in MORE_ACTIVATIONS:
+            yield case("dz", "base", *base, activation=activation)
+        yield case("dz", "base", *base, with_hidden=False)
+        yield case("dz", "base", *base, dropout_p=0.1)
+        yield case("dz", "base", dtype, dz, 1, 197, 768, 3072, dtype)
+        yield case("dz, odd depth", "base", dtype, dz, 64, 197, 588, 3072, dtype)
+        base = ("fc1 with z", "base", dtype, fc1, 64, 197, 768, 3072, dtype)
+        yield case(*base, activation="swiglu")
+        yield case(*base, dropout_p=0.1)
+        yield case("fc1 with z", "base", dtype, fc1, 1, 197, 768, 3072, dtype)
+        yield case("fc2 with dropout", "base", dtype, fc2, 64, 197, 3072, 768, dtype)
+    yield case("dz", "base", torch.float32, dz, 64, 197, 768, 3072, torch.float32, tf32=True)
+    yield case("fc1 with z", "base", torch.float32, fc1, 64, 197, 768, 3072, torch.float32, tf32=True)
+
+
 def layernorm_mlp_cases():
     """Launches only kernels of layer_norm and linear; the case shows that nothing else gets compiled."""
     from vit_fast.kernels.layernorm_mlp import layernorm_mlp
@@ -405,7 +487,7 @@ def linear_hopper_cases():
 
 
 OPERATIONS = (
-    attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, linear_cases,
-    layernorm_mlp_cases, patch_embed_cases,
-    prepared_blocks_cases, fp8_blocks_cases, linear_hopper_cases,
+    attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
+    linear_train_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases, fp8_blocks_cases,
+    linear_hopper_cases,
 )  # fmt: skip

@@ -29,6 +29,9 @@ def kernels():
 def check(kernels, args, row_scale=None, config=TILES, norm="layer", inner=None):
     options = dict(row_scale=row_scale, norm=norm, inner_norm=inner)
     out, mean, rstd, z = kernels.layernorm_mlp_fwd(*args, **options, config=config)
+    again, *_, nothing = kernels.layernorm_mlp_fwd(*args, **options, recompute=True, config=config)
+    assert z.dtype == args[4].dtype and z.shape == (*args[0].shape[:-1], len(args[4])) and nothing.numel() == 0
+    assert torch.equal(again, out)
     golden, golden_mean, golden_rstd, golden_z = formula(*args, **options)
     assert out.dtype == args[0].dtype and out.is_contiguous()
     assert_within_budget(out, reference.layernorm_mlp(*args, **options), golden)
@@ -164,7 +167,8 @@ def test_massive_activations(kernels, dtype):
 @pytest.mark.interp
 @pytest.mark.parametrize("shape", ((0, 5, 48), (2, 0, 48)))
 def test_nothing_to_do(kernels, shape):
-    out, mean, rstd, _ = kernels.layernorm_mlp_fwd(*problem(shape, 64, torch.float16))
+    out, mean, rstd, z = kernels.layernorm_mlp_fwd(*problem(shape, 64, torch.float16))
+    assert z.shape == (*shape[:-1], 64)
     assert out.shape == shape and mean.shape == rstd.shape == (0,)
 
 

@@ -54,7 +54,18 @@ class Triton(Backend):
 
     def _fill_tables(self) -> None:
         # Not at the head of the file: importing vit_fast needs no Triton.
-        from vit_fast.kernels import attention, attention_bwd, layer_norm, layernorm_mlp, linear, patch_embed
+        from vit_fast.kernels import (
+            attention,
+            attention_bwd,
+            layer_norm,
+            layer_norm_bwd,
+            layernorm_mlp,
+            layernorm_mlp_bwd,
+            linear,
+            linear_bwd,
+            patch_embed,
+            patch_embed_bwd,
+        )
 
         stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
         self.not_supported = {
@@ -79,8 +90,15 @@ class Triton(Backend):
             "linear_residual": linear.linear_residual,
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
-        self.dropout = frozenset({"attention"})
-        self.backward = {"attention": attention_bwd.attention_bwd}
+        self.dropout = frozenset({"attention", "linear_residual", "layernorm_mlp"})
+        self.backward = {
+            "attention": attention_bwd.attention_bwd,
+            "layer_norm": layer_norm_bwd.layer_norm_bwd,
+            "layer_norm_linear": linear_bwd.layer_norm_linear_bwd,
+            "linear_residual": linear_bwd.linear_residual_bwd,
+            "layernorm_mlp": layernorm_mlp_bwd.layernorm_mlp_bwd,
+            "patch_embed": patch_embed_bwd.patch_embed_bwd,
+        }
         self.backward_not_supported = {"attention": attention_bwd.backward_not_supported_reasons}
 
     def unavailable(self, device: torch.device) -> tuple[str, ...]:
