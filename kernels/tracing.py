@@ -60,6 +60,11 @@ def known_values(tensor: torch.Tensor) -> list[Any] | None:
 _in_torch_func._dynamo_marked_constant = _in_onnx_export._dynamo_marked_constant = True
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; "meta" has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: hides the function from an active torch.jit tracer.
 

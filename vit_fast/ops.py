@@ -35,7 +35,7 @@ from .kernels import arguments, reference
 from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
 from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
-from .kernels.tracing import is_transformed, known_values, transform_reasons
+from .kernels.tracing import autocasts, is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
 __all__ = [
@@ -226,7 +226,7 @@ def _differentiable(operation: str) -> Callable[..., Any]:
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside of an operator, whose inputs have been cast already."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -300,7 +300,7 @@ def _seeded(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> tuple[float
 
 def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, as eager casts the arguments of a matrix product."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     low = (torch.float16, torch.bfloat16, torch.float32)
@@ -353,7 +353,7 @@ def layer_norm(
     name = select.choose("layer_norm", x.device, (), x, weight, bias, eps, norm=norm)
     if _direct(name, x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps, norm=norm)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.float()
     return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, norm, _needs_grad(x, weight, bias), name)[0]
 

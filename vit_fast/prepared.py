@@ -29,6 +29,7 @@ from .class_swap import grouped
 from .kernels.arguments import UnsupportedError
 from .kernels.block_options import PLAIN, BlockOptions
 from .kernels.folding import flatten
+from .kernels.tracing import autocasts
 from .plain import why_not_plain
 from .precisions import PRECISIONS, Precision
 from .snapshot import HOOKS, Snapshot
@@ -152,7 +153,7 @@ class Prepared(Stale):
         """Why the blocks have to run one by one, or None. Where what was folded has changed, drops the weights."""
         if torch.is_grad_enabled():
             return _GRADIENTS
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device.type):
             return "autocast is enabled; they serve outside of it"
         changed = self._snapshot.changed()
         if changed is not None and (reason := self._steps_aside()):

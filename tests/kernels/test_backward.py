@@ -1,7 +1,7 @@
 """The backward kernels of LayerNorm, the linear layers, the MLP branch and patch embedding, called as the backends do.
 
-Forward and backward are the kernels' own, interpreted (``support.trained_operations``), truth is autograd of the reference in
-float64 on the same rounded inputs, eager the same at the dtype. The error budget of gradients, gradcheck through both
+Forward and backward are the kernels' own, interpreted (``support.trained_operations``), truth is autograd of the
+reference in float64 on the same rounded inputs, eager the same at the dtype. The error budget of gradients, gradcheck through both
 kernels, results that are not wanted, layouts of the incoming gradient, dropout masks, order of programs.
 """
 
@@ -61,7 +61,9 @@ def test_gradcheck(name):
 
     def function(*tensors):
         names = (*given, *absent)
-        return trained_operations.Trained.apply(problem.operation, problem.words, names, *tensors, *[None] * len(absent))
+        return trained_operations.Trained.apply(
+            problem.operation, problem.words, names, *tensors, *[None] * len(absent)
+        )
 
     assert torch.autograd.gradcheck(function, tuple(given.values()), fast_mode=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vit_fast.kernels.arguments import UnsupportedError
-from vit_fast.kernels.tracing import transform_reasons
+from vit_fast.kernels.tracing import autocasts, transform_reasons
 
 from . import quarantine
 from .base import Backend, backward_key
@@ -192,7 +192,7 @@ def _is_reference_alone(x: torch.Tensor) -> bool:
     if word != "auto":
         return word == "torch"
     device = x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if autocasts(device.type):
         return False
     for name, other in BACKENDS.items():
         if other is not TORCH and not unavailable(name, device) and not other.is_slower(x.dtype):

@@ -28,6 +28,7 @@ from vit_fast import backends
 from vit_fast.block import pass_over_prepared, run_blocks
 from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.arguments import UnsupportedError
+from vit_fast.kernels.tracing import autocasts
 from vit_fast.plain import TENSORS, Fusible
 
 Found = tuple[str, nn.Module, type]  # name, module, class of the library
@@ -124,18 +125,12 @@ def not_dense(x: torch.Tensor, dims: int) -> str | None:
     return f"the input has {x.dim()} dimensions, not {dims}" if x.dim() != dims else None
 
 
-def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for the device of x."""
-    kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | None, dims: int = 3) -> str | None:
     """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None. The fused
     branches return the dtype of the residual x. ``dims``: the dimensions of x, where these are not 3."""
     if reason := not_dense(x, dims):
         return reason
-    if autocasts(x):
+    if autocasts(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         if x.dtype == torch.float32 or (x.dtype == low and all(gamma is None for gamma in gammas)):
             return None

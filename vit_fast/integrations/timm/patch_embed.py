@@ -11,7 +11,8 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.integrations import Fused, autocasts, not_dense
+from vit_fast.integrations import Fused, not_dense
+from vit_fast.kernels.tracing import autocasts
 from vit_fast.plain import submodules
 
 from .parts import NORM_OR_NONE, normalise
@@ -37,7 +38,7 @@ class FastPatchEmbed(Fused, PatchEmbed):
         """Why timm would refuse, pad or cast images of this size or dtype, or None."""
         if reason := not_dense(x, 4):
             return reason
-        if autocasts(x):
+        if autocasts(x.device.type):
             return "autocast is on"
         if x.dtype != self.proj.weight.dtype:
             return f"the images are {x.dtype}, the weights are {self.proj.weight.dtype}"
