@@ -1,8 +1,8 @@
 """The backward kernels of LayerNorm, the linear layers, the MLP branch and patch embedding, called as the backends do.
 
 Forward and backward are the kernels' own, interpreted (``support.trained_operations``), truth is autograd of the
-reference in float64 on the same rounded inputs, eager the same at the dtype. The error budget of gradients, gradcheck through both
-kernels, results that are not wanted, layouts of the incoming gradient, dropout masks, order of programs.
+reference in float64 on the same rounded inputs, eager the same at the dtype. The error budget of gradients, gradcheck
+through both kernels, results that are not wanted, layouts of the incoming gradient, dropout masks, order of programs.
 """
 
 import pytest
