@@ -397,9 +397,7 @@ def test_reasons(kernels):
 def test_gradcheck_through_both_kernels(kernels, tokens):
     tensors = [torch.randn(1, n, 2 * 3, dtype=torch.float64, requires_grad=True) for n in (2, tokens, tokens)]
     with vit_fast.backend("triton"):
-        assert torch.autograd.gradcheck(
-            lambda q, k, v: ops.attention(q, 2, 0.4, k=k, v=v), tensors, fast_mode=True
-        )
+        assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, 2, 0.4, k=k, v=v), tensors, fast_mode=True)
         if tokens == 5:
             qkv = torch.randn(1, tokens, 18, dtype=torch.float64, requires_grad=True)
             assert torch.autograd.gradcheck(lambda qkv: ops.attention(qkv, 2, -0.4), [qkv], fast_mode=True)
