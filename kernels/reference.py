@@ -649,8 +649,10 @@ def attention(
         return torch.cat(sequences, dim=2).transpose(1, 2).flatten(2)
     mask = score_mask(q, k, bias, rel_pos, key_lengths, cu_seqlens)
     # torch's fused attention on a CPU has no forward-mode derivative, no second derivative and no vmap rule.
-    if is_transformed() or (dropout_p and seed is not None):
-        out = dropout(attention_weights(q, k, scale, mask), dropout_p, seed) @ v
+    if dropout_p and seed is not None:
+        out = _wide_attention(q, k, v, scale, mask, dropout_p, seed)[0]
+    elif is_transformed():
+        out = dropout(attention_weights(q, k, scale, mask), dropout_p, None) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
@@ -683,12 +685,8 @@ def attention_fwd(
         if mask is not None:  # torch's LSE of a query without keys is 0
             lse = lse.masked_fill((mask == -math.inf).all(-1).expand(lse.shape), -math.inf)
     else:
-        scores = _scores(q.to(_stat_dtype(q)), k.to(_stat_dtype(q)), scale, mask)
+        out, scores = _wide_attention(q, k, v, scale, mask, dropout_p, seed)
         lse = torch.logsumexp(scores, -1)
-        p = torch.exp(scores.sub_(lse[..., None])).nan_to_num_(nan=0.0)
-        if dropout_p:
-            p *= dropout_mask(seed, p.shape, dropout_p, p.device)
-        out = p.to(v.dtype) @ v
     return out.transpose(1, 2).flatten(2), lse
 
 
@@ -710,8 +708,17 @@ def _of_scores(options):
 
 def _scores(q, k, scale, mask):
     """What the softmax takes."""
-    scores = (q @ k.transpose(-2, -1)).mul_(scale)
-    return scores if mask is None else scores.add_(mask)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    return scores if mask is None else scores + mask
+
+
+def _wide_attention(q, k, v, scale, mask, dropout_p, seed):
+    """(out, scores) of heads [B, H, N, D], the scores and probabilities in float32 or wider."""
+    stat = _stat_dtype(q)
+    scores = _scores(q.to(stat), k.to(stat), scale, mask if mask is None else mask.to(stat))
+    p = scores.softmax(-1)
+    p = p if mask is None else torch.nan_to_num(p, nan=0.0)
+    return dropout(p, dropout_p, seed).to(v.dtype) @ v, scores
 
 
 def attention_bwd(
@@ -776,7 +783,7 @@ def attention_bwd(
 
 def _attention_bwd(dout, out, q, k, v, lse, scale, mask, dropout_p, seed):
     """(dq, dk, dv, dscores) of heads [B, H, N, D] in the dtype of lse; the probabilities are computed again."""
-    p = torch.exp(_scores(q, k, scale, mask).sub_(lse[..., None]))
+    p = _scores(q, k, scale, mask).sub_(lse[..., None]).exp_()
     if mask is not None:
         p.nan_to_num_(nan=0.0)  # a query without keys
     dp = dout @ v.transpose(-2, -1)

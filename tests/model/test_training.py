@@ -6,6 +6,8 @@ without it, a call of the backend ``torch`` that drops is left to PyTorch's own 
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -53,7 +55,7 @@ def step(net, images=None, run=None):
     """The loss of a step and its gradients by name."""
     net.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    loss = F.cross_entropy((run or net)(images_for(net) if images is None else images), LABELS)
+    loss = F.cross_entropy((net if run is None else run)(images_for(net) if images is None else images), LABELS)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -158,16 +160,15 @@ def test_checkpointing_is_bit_equal(backend, reentrant, request):
     if backend == "seeded":
         request.getfixturevalue("seeded")
     net = model(**DROPS)
-
-    def recomputed(images):
-        tokens = net.patch_embed(images).requires_grad_()
-        body = functools.partial(checkpoint_sequential, net.blocks, 2, use_reentrant=reentrant)
-        return net.head(net.norm(body(tokens)).mean(1))
-
-    def plain(images):
-        return net.head(net.norm(net.blocks(net.patch_embed(images).requires_grad_())).mean(1))
-
-    assert_same_step(step(net, run=recomputed), step(net, run=plain), rtol=0, atol=0)
+    blocks, results = net.blocks, []
+    for run in (functools.partial(checkpoint_sequential, blocks, 2, use_reentrant=reentrant), blocks):
+        blocks.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        tokens = torch.randn(2, 17, 48, requires_grad=True)
+        out = run(input=tokens)
+        out.sin().sum().backward()
+        results.append([out, tokens.grad, *(parameter.grad for parameter in blocks.parameters())])
+    assert all(torch.equal(again, kept) for again, kept in zip(*results, strict=True))
 
 
 def test_selective_checkpointing_by_the_published_names(seeded):
@@ -284,18 +285,14 @@ def test_an_averaged_copy_follows():
     assert average.eval()(images).isfinite().all() and not torch.equal(average(images), net.eval()(images))
 
 
-@pytest.mark.parametrize(
-    "grad, told",
-    [
-        (torch.ones(2, 17, 47), "shape"),
-        (torch.ones(2, 17, 48, dtype=torch.int64), "dtype|Long|int|real"),
-    ],
-)
-def test_a_gradient_that_does_not_fit(grad, told):
-    block = model().blocks[0]
-    out = block(torch.randn(2, 17, 48))
-    with pytest.raises((RuntimeError, ValueError), match=told):
-        out.backward(grad)
+def test_a_gradient_that_does_not_fit():
+    """Another shape is an error; autograd brings another dtype to that of the output, as for eager PyTorch."""
+    block, x = model().blocks[0], torch.randn(2, 17, 48, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"[sS]hape"):
+        block(x).backward(torch.ones(2, 17, 47))
+    grad = torch.randn(2, 17, 48)
+    (wide,), (same,) = (torch.autograd.grad(block(x), x, g) for g in (grad.double(), grad))
+    assert torch.equal(wide, same)
 
 
 @pytest.mark.parametrize("place", ["input", "weight"])
@@ -309,26 +306,32 @@ def test_a_tensor_changed_in_place(place):
         out.sum().backward()
 
 
-def _train_two(rank, path, states):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    try:
-        net = model(init_values=0.5)
-        ddp = torch.nn.parallel.DistributedDataParallel(net)
-        images = images_for(net)[rank : rank + 1]
-        F.cross_entropy(ddp(images), LABELS[rank : rank + 1]).backward()
-        if rank == 0:
-            torch.save({name: p.grad for name, p in net.named_parameters()}, states)
-    finally:
-        torch.distributed.destroy_process_group()
+_TWO = """
+import sys, torch
+from vit_fast.vit import VisionTransformer
+rank, store, grads = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+net = VisionTransformer(**SIZE).train()
+images = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(1))[rank : rank + 1]
+ddp = torch.nn.parallel.DistributedDataParallel(net)
+torch.nn.functional.cross_entropy(ddp(images), torch.tensor([1, 3])[rank : rank + 1]).backward()
+if rank == 0:
+    torch.save({name: p.grad for name, p in net.named_parameters()}, grads)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_two_processes_are_one(tmp_path):
-    states = str(tmp_path / "grads.pt")
-    torch.multiprocessing.spawn(_train_two, (str(tmp_path), states), nprocs=2)
-    grads = torch.load(states)
-    alone = step(model(init_values=0.5))[1]
-    for name, grad in alone.items():
+    """DistributedDataParallel over gloo averages to the gradients of one process with both images."""
+    size = {**SMALL, "init_values": 0.5}
+    code, paths = _TWO.replace("SIZE", repr(size)), [str(tmp_path / "store"), str(tmp_path / "grads.pt")]
+    ranks = [subprocess.Popen([sys.executable, "-P", "-c", code, str(rank), *paths]) for rank in (0, 1)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    grads = torch.load(paths[1])
+    for name, grad in step(model(init_values=0.5))[1].items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
@@ -357,7 +360,7 @@ def test_masks_drop_at_their_rate_and_on_their_own():
     shape, p = (4, 3, 32, 32), 0.3
     seeds = [torch.tensor([seed]) for seed in (0, 1, 2**33, -5)]
     masks = torch.stack([reference.dropout_mask(seed, shape, p, torch.device("cpu")) for seed in seeds])
-    assert set(masks.unique().tolist()) == {0.0, pytest.approx(1 / (1 - p))}
+    assert masks.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
     keep = (masks > 0).double()
     for rates in (keep.mean((1, 2, 3, 4)), keep.mean((0, 1, 3, 4)), keep.mean((0, 1, 2, 4))):
         count = keep.numel() / rates.numel()
