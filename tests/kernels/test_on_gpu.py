@@ -56,6 +56,10 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
             (x, *norm(), *mlp),
         ),
         "attention": (lambda qkv: ops.attention(qkv, heads, scale), (t(batch, tokens, 3 * width),)),
+        "attention gradient": (
+            lambda qkv, grad: _attention_gradient(qkv, grad, heads, scale),
+            (t(batch, tokens, 3 * width), t(batch, tokens, width)),
+        ),
         "attention pooled": (
             lambda q, k, v: ops.attention(q, heads, scale, k=k, v=v),
             (t(batch, 1, width), t(batch, tokens, width), t(batch, tokens, width)),
@@ -83,6 +87,12 @@ STACKS = ("prepared_blocks", "fp8_blocks")
 CASES = [(name, dtype) for dtype in DTYPES for name in NAMES if name not in STACKS or dtype != "float32"]
 each = pytest.mark.parametrize("name,dtype", CASES)
 sizes = pytest.mark.parametrize("size", (BASE, FEW), ids=("batch 8", "batch 1"))
+
+
+def _attention_gradient(qkv, grad, heads, scale):
+    with torch.enable_grad():
+        qkv = qkv.detach().requires_grad_()
+        return torch.autograd.grad(ops.attention(qkv, heads, scale), qkv, grad)[0]
 
 
 def problem(name, dtype, device, size):
