@@ -10,8 +10,7 @@ All norms are LayerNorms, or all are RMSNorms (``norm``). A norm that is None is
 what a branch returns). With value_skip "only", v takes the place of x in the first line, so that x may have another
 width than v.
 ``run_blocks`` takes x through a stack of blocks, all at once where ``vit_fast.prepare`` has prepared them.
-Every operation below goes through ``ops``; dropout inside a fused operation splits it at the place where eager PyTorch
-applies dropout.
+Every operation below goes through ``ops``, which draws the seeds of dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -143,15 +142,12 @@ def mlp_branch(
     x: torch.Tensor, p: BlockParams, *, row_scale: torch.Tensor | None = None, proj_drop: float = 0.0
 ) -> torch.Tensor:
     """x plus the MLP branch; proj_drop acts after the activation and after fc2, as in timm."""
-    if p.norm2 is None:
-        hidden = activate(F.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
-    elif proj_drop == 0.0:
+    if p.norm2 is not None:
         return ops.layernorm_mlp(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
-            row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm,
+            row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=proj_drop, out_dropout_p=proj_drop,
         )  # fmt: skip
-    else:
-        hidden = ops.layer_norm_linear(x, *p.norm2, p.fc1_weight, p.fc1_bias, p.activation, norm=p.norm)
+    hidden = activate(F.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
     if proj_drop:
         hidden = F.dropout(hidden, proj_drop)
     return ops.linear_residual(

@@ -38,7 +38,15 @@ from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
 from .kernels.tracing import is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
-__all__ = ["attention", "layer_norm", "layer_norm_linear", "layernorm_mlp", "linear_residual", "patch_embed"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "layer_norm",
+    "layer_norm_linear",
+    "layernorm_mlp",
+    "linear_residual",
+    "patch_embed",
+]
 
 # torch ≤ 2.11 warns on import of its FLOP counter where Triton is absent; importing vit_fast is silent.
 _flop_log = logging.getLogger("torch.utils.flop_counter")
@@ -251,7 +259,7 @@ def _norm_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
 _NO_NORM = None, None, None  # weight, bias and eps of an inner norm that is not there
 
 
-def _dropout(p: float, seed: torch.Tensor | None, prefix: str = "") -> dict[str, Any]:
+def _dropout(p: float, seed: torch.Tensor | None, *, prefix: str = "") -> dict[str, Any]:
     """Dropout as the functions of the backends' tables take it; nothing where nothing is dropped."""
     return {f"{prefix}dropout_p": p, f"{prefix}seed": seed} if p else {}
 
@@ -260,7 +268,8 @@ def _branch_options(row_scale: Any, weight: Any, bias: Any, eps: Any, norm: str,
     """What an operator has last, by the names of the backends' functions: row_scale, the weight, bias and eps of an
     inner norm (None for the eps: there is none), norm, and one or two pairs of dropout_p and seed."""
     inner_norm = None if eps is None else (weight, bias, eps)
-    drops = _dropout(*dropouts[:2]) | _dropout(*(dropouts[2:] or (0.0, None)), prefix="out_")
+    (p, seed), (out_p, out_seed) = dropouts[:2], dropouts[2:] or (0.0, None)
+    drops = _dropout(p, seed) | _dropout(out_p, out_seed, prefix="out_")
     return dict(row_scale=row_scale, norm=norm, inner_norm=inner_norm, **drops)
 
 
@@ -589,7 +598,7 @@ def layernorm_mlp(
     name = select.choose(
         "layernorm_mlp", x.device, (), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
         row_scale=row_scale, norm=norm, inner_norm=inner_norm, **_dropout(dropout_p, seed),
-        **_dropout(out_dropout_p, out_seed, "out_"),
+        **_dropout(out_dropout_p, out_seed, prefix="out_"),
     )  # fmt: skip
     inner = inner_norm or _NO_NORM
     tensors = x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner[:2]
@@ -740,8 +749,8 @@ def _options_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> Any:
     qkv, k, v, *options, num_heads, scale, dropout_p, seed = inputs
-    options, drops = _options_of_inputs(*options), _dropout(dropout_p, seed)
-    return run(grad, qkv, num_heads, scale, k, v, *saved, **options, **drops, needs=needs)
+    given = _options_of_inputs(*options) | _dropout(dropout_p, seed)
+    return run(grad, qkv, num_heads, scale, k, v, *saved, **given, needs=needs)
 
 
 def _options_flops(qkv: Any, k: Any, v: Any, *inputs: Any, **_: Any) -> int:
@@ -1019,6 +1028,18 @@ _register(
     _patch_embed_backward,
     _patch_embed_flops,
 )
+
+
+# Forward operators by name, for policies of selective activation checkpointing: with
+# ``torch.utils.checkpoint.create_selective_checkpoint_contexts`` name what to keep, for example
+# ``OPERATORS["attention"]``; they run where gradients are wanted, but not under torch.compile of the backend ``torch``.
+OPERATORS: dict[str, torch._ops.OpOverload] = {
+    name: getattr(torch.ops.vit_fast, f"{name}_fwd").default
+    for name in (
+        *("layer_norm", "layer_norm_linear", "linear_residual", "layernorm_mlp", "attention", "attention_options"),
+        "patch_embed",
+    )
+}
 
 
 @torch.fx.wrap

@@ -254,11 +254,12 @@ def mlp_branch(
     after the last layer."""
     inner, fc2, row_scale = inner_norm(mlp), last_layer(mlp), drop_path_scale(x, path, True)
     word = None if residual is not None or type(mlp) in _SPLIT else activation(mlp)
-    if word is not None and drop == 0.0 and (not inner or inner["norm"] == norm_kind(norm)):
+    if word is not None and (not inner or inner["norm"] == norm_kind(norm)):
         fc1, inner["norm"] = mlp.fc1, norm_kind(norm)
         return ops.layernorm_mlp(
-            x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma, row_scale=row_scale, **inner
-        )
+            x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma,
+            row_scale=row_scale, dropout_p=drop, out_dropout_p=drop, **inner,
+        )  # fmt: skip
     y = hidden(mlp, x, norm)
     y = F.dropout(y, drop) if drop else y
     residual = x if residual is None else residual
