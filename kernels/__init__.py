@@ -15,14 +15,21 @@ One file is one operation: head comment, device code, launch, public function.
 ``launch_plan``       the launches of a stack of blocks, noted once and repeated
 ``warming``           launches compiled in threads and not run
 ``layer_norm``        LayerNorm over the last axis; row-statistics partials
+``dropout``           dropout masks in kernels, by Philox
+``column_sums``       sums over the rows of a matrix, in two stages
+``layer_norm_bwd``    the backward of LayerNorm
 ``activations``       activations on a tile
 ``gemm``              the GEMM kernel with its epilogue and tile order
+``gemm_train``        the GEMM of training: pre-activation kept, dropout, the gradient at a pre-activation
 ``linear``            linear layers on it: activation, LayerScale, residual, folded LayerNorm
 ``linear_hopper``     the same for sm_90 in Gluon; a candidate of benchmarks/tune/
+``linear_bwd``        the backward of linear layers, LayerScale included
 ``layernorm_mlp``     LayerNorm + MLP + residual
+``layernorm_mlp_bwd``  its backward
 ``attention``         attention on packed or separate q, k, v
 ``attention_bwd``     its gradients
 ``patch_embed``       patch embedding as an implicit GEMM
+``patch_embed_bwd``   its backward: im2col and PyTorch's product, sums over images
 ``prepared_blocks``   transformer blocks on folded weights
 ``fp8_blocks``        transformer blocks in float8
 ====================  ==========================================================

@@ -72,7 +72,7 @@ def _store_forward(
         if value is None:
             tl.store(z_ptr + index, acc.to(z_ptr.dtype.element_ty), mask=mask)
         else:
-            z_ptrs = z_ptr + (row * (2 * out_features))[:, None] + column[None, :]
+            z_ptrs = z_ptr + (row * out_features * 2)[:, None] + column[None, :]
             tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask)
             tl.store(z_ptrs + out_features, value.to(z_ptr.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION, EXACT)
@@ -116,7 +116,7 @@ def _store_backward(
     index = (row * out_features)[:, None] + column[None, :]
     wide = index
     if GATED:
-        wide = (row * (2 * out_features))[:, None] + column[None, :]
+        wide = (row * out_features * 2)[:, None] + column[None, :]
     z = tl.load(z_ptr + wide, mask=mask, other=0.0).to(ACC)
     hidden, slope = activate_and_derive(z, ACTIVATION, EXACT)
     if dropout is not None:
