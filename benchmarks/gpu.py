@@ -36,7 +36,7 @@ import first_look
 from child import Stage, run, triton_error
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("limits", "check", "tests", "sanitizer", "models", "profile", "tune", "operations", "families")
+GROUPS = ("limits", "check", "tests", "sanitizer", "models", "training", "profile", "tune", "operations", "families")
 VIT_S, VIT_B, VIT_L = (f"vit_{width}_patch16_224" for width in ("small", "base", "large"))
 VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
 ALL = "eager,torchvision,transformers,compile,compile-cudagraphs,compile-max-autotune"
@@ -80,6 +80,18 @@ def stages(out: Path, only: str) -> list[Stage]:
     )
     file = ("--time-budget", "260", "--results-file", str(_rows_file(out, VIT_B, FLOAT8)))
     models.insert(1, Stage(f"models {VIT_B} {FLOAT8}", (*bench, *words, *file), 300, cold=True, float8=True))
+    words = (
+        "--bench",
+        "train",
+        "--model",
+        VIT_B,
+        "--batch-size",
+        "256,64",
+        "--baselines",
+        "eager,transformers,compile",
+    )
+    file = ("--time-budget", "260", "--results-file", f"{out}/training.json")
+    training = Stage(f"training {VIT_B}", (*bench, *words, *file), 300, cold=True)
     profiles = []
     for provider, batch in (("prepared", 256), ("prepared", 1), ("vit_fast", 256), ("fp8", 256)):
         words = ("--model", VIT_B, "--provider", provider, "--batch-size", str(batch), "--precision", "bfloat16")
@@ -98,6 +110,7 @@ def stages(out: Path, only: str) -> list[Stage]:
         "tests": [Stage("tests", (*pytest, "tests", "-m", "gpu", "-n", "4", f"--junitxml={out}/tests.xml"), 360)],
         "sanitizer": [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 150)],
         "models": models,
+        "training": [training],
         "profile": profiles,
         "tune": [Stage("tune", ("-P", "benchmarks/tune", "--out", f"{out}/tune.json"), 300)],
         "operations": [Stage("operations", (*pytest, "benchmarks", f"--benchmark-json={out}/operations.json"), 300)],

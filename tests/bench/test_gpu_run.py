@@ -18,7 +18,7 @@ from vit_fast.cli.check import check
 from vit_fast.cli.profile import profile
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-GROUPS = "limits,check,tests,sanitizer,models,profile,tune,operations,families"
+GROUPS = "limits,check,tests,sanitizer,models,training,profile,tune,operations,families"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-ON_A_CPU = README.index("## On a CPU"), README.index("## Check it yourself")  # needs the C++ library
+ON_A_CPU = README.index("## On a CPU"), README.index("## Train")  # needs the C++ library
 
 
 def run(text):

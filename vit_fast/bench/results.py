@@ -88,7 +88,7 @@ def _write(path, file_format, content, rows):
 
 def write_rows(rows: list[Row], path: Path, file_format: str) -> None:
     """The rows of a comparison as a JSON list or as CSV, one row a provider and batch size."""
-    first = COLUMNS
+    first: tuple[str, ...] = COLUMNS
     if rows and rows[0].get("bench") == "train":
         first = tuple(name.replace("infer_", "train_") for name in COLUMNS if name not in _INFERENCE_ONLY)
     names = dict.fromkeys([*first, *(key for row in rows for key in row)])

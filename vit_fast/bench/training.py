@@ -127,7 +127,8 @@ def _flat(gradients, golden):
 
 def _first_calls(parts, module, expected, pixels, settings):
     """Compares gradients (ours) or the loss with timm's, and fills in the first call and the backends."""
-    row, golden, eager, loss = parts[training_step.STEP].row, *expected
+    row = parts[training_step.STEP].row
+    golden, eager, loss = expected
     if row["provider"] == PLAIN:
         with backends.recording() as choices:
             found = training_step.gradients(module, pixels[:PARITY_IMAGES], settings)

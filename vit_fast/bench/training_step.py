@@ -6,6 +6,7 @@ each call. Every provider trains its own copy of the weights.
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def labels_for(logits: torch.Tensor) -> torch.Tensor:
 
 def loss_of(model: Callable[..., Any], pixels: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The loss under the autocast of the settings, in float32 or more."""
-    cast = contextlib.nullcontext()
+    cast: AbstractContextManager[Any] = contextlib.nullcontext()
     if settings.amp_dtype:
         cast = torch.autocast(settings.device.type, settings.compute_dtype)
     with cast:
