@@ -294,6 +294,15 @@ def linear_bwd(
     return dx, dweight, _column_sums(drows, bias.dtype) if wants[2] else None
 
 
+def _wide_product(dz, x):
+    """dzᵀ x over the rows, in float32 or wider: what is multiplied once more is not rounded to 16 bits between."""
+    left, right = dz.reshape(-1, dz.shape[-1]).t(), x.reshape(-1, x.shape[-1])
+    stat = _stat_dtype(dz)
+    if dz.dtype != stat and dz.is_cuda:
+        return torch.mm(left, right, out_dtype=stat)
+    return left.to(stat) @ right.to(stat)
+
+
 def _column_sums(rows, dtype):
     """The sums over the rows, accumulated in ``_stat_dtype``."""
     return rows.sum(0, dtype=_stat_dtype(rows)).to(dtype)
@@ -401,11 +410,12 @@ def linear_residual_bwd(
         stat = _stat_dtype(g)
         scale, of_sums = gamma.to(stat), of_bias or (of_gamma and bias is not None)
         scaled = (weight * scale[:, None]).to(weight.dtype) if of_product else weight
-        dx, dweight, _ = linear_bwd(g, normal, scaled, None, (of_product, of_weight or of_gamma, False))
+        dx = g @ scaled if of_product else None
+        dweight = _wide_product(g, normal) if of_weight or of_gamma else None
         sums = _column_sums(g.reshape(-1, g.shape[-1]), stat) if of_sums else None
         dgamma = dbias = None
         if of_gamma:
-            dgamma = (weight * dweight).sum(1, dtype=stat)
+            dgamma = (weight * dweight).sum(1)
             dgamma = (dgamma if bias is None else torch.addcmul(dgamma, bias.to(stat), sums)).to(gamma.dtype)
         if of_bias:
             dbias = (sums * scale).to(bias.dtype)
@@ -758,7 +768,7 @@ def attention_bwd(
         )  # fmt: skip
         ds = None
     else:
-        dq, dk, dv, ds = _attention_bwd(dout.to(stat), out.to(stat), *turned, lse, scale, mask, dropout_p, seed)
+        dq, dk, dv, ds = _attention_bwd(dout.to(stat), *turned, scale, mask, dropout_p, seed)
     more: tuple[Tensor | None, ...] = ()
     if options:
         dbias = None if bias is None or ds is None else ds.sum_to_size(bias.shape).to(bias.dtype)
@@ -781,9 +791,10 @@ def attention_bwd(
     return *(t.transpose(1, 2).flatten(2).to(qkv.dtype) for t in (dq, dk, dv)), *more
 
 
-def _attention_bwd(dout, out, q, k, v, lse, scale, mask, dropout_p, seed):
-    """(dq, dk, dv, dscores) of heads [B, H, N, D] in the dtype of lse; the probabilities are computed again."""
-    p = _scores(q, k, scale, mask).sub_(lse[..., None]).exp_()
+def _attention_bwd(dout, q, k, v, scale, mask, dropout_p, seed):
+    """(dq, dk, dv, dscores) of heads [B, H, N, D] in one wide dtype. The probabilities are computed again, and their
+    sums too: LSE and output of another backend's forward are rounded otherwise."""
+    p = _scores(q, k, scale, mask).softmax(-1)
     if mask is not None:
         p.nan_to_num_(nan=0.0)  # a query without keys
     dp = dout @ v.transpose(-2, -1)
@@ -793,7 +804,8 @@ def _attention_bwd(dout, out, q, k, v, lse, scale, mask, dropout_p, seed):
         dv = (p * keeps).transpose(-2, -1) @ dout
     else:
         dv = p.transpose(-2, -1) @ dout
-    ds = p.mul_(dp.sub_((dout * out).sum(-1, keepdim=True)))
+    dp -= (p * dp).sum(-1, keepdim=True)
+    ds = p.mul_(dp)
     return (ds @ k) * scale, (ds.transpose(-2, -1) @ q) * scale, dv, ds
 
 

@@ -259,7 +259,7 @@ def _norm_by_name(run: Callable[..., Any], *inputs: Any) -> Any:
 _NO_NORM = None, None, None  # weight, bias and eps of an inner norm that is not there
 
 
-def _dropout(p: float, seed: torch.Tensor | None, prefix: str = "") -> dict[str, Any]:
+def _dropout(p: float, seed: torch.Tensor | None, *, prefix: str = "") -> dict[str, Any]:
     """Dropout as the functions of the backends' tables take it; nothing where nothing is dropped."""
     return {f"{prefix}dropout_p": p, f"{prefix}seed": seed} if p else {}
 
@@ -268,7 +268,8 @@ def _branch_options(row_scale: Any, weight: Any, bias: Any, eps: Any, norm: str,
     """What an operator has last, by the names of the backends' functions: row_scale, the weight, bias and eps of an
     inner norm (None for the eps: there is none), norm, and one or two pairs of dropout_p and seed."""
     inner_norm = None if eps is None else (weight, bias, eps)
-    drops = _dropout(*dropouts[:2]) | _dropout(*(dropouts[2:] or (0.0, None)), prefix="out_")
+    (p, seed), (out_p, out_seed) = dropouts[:2], dropouts[2:] or (0.0, None)
+    drops = _dropout(p, seed) | _dropout(out_p, out_seed, prefix="out_")
     return dict(row_scale=row_scale, norm=norm, inner_norm=inner_norm, **drops)
 
 
@@ -597,7 +598,7 @@ def layernorm_mlp(
     name = select.choose(
         "layernorm_mlp", x.device, (), x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
         row_scale=row_scale, norm=norm, inner_norm=inner_norm, **_dropout(dropout_p, seed),
-        **_dropout(out_dropout_p, out_seed, "out_"),
+        **_dropout(out_dropout_p, out_seed, prefix="out_"),
     )  # fmt: skip
     inner = inner_norm or _NO_NORM
     tensors = x, ln_weight, ln_bias, w1, b1, w2, b2, gamma, row_scale, *inner[:2]
@@ -748,8 +749,8 @@ def _options_backward(
     run: Callable[..., Any], grad: torch.Tensor, inputs: Sequence[Any], saved: Sequence[Any], needs: Sequence[bool]
 ) -> Any:
     qkv, k, v, *options, num_heads, scale, dropout_p, seed = inputs
-    options, drops = _options_of_inputs(*options), _dropout(dropout_p, seed)
-    return run(grad, qkv, num_heads, scale, k, v, *saved, **options, **drops, needs=needs)
+    given = _options_of_inputs(*options) | _dropout(dropout_p, seed)
+    return run(grad, qkv, num_heads, scale, k, v, *saved, **given, needs=needs)
 
 
 def _options_flops(qkv: Any, k: Any, v: Any, *inputs: Any, **_: Any) -> int:
