@@ -283,7 +283,9 @@ def _gradients(dout, q, k, v, out, lse, *, grads, num_heads, scale, config, key_
     blocks = max(configs.cdiv(k.shape[1], config.by_keys.block_n), configs.cdiv(num_queries, config.by_queries.block_m))
     if config.by_keys.tma:
         dout, q, out = (
-            x if _tma_compatible(x, _head_slices(size := x.shape[2] // num_heads), size) else x.contiguous()
+            x
+            if _tma_compatible(x, _head_slices(size := x.shape[2] // num_heads), size)
+            else x.clone(memory_format=torch.contiguous_format)
             for x in (dout, q, out)
         )
     images = max(1, _MAX_PROGRAMS // (num_heads * blocks))

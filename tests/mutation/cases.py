@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_attention
+import test_attention_bwd
 import test_attention_options
 import test_errors
 import test_fp8_blocks
@@ -31,6 +32,7 @@ from support.prepared_blocks import block as whole_block
 from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
+from vit_fast.kernels import attention_bwd as attention_bwd_kernels
 from vit_fast.kernels import configs as configs_module
 from vit_fast.kernels import folding, reference
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
@@ -880,6 +882,88 @@ def _attention_launches(kernels, module):
         "_attention_fwd_streaming_kernel",
         lambda: kernels.attention(torch.empty(1, 5, 48, device="cuda"), 1, 1.0),
     )
+
+
+def attention_bwd():
+    kernels, module = attention_bwd_kernels, test_attention_bwd
+    whole, looped, tma = module.WHOLE, module.LOOPED, module.tiles(16, 64, True)
+    for config in (whole, looped):
+        for dtype in (FLOAT16, BFLOAT16, FLOAT32):
+            module.check(*module.problem(2, 19, 2, 24, dtype), 2, -0.3, config)
+        lengths = dict(key_lengths=torch.tensor([17, 0]))
+        separate = module.problem(2, 5, 2, 40, FLOAT32, 35, 24)
+        module.check(*separate, 2, 0.2, config, expected_zeros=0.8, **lengths)
+        module.check(*separate, 2, 0.2, config, dropout_p=0.25, seed=torch.tensor([2**40 + 3]))
+        module.test_what_lies_behind_the_keys_is_not_read(kernels, config)
+        with pytest.MonkeyPatch.context() as patch:
+            module.test_batch_mates_and_program_counts_do_not_change_a_bit(kernels, patch, config)
+        for packed in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                module.test_only_what_is_wanted_is_computed(kernels, patch, config, packed)
+    grad, tensors = module.problem(2, 19, 2, 16, FLOAT16)
+    expected = module.kernel_gradients(grad, tensors, 2, 0.25, tma)[1]
+    shifted = torch.empty(grad.numel() + 1, dtype=FLOAT16)[1:].view(grad.shape).copy_(grad)
+    equal(module.kernel_gradients(shifted, tensors, 2, 0.25, tma)[1], expected)
+    for name in ("nothing_to_do_launches_nothing", "the_mask_of_dropout_is_the_reference_s"):
+        arguments = (7,) if "mask" in name else ()
+        with pytest.MonkeyPatch.context() as patch:
+            getattr(module, f"test_{name}")(kernels, patch, *arguments)
+    module.test_options_before_the_scores(kernels)
+    module.test_reasons(kernels)
+    _attention_bwd_launches(kernels, module)
+    _far_attention_bwd(kernels, (whole, looped))
+
+
+def _attention_bwd_launches(kernels, module):
+    """What the launches are told, and which config is asked for."""
+    by_keys, by_queries, picked = Recorder(), Recorder(), []
+
+    def pick(*args):
+        picked.append(args)
+        return module.LOOPED
+
+    patched = dict(_attention_bwd_kernel=by_keys, _attention_bwd_dq_kernel=by_queries)
+    with (
+        mock.patch.multiple(kernels, **patched),
+        mock.patch.multiple(configs_module, pick_attention_bwd_config=pick, arch_of=lambda device: 90),
+    ):
+        for options in (dict(), dict(dropout_p=0.1, seed=torch.zeros(1)), dict(key_lengths=torch.ones(2))):
+            grad, (qkv, k, v) = module.problem(2, 61, 3, 16, BFLOAT16)
+            kernels.attention_bwd(grad, qkv, 3, 0.5, k, v, grad, torch.empty(2, 3, 61), **options)
+        grad, (q, k, v) = module.problem(2, 5, 3, 16, FLOAT32, 61, 40)
+        with matmul_precision("high"):
+            kernels.attention_bwd(grad, q, 3, 0.5, k, v, grad, torch.empty(2, 3, 5))
+    packed = (61, 16, BFLOAT16, 90)
+    assert picked == [(*packed, False), (*packed, True), (*packed, True), (61, 40, FLOAT32, 90, True)]
+    for launches, grids in ((by_keys.launches, [24] * 4), (by_queries.launches, [12] * 3 + [6])):
+        assert [launch.grid for launch in launches] == [(grid,) for grid in grids]
+        assert [launch.PRECISION for launch in launches] == ["ieee"] * 3 + ["tf32"]
+        assert [launch.UPCAST for launch in launches] == [True] * 3 + [False]
+    device_is_made_current(
+        kernels,
+        "_attention_bwd_dq_kernel",
+        lambda: kernels._launch(
+            [torch.empty(1, 99, 16, device="cuda"), None, None],
+            [torch.empty(1, 99, 16, device="cuda")] * 5 + [torch.empty(1, 1, 99, device="cuda")],
+            1, 1.0, "ieee", module.LOOPED, None, None,
+        ),
+    )  # fmt: skip
+
+
+def _far_attention_bwd(kernels, configs):
+    """Offsets beyond 2³¹ that are products of small numbers, on every axis of every tensor."""
+    inputs = list(torch.randn(5, 3, 5, 48).half())
+    lse = torch.randn(3, 3, 5)
+    memory = reserved(48 * (2**27 + 2**24), dtype=FLOAT16)
+    for config in configs:
+        expected = [torch.empty(3, 5, 48, dtype=FLOAT16) for _ in range(3)]
+        kernels._launch(expected, [*inputs, lse], 3, 0.25, "ieee", config, None, None)
+        for strides in ((2**30 + 64, 196, 8), (1024, 2**29 + 64, 8), (8, 24, 2**27 + 2**24)):
+            far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(8)]
+            for tensor, values in zip(far, inputs):
+                tensor.copy_(values)
+            kernels._launch(far[5:], [*far[:5], lse], 3, 0.25, "ieee", config, None, None)
+            equal(far[5:], expected)
 
 
 def _attention_in_float8(kernels, module):

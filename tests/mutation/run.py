@@ -43,7 +43,7 @@ from support import sanitizer  # noqa: E402
 # Files of kernels/; the function of that name in cases.py is the kill suite. Files further down may import those above.
 SUITES = (
     "arguments", "configs", "launch", "layer_norm", "activations", "gemm", "linear", "layernorm_mlp", "attention",
-    "patch_embed", "prepared_blocks", "fp8_blocks",
+    "attention_bwd", "patch_embed", "prepared_blocks", "fp8_blocks",
 )  # fmt: skip
 MEMORY_LIMIT = 80 << 30  # bytes of address space: some suites reserve 60 GB and touch a few pages of them
 
