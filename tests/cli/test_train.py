@@ -116,7 +116,9 @@ def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
         (["--resume", "nowhere"], "--resume: 'nowhere' does not exist"),
     ),
 )
-def test_bad_flags_are_told_and_nothing_is_written(data, tmp_path, monkeypatch, capsys, flags, told):
+def test_bad_flags_are_told_and_nothing_is_written(data, tmp_path, monkeypatch, peer, capsys, flags, told):
+    if "--lora-rank" in flags:
+        peer("peft")
     monkeypatch.chdir(tmp_path)
     assert run("train", data, *WORDS, "--output", tmp_path / "run", *flags) in (1, 2)
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())

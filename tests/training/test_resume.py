@@ -57,7 +57,9 @@ def stopped(one, count):
         (3, dict(amp_dtype="bfloat16", lora_rank=2)),
     ),
 )
-def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, stop, changes):
+def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, peer, stop, changes):
+    if "lora_rank" in changes:
+        peer("peft")
     whole = settings(data, tmp_path / "whole", **changes)
     run(whole)
     half = settings(data, tmp_path / "half", recovery_interval=2, **changes)
