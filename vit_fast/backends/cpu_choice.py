@@ -76,7 +76,7 @@ def is_never_chosen(dtype: torch.dtype, level: str, capabilities: Mapping[str, A
     return not any(_table(dtype, level, capabilities).values())
 
 
-def _table(dtype, level, capabilities):
+def _table(dtype: torch.dtype, level: str, capabilities: Mapping[str, Any]) -> dict[str, int | None]:
     if level == "generic" or faster_in_torch(dtype, capabilities):
         return _NEVER
     if dtype == torch.float32:
