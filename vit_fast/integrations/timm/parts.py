@@ -347,7 +347,8 @@ class TimmBlock(Fused):
         reason, settings = self.look()
         if reason := given(args[len(self.ARGUMENTS) :], options) or reason:
             return self.run_library(reason, x, *args, **kwargs)
-        gammas, attn = self.gammas(), self._modules["attn"]
+        gammas = self.gammas()
+        attn: Any = self._modules["attn"]
         weight = attn._modules["proj"]._parameters["weight"]
         if reason := not_taken(x, weight, *gammas, dims=self.DIMS) or settings.not_covered:
             return self.run_library(reason, x, *args, **kwargs)
@@ -462,7 +463,7 @@ class PreNormBlock(TimmBlock):
 
     def simple(self, x: torch.Tensor, gammas: Any, words: Words, options: dict[str, Any]) -> torch.Tensor:
         """``fused`` of a block that drops nothing and has no norm, gate or projection beside the usual ones."""
-        parts = self._modules
+        parts: dict[str, Any] = self._modules
         attn, mlp = parts["attn"], parts["mlp"]._modules
         norm1, norm2, qkv, proj, fc1, fc2 = (
             part._parameters

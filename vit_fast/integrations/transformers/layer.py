@@ -64,7 +64,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
-    parameters = module._parameters
+    parameters: dict[str, Any] = module._parameters
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 
