@@ -21,7 +21,7 @@ from torch import Tensor
 from . import configs, launch
 from .dropout import dropout_of, dropped
 
-CHUNK, ROWS, COLUMNS = 256, 32, 64
+CHUNK, ROWS, COLUMNS = 256, 16, 64
 PARTIAL_ROWS, PARTIAL_COLUMNS = 128, 32
 
 

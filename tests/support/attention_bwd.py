@@ -125,7 +125,8 @@ class AttentionBwdCase(properties.Case):
         return exact(grad, (q, k, v), self.num_heads, self.scale, **self.options(lengths))
 
     def order(self, grad, q, k, v, lengths):
-        """A score may change by some ulps of its sum of |products|, and so may dP and delta; what follows adds up."""
+        """A score may change by some ulps of its sum of |products|, and so may dP and delta; what follows adds up. With
+        dropout delta and the sum of P∘dP differ by the rounding of out, also where they cancel, as of a single key."""
         q, k, v = q.chunk(3, 2) if k is None else (q, k, v)
         q, k, v, dout = (t.double().unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, grad))
         mask = reference.score_mask(q, k, None, None, lengths, None)
@@ -133,6 +134,8 @@ class AttentionBwdCase(properties.Case):
         q, k, v, dout = (t.abs() for t in (q, k, v, dout))
         dp, p_change = dout @ v.transpose(2, 3), p * 2 * ulp * (scale * (q @ k.transpose(2, 3)).amax(3, True) + 4)
         ds_change = (p_change + ulp * p) * (dp + (p * dp).sum(3, True))
+        if self.dropout:
+            ds_change = ds_change + p * torch.finfo(grad.dtype).eps * (dout * (p @ v)).sum(3, True)
         changes = ds_change @ k * scale, ds_change.transpose(2, 3) @ q * scale, p_change.transpose(2, 3) @ dout
         changes = [change.max().item() * (2 if self.dropout else 1) for change in changes]
         return changes if self.value_size else [max(changes)]
