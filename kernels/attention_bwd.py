@@ -277,7 +277,7 @@ def _gradients(dout, q, k, v, out, lse, *, grads, num_heads, scale, config, key_
     precision = launch.dot_precision()
     if config is None:
         head_size = max(width, v.shape[2]) // num_heads
-        special = dropout_p > 0 or key_lengths is not None or v.shape[2] != width
+        special = dropout_p > 0 or key_lengths is not None or v.shape[2] != width or _spills(q.dtype)
         arch = configs.arch_of(q.device)
         config = configs.pick_attention_bwd_config(k.shape[1], head_size, q.dtype, arch, special)
     blocks = max(configs.cdiv(k.shape[1], config.by_keys.block_n), configs.cdiv(num_queries, config.by_queries.block_m))
@@ -326,6 +326,11 @@ def _through_head_options(
         if into is not None:
             into.copy_(change.transpose(1, 2).flatten(2))
     return None, None, None, dcos, dsin, *vectors
+
+
+def _spills(dtype):
+    """Whether a tile of 256 keys spills, 48 bytes on sm_90."""
+    return dtype == torch.bfloat16 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 def backward_not_supported_reasons(qkv: Tensor, num_heads: int, **options: Any) -> list[str]:

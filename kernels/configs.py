@@ -262,7 +262,7 @@ def pick_attention_bwd_config(
     num_keys: int, head_size: int, dtype: torch.dtype, arch: int, special: bool
 ) -> AttentionBwdConfig:
     """Ignores the batch size and the number of queries, so that bits depend on neither. ``special``: lengths of keys,
-    dropout, or heads of v of another size.
+    dropout, heads of v of another size, or a compiler that spills without these.
 
     On sm_90 and sm_100 a program holds up to 256 keys of a head of one slice, at 255 registers; TMA saves those of the
     pointers. Wider heads have smaller tiles, where ptxas otherwise spills or serialises wgmma. On sm_100 the compiler
@@ -286,9 +286,9 @@ def pick_attention_bwd_config(
         by_queries = AttentionConfig(block_m=128, block_n=64, num_warps=8, num_stages=2)
     else:
         by_queries = AttentionConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
-    if num_keys <= 64:
+    if num_keys <= 64 or not wgmma:
         by_keys = AttentionConfig(block_m=32, block_n=64, num_warps=8, num_stages=1)
-    elif wgmma and 128 < num_keys <= 256 and head_size in (16, 32, 64) and not special:
+    elif 128 < num_keys <= 256 and head_size in (16, 32, 64) and not special:
         by_keys = AttentionConfig(block_m=32, block_n=256, num_warps=8, num_stages=1, tma=True)
     else:
         by_keys = AttentionConfig(block_m=32, block_n=128, num_warps=8, num_stages=1 if width < 64 else 2)

@@ -23,7 +23,7 @@ import torch
 FOLDER = Path(__file__).parent / "tuned"
 FIELDS = {
     "block_m": int, "block_n": int, "block_k": int, "group_m": int, "num_warps": int, "num_stages": int, "tma": bool,
-    "split_k": int,
+    "split_k": int, "maxnreg": int | None,
 }  # fmt: skip
 Table = dict[tuple[Any, ...], dict[str, Any]]
 _tables: dict[int, Table] = {}  # by arch
@@ -39,8 +39,11 @@ def _checked(fields, every):
     if not isinstance(fields, dict) or (every and set(fields) != set(FIELDS)) or not set(fields) <= set(FIELDS):
         raise ValueError(f"got fields {fields}, wanted {'all' if every else 'some'} of {', '.join(FIELDS)}")
     for name, value in fields.items():
-        if type(value) is not FIELDS[name] or (FIELDS[name] is int and value < 1):
-            raise ValueError(f"got {name} {value!r}, wanted a {FIELDS[name].__name__}, at least 1 where it is a number")
+        kind: Any = FIELDS[name]
+        right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not right or (type(value) is int and value < 1):
+            word = getattr(kind, "__name__", kind)
+            raise ValueError(f"got {name} {value!r}, wanted a {word}, at least 1 where it is a number")
     return fields
 
 

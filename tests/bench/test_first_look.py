@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 H200 = {"gpu": "NVIDIA H200", "capability": [9, 0], "memory_gib": 139.8, "time": "2026-01-01T00:00:00"}
 H200 |= {"torch": "2.13.0", "triton": "3.7.1"}
 PICKED = {"block_m": 128, "block_n": 128, "block_k": 64, "group_m": 8, "num_warps": 4, "num_stages": 3, "tma": True}
-PICKED |= {"split_k": 1}
+PICKED |= {"split_k": 1, "maxnreg": None}
 
 
 @pytest.fixture(scope="module")

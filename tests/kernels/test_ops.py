@@ -602,9 +602,9 @@ def test_environment_words():
     result = _run(code, VIT_FAST_BACKEND="triton")
     assert result.returncode and "backend 'triton' was forced and cannot run" in result.stderr
     assert _run(code, VIT_FAST_BACKEND="torch").returncode == 0
-    strict = "import torch, vit_fast; vit_fast.ops.attention(torch.ones(1, 2, 6), 1, 1.0, dropout_p=0.1)"
+    strict = "import torch, vit_fast; vit_fast.ops.attention(torch.ones(1, 2, 771), 1, 1.0)"
     result = _run(strict, VIT_FAST_STRICT="1", TRITON_INTERPRET="1")
-    assert result.returncode and "VIT_FAST_STRICT=1" in result.stderr and "dropout_p" in result.stderr
+    assert result.returncode and "VIT_FAST_STRICT=1" in result.stderr and "head size 257" in result.stderr
 
 
 def test_import_is_silent_and_needs_no_triton():
