@@ -20,6 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # count that spills a few values, although the next larger count would hold them.
 ALLOWED_SPILLS = {
     ("_attention_fwd_streaming_kernel", "float32"): (80, "16 to 76 bytes at head sizes 48 and 64 on sm_90 and sm_100"),
+    ("_layer_norm_bwd_kernel", "float32"): (16, "16 bytes at width 768 on sm_80, at 56 registers"),
     ("_patch_embed_fwd_kernel", "float32"): (32, "20 bytes for patch 14 on sm_100 under Triton 3.6, none under 3.7"),
 }
 
