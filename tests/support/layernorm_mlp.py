@@ -97,7 +97,9 @@ class LayerNormMlpCase(properties.Case):
         return formula(*inputs[:10], **self.options(*inputs[10:]))
 
     def order(self, x, *_):
-        return 2.0**-22 * 4 * self.hidden**0.5, 2.0**-22 * x.abs().max().item(), 2.0**-22 * 1e3
+        change = 2.0**-22
+        products = change * 4 * self.hidden**0.5, change * 4 * self.width**0.5
+        return products[0], change * x.abs().max().item(), change * 1e3, products[1]
 
     def relation_layout(self, inputs, results):
         self.same_bits(self.kernel(*properties.all_laid_out(self.layout, *inputs)), results)
@@ -106,9 +108,9 @@ class LayerNormMlpCase(properties.Case):
         x, *rest, row_scale = inputs[:11]
         image = slice(self.seed % self.batch, self.seed % self.batch + 1)
         rows = slice(image.start * self.tokens, image.stop * self.tokens)
-        out, mean, rstd, z = results
+        out, mean, rstd, *z = results
         actual = self.kernel(x[image], *rest, None if row_scale is None else row_scale[image], *inputs[11:])
-        self.same_but_for_order(inputs, actual, (out[image], mean[rows], rstd[rows], z[image]))
+        self.same_but_for_order(inputs, actual, (out[image], mean[rows], rstd[rows], *(t[image] for t in z)))
 
     def relation_dropped_images(self, inputs, results):
         """Drop path: an image whose scale is 0 stays unchanged."""
