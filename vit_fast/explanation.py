@@ -173,7 +173,7 @@ def _explain(model: nn.Module, example: Any, inference: bool) -> Explanation:
     swaps, library, *_ = survey(model)
     library = library | {name: (fast.OPERATION, NOT_OPTIMISED) for name, (_, fast) in swaps.items()}
     stack, rows = [""], Explanation(type(model).__name__)
-    with backends.recording() as choices:
+    with backends.recording(backward=True) as choices:
 
         def flush() -> None:
             for operation, chosen, reasons in choices:

@@ -217,8 +217,11 @@ def test_backends_are_asked_in_order(fake, monkeypatch):
 
 
 @pytest.mark.interp
-def test_explain_says_that_triton_has_no_backward():
+def test_explain_tells_the_backend_of_the_backward(monkeypatch):
     model = Layers()
+    rows = vit_fast.explain(model, torch.randn(2, 5, 16))
+    assert {(row.backend, row.backward) for row in rows} == {("triton", "triton")} and "backward" not in str(rows)
+    monkeypatch.setattr(TRITON, "backward", {})
     rows = vit_fast.explain(model, torch.randn(2, 5, 16))
     assert {(row.backend, row.backward) for row in rows} == {("triton", "torch")}
     assert str(rows).splitlines()[-1] == "backward of layer_norm, linear_residual: torch (triton has none)"

@@ -517,8 +517,6 @@ def test_forced_triton_without_interpreter(op):
 NOT_FUSED = [
     ("attention", dict(qkv=ones(2, 5, 771), num_heads=1), "head size 257 is above 256"),
     ("attention", dict(qkv=ones(2, 5, 771), num_heads=1, dropout_p=0.1), "head size 257 is above 256"),
-    ("linear_residual", dict(dropout_p=0.1), "dropout_p is not fused"),
-    ("layernorm_mlp", dict(dropout_p=0.1), "dropout_p is not fused"),
 ]
 
 

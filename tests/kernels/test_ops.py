@@ -529,7 +529,7 @@ def test_dropout_numbers_are_those_of_triton():
 
     out = torch.zeros(256)
     kernel[(1,)](out, 987654321987, 256)
-    mask = reference.dropout_mask(torch.tensor(987654321987), (256,), 0.4, "cpu")
+    mask = reference.dropout_mask(torch.tensor(987654321987), (256,), 0.4, torch.device("cpu"))
     assert torch.equal(mask > 0, out > 0.4)
 
 

@@ -39,6 +39,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vit_fast_b
 _forced_when_compiling: str | None = None
 _failing = threading.Lock()
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("vit_fast_recorder", default=None)
+_recording_backward: contextvars.ContextVar[bool] = contextvars.ContextVar("vit_fast_backward", default=False)
 _direct: contextvars.ContextVar[bool] = contextvars.ContextVar("vit_fast_direct", default=False)
 
 
@@ -128,7 +129,7 @@ def note(operation: str, chosen: str, reasons: Sequence[str]) -> None:
 
 def _note_backward(operation: str, chosen: str, arguments: Sequence[Any], options: dict[str, Any]) -> None:
     """Notes a backward that this call leaves to the reference, though the backend has one of the operation."""
-    if torch.compiler.is_compiling() or _recorder.get() is None or of_backward(chosen, operation).name != chosen:
+    if torch.compiler.is_compiling() or not _recording_backward.get() or of_backward(chosen, operation).name != chosen:
         return
     if reasons := BACKENDS[chosen].backward_reasons(operation, *arguments, **options):
         note(backward_key(operation), TORCH.name, reasons)
@@ -417,11 +418,16 @@ def status(device: torch.device | str | None = None) -> Status:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Choice]]:
-    """Collects ``(operation, backend, reasons)`` of every choice and ``note`` made inside."""
+def recording(backward: bool = False) -> Iterator[list[Choice]]:
+    """Collects ``(operation, backend, reasons)`` of every choice and ``note`` made inside.
+
+    Args:
+        backward: after a call whose backward its backend leaves to the reference, also a row of that backward.
+    """
     rows: list[Choice] = []
-    token = _recorder.set(rows)
+    tokens = _recorder.set(rows), _recording_backward.set(backward)
     try:
         yield rows
     finally:
-        _recorder.reset(token)
+        _recorder.reset(tokens[0])
+        _recording_backward.reset(tokens[1])
