@@ -110,6 +110,8 @@ CASES = {
          "q has width 9, expected num_heads·head_size with num_heads=2"),
         (dict(qkv=ones(2, 5, 64), num_heads=1, k=ones(2, 5, 80), v=ones(2, 5, 80)), ValueError,
          "k has head_size 80, expected 64 (as q)"),
+        (dict(qkv=ones(2, 5, 64), k=ones(2, 5, 80), v=ones(2, 5, 80)), ValueError,
+         "k has head_size 40, expected 32 (as q)"),
         (_separate(ones(2, 5, 8), ones(2, 5, 9)), ValueError,
          "v has width 9, expected num_heads·head_size with num_heads=2"),
         (_separate(ones(2, 5, 8), ones(2, 5, 0)), ValueError,

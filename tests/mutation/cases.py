@@ -26,10 +26,13 @@ import test_linear
 import test_patch_embed
 import test_prepared_blocks
 import torch
+import triton
+import triton.language as tl
 from support import packed_blocks
 from support.large_tensors import last_programs_alone, reserved
 from support.prepared_blocks import block as whole_block
 from torch._subclasses import FakeTensorMode
+from vit_fast.kernels import activations as activations_module
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
 from vit_fast.kernels import attention_bwd as attention_bwd_kernels
@@ -377,6 +380,30 @@ def activations():
     assert kernels.linear(torch.full((1, 1), -30.0), torch.ones(1, 1), None, "quick_gelu") < 0
     for dtype in DTYPES:
         module.check(kernels, *module.problem((2, 11, 40), 72, dtype), "swiglu", config=tiny)
+    _slopes()
+
+
+@triton.jit
+def _slopes_kernel(value_ptr, slope_ptr, z_ptr, N: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    index = tl.arange(0, N)
+    value, slope = activations_module.activate_and_derive(tl.load(z_ptr + index), ACTIVATION, EXACT)
+    tl.store(value_ptr + index, value)
+    tl.store(slope_ptr + index, slope)
+
+
+def _slopes():
+    """Each activation and its derivative, exactly and in fp16 precision; NaN stays NaN."""
+    z = torch.cat([torch.linspace(-9, 9, 1023), torch.tensor([float("nan")])])
+    wide = z.double()
+    for name in (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "silu"):
+        expected = reference.activate(wide, name), reference.activate_bwd(torch.ones_like(wide), wide, name)
+        for exact in (True, False):
+            found = torch.empty_like(z), torch.empty_like(z)
+            _slopes_kernel[(1,)](*found, z, 1024, name, exact)
+            for one, other in zip(found, expected):
+                allowed = 1e-6 if exact else 5e-5
+                assert ((one - other)[:-1].abs() <= allowed * (1 + other[:-1].abs())).all(), (name, exact)
+                assert one[-1].isnan() == other[-1].isnan(), (name, exact)
 
 
 def gemm():
@@ -434,6 +461,10 @@ def linear():
     out = kernels.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale, config=tiny)
     whole = kernels.linear(x, weight, bias, gamma=gamma, residual=residual, row_scale=row_scale, config=tiny)
     assert torch.equal(out, whole)
+    drop = dict(dropout_p=0.4, seed=torch.tensor([2**40 + 3]))
+    dropped = kernels.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale, config=tiny, **drop)
+    eager = reference.linear_residual(x, weight, bias, gamma, residual, row_scale=row_scale, **drop)
+    torch.testing.assert_close(dropped, eager, rtol=1e-2, atol=1e-2)
     _fp8_linear(kernels, module)
     _folded_linear(kernels, module, tiny, tma)
     _linear_partials(kernels, module, tiny, tma)
@@ -719,17 +750,32 @@ def layernorm_mlp():
         module.check(kernels, arguments, config=pair, norm="rms", inner=inner)
         module.check(kernels, arguments, config=pair, inner=inner)
     used = []
-    shipped = linear_kernels.linear
 
-    def spy(*args, config=None, **options):
-        used.append(config)
-        return shipped(*args, config=config, **options)
+    def spy_on(name):
+        shipped = getattr(kernels, name)
 
-    with mock.patch.object(linear_kernels, "linear", spy):
+        def spy(*args, config=None, **options):
+            used.append((name, config))
+            return shipped(*args, config=config, **options)
+
+        return mock.patch.object(kernels, name, spy)
+
+    with spy_on("linear"), spy_on("linear_train"), spy_on("linear_residual"):
         for function in (kernels.layernorm_mlp, kernels.layernorm_mlp_fwd):
             function(*arguments, config=pair)
             function(*arguments)
-    assert used == [*pair, None, None, pair[0], pair[0], pair[1], *[None] * 3]
+    inference = [("linear", pair[0]), ("linear_residual", pair[1]), ("linear", None), ("linear_residual", None)]
+    assert used == [
+        *inference,
+        *((name.replace("linear", "linear_train") if name == "linear" else name, config) for name, config in inference),
+    ]
+    arguments = module.problem((2, 5, 48), 40, FLOAT32)
+    drops = dict(dropout_p=0.4, seed=torch.tensor([2**40 + 3]), out_dropout_p=0.3, out_seed=torch.tensor([5]))
+    eager, plain = reference.layernorm_mlp(*arguments, **drops), reference.layernorm_mlp_fwd(*arguments)
+    torch.testing.assert_close(kernels.layernorm_mlp(*arguments, **drops), eager, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernels.layernorm_mlp_fwd(*arguments, **drops)[0], eager, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernels.layernorm_mlp_fwd(*arguments)[3], plain[3], rtol=1e-4, atol=1e-4)
+    assert kernels.layernorm_mlp_fwd(*arguments, recompute=True)[3].numel() == 0
     module.test_reasons(kernels)
     x, *rest = module.problem((2, 5, 48), 40, FLOAT32)
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
@@ -1179,7 +1225,7 @@ def configs():
         test_linear.test_few_tiles_split_their_sums(*sizes)
     assert all(size & (size - 1) == 0 for size in picked)
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, name="a GPU without a file of configs")
     with mock.patch.multiple(
         torch.cuda, get_device_capability=lambda device: (9, 1), get_device_properties=lambda device: properties
     ):
