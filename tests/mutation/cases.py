@@ -1056,7 +1056,7 @@ def _attention_shares(kernels, module):
                 kernels.attention_fwd(qkv, 3, 0.0, config=module.config(32, 16))
                 kernels.attention(qkv, 3, 0.0)
         assert [launch.grid for launch in streaming.launches] == [(24,), (6,), *[(6,)] * 5]
-        assert not any(launch.UPCAST or launch.TMA or launch.args[17] != 2.0**-126 for launch in streaming.launches)
+        assert not any(launch.UPCAST or launch.TMA or launch.args[18] != 2.0**-126 for launch in streaming.launches)
         assert [launch.BLOCK_M for launch in resident.launches] == [64] * 6
         # Seven blocks of two heads on three multiprocessors of two programs each: 3 + 3 + 1 blocks.
         kernels.attention_fwd(module.random_qkv(1, 100, 2, 16, FLOAT16), 2, 0.5, config=tall)
