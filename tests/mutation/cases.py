@@ -47,6 +47,7 @@ from vit_fast.kernels import linear as linear_kernels
 from vit_fast.kernels import patch_embed as patch_embed_kernels
 from vit_fast.kernels import prepared_blocks as prepared_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
+from vit_fast.kernels.block_options import PLAIN
 from vit_fast.kernels.configs import LayerNormConfig, LinearConfig, PatchEmbedConfig
 
 import vit_fast
@@ -1282,6 +1283,9 @@ def fp8_blocks():
     out, golden = kernels.fp8_blocks(x, weights, *words), module.unrounded(x, weights, *words)
     formula = reference.fp8_blocks(x, weights, *words)
     module.assert_errs_as(out, formula, golden)
+    options = PLAIN._replace(bias=torch.randn(1, 2, 5, 5).half())  # options with tensors have no launch plan
+    biased = kernels.fp8_blocks(x, weights, *words, options)
+    torch.testing.assert_close(biased, reference.fp8_blocks(x, weights, *words, options), rtol=0.1, atol=0.1)
     assert torch.equal(kernels.fp8_blocks(x, [], *words), x)
     with pytest.MonkeyPatch.context() as patch:
         module.test_seven_launches_a_block(patch)
