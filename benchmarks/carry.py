@@ -122,8 +122,8 @@ def main(
             print(f"  {sizes[path] / MIB:.1f} MiB  {os.path.relpath(path, child.ROOT)}")
     print(f"there, first: export VIT_FAST_COMMIT={facts['commit']} VIT_FAST_EXT_DIR=$PWD/{place}/ext")
     if wheel:
-        print(f"              python3 -m pip install --no-index --no-deps --target /tmp/site {place}/wheels/*.whl")
-        print("              export PYTHONPATH=/tmp/site")
+        print(f"              python3 -m pip install --no-index --no-deps --target {place}/site {place}/wheels/*.whl")
+        print(f"              export PYTHONPATH=$PWD/{place}/site")
     raise typer.Exit(int(bool(fault) or total > limit_mib))
 
 

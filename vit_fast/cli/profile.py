@@ -173,22 +173,6 @@ def _prediction_sentences(facts):
     )
 
 
-_PREDICTED = (
-    ("calls", "calls", ".3g"),
-    ("us_per_call", "µs/call", ".1f"),
-    ("us", "µs", ".1f"),
-    ("percent_of_step", "% of step", ".1f"),
-    ("gflop", "GFLOP", ".4g"),
-    ("mb", "MB", ".4g"),
-    ("roofline_us", "roofline µs", ".1f"),
-    ("percent_of_roofline", "% of roofline", ".1f"),
-    ("programs", "programs", "d"),
-    ("programs_per_multiprocessor", "per SM", "d"),
-    ("waves", "waves", ".2f"),
-    ("registers", "registers", "d"),
-    ("shared_kib", "shared KiB", ".0f"),
-    ("resources", "resources", ""),
-)
 _COLUMNS = (
     ("calls", "calls", ".3g"),
     ("us_per_call", "µs/call", ".1f"),
@@ -198,6 +182,15 @@ _COLUMNS = (
     ("mb", "MB", ".4g"),
     ("roofline_us", "roofline µs", ".1f"),
     ("percent_of_roofline", "% of roofline", ".1f"),
+)
+_PREDICTED = (
+    *_COLUMNS,
+    ("programs", "programs", "d"),
+    ("programs_per_multiprocessor", "per SM", "d"),
+    ("waves", "waves", ".2f"),
+    ("registers", "registers", "d"),
+    ("shared_kib", "shared KiB", ".0f"),
+    ("resources", "resources", ""),
 )
 _GRADED = (("predicted_us", "predicted µs", ".1f"), ("predicted_error_percent", "error %", "+.1f"))
 
