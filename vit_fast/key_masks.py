@@ -44,6 +44,8 @@ def key_lengths(block: nn.Module, mask: torch.Tensor, batch: int) -> dict[str, t
         return None
     if mask.is_meta or mask.requires_grad or mask.numel() == 0:
         return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return None
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     version = None if mask.is_inference() else mask._version

@@ -139,7 +139,7 @@ def test_the_committed_rows_of_other_libraries_are_true(library, name, peer):
 
 @pytest.mark.parametrize("name", [row.architecture for row in COMMITTED if FULL or row.architecture in FEW])
 def test_the_committed_rows_are_true(name):
-    (built,) = (one for one in table.timm_architectures() if one.name == name)
+    (built,) = (one for one in table.LIBRARIES["timm"]() if one.name == name)
     (row,) = (row for row in COMMITTED if row.architecture == name)
     assert table.architecture_row(built, created_tags=row.created_tags) == row
 

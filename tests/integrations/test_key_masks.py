@@ -45,6 +45,7 @@ OTHER = {
     "queries without keys, added": added(SQUARE),
     "NaN": added(KEEP[:, None, None], torch.nan),
     "with a gradient": added(KEEP[:, None, None]).requires_grad_(),
+    "of integers": KEEP[:, None, None].long(),
     "of no image": KEEP[:0, None, None],
     "without memory": KEEP[:, None, None].to("meta"),
 }

@@ -142,11 +142,15 @@ def test_heads_of_transformers(name):
     assert_within_budget(actual, eager, golden, kind="model", replicas=[])
 
 
+def open_clip_tower(library, output_dim, **kwargs):
+    kwargs = dict(heads=3, mlp_ratio=2.0, attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5) | kwargs
+    return moved(library.transformer.VisionTransformer(32, 8, 48, layers=1, output_dim=output_dim, **kwargs))
+
+
 @pytest.mark.parametrize("width", (48, 32))
 def test_open_clip(width, peer):
-    library = peer("open_clip")
-    plain, x = moved(library.transformer.AttentionalPooler(width, 48, 2, n_queries=3)), torch.randn(2, 7, 48)
-    model = optimised(plain)
+    tower, x = open_clip_tower(peer("open_clip"), width), torch.randn(2, 7, 48)
+    plain, model = tower.attn_pool, vit_fast.optimize(copy.deepcopy(tower)).attn_pool
     actual, ran, reasons = run(model, x)
     torch.testing.assert_close(actual, plain(x), rtol=1e-5, atol=5e-6)
     assert ran.count("attention") == 1 and not reasons
@@ -156,11 +160,7 @@ def test_open_clip(width, peer):
 
 
 def test_coca(peer):
-    library = peer("open_clip")
-    kwargs = dict(
-        heads=3, mlp_ratio=2.0, output_dim=32, attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5
-    )
-    plain = moved(library.transformer.VisionTransformer(32, 8, 48, layers=1, **kwargs, output_tokens=True))
+    plain = open_clip_tower(peer("open_clip"), 32, output_tokens=True)
     model, x = vit_fast.optimize(copy.deepcopy(plain), strict=True), torch.randn(2, 3, 32, 32)
     actual, ran, reasons = run(model, x)
     torch.testing.assert_close(actual, plain(x), rtol=1e-5, atol=5e-6)

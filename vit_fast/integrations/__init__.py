@@ -94,11 +94,11 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
-def mask_options(block: nn.Module, mask: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def mask_options(block: nn.Module, mask: torch.Tensor, x: torch.Tensor) -> dict[str, Any]:
     """The options of ``ops.attention`` for a mask that a block is given with tokens x: lengths of keys where it is one
     of padding, else what is added to the scores."""
     lengths = key_lengths(block, mask, x.shape[0])
-    return {"bias": additive(mask, x.dtype)} if lengths is None else lengths
+    return {"bias": additive(mask, x.dtype)} if lengths is None else dict(lengths)
 
 
 def stacks_of(module: nn.Module) -> list[nn.Module]:

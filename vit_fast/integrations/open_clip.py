@@ -192,6 +192,7 @@ class FastAttentionalPooler(Fused, AttentionalPooler):
 
     OPERATION = "pool"
     SUBMODULES = submodules(**multihead_submodules("attn"), ln_q=_NORMS, ln_k=_NORMS)
+    query: nn.Parameter
     attn: nn.MultiheadAttention
     ln_q: nn.LayerNorm
     ln_k: nn.LayerNorm

@@ -1,7 +1,8 @@
 """Hugging Face transformers: the layers of its vision models on the fused operations.
 
 ``layer.py`` has a layer as two fused branches, the files beside it its forms, ``families.py`` the classes of each form,
-``attention_interface.py`` the attention alone, for models whose layers have no such form. Text towers are not touched.
+``pooling.py`` SigLIP's head, ``attention_interface.py`` the attention alone, for models whose layers have no such form,
+``small_models.py`` a model of each family. Text towers are not touched.
 A fast class is made when a model with layers of its class is met, so that no file of transformers is imported for it.
 The encoders of CLIP, SigLIP and their kind hold stacks that can be prepared; other models loop over their layers in
 their own forward, so their stacks cannot.

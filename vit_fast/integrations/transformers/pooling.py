@@ -9,6 +9,7 @@ Source: transformers/models/siglip/modeling_siglip.py; Zhai et al., "Scaling Vis
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from vit_fast import ops
 from vit_fast.block import latent_attention
@@ -26,7 +27,7 @@ class PoolingHead(Fused):
     MODULES: ClassVar[Modules] = dict(**multihead_submodules("attention"), layernorm=NORM, **MLP)
     probe: Any
     attention: Any
-    layernorm: Any
+    layernorm: nn.LayerNorm
     mlp: Any
 
     @classmethod  # also called on the library's instance
