@@ -65,8 +65,8 @@ class Processes:
             raise TrainingError(found)
 
 
-# Groups of runs that are over, until the process ends. Where DDP's reducer holds the last reference, it deletes the group
-# with the GIL held and joins gloo's threads, one of which may wait for the GIL to drop the last tensor: a deadlock.
+# Groups of runs that are over, until the process ends. Where DDP's reducer holds the last reference, it deletes the
+# group with the GIL held and joins gloo's threads, one of which may wait for the GIL to drop a tensor: a deadlock.
 _left: list[Any] = []
 
 
