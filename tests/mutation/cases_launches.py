@@ -70,8 +70,8 @@ def _files_of_tuned(module, file):
         file.write_text(json.dumps(content))
         assert module.read(file, "NVIDIA H200", "3.7.1") == wanted
     for content, text in (
-        ({}, "no entry 'device'"), (right | {"device": "NVIDIA H100"}, "got device 'NVIDIA H100', wanted 'NVIDIA H200'"),
-        ([], "list indices"), (right | {"linear": [entry | {"picked": {}}]}, "wanted all of"),
+        (right | {"device": "NVIDIA H100"}, "got device 'NVIDIA H100', wanted 'NVIDIA H200'"),
+        ({}, "no entry 'device'"), ([], "list indices"), (right | {"linear": [entry | {"picked": {}}]}, "wanted all of"),
         (right | {"linear": [entry | {"use": {"odd": 1}}]}, "wanted some of"),
         (right | {"linear": [entry | {"out_features": "wide"}]}, "invalid literal"),
     ):  # fmt: skip
