@@ -242,12 +242,16 @@ def record(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> tuple
     return out, Plan(recorder, out)
 
 
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_holds_tensor, value)))
+
+
 _plans: OrderedDict[Any, Plan | None] = OrderedDict()  # None: there is no plan
 
 
 def planned(function: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """function(x, weights, *arguments), from the second call on by its plan; arguments hold no tensors."""
-    if launch.INTERPRETED or x.numel() == 0 or x.is_meta or interception.active():
+    """function(x, weights, *arguments), from the second call on by its plan where no argument holds a tensor."""
+    if launch.INTERPRETED or x.numel() == 0 or x.is_meta or interception.active() or _holds_tensor(arguments):
         return function(x, weights, *arguments)
     key = (
         function, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, *arguments, launch.dot_precision(),

@@ -60,10 +60,7 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    arguments = (num_heads, scale, activation, eps1, eps2, options)
-    if any(isinstance(value, Tensor) for value in options.flatten()):
-        return _run(x, weights, *arguments)
-    return launch_plan.planned(_run, x, weights, *arguments)
+    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options)
 
 
 def _run(

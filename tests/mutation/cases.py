@@ -7,7 +7,6 @@ Triton's interpreter under the memory sanitizer. The cheapest cases, and those t
 
 import itertools
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -28,10 +27,10 @@ import test_prepared_blocks
 import torch
 import triton
 import triton.language as tl
+from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
 from support import packed_blocks
 from support.large_tensors import last_programs_alone, reserved
 from support.prepared_blocks import block as whole_block
-from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import activations as activations_module
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -56,48 +55,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 
-class Recorder:
-    """Stands in for a kernel: records grid, arguments and keywords of each launch, and launches nothing."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append(SimpleNamespace(grid=grid, args=args, **options))
-
-
-@contextmanager
-def matmul_precision(word):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(word)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def device_is_made_current(kernels, kernel, call):
-    """Checks on fake CUDA tensors, with a stand-in for the kernel, that the call makes their device current. Returns
-    the only launch."""
-    made, recorder = mock.MagicMock(), Recorder()
-    with (
-        FakeTensorMode(), mock.patch.object(torch.cuda, "device", made), mock.patch.object(kernels, kernel, recorder),
-        mock.patch.multiple(configs_module, arch_of=lambda device: 80, multiprocessors_of=lambda device: 1),
-    ):  # fmt: skip
-        call()
-    assert made.call_count == 1
-    return recorder.launches[0]
-
-
 def refuses_too_many_rows(call):
     with pytest.raises(UnsupportedError, match=f"{2**31} rows, expected at most {MAX_ROWS} in one call"):
         call(2**31)
-
-
-def equal(actual, wanted):
-    assert len(actual) == len(wanted)
-    for one, other in zip(actual, wanted):
-        assert torch.equal(one, other)
 
 
 def arguments():
