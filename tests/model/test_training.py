@@ -154,6 +154,27 @@ def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
         torch.testing.assert_close(actual, right)
 
 
+def test_drop_path_of_a_block_is_the_mask_of_its_seeds(monkeypatch):
+    block, seeds, draw = model(drop_path_rate=0.5).blocks[-1].double(), [], ops._seeded
+
+    def noted(x, p, seed):
+        drawn = draw(x, p, seed)
+        seeds.extend([drawn[1]] if p else [])
+        return drawn
+
+    monkeypatch.setattr(ops, "_seeded", noted)
+    x = torch.randn(16, 17, 48, dtype=torch.float64, requires_grad=True)
+    out = block(x)
+    first, second = (reference.keep_mask(seed, 16, 0.5, x.device).double()[:, None, None] * 2 for seed in seeds)
+    assert not torch.equal(first, second)
+    wanted = x + first * block.attn(block.norm1(x))
+    wanted = wanted + second * block.mlp(block.norm2(wanted))
+    torch.testing.assert_close(out, wanted)
+    grads = [torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]) for y in (out, wanted)]
+    for actual, right in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
 @pytest.mark.parametrize("backend", ["torch", "seeded"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_is_bit_equal(backend, reentrant, request):
