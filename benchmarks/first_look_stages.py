@@ -36,7 +36,7 @@ from tune.timing import kernel_seconds, median_us
 
 TOKENS, WIDTH, HIDDEN = 197, 768, 3072
 CHECKED = 512  # rows compared with float64
-PARTIAL_WIDTH = 64
+PARTIAL_WIDTH = 128
 
 
 class Bench:

@@ -31,7 +31,7 @@ from support.launch_geometry import (
     random_width,
     recording,
 )  # fmt: skip
-from vit_fast.kernels import attention, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
+from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 
@@ -115,6 +115,30 @@ class RowPartials(LayerNorm):
         return [mean.first]
 
 
+class RowStatistics(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        width, part, rows = random_width(), random.choice((16, 32, 128, 1024)), batch * tokens
+        values = meta(2, ceiling(width, part), rows, dtype=torch.float32)
+        out = layer_norm.row_statistics(layer_norm.RowPartials(values, part), width, 1e-5).values
+
+        def passed(launch):
+            yield (launch.rows, launch.width, launch.eps, launch.PARTIAL_WIDTH), (rows, width, 1e-5, part)
+
+        def count(launch):
+            return ceiling(rows, launch.ROWS)
+
+        def is_corner(launch, element):
+            return element < rows and element % launch.ROWS == 0
+
+        return cls(bytes_of(values, out), out, count, count, is_corner, passed)
+
+    def written(self, launch, program):
+        mean, rstd = launch.run(program).statistics_ptr.stores
+        assert rstd.first == mean.first + self.out.shape[1]
+        return [mean.first]
+
+
 class Linear(Problem):
     @classmethod
     def random(cls, batch, tokens):
@@ -161,7 +185,7 @@ class LinearWithPartials(Problem):
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield partials.width, launch.BLOCK_N // 2
+            yield partials.width, launch.BLOCK_N
             yield partials.values.shape, (2, ceiling(out_features, partials.width), rows)
             yield launch.partials_out_ptr is partials.values, True
             if launch.SPLIT_K > 1:
@@ -180,10 +204,7 @@ class LinearWithPartials(Problem):
         return cls(memory, out, lambda launch: count(launch) * launch.SPLIT_K, count, is_corner, passed)
 
     def written(self, launch, program):
-        """Where each of the programs of a tile would finish it.
-
-        Partials are those of the left half of the tile, then those of the right one, which may lie beyond the last one.
-        """
+        """Where each of the programs of a tile would finish it."""
         seen = launch.run(program)
         if launch.SPLIT_K > 1:
             tile, size = program // launch.SPLIT_K, launch.BLOCK_M * launch.BLOCK_N
@@ -195,8 +216,7 @@ class LinearWithPartials(Problem):
         row, column = divmod(corner, self.out.shape[-1])
         _, parts, rows = launch.partials_out_ptr.shape
         stores = [store.first for store in seen.partials_out_ptr.stores]
-        left, right = (column // (launch.BLOCK_N // 2) + half for half in range(2))
-        assert stores == [(part + which * parts) * rows + row for part in (left, right) for which in range(2)]
+        assert stores == [(column // launch.BLOCK_N + which * parts) * rows + row for which in range(2)]
         return [corner]
 
 
@@ -208,14 +228,18 @@ class FoldedLinear(Problem):
         x, part = meta(batch, tokens, in_features, dtype=dtype), random.choice((16, 32, 64, 1024, 16384))
         weight = meta(out_features * (1 + (activation == "swiglu")), in_features, dtype=dtype)
         rows, parts = batch * tokens, ceiling(in_features, part)
-        values, vector = meta(2, parts, rows, dtype=torch.float32), meta(weight.shape[0], dtype=torch.float32)
-        out = linear.folded_linear(x, layer_norm.RowPartials(values, part), 1e-6, weight, vector, vector, activation)
+        vector, finalised = meta(weight.shape[0], dtype=torch.float32), random.random() < 0.3
+        values = meta(2, rows, dtype=torch.float32) if finalised else meta(2, parts, rows, dtype=torch.float32)
+        part = 0 if finalised else part
+        statistics = layer_norm.RowStatistics(values) if finalised else layer_norm.RowPartials(values, part)
+        out = linear.folded_linear(x, statistics, 1e-6, weight, vector, vector, activation)
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield (launch.norm.partials_ptr is values, launch.norm.column_sum_ptr is vector), (True, True)
+            yield (launch.norm.statistics_ptr is values, launch.norm.column_sum_ptr is vector), (True, True)
             yield (launch.PARTIAL_WIDTH, launch.norm.eps), (part, 1e-6)
-            yield launch.PARTIALS_PER_STEP, next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+            step = next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+            yield launch.PARTIALS_PER_STEP, 1 if finalised else step
 
         def count(launch):
             return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
@@ -227,17 +251,18 @@ class FoldedLinear(Problem):
         return cls(bytes_of(x, weight, values, out), out, count, count, is_corner, passed)
 
     def written(self, launch, program):
-        """Partials are read PARTIALS_PER_STEP at a time, means and M2, up to the last one."""
+        """Partials are read PARTIALS_PER_STEP at a time, means and M2, up to the last one; or mean and rstd once."""
         seen = launch.run(program)
         corner = min(store.first for store in seen.out_ptr.stores)
-        _, parts, rows = launch.norm.partials_ptr.shape
+        _, *parts, rows = launch.norm.statistics_ptr.shape
+        parts = parts[0] if parts else 1
         steps = [0, *range(launch.PARTIALS_PER_STEP, parts, launch.PARTIALS_PER_STEP)]
         steps = steps if len(steps) <= 64 else (*steps[:2], steps[-1])
         row = corner // self.out.shape[-1]
-        loads = [load.first for load in seen.norm.partials_ptr.loads]
+        loads = [load.first for load in seen.norm.statistics_ptr.loads]
         assert loads == [(step + which * parts) * rows + row for step in steps for which in range(2)]
         reach = launch.BLOCK_M + (launch.PARTIALS_PER_STEP - 1) * rows
-        assert all(load.high - load.first < reach for load in seen.norm.partials_ptr.loads)
+        assert all(load.high - load.first < reach for load in seen.norm.statistics_ptr.loads)
         return [corner]
 
 
@@ -332,7 +357,7 @@ class Attention(Problem):
         return elements
 
 
-PROBLEM_KINDS = (LayerNorm, RowPartials, Linear, LinearWithPartials, FoldedLinear, PatchEmbed, Attention)
+PROBLEM_KINDS = (LayerNorm, RowPartials, RowStatistics, Linear, LinearWithPartials, FoldedLinear, PatchEmbed, Attention)
 
 
 @pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
@@ -345,7 +370,7 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind not in (LayerNorm, RowPartials, Attention) and refused > MAX_ROWS and not launches
+                assert kind not in (LayerNorm, RowPartials, RowStatistics, Attention) and refused > MAX_ROWS and not launches
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -444,11 +469,32 @@ def test_prepared_blocks_hand_the_partials_on():
         qkv, _, proj, fc1, fc2 = launches[i : i + 5]
         for reader, eps, writer in ((qkv, 1e-6, proj), (fc1, 1e-5, fc2)):
             x, partials, width = left.pop()
-            assert reader.x_src is x and reader.norm.partials_ptr is partials
+            assert reader.x_src is x and reader.norm.statistics_ptr is partials
             assert (reader.PARTIAL_WIDTH, reader.norm.eps) == (width, eps)
             assert reader.partials_out_ptr is None and writer.norm is None and writer.residual.residual_ptr is x
-            left.append((writer.out_ptr, writer.partials_out_ptr, writer.BLOCK_N // 2))
+            left.append((writer.out_ptr, writer.partials_out_ptr, writer.BLOCK_N))
         assert fc2.x_src is fc1.out_ptr and proj.residual.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
+
+
+def test_prepared_blocks_hand_finalised_statistics_on(monkeypatch):
+    """Each folded LayerNorm reads the statistics of its own x, merged with its own eps by the launch in front of it."""
+    monkeypatch.setattr(configs, "pick_stack_config", lambda *args: configs.StackConfig("finalised"))
+    with recording() as launches:
+        prepared_blocks.prepared_blocks(
+            meta(2**10, 197, 768), prepared_weights(3, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
+        )
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    seven = ["_row_statistics_kernel", "_linear_fwd_kernel", "_attention_fwd_streaming_kernel", "_linear_fwd_kernel"]
+    assert names == ["_row_partials_kernel", *[*seven, *seven[:2], "_linear_fwd_kernel"] * 3]
+    left = [(launches[0].partials_ptr, launches[0].BLOCK)]
+    for i in range(1, len(launches), 7):
+        merge1, qkv, _, proj, merge2, fc1, fc2 = launches[i : i + 7]
+        for merge, eps, reader, writer in ((merge1, 1e-6, qkv, proj), (merge2, 1e-5, fc1, fc2)):
+            partials, width = left.pop()
+            assert merge.partials_ptr is partials
+            assert (merge.PARTIAL_WIDTH, merge.width, merge.eps) == (width, 768, eps)
+            assert reader.norm.statistics_ptr is merge.statistics_ptr and reader.PARTIAL_WIDTH == 0
+            left.append((writer.partials_out_ptr, writer.BLOCK_N))
 
 
 def fp8_weights(depth, width, hidden):
@@ -479,6 +525,9 @@ EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
     "row_partials": lambda: layer_norm.row_partials(meta(0, 197, 768)).values,
+    "row_statistics": lambda: layer_norm.row_statistics(
+        layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6
+    ).values,
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
     "linear_with_partials": lambda: (

@@ -32,7 +32,7 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel"),
+    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel", "_row_statistics_kernel"),
     gemm: ("_linear_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
     gemm_train: ("_linear_train_kernel",),
@@ -209,6 +209,13 @@ def _minimum(a, b):
     return Int(min(a.low, b.low), min(a.high, b.high), max(a.bits, b.bits))
 
 
+def _maximum(a, b, propagate_nan=None):
+    if isinstance(a, Data):
+        return DATA
+    a, b = Int.of(a), Int.of(b)
+    return Int(max(a.low, b.low), max(a.high, b.high), max(a.bits, b.bits))
+
+
 def _arange(begin, end):
     return Int(begin, end - 1, 32)
 
@@ -240,7 +247,8 @@ def _language(program, programs):
         program_id=lambda axis: Int(program, program, 32),
         num_programs=lambda axis: Int(programs, programs, 32),
         cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
-        arange=_arange, full=_full, minimum=_minimum, load=_load, store=_store, atomic_add=_count, range=_range,
+        arange=_arange, full=_full, minimum=_minimum, maximum=_maximum, load=_load, store=_store,
+        atomic_add=_count, range=_range,
         static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
     )  # fmt: skip
 
