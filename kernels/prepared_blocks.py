@@ -16,7 +16,8 @@ into the projection that follows it, LayerScale into the one that ends the branc
     fc2: GEMM + residual, partials of x             rows·(F + C), rows·C
 
 and two more before the first block: zeros for the split-K semaphores (``gemm``), and the row-statistics partials of x.
-On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``).
+On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``); with many,
+proj and fc2 compute their last tiles first (``configs.alternate_tile_order``).
 This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements each.
 From the second call with the same weights and shape on the launches are repeated by a plan (``launch_plan``).
 RMSNorm is not folded: its rows are normalised by a launch of their own (two more a block), as are the rows before a
@@ -60,7 +61,9 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    arguments = (num_heads, scale, activation, eps1, eps2, options)
+    rows = x.shape[0] * x.shape[1]
+    orders = configs.use_pdl(rows, configs.arch_of(x.device)), configs.alternate_tile_order(rows)
+    arguments = (num_heads, scale, activation, eps1, eps2, options, *orders)
     if any(isinstance(value, Tensor) for value in options.flatten()):
         return _run(x, weights, *arguments)
     return launch_plan.planned(_run, x, weights, *arguments)
@@ -75,10 +78,11 @@ def _run(
     eps1: float,
     eps2: float,
     options: BlockOptions,
+    pdl: bool,
+    reverse_tiles: bool,
 ) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
-    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     fold = options.norm == "layer"
     partials = ln.row_partials(x, pdl=pdl) if fold else None
 
@@ -90,7 +94,9 @@ def _run(
     def before_residual(y, eps, weight, bias):
         y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
         if fold:
-            return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
+            return linear_with_partials(
+                y, weight, bias, x, semaphore=next(semaphores), reverse_tiles=reverse_tiles, pdl=pdl
+            )
         return linear_residual(y, weight, bias, None, x), None
 
     for block in blocks:

@@ -39,7 +39,7 @@ START = 700  # clocks of a program before its first load has come
 
 # Instructions of a thread for each element of a tile.
 BASE, FOLD, RESIDUAL, STORE_STATISTICS, SPLIT = 17, 2, 3, 8, 2
-ACTIVATIONS = {"gelu": 15, "gelu_tanh": 11, "quick_gelu": 8, "silu": 8, "relu": 1}
+ACTIVATIONS = {"gelu": 9, "gelu_tanh": 11, "quick_gelu": 8, "silu": 8, "relu": 1}
 READ_STATISTICS = 700  # for each program
 RESIDUAL_LATENCY = 520  # clocks of each batch of 32 elements, one after the other
 POINTER_LOAD = 8  # for each piece of 16 bytes that a thread loads through pointers
