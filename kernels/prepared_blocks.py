@@ -16,7 +16,8 @@ into the projection that follows it, LayerScale into the one that ends the branc
     fc2: GEMM + residual, partials of x             rows·(F + C), rows·C
 
 and two more before the first block: zeros for the split-K semaphores (``gemm``), and the row-statistics partials of x.
-On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``).
+On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``); with many,
+proj and fc2 compute their last tiles first (``configs.alternate_tile_order``).
 This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements each.
 The statistics of the rows have three forms, of which ``configs.pick_stack_config`` chooses one:
     "partials"    each program of qkv and fc1 merges the partials of its rows, before its first load of a tile
@@ -24,7 +25,8 @@ The statistics of the rows have three forms, of which ``configs.pick_stack_confi
                   launches a block, 8·rows·(C/BLOCK_N + 1) bytes more
     "plain"       LayerNorm is not folded: a launch in front of qkv and fc1 normalises the rows, seven launches a block
 From the second call with the same weights and shape on the launches are repeated by a plan (``launch_plan``).
-RMSNorm is always "plain"; the rows of a norm inside a branch are normalised by a launch of their own (``BlockOptions.out_eps``, ``hidden_eps``), whose parameters are folded all the same.
+RMSNorm is always "plain"; the rows of a norm inside a branch are normalised by a launch of their own
+(``BlockOptions.out_eps``, ``hidden_eps``), whose parameters are folded all the same.
 Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
 Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean as a rank-one correction.
 """
@@ -64,7 +66,13 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options)
+    rows, arch = x.shape[0] * x.shape[1], configs.arch_of(x.device)
+    chosen = (
+        configs.use_pdl(rows, arch),
+        configs.alternate_tile_order(rows),
+        configs.pick_stack_config(rows, x.shape[2], arch).statistics,
+    )
+    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options, *chosen)
 
 
 def _run(
@@ -76,26 +84,28 @@ def _run(
     eps1: float,
     eps2: float,
     options: BlockOptions,
+    pdl: bool,
+    reverse_tiles: bool,
+    statistics: str,
 ) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
-    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
-    form = configs.pick_stack_config(x.shape[0] * x.shape[1], x.shape[2], configs.arch_of(x.device)).statistics
-    fold = options.norm == "layer" and form != "plain"
+    fold = options.norm == "layer" and statistics != "plain"
     partials = ln.row_partials(x, pdl=pdl) if fold else None
 
     def after_norm(eps, weight, sums, bias, activation=None):
         if fold:
-            merged = form == "finalised"
-            statistics = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if merged else partials
-            return folded_linear(x, statistics, eps, weight, sums, bias, activation, pdl=pdl)
+            merged = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if statistics == "finalised" else partials
+            return folded_linear(x, merged, eps, weight, sums, bias, activation, pdl=pdl)
         normal = ln.layer_norm(x, None, None, eps, norm=options.norm, pdl=pdl)
         return linear(normal, weight, bias, activation, pdl=pdl)
 
     def before_residual(y, eps, weight, bias):
         y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
         if fold:
-            return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
+            return linear_with_partials(
+                y, weight, bias, x, semaphore=next(semaphores), reverse_tiles=reverse_tiles, pdl=pdl
+            )
         return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
 
     for block in blocks:

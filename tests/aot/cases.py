@@ -460,7 +460,9 @@ def linear_hopper_cases():
     from vit_fast.kernels.layer_norm import RowPartials
     from vit_fast.kernels.linear_hopper import linear_hopper
 
-    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False):
+    def call(
+        batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False, pdl=False
+    ):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         norm = None
         if part is not None:
@@ -468,7 +470,7 @@ def linear_hopper_cases():
         residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
         linear_hopper(
             x, weight, torch.empty(out) if bias else None, activation,
-            residual=residual, norm=norm, with_partials=partials,
+            residual=residual, norm=norm, with_partials=partials, pdl=pdl,
         )  # fmt: skip
 
     for dtype in DTYPES[:2]:
@@ -489,6 +491,8 @@ def linear_hopper_cases():
             case("hopper fc1", *base, bias=False),
             case("hopper fc1 with partials", *base, partials=True),
             case("hopper fc2", *base, ends=True),
+            case("hopper folded fc1", *base, activation="gelu", part=64, pdl=True),
+            case("hopper fc2", *base, ends=True, partials=True, pdl=True),
             case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
             case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, partials=True),
         ]

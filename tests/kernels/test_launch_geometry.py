@@ -180,7 +180,8 @@ class LinearWithPartials(Problem):
         dtype, in_features, out_features = random.choice(DTYPES), random_width(), random_width()
         x, weight = meta(batch, tokens, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype)
         residual = meta(batch, tokens, out_features, dtype=dtype)
-        out, partials = linear.linear_with_partials(x, weight, meta(out_features), residual)
+        order = dict(reverse_tiles=random.choice((False, True)))
+        out, partials = linear.linear_with_partials(x, weight, meta(out_features), residual, **order)
         rows = batch * tokens
 
         def passed(launch):
@@ -409,6 +410,35 @@ def test_every_tile_is_written_once(kind):
             assert all(problem.is_corner(launch, corner) for corner in times)
             launched += 1
     assert launched > PROBLEMS / 80
+
+
+@pytest.mark.parametrize("arch,processors", ((80, 1), (90, 1), (90, 132)))
+def test_tiles_in_reverse_are_the_tiles(arch, processors):
+    """In reverse order the first programs write what the last ones write in the other order; split-K slots stay."""
+    x, weight, residual = meta(5, 197, 768), meta(392, 768), meta(5, 197, 392)
+    corners = {}
+    for reverse in (False, True):
+        with recording(arch, processors) as launches:
+            linear.linear_with_partials(x, weight, None, residual, reverse_tiles=reverse)
+        (launch,) = launches
+        assert launch.REVERSED is reverse
+        corners[reverse] = [min(s.first for s in launch.run(p).out_ptr.stores) for p in range(launch.grid[0])]
+        if launch.SPLIT_K > 1:
+            counted = [launch.run(p).split_k.semaphore_ptr.stores[0].first for p in range(launch.grid[0])]
+            assert counted == [p // launch.SPLIT_K for p in range(launch.grid[0])]
+    assert corners[True] == corners[False][::-1] and len(set(corners[True])) * launch.SPLIT_K == launch.grid[0]
+    assert (launch.SPLIT_K > 1) is (processors > 1)
+
+
+@pytest.mark.parametrize("rows,reverse", ((197, False), (8192, False), (8193, True), (2**20, True)))
+def test_products_that_end_a_branch_run_in_reverse(rows, reverse):
+    """proj and fc2 of a prepared stack, where activations outgrow L2."""
+    with recording(90) as launches:
+        prepared_blocks.prepared_blocks(
+            meta(rows, 1, 768), prepared_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
+        )
+    found = [launch.REVERSED for launch in launches if "REVERSED" in launch.arguments]
+    assert found == [False, reverse, False, reverse] * 2
 
 
 def test_attention_cuts_the_batch():

@@ -39,7 +39,7 @@ START = 700  # clocks of a program before its first load has come
 
 # Instructions of a thread for each element of a tile.
 BASE, FOLD, RESIDUAL, STORE_STATISTICS, SPLIT = 17, 2, 3, 8, 2
-ACTIVATIONS = {"gelu": 15, "gelu_tanh": 11, "quick_gelu": 8, "silu": 8, "relu": 1}
+ACTIVATIONS = {"gelu": 9, "gelu_tanh": 11, "quick_gelu": 8, "silu": 8, "relu": 1}
 READ_STATISTICS, READ_PARTIAL = 140, 35  # for each program that merges partials, and for each that it merges at once
 STATISTICS_LATENCY = 600  # clocks of mean and rstd of each row, asked from L2 behind the loop
 RESIDUAL_LATENCY = 520  # clocks of each batch of 32 elements, one after the other
