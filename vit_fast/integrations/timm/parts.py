@@ -17,7 +17,7 @@ from torch import nn
 from vit_fast import backends, ops
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
-from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, norm_kind, not_taken
+from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, mask_options, norm_kind, not_taken
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
 
@@ -370,7 +370,7 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options["bias"] = additive(bias, x.dtype)
+            options |= mask_options(self, bias, x) if self.BIAS == "attn_mask" else {"bias": additive(bias, x.dtype)}
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)
