@@ -12,13 +12,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 from vit_fast.kernels import configs as configs_module
 from vit_fast.kernels import interception as interception_module
+from vit_fast.kernels import launch as launch_module
+from vit_fast.kernels import launch_plan as launch_plan_module
 from vit_fast.kernels import layer_norm as layer_norm_kernels
 from vit_fast.kernels import tuned as tuned_module
 from vit_fast.kernels import warming as warming_module
@@ -71,7 +75,8 @@ def _files_of_tuned(module, file):
         assert module.read(file, "NVIDIA H200", "3.7.1") == wanted
     for content, text in (
         (right | {"device": "NVIDIA H100"}, "got device 'NVIDIA H100', wanted 'NVIDIA H200'"),
-        ({}, "no entry 'device'"), ([], "list indices"), (right | {"linear": [entry | {"picked": {}}]}, "wanted all of"),
+        ({}, "no entry 'device'"), ([], "list indices"),
+        (right | {"linear": [entry | {"picked": {}}]}, "wanted all of"),
         (right | {"linear": [entry | {"use": {"odd": 1}}]}, "wanted some of"),
         (right | {"linear": [entry | {"out_features": "wide"}]}, "invalid literal"),
     ):  # fmt: skip
@@ -262,3 +267,232 @@ def _compiling(module):
     assert asked[0] == ((1, 2), dict(grid=(3,), warmup=True, PDL=True))
     assert [workers for workers, *_ in pools][::2] == [3, 5]
     assert {name: options for _, name, options in pools} == {"vit_fast.warmup": {"ignore_errors": True}}
+
+
+class Pair(NamedTuple):
+    """A named tuple among the arguments of a kernel."""
+
+    tensor: Any
+    factor: float
+
+
+class Adding:
+    """A kernel: adds what it is given to ``out``; a semaphore must be zero, and is no more afterwards. Its ``run``
+    computes, as in the interpreter, and returns ``made``."""
+
+    arg_names = ("out", "x", "pair", "semaphore", "N")
+
+    def __init__(self, made=None):
+        self.made, self.launched = made, []
+
+    def run(self, out, x, pair, semaphore, N, *, grid, warmup):
+        assert not warmup
+        self.launched.append((grid, N))
+        if semaphore is not None:
+            assert not semaphore.any() and semaphore.dtype == torch.int32
+            semaphore.fill_(1)
+        found = x.base if isinstance(x, TensorDescriptor) else x
+        out.copy_(found + pair[0] * pair[1])
+        return self.made
+
+
+def launch_plan():
+    """Places, what is recorded and refused, what a repeated call launches, and what makes a new plan."""
+    module = launch_plan_module
+    assert (module.MAX_PLANS, module.MAX_ADDRESSES, module._ALIGNMENT) == (512, 4, 512)
+    _places(module)
+    kernel = Adding()
+    with mock.patch.object(module.interception, "_kernels", lambda: [kernel]):
+        _repeated(module, kernel)
+        _not_repeated(module, kernel)
+        _compiled_plans(module, kernel)
+    _planned(module)
+
+
+def _places(module):
+    """Sizes and launches → offsets."""
+    for storages, offsets, size in (
+        ([], [], 0), ([(100, 0, 1)], [0], 100), ([(100, 0, 1), (100, 1, 2), (100, 2, 3)], [0, 512, 0], 612),
+        ([(512, 0, 4), (513, 0, 1), (700, 1, 4), (512, 2, 3), (1, 3, 4)], [0, 512, 1536, 512, 1024], 2236),
+        ([(1024, 0, 1), (100, 0, 9), (1025, 2, 9), (512, 3, 3), (512, 3, 3)], [0, 1024, 1536, 0, 512], 2561),
+        ([(1024, 0, 0), (512, 0, 5), (512, 1, 2), (1024, 2, 3), (512, 3, 3)], [0, 1024, 0, 1536, 0], 2560),
+    ):  # fmt: skip
+        made = [module._Storage(0, count, module._ARENA) for count, *_ in storages]
+        for storage, (_, first, last) in zip(made, storages):
+            storage.launches = [first, first, last]
+        assert module._place(made) == size and [storage.offset for storage in made] == offsets
+
+
+def _steps(kernel, x, weights, factor=1.0, descriptor=False):
+    """Three launches: intermediates, a semaphore at two, views, and memory that nothing reads."""
+    first, spare, out = torch.empty(x.shape), torch.empty(7), None
+    rooms = torch.zeros(2, 3, dtype=torch.int32).unbind()
+    kernel.run(first, x, Pair(weights[0], 2.0), None, 5, grid=(2,), warmup=False)
+    second = torch.empty_strided(x.shape, first.stride())
+    source = TensorDescriptor(first, list(x.shape), list(first.stride()), [1, 4]) if descriptor else first.view(-1, 4)
+    source = source if descriptor else source.view(x.shape)
+    kernel.run(second, source, (weights[1], factor), rooms[1], grid=(1, 2), warmup=False, N=6)
+    more, out = torch.zeros(1, dtype=torch.int32), torch.empty(x.shape)
+    kernel.run(out, second, Pair(second, 1.0), more, grid=(1, 2, 3), warmup=False, N=None)
+    assert spare is not None
+    return out
+
+
+def _inputs(shape=(3, 4)):
+    return torch.randn(shape), torch.randn(shape[0] + 2, *shape[1:])[2:], torch.randn(shape[::-1]).t()
+
+
+def _recorded(module, kernel, x, *arguments, function=_steps):
+    """Fresh memory is not poisoned meanwhile, which would be more than an allocation."""
+    with mock.patch("support.sanitizer.poison", lambda tensor: tensor):
+        return module.record(lambda x, *more: function(kernel, x, *more), x, *arguments)
+
+
+def _repeated(module, kernel):
+    weights = [torch.randn(3, 4), torch.randn(5, 4)[1:4]]
+    for x, other in zip(_inputs(), _inputs()):
+        for descriptor in (False, True):
+            kernel.launched = []
+            out, plan = _recorded(module, kernel, x, weights, 3.0, descriptor)
+            wanted = 2 * (x + 2 * weights[0] + 3 * weights[1])
+            assert torch.equal(out, wanted) and kernel.launched == [((2,), 5), ((1, 2), 6), ((1, 2, 3), None)]
+            kernel.launched = []
+            assert torch.equal(plan(other), 2 * (other + 2 * weights[0] + 3 * weights[1]))
+            assert kernel.launched == [((2, 1, 1), 5), ((1, 2, 1), 6), ((1, 2, 3), None)]
+            assert (plan.arena_bytes, plan._zero_bytes) == (512 + 48, 1024)
+
+
+def _not_repeated(module, kernel):
+    """Functions that do more than allocate, view and launch, or whose result is not memory of their own."""
+    weights = [torch.randn(3, 4), torch.randn(3, 4)]
+
+    def launched(shape, make=torch.empty):
+        out = make(shape)
+        kernel.run(out, weights[0][0, 0], (weights[1][0, 0], 1.0), None, 1, grid=(1,), warmup=False)
+        return out
+
+    def annotated(kernel, x):
+        with torch.profiler.record_function("a name"):
+            return launched(3)
+
+    assert _recorded(module, kernel, torch.randn(3, 4), function=annotated)[1] is not None
+    for function in (
+        lambda kernel, x: _steps(kernel, x + 1, weights), lambda kernel, x: x, lambda kernel, x: weights[0],
+        lambda kernel, x: torch.empty(3), lambda kernel, x: launched(3, torch.zeros), lambda kernel, x: launched(4)[:3],
+        lambda kernel, x: launched((4, 3)).t(), lambda kernel, x: (torch.arange(3), launched(3))[1],
+        lambda kernel, x: (x[0, 0].item(), launched(3))[1], lambda kernel, x: launched(4)[1:],
+        lambda kernel, x: (launched(3), torch.ones(3))[0],
+    ):  # fmt: skip
+        assert _recorded(module, kernel, torch.randn(3, 4), function=function)[1] is None
+    assert not module.interception.active()
+
+
+class Compiled:
+    """A compiled kernel: notes grid, stream and arguments."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.launches.append((grid, stream, args))
+
+
+def _compiled_plans(module, kernel):
+    """Addresses in the place of tensors, of the call's own memory, bound once for each set of addresses."""
+    weights, x = [torch.randn(3, 4), torch.randn(3, 4)], torch.randn(3, 4)
+    made, guarded = Compiled(), []
+    active = SimpleNamespace(get_current_stream={5: "stream"}.get, get_current_device=lambda: 5)
+    with (
+        mock.patch.object(launch_module, "INTERPRETED", False),
+        mock.patch.object(launch_module, "device_guard", lambda x: guarded.append(x) or mock.MagicMock()),
+        mock.patch.object(module.driver, "_active", active, create=True),
+        mock.patch.object(type(module.driver), "active", active, create=True),
+    ):
+        assert _recorded(module, kernel, x, weights)[1] is None  # a hook took the launch
+        for kernel.made in (made, SimpleNamespace(result=lambda: made)):
+            _, plan = _recorded(module, kernel, x, weights, 3.0, True)
+            made.launches.clear()
+            out = plan(x)
+            assert guarded[-1] is x and [(grid, stream) for grid, stream, _ in made.launches] == [
+                ((2, 1, 1), "stream"), ((1, 2, 1), "stream"), ((1, 2, 3), "stream"),
+            ]  # fmt: skip
+            (_, _, first), (_, _, second), (_, _, third) = made.launches
+            assert first[1:] == (x.data_ptr(), Pair(weights[0].data_ptr(), 2.0), None, 5) and third[0] == out.data_ptr()
+            assert type(first[2]) is Pair and second[2] == (weights[1].data_ptr(), 3.0) and second[4] == 6
+            described = second[1]
+            assert isinstance(described, TensorDescriptor) and described.base.data_ptr() == first[0]
+            assert (described.base.dtype, described.shape, described.strides) == (torch.float32, [3, 4], [4, 1])
+            assert described.block_shape == [1, 4] and third[1] == third[2].tensor == second[0] == first[0] + 512
+            assert third[3] - second[3] == 512 - 12 and third[4] is None
+    _bound(module, plan, x)
+
+
+def _bound(module, plan, x):
+    """Arguments serve again for the same addresses; the oldest of more than MAX_ADDRESSES sets go."""
+    for number in range(6):
+        assert (
+            plan._bind((number << 20, 1 << 30, 2 << 30, 3 << 30))
+            is plan._bound[number << 20, 1 << 30, 2 << 30, 3 << 30]
+        )
+    assert [addresses[0] >> 20 for addresses in plan._bound] == [2, 3, 4, 5]
+    with (
+        mock.patch.object(launch_module, "INTERPRETED", False), mock.patch.object(module, "driver", mock.MagicMock()),
+        mock.patch.multiple(torch, empty=lambda *a, **k: x, zeros=lambda *a, **k: x),
+    ):  # fmt: skip
+        assert plan(x) is x
+        bound = plan._bound[(x.data_ptr(),) * 4]
+        plan(x)
+    assert plan._bound[(x.data_ptr(),) * 4] is bound and len(plan._bound) == 4
+
+
+def _planned(module):
+    """A call is recorded once for all that a plan depends on."""
+    called, repeated, recorded = [], [], []
+
+    def function(x, weights, *arguments):
+        called.append(arguments)
+        return "computed"
+
+    def record(function, x, weights, *arguments):
+        recorded.append(arguments)
+        return function(x, weights, *arguments), (None if arguments == ("no plan",) else lambda x: repeated.append(x))
+
+    memory, weights = torch.randn(64).half(), [torch.randn(3, 4), torch.randn(3, 4)]
+    memory = memory[-memory.data_ptr() % 16 // 2 :]
+    x = memory[:12].view(3, 4)
+    other = [weights[0], weights[0].clone()]
+    mock_record = mock.patch.object(module, "record", record)
+    with mock.patch.object(module, "_plans", module.OrderedDict()), mock_record:
+        module.planned(function, x, weights)
+        assert not recorded, "interpreted"
+        with mock.patch.object(launch_module, "INTERPRETED", False):
+            for number, (given, given_weights, arguments) in enumerate((
+                (x, weights, ()), (x, weights, (1, (2, "three"))), (x, weights, ("no plan",)), (x[:2], weights, ()),
+                (memory[:24].view(3, 8)[:, :4], weights, ()), (x.view(torch.bfloat16), weights, ()),
+                (memory[1:13].view(3, 4), weights, ()), (x, other, ()), (x, weights[:1], ()),
+                (x, [weights[0].view(4, 3), weights[1]], ()),
+                (x, [weights[0].as_strided((3, 4), (1, 3)), other[1]], ()),
+            )):  # fmt: skip
+                called.clear()
+                assert module.planned(function, given, given_weights, *arguments) == "computed"
+                assert len(recorded) == number + 1 and recorded[-1] == arguments == called[0]
+                repeated.clear()
+                again = module.planned(function, given, given_weights, *arguments)
+                assert again == "computed" if arguments == ("no plan",) else repeated[0] is given
+                assert len(called) == 1 + (arguments == ("no plan",))
+            module.planned(function, memory[8:20].view(3, 4), weights)  # as far from 16 bytes as x
+            assert len(recorded) == number + 1
+            module.planned(lambda *given: None, x, weights)
+            with mock.patch.object(launch_module, "dot_precision", lambda: "tf32"):
+                module.planned(function, x, weights)
+            assert len(recorded) == number + 3 == len(module._plans)
+            with mock.patch.object(module.interception, "active", lambda: True):
+                module.planned(function, x, weights, 9)
+            for given, arguments in (
+                (x[:0], ()), (x.to("meta"), ()), (x, (1, x)), (x, ((None, x), 1)), (x, (1, ("a", (x,)))),
+            ):  # fmt: skip
+                assert module.planned(function, given, weights, *arguments) == "computed"
+            assert len(recorded) == number + 3
+            with mock.patch.object(module, "MAX_PLANS", 3):
+                module.planned(function, x, weights, 7)
+            assert len(module._plans) == 3 and list(module._plans)[-1][6:7] == (7,)

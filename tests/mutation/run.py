@@ -40,7 +40,7 @@ import mutate  # noqa: E402
 import torch  # noqa: E402
 from support import sanitizer  # noqa: E402
 
-# Files of kernels/; the function of that name in cases*.py is the kill suite. Files further down may import those above.
+# Files of kernels/; the function of that name in cases*.py is the kill suite. Files further down import those above.
 SUITES = (
     "arguments", "tuned", "configs", "launch", "layer_norm", "activations", "dropout", "gemm", "gemm_train", "linear",
     "layernorm_mlp", "attention", "attention_bwd", "patch_embed", "column_sums", "layer_norm_bwd", "patch_embed_bwd",
