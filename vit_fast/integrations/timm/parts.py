@@ -474,7 +474,7 @@ class PreNormBlock(TimmBlock):
         if settings.words is not None:
             return self.simple(x, gammas, settings.words, options)
         paths, drops = settings.paths, settings.drops
-        x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], *drops, x, **options)
+        x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
         return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], settings.mlp_drops)
 
     def simple(self, x: torch.Tensor, gammas: Any, words: Words, options: dict[str, Any]) -> torch.Tensor:
