@@ -349,6 +349,16 @@ def linear_train_cases():
     yield case("fc1 with z", "base", torch.float32, fc1, 64, 197, 768, 3072, torch.float32, tf32=True)
 
 
+def keep_mask_cases():
+    from vit_fast.kernels.dropout import keep_mask
+
+    def call(count):
+        seed = torch.empty(1, dtype=torch.int64)
+        keep_mask(seed, count, 0.1, seed.device)
+
+    yield case("keep_mask", "drop path", torch.bool, call, 256)
+
+
 def layernorm_mlp_cases():
     """Launches only kernels of layer_norm and linear; the case shows that nothing else gets compiled."""
     from vit_fast.kernels.layernorm_mlp import layernorm_mlp
@@ -502,6 +512,6 @@ def linear_hopper_cases():
 
 OPERATIONS = (
     attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
-    linear_train_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases, fp8_blocks_cases,
-    linear_hopper_cases,
+    linear_train_cases, keep_mask_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
+    fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip
