@@ -64,7 +64,9 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    arguments = (num_heads, scale, activation, eps1, eps2, options)
+    rows = x.shape[0] * x.shape[1]
+    form = configs.pick_stack_config(rows, x.shape[2], configs.arch_of(x.device)).statistics
+    arguments = (num_heads, scale, activation, eps1, eps2, options, form if options.norm == "layer" else "plain")
     if any(isinstance(value, Tensor) for value in options.flatten()):
         return _run(x, weights, *arguments)
     return launch_plan.planned(_run, x, weights, *arguments)
@@ -79,27 +81,26 @@ def _run(
     eps1: float,
     eps2: float,
     options: BlockOptions,
+    form: str,
 ) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
-    form = configs.pick_stack_config(x.shape[0] * x.shape[1], x.shape[2], configs.arch_of(x.device)).statistics
-    fold = options.norm == "layer" and form != "plain"
-    partials = ln.row_partials(x, pdl=pdl) if fold else None
+    partials = ln.row_partials(x, pdl=pdl) if form != "plain" else None
 
     def after_norm(eps, weight, sums, bias, activation=None):
-        if fold:
-            merged = form == "finalised"
-            statistics = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if merged else partials
-            return folded_linear(x, statistics, eps, weight, sums, bias, activation, pdl=pdl)
-        normal = ln.layer_norm(x, None, None, eps, norm=options.norm, pdl=pdl)
-        return linear(normal, weight, bias, activation, pdl=pdl)
+        if form == "plain":
+            normal = ln.layer_norm(x, None, None, eps, norm=options.norm, pdl=pdl)
+            return linear(normal, weight, bias, activation, pdl=pdl)
+        merged = form == "finalised"
+        statistics = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if merged else partials
+        return folded_linear(x, statistics, eps, weight, sums, bias, activation, pdl=pdl)
 
     def before_residual(y, eps, weight, bias):
         y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
-        if fold:
-            return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
-        return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
+        if form == "plain":
+            return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
+        return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
 
     for block in blocks:
         packed = after_norm(eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)
