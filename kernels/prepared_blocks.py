@@ -67,11 +67,8 @@ def prepared_blocks(
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     rows, arch = x.shape[0] * x.shape[1], configs.arch_of(x.device)
-    chosen = (
-        configs.use_pdl(rows, arch),
-        configs.alternate_tile_order(rows),
-        configs.pick_stack_config(rows, x.shape[2], arch).statistics,
-    )
+    form = configs.pick_stack_config(rows, x.shape[2], arch).statistics if options.norm == "layer" else "plain"
+    chosen = configs.use_pdl(rows, arch), configs.alternate_tile_order(rows), form
     return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options, *chosen)
 
 
@@ -86,27 +83,27 @@ def _run(
     options: BlockOptions,
     pdl: bool,
     reverse_tiles: bool,
-    statistics: str,
+    form: str,
 ) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
-    fold = options.norm == "layer" and statistics != "plain"
-    partials = ln.row_partials(x, pdl=pdl) if fold else None
+    partials = ln.row_partials(x, pdl=pdl) if form != "plain" else None
 
     def after_norm(eps, weight, sums, bias, activation=None):
-        if fold:
-            merged = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if statistics == "finalised" else partials
-            return folded_linear(x, merged, eps, weight, sums, bias, activation, pdl=pdl)
-        normal = ln.layer_norm(x, None, None, eps, norm=options.norm, pdl=pdl)
-        return linear(normal, weight, bias, activation, pdl=pdl)
+        if form == "plain":
+            normal = ln.layer_norm(x, None, None, eps, norm=options.norm, pdl=pdl)
+            return linear(normal, weight, bias, activation, pdl=pdl)
+        merged = form == "finalised"
+        statistics = ln.row_statistics(partials, x.shape[2], eps, pdl=pdl) if merged else partials
+        return folded_linear(x, statistics, eps, weight, sums, bias, activation, pdl=pdl)
 
     def before_residual(y, eps, weight, bias):
         y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
-        if fold:
-            return linear_with_partials(
-                y, weight, bias, x, semaphore=next(semaphores), reverse_tiles=reverse_tiles, pdl=pdl
-            )
-        return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
+        if form == "plain":
+            return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
+        return linear_with_partials(
+            y, weight, bias, x, semaphore=next(semaphores), reverse_tiles=reverse_tiles, pdl=pdl
+        )
 
     for block in blocks:
         packed = after_norm(eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)

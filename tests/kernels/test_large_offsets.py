@@ -91,6 +91,11 @@ def test_linear_partials(large_outputs):
     expected = reference.layer_norm_linear(row, None, None, 1e-6, weight, bias.half())
     assert not out[0].any()
     torch.testing.assert_close(out[-1:], expected, rtol=2e-3, atol=2e-3)
+    last = out[-1:].clone()
+    del out
+    statistics = layer_norm.row_statistics(partials, width, 1e-6)
+    out = linear.folded_linear(x, statistics, 0.0, weight, weight.float().sum(1), bias, config=tiles)
+    assert not out[0].any() and torch.equal(out[-1:], last)
 
 
 def test_partial_sums(large_outputs):
