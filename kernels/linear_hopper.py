@@ -77,6 +77,11 @@ class LinearHopperConfig:
     group_m: int = 8
     num_stages: int = 4
 
+    def shared_bytes(self, residual: bool) -> int:
+        """Shared memory of a program: the ring, the tiles of a residual, the epilogue's scratch and the barriers."""
+        ring = 2 * self.num_stages * (BLOCK_M + self.block_n) * BLOCK_K
+        return ring + (4 * BLOCK_M * self.block_n if residual else 0) + 16640
+
 
 # Parities and the arithmetic of the epilogue: ordinary Triton without layouts, which the interpreter can run
 

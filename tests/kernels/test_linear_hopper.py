@@ -74,7 +74,12 @@ def test_the_protocol_keeps_every_schedule():
 
 
 FAULTS = (
-    ("_produce", "                mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))\n", "", "still read|too many"),
+    (
+        "_produce",
+        "                mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))\n",
+        "",
+        "still read|too many",
+    ),
     ("_empty_parity", " ^ 1", "", "every partition waits"),
     ("_full_parity", "& 1", "& 1 ^ 1", ""),
     ("_full_parity", "// STAGES", "// (STAGES - 1)", ""),
