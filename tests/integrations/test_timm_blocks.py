@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from support.drop_path import philox_drop_path  # noqa: F401 a fixture
 from support.library_models import fused, moved, operations
 from support.timm_models import MODELS, OPTIONS, build, naflex_input
 from timm.layers import DropPath
@@ -129,6 +130,7 @@ def drop_cases():
             yield pytest.param(builder, {key: rate}, id=f"{name}-{key}")
 
 
+@pytest.mark.usefixtures("philox_drop_path")
 @pytest.mark.parametrize(("builder", "rates"), [*drop_cases()])
 def test_drops_are_those_of_timm(builder, rates):
     """The same seed gives what timm gives."""

@@ -90,7 +90,7 @@ def norm_kind(module: Any) -> str:
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask as ``ops.attention`` adds it to the scores, with four dimensions. In a mask of bools True stands for the
     keys that take part."""
-    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 

@@ -34,6 +34,8 @@ from vit_fast import ops
 from vit_fast.block import (
     attend,
     attention_branch,
+    drop_rate,
+    drops_not_covered,
     latent_attention,
     mlp_branch,
     pass_over_stack,
@@ -101,12 +103,10 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         if reason := given(others, named) or self.not_fused():
             return self.run_library(reason, q_x, *others, **named)
         p = self.params()
-        reason = not_taken(q_x, p.qkv_weight, p.gamma1, p.gamma2)
-        if self.attn.training and self.attn.dropout:
-            reason = "its attention drops weights"
-        if reason is not None:
+        drop = self.attn.dropout if self.attn.training else 0.0
+        if reason := not_taken(q_x, p.qkv_weight, p.gamma1, p.gamma2) or drops_not_covered(drop):
             return self.run_library(reason, q_x, *others, **named)
-        return mlp_branch(attention_branch(q_x, p), p)
+        return mlp_branch(attention_branch(q_x, p, attn_drop=drop), p)
 
 
 class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
@@ -170,19 +170,20 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
         if reason := given(others, named) or self.not_fused():
             return self.run_library(reason, x, *others, **named)
         p, attn = self._weights(), self.attn
-        reason = not_taken(x, p.qkv_weight, p.gamma1, p.gamma2)
-        if attn.training and (attn.attn_drop.p or attn.out_drop.p):
-            reason = "its attention drops"
-        if reason is not None:
+        attn_drop, out_drop = attn.attn_drop.p if attn.training else 0.0, drop_rate(attn.out_drop)
+        if reason := not_taken(x, p.qkv_weight, p.gamma1, p.gamma2) or drops_not_covered(attn_drop, out_drop):
             return self.run_library(reason, x, *others, **named)
-        y = attend(project_qkv(x, p), p)
+        y = attend(project_qkv(x, p), p, attn_drop)
         if attn.head_scale is not None:
             y = (y.unflatten(2, (p.num_heads, -1)) * attn.head_scale.flatten(1)).flatten(2)
         if isinstance(self.ln_attn, nn.Identity):
-            x = ops.linear_residual(y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm)
+            x = ops.linear_residual(
+                y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm, dropout_p=out_drop
+            )
         else:
             y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
-            y = self.ls_1(ops.layer_norm(F.linear(y, p.proj_weight, p.proj_bias), *Norm.of(self.ln_attn)))
+            y = F.dropout(F.linear(y, p.proj_weight, p.proj_bias), out_drop)
+            y = self.ls_1(ops.layer_norm(y, *Norm.of(self.ln_attn)))
             x = x + y
         return mlp_branch(x, p)
 

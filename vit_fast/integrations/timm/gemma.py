@@ -25,10 +25,9 @@ from .parts import (
     DROP_PATHS,
     DROPOUTS,
     NORMS,
+    Path,
     added,
     attention_drop,
-    drop_path_not_covered,
-    drop_path_rate,
     known_norm,
     normalise,
     spread,
@@ -72,17 +71,14 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
     norm4: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kw
         mask = options.pop("attn_mask", None)
         if reason := given(args[1:], options) or self.not_fused():
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        attn, path = self.attn, drop_path_rate(self.drop_path)
+        attn, path = self.attn, Path.of(self.drop_path)
         drop = attention_drop(attn)
-        reason = not_taken(x, self.norm1.weight) or drops_not_covered((drop, path), 0.0, 0.0)
+        reason = not_taken(x, self.norm1.weight) or drops_not_covered(drop, path.rate)
         if reason is not None:
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
         y = normalise(x, self.norm1)

@@ -20,7 +20,7 @@ from vit_fast.block import drop_rate, drops_not_covered
 from vit_fast.integrations import Fused, given, mask_options, not_taken
 from vit_fast.plain import LINEAR, submodules
 
-from .parts import MLP, NORM_OR_NONE, OPTIONAL, head_norms, mlp_branch
+from .parts import MLP, NO_PATH, NORM_OR_NONE, OPTIONAL, head_norms, mlp_branch, mlp_drops
 
 
 class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
@@ -48,9 +48,9 @@ class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
         options = dict(zip(("attn_mask",), args, strict=False)) | kwargs
         mask = options.pop("attn_mask", None)
         reason = given(args[1:], options) or self.not_fused() or not_taken(x, self.kv.weight)
-        mlp_drops = (0.0, 0.0) if self.mlp is None else (drop_rate(self.mlp.drop1), drop_rate(self.mlp.drop2))
+        of_mlp = (0.0, 0.0) if self.mlp is None else mlp_drops(self.mlp)
         proj_drop = drop_rate(self.proj_drop)
-        if reason := reason or drops_not_covered((proj_drop, *mlp_drops), *mlp_drops):
+        if reason := reason or drops_not_covered(proj_drop, *of_mlp):
             return self.run_library(reason, x, *args, **kwargs)
         masked = {} if mask is None else mask_options(self, mask, x)
         x = x if self.pos_embed is None else x + self.pos_embed.to(x.dtype)
@@ -61,7 +61,7 @@ class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
         y = F.dropout(y, proj_drop) if proj_drop else y
         if self.mlp is not None:
             norm = None if isinstance(self.norm, nn.Identity) else self.norm
-            y = mlp_branch(self.mlp, y, norm, None, 0.0, mlp_drops[0], y if norm is None else None)
+            y = mlp_branch(self.mlp, y, norm, None, NO_PATH, of_mlp, y if norm is None else None)
         if self.pool == "token":
             return y[:, 0]
         return y.mean(1) if self.pool == "avg" else y
