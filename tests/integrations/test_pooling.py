@@ -96,14 +96,17 @@ def test_what_runs_as_it_did():
     actual, ran, reasons = run(model, x)
     assert not ran and reasons == ["mlp carries a hook"] and not torch.allclose(actual, plain(x))
     handle.remove()
-    model.train().proj_drop.p = plain.train().proj_drop.p = 0.5
+    plain.train(), model.train()
+    for one in (plain, model):
+        one.proj_drop.p, one.mlp.drop1.p = 0.5, 0.25
     results = []
     for one in (plain, model):
         torch.manual_seed(3)
-        results.append(one(x))
+        results.append(run(one, x)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=5e-6)
-    model.mlp.drop1.p = 0.25
-    assert run(model, x)[2] == ["the MLP drops at two rates, 0.25 and 0.0"]
+    assert not torch.allclose(results[0], run(model, x)[0])
+    model.mlp.drop1.p = 1.0
+    assert run(model, x)[2] == ["a drop rate is 1"]
     assert type(vit_fast.restore(nn.Sequential(model))[0]) is AttentionPoolLatent
 
 
