@@ -20,7 +20,8 @@ from vit_fast.block import PREPARED
 NOT_FOLDED = {
     "ViTamin", "differential", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "Sapiens2",
     "EvaBlockPostNorm", "ResPostRelPosBlock", "SAM", "Gemma4", "CaiT", "SAM HQ", "InternVL", "InternVL with RMSNorm",
-    "XCLIP", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL MoE", "Qwen3.5", "GLM-4V", "GLM-4V MoE",
+    "XCLIP", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL MoE", "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Omni", "GLM-4V",
+    "GLM-4V MoE",
 }  # fmt: skip
 
 

@@ -198,8 +198,8 @@ SMALL_MODELS |= {
     ),
     "VidEoMT": SmallModel(
         "VideomtForUniversalSegmentation", "VideomtConfig",
-        dict(num_blocks=1, num_queries=3, num_upscale_blocks=1, num_frames=4),
-        inputs=lambda dtype: {"pixel_values_videos": images(dtype, 2, 4)},
+        dict(num_blocks=1, num_queries=3, num_upscale_blocks=1, num_frames=1),
+        inputs=lambda dtype: {"pixel_values_videos": images(dtype, 2, 1)},
     ),
     "Idefics2": SmallModel(
         "idefics2.modeling_idefics2:Idefics2VisionTransformer", "idefics2.configuration_idefics2:Idefics2VisionConfig",
