@@ -36,7 +36,12 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel", "_row_statistics_kernel"),
+    layer_norm: (
+        "_layer_norm_fwd_kernel",
+        "_layer_norm_wide_fwd_kernel",
+        "_row_partials_kernel",
+        "_row_statistics_kernel",
+    ),
     gemm: ("_linear_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
 }
@@ -245,8 +250,8 @@ def _language(program):
     return Language(
         program_id=lambda axis: Int(program, program, 32),
         cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
-        arange=_arange, full=_full, minimum=_minimum, maximum=_maximum, load=_load, store=_store, atomic_add=_count, range=_range,
-        static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
+        arange=_arange, full=_full, minimum=_minimum, maximum=_maximum, load=_load, store=_store, atomic_add=_count,
+        range=_range, static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
     )  # fmt: skip
 
 
@@ -678,7 +683,11 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind not in (LayerNorm, RowPartials, RowStatistics, Attention) and refused > MAX_ROWS and not launches
+                assert (
+                    kind not in (LayerNorm, RowPartials, RowStatistics, Attention)
+                    and refused > MAX_ROWS
+                    and not launches
+                )
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -833,9 +842,9 @@ EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
     "row_partials": lambda: layer_norm.row_partials(meta(0, 197, 768)).values,
-    "row_statistics": lambda: layer_norm.row_statistics(
-        layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6
-    ).values,
+    "row_statistics": lambda: (
+        layer_norm.row_statistics(layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6).values
+    ),
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
     "linear_with_partials": lambda: (
