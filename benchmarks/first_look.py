@@ -95,6 +95,7 @@ def plan() -> list[Look]:
         Look("fold", (*tune, "{batch}", *norms, *few, "--seconds", "42"), 55, dry),
         Look("hopper", (*tune, "{batch}", *linears, "--candidates", "hopper", "--seconds", "35"), 45, dry, arch=90),
         Look("ncu", ("-c", ncu, *stages, "once", "--json", "{file}", "--batch", "{batch}"), 45, meta, tool="ncu"),
+        Look("stacks", (*stages, "stacks", "--json", "{file}", "--batch", "{batch}"), 25, meta),
         Look("epilogues", (*stages, "epilogues", "--json", "{file}", "--batch", "{batch}"), 30, meta),
         Look("compiled", (*profile, *together, "--provider", "compile", "--num-iter", "5"), 75, tiny),
         Look("models", (*bench, *together, *ours), 65, tiny),
@@ -260,6 +261,12 @@ def _decision(question, answer, because, rule):
 
 
 def _fold(results):
+    """By whole blocks where they were timed in all forms, else by the products alone."""
+    forms = {row["name"]: row["us"] for row in _rows(results, "stacks")}
+    if len(forms) == 3 and None not in forms.values():
+        best = min(forms, key=lambda form: forms[form])
+        because = "two blocks: " + ", ".join(f"{form} {us:.0f} µs" for form, us in forms.items())
+        return _decision("fold LayerNorm into the products?", best, because, "the fastest form of a stack")
     rule = f"fold where four prepared products take {GAIN:.0%} less than four plain ones and two LayerNorms"
     prepared = [_us(results, "fold", f"prepared {layer}") for layer in LAYERS]
     plain = [_us(results, "fold", layer) for layer in LAYERS]
@@ -267,7 +274,7 @@ def _fold(results):
     if None in (*prepared, *plain, norm):
         return _decision("fold LayerNorm into the products?", None, "", rule)
     folded, apart = sum(prepared), sum(plain) + 2 * norm
-    answer = "yes" if folded <= apart * (1 - GAIN) else "not as it is: finalise row statistics once (S2) first"
+    answer = "yes" if folded <= apart * (1 - GAIN) else "no"
     because = f"a layer's products {folded:.0f} µs prepared, {sum(plain):.0f} + 2 × {norm:.0f} µs plain"
     return _decision("fold LayerNorm into the products?", answer, because, rule)
 
@@ -416,7 +423,7 @@ def _grade(results):
 
 def _correct(content, results):
     question, rule = "is anything wrong on this chip?", "every check within the error budget, replays equal bit by bit"
-    faults = [f"{row['name']}: {row['fault']}" for row in _rows(results, "epilogues", "sanitizer") if row.get("fault")]
+    faults = [f"{row['name']}: {row['fault']}" for row in _rows(results, "epilogues", "stacks", "sanitizer") if row.get("fault")]
     for row in _rows(results, "fold", "hopper", "attention", "stages"):
         faults += [f"{row['problem']}: {failure['why']}" for failure in row["failures"] if "allowed" in failure["why"]]
     faults += [f"{results['replays']['differ']} replays differ"] if (results.get("replays") or {}).get("differ") else []
@@ -460,7 +467,18 @@ def tuned(content: dict[str, Any]) -> dict[str, Any] | None:
         if best is not None and sum(times[best] for times in own) <= before * (1 - GAIN):
             use = {word: value for word, value in json.loads(best).items() if value != picked[word]}
             entries.append({"out_features": width, "picked": picked, "use": use})
-    return {"device": content["gpu"], "triton": content["triton"], "linear": entries} if entries else None
+    stack = []
+    forms = {row["name"]: row for row in _rows(results_of(content), "stacks") if row["us"]}
+    picked = next(iter(forms.values()))["picked"] if forms else None
+    if picked in forms:
+        best = min(forms, key=lambda form: forms[form]["us"])
+        if forms[best]["us"] <= forms[picked]["us"] * (1 - GAIN):
+            width = forms[best]["width"]
+            stack.append({"width": width, "picked": {"statistics": picked}, "use": {"statistics": best}})
+    if not (entries or stack):
+        return None
+    found = {"device": content["gpu"], "triton": content["triton"], "linear": entries}
+    return found | {"stack": stack} if stack else found
 
 
 def print_decisions(lines: list[dict[str, Any]]) -> None:

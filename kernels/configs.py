@@ -51,6 +51,15 @@ def pick_layer_norm_config(width: int) -> LayerNormConfig:
 
 
 @dataclass(frozen=True)
+class RowStatisticsConfig:
+    rows: int  # per program
+    num_warps: int
+
+
+ROW_STATISTICS = RowStatisticsConfig(rows=128, num_warps=4)
+
+
+@dataclass(frozen=True)
 class LayerNormBwdConfig:
     rows: int  # rows of a tile, while a row fits in one block
     block: int
@@ -152,6 +161,20 @@ def split_k_config(
     tiles = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
     most = min(2 * processors // tiles, cdiv(in_features, config.block_k) // 6, 8)
     return config if most < 2 else replace(config, split_k=1 << (most.bit_length() - 1))
+
+
+STATISTICS = ("partials", "finalised", "plain")  # forms of the row statistics of a stack (``prepared_blocks``)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    statistics: str  # one of STATISTICS
+
+
+@tuned.overrides
+def pick_stack_config(rows: int, width: int, arch: int) -> StackConfig:
+    """Of a stack of prepared blocks."""
+    return StackConfig("partials")
 
 
 def use_pdl(rows: int, arch: int) -> bool:

@@ -61,10 +61,7 @@ def fp8_blocks(
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
     pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
-    arguments = (num_heads, scale, activation, eps1, eps2, options, pdl)
-    if any(isinstance(value, Tensor) for value in options.flatten()):
-        return _run(x, weights, *arguments)
-    return launch_plan.planned(_run, x, weights, *arguments)
+    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options, pdl)
 
 
 def _run(

@@ -176,6 +176,9 @@ def check_folded(kernels, x, partials, weight, bias, activation=None, eps=1e-6, 
     """A folded LayerNorm is held to eager with a LayerNorm of its own."""
     column_sum = weight.double().sum(1).to(partials.values.dtype)
     out = kernels.folded_linear(x, partials, eps, weight, column_sum, bias, activation, config=config)
+    finalised = kernels.ln.row_statistics(partials, x.shape[-1], eps)
+    same = kernels.folded_linear(x, finalised, 0.0, weight, column_sum, bias, activation, config=config)
+    assert torch.equal(same, out)  # the same arithmetic, done once
     golden_x = wide(x) - wide(x).mean(-1, keepdim=True)
     golden_x = golden_x * (golden_x.square().mean(-1, keepdim=True) + eps) ** -0.5
     golden = formula(golden_x, weight, bias, activation)
@@ -199,7 +202,7 @@ def test_partials_are_those_of_what_is_stored(kernels, shape, block_n, dtype, ti
     assert torch.equal(out, kernels.linear_residual(hidden, weight, bias, None, residual, config=tiles))
     stored = wide(out).reshape(-1, width)
     assert partials.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert partials.width == block_n // 2 and partials.values.shape == (2, -(-width // partials.width), len(stored))
+    assert partials.width == block_n and partials.values.shape == (2, -(-width // partials.width), len(stored))
     epsilon = torch.finfo(partials.values.dtype).eps
     for part, columns in enumerate(stored.split(partials.width, dim=1)):
         mean, squares = (partials.values[i, part].double() for i in range(2))
@@ -233,7 +236,7 @@ def test_a_folded_layer_norm(kernels, activation, dtype, tiles):
 @pytest.mark.parametrize("mean", (0.0, 30.0, 300.0))
 @pytest.mark.parametrize("width,block_n", ((147, 32), (768, 32), (1040, 32), (600, 64), (33, 128)))
 def test_folded_rows_far_from_zero(kernels, width, block_n, mean, dtype):
-    """1040 columns in parts of 16 are 65: more than are merged at a time."""
+    """1040 columns in parts of 32 are 33: more than are merged at a time."""
     tiles = LinearConfig(32, block_n, 64, 2, 4, 2, True)
     x, partials = kernels.linear_with_partials(*stream((2, 20, width), dtype, mean), config=tiles)
     check_folded(kernels, x, partials, centred(64, width, dtype), torch.randn(64).to(dtype).float(), config=tiles)
