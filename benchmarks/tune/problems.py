@@ -79,7 +79,7 @@ PLANNED = Maker(torch.device("cpu"), torch.bfloat16, filled=False)
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 PREPARED = {f"prepared {name}": name for name in LINEARS}  # as vit_fast.prepare runs them
-PARTIAL_WIDTH = 64
+PARTIAL_WIDTH = 128
 
 
 def linear_sizes(name: str, vit: Vit) -> tuple[int, int, str | None, bool]:

@@ -251,6 +251,7 @@ def layer_norm():
     module.test_nothing_to_do(kernels, (2, 0, 48))
     _layer_norm_reasons(kernels)
     _row_partials(kernels, module)
+    _row_statistics(kernels, module)
     for shape in ((3, 7, 48), (1, 2, 16385)):
         test_fp8_blocks.test_layer_norm_rounds_once(shape, BFLOAT16)
     _layer_norm_pdl(kernels)
@@ -309,6 +310,32 @@ def _row_partials(kernels, module):
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         assert len(kernels.row_partials_not_supported_reasons(wide)) == 2
         assert len(kernels.row_partials_not_supported_reasons(wide[:, 1:])) == 1
+
+
+def _row_statistics(kernels, module):
+    """Merged partials: far rows, more partials than are merged at a time, a narrower last one, constant rows."""
+    for width, part, dtype in ((1040, 16, FLOAT32), (147, 16, FLOAT64), (33, 33, FLOAT32), (600, 64, FLOAT32)):
+        for mean, spread in ((0.0, 1.0), (1e5, 0.1)):
+            module.test_row_statistics(kernels, width, part, mean, spread, dtype)
+    module.test_row_statistics_of_constant_rows(kernels)
+    recorder, values = Recorder(), torch.zeros(2, 6, 257)
+    with mock.patch.object(kernels, "_row_statistics_kernel", recorder):
+        for part, pdl in ((128, False), (20, True)):
+            found = kernels.row_statistics(kernels.RowPartials(values, part), 100, 0.5, pdl=pdl).values
+            assert found.shape == (2, 257) and found.dtype == FLOAT32
+        assert kernels.row_statistics(kernels.RowPartials(values[..., :0], 20), 100, 0.5).values.shape == (2, 0)
+    found = [
+        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches
+    ]
+    assert found == [((3,), 128, 1, False, 128, 4, "fp32"), ((3,), 20, 8, True, 128, 4, "fp32")]
+    for parts, steps in ((1, 1), (2, 2), (3, 4), (31, 32), (33, 32)):
+        assert kernels.partials_per_step(parts * 16 - 1, 16) == steps
+    launch = device_is_made_current(
+        kernels,
+        "_row_statistics_kernel",
+        lambda: kernels.row_statistics(kernels.RowPartials(torch.empty(2, 1, 5, device="cuda"), 16), 16, 1e-6),
+    )
+    assert launch.args[0].device.type == "cuda"
 
 
 def _layer_norm_launches(kernels):
@@ -513,7 +540,7 @@ def _linear_partials(kernels, module, tiny, tma):
     recorder = Recorder()
     with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
         out, partials = kernels.linear_with_partials(x, weight, bias, residual.double(), config=tma)
-        assert (out.dtype, partials.values.dtype, partials.width) == (FLOAT64, FLOAT64, 16)
+        assert (out.dtype, partials.values.dtype, partials.width) == (FLOAT64, FLOAT64, tma.block_n)
         empty = kernels.linear_with_partials(x[:0], weight, bias, residual[:0], config=tma)[1]
         assert empty.values.shape == (2, 1, 0) and (empty.values.dtype, empty.width) == (FLOAT32, 48)
         plain = kernels.linear_residual(x, weight, bias, None, residual, config=tma)
@@ -552,7 +579,7 @@ def _folded_linear(kernels, module, tiny, tma):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
     found = [(n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.args[3] and n.args[3].eps) for n in recorder.launches]
-    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, None)]
+    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (0, 1, None)]
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
     with np.errstate(divide="raise", invalid="raise", over="raise"):
         kernels.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), None, config=tiny)
@@ -1220,6 +1247,7 @@ def _stack_launches(kernels, name, functions, arguments, launches):
             mock.patch.object(attention_kernels, "attention", spy_on(attention_kernels.attention)),
             mock.patch.object(layer_norm_kernels, "layer_norm", spy_on(layer_norm_kernels.layer_norm)),
             mock.patch.object(layer_norm_kernels, "row_partials", spy_on(layer_norm_kernels.row_partials)),
+            mock.patch.object(layer_norm_kernels, "row_statistics", spy_on(layer_norm_kernels.row_statistics)),
             mock.patch.multiple(configs_module, use_pdl=use_pdl, arch_of=lambda device: 80),
         ):
             getattr(kernels, name)(*arguments)
@@ -1288,6 +1316,17 @@ def prepared_blocks():
             actual, golden, rtol=1e-6 if chosen.rope else 1e-11, atol=1e-6 if chosen.rope else 1e-11
         )
     x = torch.randn(2, 5, 32).double()
+    for dtype in (BFLOAT16, FLOAT64):
+        with pytest.MonkeyPatch.context() as patch:
+            module.test_every_form_of_the_statistics_is_within_the_budget_of_eager(patch, dtype)
+    for form, kernel in (("finalised", "_row_statistics_kernel"), ("plain", "_layer_norm_fwd_kernel")):
+        with pytest.MonkeyPatch.context() as patch:
+            module.test_seven_launches_a_block_in_the_other_forms(patch, form, kernel)
+        names = ("linear_with_partials", "folded_linear") if form == "finalised" else ("linear",)
+        asked = mock.Mock(return_value=configs_module.StackConfig(form))
+        with mock.patch.object(configs_module, "pick_stack_config", asked):
+            _stack_launches(kernels, "prepared_blocks", names, (x, weights, *words), 14 + (form == "finalised"))
+        assert {call.args for call in asked.call_args_list} == {(10, 32, 80)}
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
