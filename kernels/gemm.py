@@ -237,7 +237,7 @@ def _linear_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
     place = tile
     if REVERSED:
-        place = tiles_m * tiles_n - 1 - tile
+        place = tl.num_programs(0) // SPLIT_K - 1 - tile
     tile_m, tile_n = tile_position(place, tiles_m, tiles_n, GROUP_M)
 
     tl.static_assert(SPLIT_K == 1 or not GATED, "gated activations have no split-K")
