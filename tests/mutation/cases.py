@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
-from support import packed_blocks
+from support import packed_blocks, sanitizer
 from support.large_tensors import last_programs_alone, reserved
 from support.prepared_blocks import block as whole_block
 from vit_fast.kernels import activations as activations_module
@@ -325,7 +325,8 @@ def _row_statistics(kernels, module):
             assert found.shape == (2, 257) and found.dtype == FLOAT32
         assert kernels.row_statistics(kernels.RowPartials(values[..., :0], 20), 100, 0.5).values.shape == (2, 0)
     found = [
-        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches
+        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC))
+        for n in recorder.launches
     ]
     assert found == [((3,), 128, 1, False, 128, 4, "fp32"), ((3,), 20, 8, True, 128, 4, "fp32")]
     for parts, steps in ((1, 1), (2, 2), (3, 4), (31, 32), (33, 32)):
@@ -536,6 +537,14 @@ def _linear_partials(kernels, module, tiny, tma):
         for shape, tiles in (((2, 17, 40), tiny), ((1, 3, 65), tma), ((1, 3, 1), tiny)):
             module.test_partials_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
     module.test_no_rows_have_no_partials(kernels)
+    x, weight, bias, residual = module.stream((3, 17, 40), FLOAT16)
+    expected = kernels.linear_with_partials(x, weight, bias, residual, config=tiny)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=True, config=tiny)[0]
+    assert torch.equal(out, expected)
+    for reverse, tile in ((True, (slice(48, 51), slice(32, 40))), (False, (slice(0, 16), slice(0, 32)))):
+        with sanitizer.only_programs(lambda count: range(1)):
+            out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=reverse, config=tiny)[0]
+        assert torch.equal(out.flatten(0, 1)[tile], expected.flatten(0, 1)[tile])
     x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
     recorder = Recorder()
     with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
@@ -578,8 +587,19 @@ def _folded_linear(kernels, module, tiny, tma):
         for width in (3, 7, 16, 50, 100):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
+        finalised = layer_norm_kernels.row_statistics(partials, 100, 0.25)
+        kernels.folded_linear(x, finalised, 0.25, weight, bias, bias, config=tiny)
+    assert recorder.launches[-1].args[3].statistics_ptr is finalised.values
     found = [(n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.args[3] and n.args[3].eps) for n in recorder.launches]
-    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (0, 1, None)]
+    assert found == [
+        (3, 32, 0.25),
+        (7, 16, 0.25),
+        (16, 8, 0.25),
+        (50, 2, 0.25),
+        (100, 1, 0.25),
+        (1, 1, None),
+        (0, 1, 0.25),
+    ]
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
     with np.errstate(divide="raise", invalid="raise", over="raise"):
         kernels.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), None, config=tiny)
@@ -1208,6 +1228,7 @@ def configs():
     test_fp8_blocks.test_tiles_of_float8()
     for arch, rows, early in ((89, 1, False), (90, 8192, True), (90, 8193, False), (100, 1, True)):
         assert module.use_pdl(rows, arch) is early
+    assert not module.alternate_tile_order(8192) and module.alternate_tile_order(8193)
     test_layer_norm.test_every_width_has_a_config()
     for sizes in test_linear.FEW_TILES:
         test_linear.test_few_tiles_split_their_sums(*sizes)
@@ -1330,6 +1351,21 @@ def prepared_blocks():
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
+    asked = []
+
+    def spy(*arguments, reverse_tiles, **options):
+        asked.append(reverse_tiles)
+        return linear_kernels.linear_with_partials(*arguments, **options)
+
+    for chosen in (False, True):
+        with (
+            mock.patch.object(kernels, "linear_with_partials", spy),
+            mock.patch.object(
+                configs_module, "alternate_tile_order", lambda rows, chosen=chosen: chosen and rows == 10
+            ),
+        ):
+            kernels.prepared_blocks(x, weights, *words)
+    assert asked == [False] * 4 + [True] * 4
     wide = torch.zeros(2, 3, 16385, device="meta")
     block = folding.first_block(folding.FoldedBlock, weights)
     narrow = block._replace(qkv_weight=torch.zeros(48, 514, dtype=FLOAT16))
