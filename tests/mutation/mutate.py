@@ -2,10 +2,9 @@
 
 Mutated are comparisons, arithmetic, conditions, numbers, truth values, dtypes, axes, masks, ``other=``, terms and
 factors, swapped strides, statements that can go, and calls with a neighbour (min and max, exp2 and exp).
-Not mutated, because no result depends on it: docstrings, messages of errors and refusals, annotations, assertions (which
-tell the type checker), decorators
-(``do_not_specialize``, caches), and the keywords of SPEED. A subscript's ``None`` is not mutated either: its mutants
-would only crash.
+Not mutated, because no result depends on it: docstrings, messages of errors and refusals, annotations, assertions (for
+the type checker), decorators (``do_not_specialize``, caches), and the keywords of SPEED. A subscript's ``None`` is not
+mutated either: its mutants would only crash.
 
 A mutant is named by its function, the text before and after, and its number among equal ones in that function, so
 that the name stays valid after edits elsewhere in the file.
@@ -17,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 SPEED = {"num_warps", "num_stages", "group_m", "GROUP_M", "eviction_policy", "cache_modifier"}
+SKIPPED = ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert
 COMPARE = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
     ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"),
@@ -55,7 +55,7 @@ def _children(node):
         if field in ("annotation", "returns", "decorator_list", "bases", "exc", "ctx"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)):
+            if not isinstance(child, ast.AST) or isinstance(child, SKIPPED):
                 continue
             if isinstance(child, ast.keyword) and child.arg in SPEED:
                 continue
