@@ -91,7 +91,10 @@ def stages(out: Path, only: str) -> list[Stage]:
         "eager,transformers,compile",
     )
     file = ("--time-budget", "260", "--results-file", f"{out}/training.json")
-    training = Stage(f"training {VIT_B}", (*bench, *words, *file), 300, cold=True)
+    training = [Stage(f"training {VIT_B}", (*bench, *words, *file), 300, cold=True)]
+    backward = [f"benchmarks/{path.name}" for path in sorted(Path(__file__).parent.glob("bench_*_bwd.py"))]
+    file = (f"--benchmark-json={out}/training-operations.json",)
+    training.append(Stage("training operations", (*pytest, *backward, *file), 240))
     profiles = []
     for provider, batch in (("prepared", 256), ("prepared", 1), ("vit_fast", 256), ("fp8", 256)):
         words = ("--model", VIT_B, "--provider", provider, "--batch-size", str(batch), "--precision", "bfloat16")
@@ -110,10 +113,14 @@ def stages(out: Path, only: str) -> list[Stage]:
         "tests": [Stage("tests", (*pytest, "tests", "-m", "gpu", "-n", "4", f"--junitxml={out}/tests.xml"), 360)],
         "sanitizer": [Stage("sanitizer", (*memcheck, *pytest, "tests", "-m", "gpu", "-k", checked), 150)],
         "models": models,
-        "training": [training],
+        "training": training,
         "profile": profiles,
         "tune": [Stage("tune", ("-P", "benchmarks/tune", "--out", f"{out}/tune.json"), 300)],
-        "operations": [Stage("operations", (*pytest, "benchmarks", f"--benchmark-json={out}/operations.json"), 300)],
+        "operations": [
+            Stage(
+                "operations", (*pytest, "benchmarks", "-k", "not bwd", f"--benchmark-json={out}/operations.json"), 300
+            )
+        ],
         "families": [Stage("families", families, 300)],
     }
     wanted = only.split(",")

@@ -2,8 +2,8 @@
 
 Forward and backward are the Triton kernels' own, interpreted. Eager is autograd of the reference at the dtype, truth is
 the same in float64 (``trained_operations``). A case of each operation says which tensors it has; ``BackwardCase`` has
-what is the same for all. LayerNorm's properties hold bit for bit. The other operations have products of PyTorch's, whose sums
-on a CPU depend on where a tensor lies: of those the second run keeps the budget of the first.
+what is the same for all. LayerNorm's properties hold bit for bit. The other operations have products of PyTorch's,
+whose sums on a CPU depend on where a tensor lies: of those the second run keeps the budget of the first.
 """
 
 from dataclasses import dataclass, replace

@@ -266,6 +266,8 @@ def _moves_nothing(func, inputs, outputs):
 class Recorder(TorchDispatchMode):
     """Records every operator call; names parameters, and tensors computed from parameters alone."""
 
+    table = _VIT_FAST  # of vit_fast's operators
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
@@ -296,8 +298,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _operations(self, operator, arguments, inputs, out, named):
-        if operator in _VIT_FAST:
-            for name, parameter, flop, moved in _VIT_FAST[operator](arguments, out):
+        if operator in self.table:
+            for name, parameter, flop, moved in self.table[operator](arguments, out):
                 narrow = parameter is not None and parameter.dtype in _NARROW_DTYPES
                 labels = self.blocks if name == "attention" else self.names
                 yield Operation(name, labels.get(id(parameter), self.module), flop, moved, narrow)
