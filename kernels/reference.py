@@ -631,9 +631,19 @@ def _prepared_heads(
     qkv, k, v, num_heads, q_norm=None, k_norm=None, norm="layer", rope=None, rope_layout="half", num_prefix=0
 ):
     """q, k, v [B, H, N, D], q and k normalised and turned."""
+    if k is None and q_norm is None and k_norm is None and rope is not None and _same_for_heads(*rope):
+        width = qkv.shape[2] // 3  # q and k are turned at once, as twice as many heads
+        both, v = (t.unflatten(2, (-1, width // num_heads)).transpose(1, 2) for t in qkv.split((2 * width, width), 2))
+        q, k = rotary(both, rope, rope_layout, num_prefix).chunk(2, dim=1)
+        return q, k, v
     q, k, v = split_heads(qkv, k, v, num_heads)
     q, k = head_norm(q, q_norm, norm), head_norm(k, k_norm, norm)
     return rotary(q, rope, rope_layout, num_prefix), rotary(k, rope, rope_layout, num_prefix), v
+
+
+def _same_for_heads(*tables):
+    """Whether tables of rotary embedding, [..., H, N, D] or [N, D], are the same for every head."""
+    return all(table.dim() == 2 or table.shape[-3] == 1 for table in tables)
 
 
 def attention(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .block_params import BlockParams
+from .block_params import BlockParams, Norm
 from .kernels.reference import activate, attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
@@ -96,6 +96,27 @@ def attention_probabilities(
     if p.k_norm is not None:
         k = ops.layer_norm(k, *p.k_norm, norm=p.norm)
     return attention_weights(q if queries is None else q[:, :, queries], k, p.scale)
+
+
+def latent_attention(
+    attn: Any, latent: torch.Tensor, x: torch.Tensor, norm: Norm | None = None, **options: Any
+) -> torch.Tensor:
+    """An ``nn.MultiheadAttention`` whose queries are the same for each image: [1, L, C] on tokens norm(x) [B, N, D] →
+    [B, L, C]; ``options`` are those of ``ops.attention``."""
+    width, weight, bias = attn.embed_dim, attn.in_proj_weight, attn.in_proj_bias
+    q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
+    if weight is None:  # the tokens have a width of their own
+        x = x if norm is None else ops.layer_norm(x, *norm)
+        k, v = F.linear(x, attn.k_proj_weight, k_bias), F.linear(x, attn.v_proj_weight, v_bias)
+        q = F.linear(latent, attn.q_proj_weight, q_bias)
+    else:
+        kv_weight, kv_bias = weight[width:], None if bias is None else bias[width:]
+        kv = F.linear(x, kv_weight, kv_bias) if norm is None else ops.layer_norm_linear(x, *norm, kv_weight, kv_bias)
+        k, v = kv.chunk(2, dim=-1)
+        q = F.linear(latent, weight[:width], q_bias)
+    q = q.expand(x.shape[0], -1, -1)
+    y = ops.attention(q, attn.num_heads, attn.head_dim**-0.5, k=k, v=v, **options)
+    return F.linear(y, attn.out_proj.weight, attn.out_proj.bias)
 
 
 def project_qkv(x: torch.Tensor, p: BlockParams) -> torch.Tensor:

@@ -842,6 +842,25 @@ _register(
 )
 
 
+_checked: set[tuple[Any, ...]] = set()  # the kinds of calls of attention that have passed the checks
+_MOST_KINDS = 1000
+
+
+def _kind_of_attention(
+    num_heads: int, scale: float, layout: str, prefix: int, *tensors: torch.Tensor | None
+) -> tuple[Any, ...] | None:
+    """All that the checks see of the arguments of attention; None where a tensor is of another class."""
+    kind: list[Any] = [num_heads, scale, layout, prefix]
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+        elif type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided:
+            kind += (tensor.shape, tensor.dtype, tensor.device)
+        else:
+            return None
+    return tuple(kind)
+
+
 @torch.fx.wrap
 def attention(
     qkv: torch.Tensor,
@@ -894,11 +913,19 @@ def attention(
         return reference.attention(
             qkv, num_heads, scale, k=k, v=v, q_norm=q_norm, k_norm=k_norm, norm=norm, dropout_p=dropout_p, seed=seed
         )
-    arguments.check_attention(
-        qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
-        rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
-        dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    kind = None
+    if select.is_direct() and key_lengths is cu_seqlens is rel_pos is q_norm is k_norm is None and not dropout_p:
+        kind = _kind_of_attention(num_heads, scale, rope_layout, num_prefix, qkv, k, v, bias, *(rope or ()))
+    if kind is None or kind not in _checked:
+        arguments.check_attention(
+            qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
+            rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        if kind is not None:
+            if len(_checked) >= _MOST_KINDS:
+                _checked.clear()
+            _checked.add(kind)
     if key_lengths is None and select.is_direct():
         return reference.attention(
             qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, cu_seqlens=cu_seqlens, rope=rope,

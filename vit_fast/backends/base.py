@@ -70,6 +70,7 @@ class Backend:
 
     Attributes:
         name: as ``vit_fast.backend`` and ``VIT_FAST_BACKEND`` take it.
+        device_types: the types of device that it may run on; None while that is not known.
         forward: the output, and the statistics that the backward needs; holds every operation of the backend.
         inference: the output alone, where leaving out the statistics is cheaper than ``forward``.
         backward: the gradients; where an operation is missing, the reference's backward runs.
@@ -85,6 +86,7 @@ class Backend:
     """
 
     name: str
+    device_types: tuple[str, ...] | None = None
     remedy = "Report it with what `vit-fast doctor` prints."
 
     def __init__(self) -> None:

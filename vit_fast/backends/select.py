@@ -205,10 +205,14 @@ def _is_reference_alone(x: torch.Tensor) -> bool:
     if word != "auto":
         return word == "torch"
     device = x.device
-    if autocasts(device.type):
+    device_type = device.type
+    if autocasts(device_type):
         return False
-    for name, other in BACKENDS.items():
-        if other is not TORCH and not unavailable(name, device) and not other.is_slower(x.dtype):
+    for backend in BACKENDS.values():
+        types = backend.device_types
+        if (types is not None and device_type not in types) or backend is TORCH:
+            continue
+        if not backend.unavailable(device) and not backend.is_slower(x.dtype):
             return False
     return True
 

@@ -35,6 +35,7 @@ class Triton(Backend):
         if self._failure is None:
             self._interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
             self._failure = self._load()
+            self.device_types = ("cuda", "cpu") if self._interpreted else ("cuda",)
         return self._failure
 
     def _load(self) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""open_clip: the blocks of its image tower, ``ResidualAttentionBlock`` and its custom kind, on the fused operations.
+"""open_clip: the blocks of its image tower, ``ResidualAttentionBlock`` and its custom kind, and its
+``AttentionalPooler`` on the fused operations.
 
     x = q_x + ls_1(attn(ln_1(q_x)))
     x = x + ls_2(mlp.c_proj(act(mlp.c_fc(ln_2(x)))))
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import (
     Attention,
+    AttentionalPooler,
     CustomResidualAttentionBlock,
     LayerNorm,
     LayerNormFp32,
@@ -34,6 +36,7 @@ from vit_fast.block import (
     attention_branch,
     drop_rate,
     drops_not_covered,
+    latent_attention,
     mlp_branch,
     pass_over_stack,
     project_qkv,
@@ -185,6 +188,29 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
         return mlp_branch(x, p)
 
 
+class FastAttentionalPooler(Fused, AttentionalPooler):
+    """open_clip's AttentionalPooler, whose queries are the model's own: [B, N, D] → [B, queries, C]."""
+
+    OPERATION = "pool"
+    SUBMODULES = submodules(**multihead_submodules("attn"), ln_q=_NORMS, ln_k=_NORMS)
+    query: nn.Parameter
+    attn: nn.MultiheadAttention
+    ln_q: nn.LayerNorm
+    ln_k: nn.LayerNorm
+
+    def not_covered(self) -> str | None:
+        return multihead_not_covered(self.attn, widths=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        reason = self.not_fused() or not_taken(x, self.attn.out_proj.weight)
+        if self.attn.training and self.attn.dropout:
+            reason = reason or "its attention drops weights"
+        if reason is not None:
+            return self.run_library(reason, x)
+        queries = ops.layer_norm(self.query[None], *Norm.of(self.ln_q))
+        return latent_attention(self.attn, queries, x, Norm.of(self.ln_k))
+
+
 class FastTransformer(Swapped, Transformer):
     """open_clip's Transformer, whose blocks run all at once where ``vit_fast.prepare`` has prepared them."""
 
@@ -211,6 +237,7 @@ class FastTransformer(Swapped, Transformer):
 FAST = {
     ResidualAttentionBlock: FastResidualAttentionBlock,
     CustomResidualAttentionBlock: FastCustomResidualAttentionBlock,
+    AttentionalPooler: FastAttentionalPooler,
 }
 STACKS = {Transformer: FastTransformer}
 

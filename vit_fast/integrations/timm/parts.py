@@ -15,9 +15,11 @@ from timm.models.vision_transformer import DropPath, LayerScale, Mlp
 from torch import nn
 
 from vit_fast import backends, ops
+from vit_fast.backends import select
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
-from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, norm_kind, not_taken
+from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, mask_options, norm_kind, not_taken
+from vit_fast.kernels import reference
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
 
@@ -370,7 +372,7 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options["bias"] = additive(bias, x.dtype)
+            options |= mask_options(self, bias, x) if self.BIAS == "attn_mask" else {"bias": additive(bias, x.dtype)}
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)
@@ -465,7 +467,7 @@ class PreNormBlock(TimmBlock):
         if not plain or word is None or found.drop_anything:
             return found
         norms = (self.norm1, self.norm2)
-        if any(norm.eps is None for norm in norms) or isinstance(self.norm1, NOTHING):
+        if any(norm.eps is None or norm.eps < 0 for norm in norms) or isinstance(self.norm1, NOTHING):
             return found
         words = Words(attn.num_heads, head_scale(attn), word, self.norm1.eps, self.norm2.eps, *map(norm_kind, norms))
         return found._replace(words=words)
@@ -487,13 +489,14 @@ class PreNormBlock(TimmBlock):
                 parts["norm1"], parts["norm2"], attn._modules["qkv"], attn._modules["proj"], mlp["fc1"], mlp["fc2"]
             )
         )  # fmt: skip
+        run: Any = reference if select.is_direct() else ops
         bias = qkv_bias(attn) if attn._parameters.get("q_bias") is not None else qkv["bias"]
-        y = ops.layer_norm_linear(
+        y = run.layer_norm_linear(
             x, norm1["weight"], norm1.get("bias"), words.eps1, qkv["weight"], bias, norm=words.norm1
         )
         y = ops.attention(y, words.num_heads, words.scale, **options)
-        x = ops.linear_residual(y, proj["weight"], proj["bias"], gammas[0], x)
-        return ops.layernorm_mlp(
+        x = run.linear_residual(y, proj["weight"], proj["bias"], gammas[0], x)
+        return run.layernorm_mlp(
             x, norm2["weight"], norm2.get("bias"), words.eps2, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],
             words.activation, gammas[1], norm=words.norm2,
         )  # fmt: skip

@@ -32,6 +32,7 @@ from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, 
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.integrations import GATED_BY, GELU, Fused, additive, norm_kind, not_taken
 from vit_fast.kernels.reference import activate
+from vit_fast.key_masks import key_lengths
 from vit_fast.plain import LINEAR, TENSORS
 
 Modules = Mapping[str, tuple[Any, ...]]
@@ -227,7 +228,8 @@ class Layer(Fused):
             if name == "attention_mask":
                 if type(value) not in TENSORS or value.dim() != 4:
                     return "attention_mask is no tensor of 4 dimensions"
-                options["bias"] = value
+                lengths = key_lengths(self, value, x.shape[0])
+                options |= {"bias": value} if lengths is None else lengths
             elif name == "position_embeddings":
                 options["rope"] = tuple(value)
             elif name == "cu_seqlens":
