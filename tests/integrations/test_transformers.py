@@ -118,6 +118,27 @@ def test_gradients_of_a_checkpointed_model_in_training(case):
         assert_same_gradients(gradients(model, inputs), actual, 1e-12)
 
 
+@each(("Pixio", "VideoMAE", "Beit", "Data2VecVision", "InternVL", "Blip"))
+def test_dropout_behind_the_branches_draws_as_without(case):
+    """The same seed gives what the library gives, at the rates of its modules."""
+    plain, inputs = case.build().double().train(), case.inputs(torch.float64)
+    dropouts = [module for module in plain.modules() if isinstance(module, nn.Dropout)]
+    for index, module in enumerate(dropouts):
+        module.p = 0.2 + 0.1 * (index % 4)
+    for module in plain.modules():
+        if hasattr(module, "drop_prob"):  # which transformers does not draw by Philox
+            module.drop_prob = 0.0
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    torch.manual_seed(5)
+    expected = output(plain, inputs)
+    torch.manual_seed(5)
+    actual, ran, reasons = run(model, inputs)
+    assert dropouts and ran.count("attention") == case.blocks and not reasons
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    torch.manual_seed(6)
+    assert not torch.allclose(output(model, inputs), actual)
+
+
 @each(ONE_EACH)
 def test_hidden_states_and_attentions(case):
     plain, inputs = case.build(attn_implementation="eager"), case.inputs(torch.float32)
