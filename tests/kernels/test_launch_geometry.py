@@ -251,7 +251,8 @@ def _language(program):
         program_id=lambda axis: Int(program, program, 32),
         cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
         arange=_arange, full=_full, minimum=_minimum, maximum=_maximum, load=_load, store=_store, atomic_add=_count,
-        range=_range, static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
+        range=_range, static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32,
+        PropagateNan=tl.PropagateNan,
     )  # fmt: skip
 
 
