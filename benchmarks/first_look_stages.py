@@ -232,6 +232,10 @@ def tiny(bench: Bench, keep: Callable[[Any], None]) -> bool:
             from vit_fast.kernels.linear_hopper import linear_hopper
 
             try_("linear_hopper", lambda: linear_hopper(x, weight, bias)[0], product, x)
+            try_(
+                "linear_hopper launched by PDL", lambda: linear_hopper(x, weight, bias, residual=residual, pdl=True)[0],
+                lambda x, residual: residual + product(x), x, residual,
+            )  # fmt: skip
     return all(row["fault"] is None for row in rows)
 
 

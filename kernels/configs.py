@@ -185,6 +185,15 @@ def use_pdl(rows: int, arch: int) -> bool:
     return arch >= 90 and rows <= 8192
 
 
+def alternate_tile_order(rows: int) -> bool:
+    """Whether the products that end a branch of prepared blocks compute their last tiles first, and so begin with what
+    the kernel before has written last: where activations are larger than L2, they find it there.
+
+    Expected to help; not measured.
+    """
+    return rows > 8192
+
+
 @dataclass(frozen=True)
 class PatchEmbedConfig:
     block_m: int

@@ -13,6 +13,8 @@ of one program.
 
 One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N),
 grouped in panels of GROUP_M tile rows (``tile_position``), so that programs which run together share operands in L2.
+With REVERSED the programs take the tiles from the last to the first: those that start first then read the rows which
+a kernel in the other order has written last, and which L2 still holds.
 Split-K: SPLIT_K programs share the K loop of one tile. Each stores its sums in the workspace and adds one to the tile's
 counter in the semaphore; the last to arrive adds them up in the order of K and runs the epilogue. No program waits for
 another. The counters must be zero before the launch, and are not zero after it.
@@ -40,7 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 from .activation_names import GATED
-from .activations import activate
+from .activations import activate_to
 from .arguments import check_rows
 from .layer_norm import RowPartials, merge_partials, partials_per_step
 
@@ -152,10 +154,10 @@ def _store_tile(
     mask = in_rows[:, None] & in_columns[None, :]
     acc = _affine(acc, mean, rstd, norm, vectors, 0, column, in_columns, ACC)
     if value is None:
-        acc = activate(acc, ACTIVATION, EXACT)
+        acc = activate_to(acc, ACTIVATION, EXACT, out_ptr.dtype.element_ty)
     else:
         value = _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
-        acc = activate(acc, ACTIVATION, EXACT) * value
+        acc = activate_to(acc, ACTIVATION, EXACT, out_ptr.dtype.element_ty) * value
     if vectors.gamma_ptr is not None:
         acc *= tl.load(vectors.gamma_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
     if vectors.row_scale_ptr is not None:
@@ -206,6 +208,7 @@ def _linear_fwd_kernel(
     PARTIAL_WIDTH: tl.constexpr,
     PARTIALS_PER_STEP: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    REVERSED: tl.constexpr,
     PDL: tl.constexpr,
     UPCAST: tl.constexpr,
     ACC: tl.constexpr,
@@ -231,7 +234,11 @@ def _linear_fwd_kernel(
         share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT_K) * BLOCK_K
         first_k = split * share
         end_k = tl.minimum(first_k + share, in_features)
-    tile_m, tile_n = tile_position(tile, tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    place = tile
+    if REVERSED:
+        place = tl.num_programs(0) // SPLIT_K - 1 - tile
+    tile_m, tile_n = tile_position(place, tiles_m, tiles_n, GROUP_M)
 
     tl.static_assert(SPLIT_K == 1 or not GATED, "gated activations have no split-K")
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -365,6 +372,7 @@ def gemm(
     with_partials: bool = False,
     out_dtype: torch.dtype | None = None,
     semaphore: Tensor | None = None,
+    reverse_tiles: bool = False,
     pdl: bool = False,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, RowPartials | None]:
@@ -452,6 +460,7 @@ def gemm(
             PARTIAL_WIDTH=partial_width,
             PARTIALS_PER_STEP=partials_merged,
             SPLIT_K=config.split_k,
+            REVERSED=reverse_tiles,
             UPCAST=_upcast(weight.dtype, out_dtype),
             ACC=launch.accumulator(weight.dtype, out_dtype),
             PRECISION=precision,

@@ -64,14 +64,19 @@ def linear_with_partials(
     residual: Tensor,
     *,
     semaphore: Tensor | None = None,
+    reverse_tiles: bool = False,
     pdl: bool = False,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, ln.RowPartials]:
     """(residual + x Wᵀ + bias in the residual's dtype, the ``RowPartials`` of its rows).
 
     semaphore: int32 zeros that only this call uses as split-K counters; allocated where None or too few.
+    reverse_tiles: whether the last tiles are computed first (``gemm``); the bits do not depend on it.
     """
-    return gemm(x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, pdl=pdl, config=config)
+    return gemm(
+        x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, reverse_tiles=reverse_tiles,
+        pdl=pdl, config=config,
+    )  # fmt: skip
 
 
 def folded_linear(

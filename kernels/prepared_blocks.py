@@ -16,7 +16,8 @@ into the projection that follows it, LayerScale into the one that ends the branc
     fc2: GEMM + residual, partials of x             rows·(F + C), rows·C
 
 and two more before the first block: zeros for the split-K semaphores (``gemm``), and the row-statistics partials of x.
-On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``).
+On capability 9.0 and later, with few rows, all these kernels are launched with PDL (``configs.use_pdl``); with many,
+proj and fc2 compute their last tiles first (``configs.alternate_tile_order``).
 This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements each.
 The statistics of the rows have three forms, of which ``configs.pick_stack_config`` chooses one:
     "partials"    each program of qkv and fc1 merges the partials of its rows, before its first load of a tile
@@ -65,12 +66,10 @@ def prepared_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    rows = x.shape[0] * x.shape[1]
-    form = configs.pick_stack_config(rows, x.shape[2], configs.arch_of(x.device)).statistics
-    arguments = (num_heads, scale, activation, eps1, eps2, options, form if options.norm == "layer" else "plain")
-    if any(isinstance(value, Tensor) for value in options.flatten()):
-        return _run(x, weights, *arguments)
-    return launch_plan.planned(_run, x, weights, *arguments)
+    rows, arch = x.shape[0] * x.shape[1], configs.arch_of(x.device)
+    form = configs.pick_stack_config(rows, x.shape[2], arch).statistics if options.norm == "layer" else "plain"
+    chosen = configs.use_pdl(rows, arch), configs.alternate_tile_order(rows), form
+    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options, *chosen)
 
 
 def _run(
@@ -82,11 +81,12 @@ def _run(
     eps1: float,
     eps2: float,
     options: BlockOptions,
+    pdl: bool,
+    reverse_tiles: bool,
     form: str,
 ) -> Tensor:
     blocks = unflatten(FoldedBlock, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
-    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     partials = ln.row_partials(x, pdl=pdl) if form != "plain" else None
 
     def after_norm(eps, weight, sums, bias, activation=None):
@@ -101,7 +101,9 @@ def _run(
         y = y if eps is None else ln.layer_norm(y, None, None, eps, norm=options.norm, pdl=pdl)
         if form == "plain":
             return linear(y, weight, bias, residual=x, semaphore=next(semaphores), pdl=pdl), None
-        return linear_with_partials(y, weight, bias, x, semaphore=next(semaphores), pdl=pdl)
+        return linear_with_partials(
+            y, weight, bias, x, semaphore=next(semaphores), reverse_tiles=reverse_tiles, pdl=pdl
+        )
 
     for block in blocks:
         packed = after_norm(eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)

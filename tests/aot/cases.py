@@ -351,6 +351,16 @@ def linear_train_cases():
     yield case("fc1 with z", "base", torch.float32, fc1, 64, 197, 768, 3072, torch.float32, tf32=True)
 
 
+def keep_mask_cases():
+    from vit_fast.kernels.dropout import keep_mask
+
+    def call(count):
+        seed = torch.empty(1, dtype=torch.int64)
+        keep_mask(seed, count, 0.1, seed.device)
+
+    yield case("keep_mask", "drop path", torch.bool, call, 256)
+
+
 def layernorm_mlp_cases():
     """Launches only kernels of layer_norm and linear; the case shows that nothing else gets compiled."""
     from vit_fast.kernels.layernorm_mlp import layernorm_mlp
@@ -462,7 +472,9 @@ def linear_hopper_cases():
     from vit_fast.kernels.layer_norm import RowPartials
     from vit_fast.kernels.linear_hopper import linear_hopper
 
-    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False):
+    def call(
+        batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False, pdl=False
+    ):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         norm = None
         if part is not None:
@@ -470,7 +482,7 @@ def linear_hopper_cases():
         residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
         linear_hopper(
             x, weight, torch.empty(out) if bias else None, activation,
-            residual=residual, norm=norm, with_partials=partials,
+            residual=residual, norm=norm, with_partials=partials, pdl=pdl,
         )  # fmt: skip
 
     for dtype in DTYPES[:2]:
@@ -491,6 +503,8 @@ def linear_hopper_cases():
             case("hopper fc1", *base, bias=False),
             case("hopper fc1 with partials", *base, partials=True),
             case("hopper fc2", *base, ends=True),
+            case("hopper folded fc1", *base, activation="gelu", part=64, pdl=True),
+            case("hopper fc2", *base, ends=True, partials=True, pdl=True),
             case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
             case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, partials=True),
         ]
@@ -500,6 +514,6 @@ def linear_hopper_cases():
 
 OPERATIONS = (
     attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
-    linear_train_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases, fp8_blocks_cases,
-    linear_hopper_cases,
+    linear_train_cases, keep_mask_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
+    fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip

@@ -235,6 +235,11 @@ def _compile(request):
     if request.function.is_gluon():  # warp-specialised: loads by TMA, setmaxnreg redistributes registers
         found["tma_loads"] = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx))
         found["setmaxnreg"] = sorted({int(number) for number in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)})
+        if "griddepcontrol.wait" in ptx:  # PDL: in the machine code, the producer asks for tiles of W before it waits
+            partitions = re.split(r"\bUSETMAXREG", kernel.asm["sass"])
+            found["early_loads"] = sum(
+                part.split("ACQBULK")[0].count("UTMALDG") for part in partitions if "ACQBULK" in part
+            )
     if "atom." in ptx:  # split-K semaphore: a barrier must separate every thread's stores from the one atomic
         before = [line for line in ptx[: ptx.index("atom.")].splitlines() if "st.global" in line or "bar.sync" in line]
         found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
@@ -335,6 +340,8 @@ def violations(entry, allowed_spills):
         found.append("loads nothing by TMA")
     if entry.get("setmaxnreg") == []:
         found.append("leaves the registers of its partitions as they are")
+    if entry.get("early_loads") == 0:
+        found.append("asks for no tile of the weight before the PDL wait")
     if entry["serialised"]:
         found.append(f"ptxas serialises wgmma ({entry['ptxas']})")
     return found

@@ -147,6 +147,8 @@ def _figures():
     ]
     items = [{"name": "prepared blocks in a CUDA graph, launched in turn", "us": 300.0}]
     items += [{"name": "prepared blocks in a CUDA graph, launched early", "us": 250.0}]
+    items += [{"name": "prepared blocks in a CUDA graph, tiles in one order", "us": 14000.0}]
+    items += [{"name": "prepared blocks in a CUDA graph, tiles in alternate order", "us": 13900.0}]
     profile = {
         "operation": "sum",
         "us": 15000.0,
@@ -221,6 +223,7 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
         "which attention for 197 tokens of 64?": "resident",
         "which attention for 256 tokens of 72?": "resident",
         "PDL?": "on",
+        "order of tiles?": "alternate",
         "4 or 7 stages at batch 1?": "7",
         "does torch.compile fuse GELU, and which SDPA does it run?": (
             "GELU is a kernel of its own; pytorch_flash::flash_fwd_kernel"
@@ -262,7 +265,7 @@ def test_time_runs_out(look, tools, tmp_path):
     content = json.loads((tmp_path / "first_look.json").read_text())
     verdicts = [stage["verdict"] for stage in content["stages"]]
     assert verdicts == ["passed"] * 3 + ["no time left"] * 14
-    assert _answers(content)["PDL?"] == "not measured"
+    assert _answers(content)["PDL?"] == _answers(content)["order of tiles?"] == "not measured"
     assert _answers(content)["fold LayerNorm into the products?"] == "no"
 
 

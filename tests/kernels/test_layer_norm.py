@@ -108,7 +108,7 @@ def test_rows_wider_than_a_block(kernels, width, dtype):
 
 @pytest.mark.interp
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
-@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 50, 588), (1, 197, 768), (3, 64), (5, 1), (2, 5000), (2, 20000)))
+@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 9, 588), (1, 17, 768), (3, 64), (5, 1), (2, 5000), (2, 20000)))
 def test_rms(kernels, shape, dtype):
     x, weight, bias = problem(shape, dtype, mean=0.5)
     check(kernels, x, weight, None, norm="rms")

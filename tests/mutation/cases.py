@@ -7,7 +7,6 @@ Triton's interpreter under the memory sanitizer. The cheapest cases, and those t
 
 import itertools
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -28,10 +27,10 @@ import test_prepared_blocks
 import torch
 import triton
 import triton.language as tl
-from support import packed_blocks
+from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
+from support import packed_blocks, sanitizer
 from support.large_tensors import last_programs_alone, reserved
 from support.prepared_blocks import block as whole_block
-from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import activations as activations_module
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -56,48 +55,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 
-class Recorder:
-    """Stands in for a kernel: records grid, arguments and keywords of each launch, and launches nothing."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append(SimpleNamespace(grid=grid, args=args, **options))
-
-
-@contextmanager
-def matmul_precision(word):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(word)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def device_is_made_current(kernels, kernel, call):
-    """Checks on fake CUDA tensors, with a stand-in for the kernel, that the call makes their device current. Returns
-    the only launch."""
-    made, recorder = mock.MagicMock(), Recorder()
-    with (
-        FakeTensorMode(), mock.patch.object(torch.cuda, "device", made), mock.patch.object(kernels, kernel, recorder),
-        mock.patch.multiple(configs_module, arch_of=lambda device: 80, multiprocessors_of=lambda device: 1),
-    ):  # fmt: skip
-        call()
-    assert made.call_count == 1
-    return recorder.launches[0]
-
-
 def refuses_too_many_rows(call):
     with pytest.raises(UnsupportedError, match=f"{2**31} rows, expected at most {MAX_ROWS} in one call"):
         call(2**31)
-
-
-def equal(actual, wanted):
-    assert len(actual) == len(wanted)
-    for one, other in zip(actual, wanted):
-        assert torch.equal(one, other)
 
 
 def arguments():
@@ -577,6 +537,14 @@ def _linear_partials(kernels, module, tiny, tma):
         for shape, tiles in (((2, 17, 40), tiny), ((1, 3, 65), tma), ((1, 3, 1), tiny)):
             module.test_partials_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
     module.test_no_rows_have_no_partials(kernels)
+    x, weight, bias, residual = module.stream((3, 17, 40), FLOAT16)
+    expected = kernels.linear_with_partials(x, weight, bias, residual, config=tiny)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=True, config=tiny)[0]
+    assert torch.equal(out, expected)
+    for reverse, tile in ((True, (slice(48, 51), slice(32, 40))), (False, (slice(0, 16), slice(0, 32)))):
+        with sanitizer.only_programs(lambda count: range(1)):
+            out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=reverse, config=tiny)[0]
+        assert torch.equal(out.flatten(0, 1)[tile], expected.flatten(0, 1)[tile])
     x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
     recorder = Recorder()
     with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
@@ -1260,6 +1228,7 @@ def configs():
     test_fp8_blocks.test_tiles_of_float8()
     for arch, rows, early in ((89, 1, False), (90, 8192, True), (90, 8193, False), (100, 1, True)):
         assert module.use_pdl(rows, arch) is early
+    assert not module.alternate_tile_order(8192) and module.alternate_tile_order(8193)
     test_layer_norm.test_every_width_has_a_config()
     for sizes in test_linear.FEW_TILES:
         test_linear.test_few_tiles_split_their_sums(*sizes)
@@ -1382,6 +1351,21 @@ def prepared_blocks():
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
+    asked = []
+
+    def spy(*arguments, reverse_tiles, **options):
+        asked.append(reverse_tiles)
+        return linear_kernels.linear_with_partials(*arguments, **options)
+
+    for chosen in (False, True):
+        with (
+            mock.patch.object(kernels, "linear_with_partials", spy),
+            mock.patch.object(
+                configs_module, "alternate_tile_order", lambda rows, chosen=chosen: chosen and rows == 10
+            ),
+        ):
+            kernels.prepared_blocks(x, weights, *words)
+    assert asked == [False] * 4 + [True] * 4
     wide = torch.zeros(2, 3, 16385, device="meta")
     block = folding.first_block(folding.FoldedBlock, weights)
     narrow = block._replace(qkv_weight=torch.zeros(48, 514, dtype=FLOAT16))
