@@ -89,6 +89,20 @@ def test_a_change_of_a_rule_changes_what_is_predicted(monkeypatch):
     assert programs[1] == 4 * programs[0] and facts["step_ms"] > before["step_ms"]
 
 
+def test_the_forms_of_the_row_statistics_differ_in_launches_and_in_what_a_product_takes(monkeypatch):
+    """Finalised statistics cost two launches a block and spare each program of qkv and fc1 the merging; without the
+    fold products are the fastest and LayerNorm is a pass over memory."""
+    found = {}
+    for form in configs.STATISTICS:
+        monkeypatch.setattr(configs, "pick_stack_config", lambda *args, form=form: configs.StackConfig(form))
+        facts, rows = predicted.__wrapped__(batch=256, depth=2)
+        us = [rows["linear", f"blocks.*.{part}"]["us_per_call"] for part in ("attn.qkv", "mlp.fc1")]
+        found[form] = facts["launches"], sum(us), rows.get(("_row_statistics_kernel", ""), {}).get("calls")
+    launches, products, merged = zip(*(found[form] for form in ("partials", "finalised", "plain")), strict=True)
+    assert (launches[1] - launches[0], launches[2] - launches[0]) == (4, 3) and merged == (None, 4, None)
+    assert products[2] < products[1] <= products[0] * 1.01
+
+
 def test_replaced_functions_are_put_back():
     names = ((configs, "arch_of"), (configs, "multiprocessors_of"), (launch, "device_reasons"))
     import triton

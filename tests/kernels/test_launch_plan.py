@@ -44,15 +44,19 @@ def recorded(function, x, *arguments):
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("options", (PLAIN, BlockOptions(out_eps=1e-6, hidden_eps=1e-5)), ids=("plain", "inner norms"))
+@pytest.mark.parametrize(
+    "options,form",
+    ((PLAIN, "partials"), (BlockOptions(out_eps=1e-6, hidden_eps=1e-5), "finalised")),
+    ids=("plain", "inner norms"),
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_plan_gives_the_bits_of_the_function(layout, options, monkeypatch):
+def test_a_plan_gives_the_bits_of_the_function(layout, options, form, monkeypatch):
     from vit_fast.kernels import configs, prepared_blocks
 
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 132)  # split-K, whose semaphores must be zeros
     # Two programs share a K loop from 12 steps on, that of fc2.
     weights, shape = weights_of(hidden=768), (2, 9, 48)
-    arguments = (weights, *WORDS, options, False, True, "partials")
+    arguments = (weights, *WORDS, options, False, True, form)
     plan = recorded(prepared_blocks._run, LAYOUTS[layout](shape).to(BF16), *arguments)
     assert any(dict(zip(kernel._kernel.arg_names, args)).get("SPLIT_K", 1) > 1 for kernel, _, args in plan._launches)
     kept = [LAYOUTS[layout](shape).to(BF16) for _ in range(3)]
@@ -186,7 +190,7 @@ def child_places_that_are_needed_at_once_do_not_overlap():
 
 def child_changes_make_a_new_plan():
     pretend()
-    from vit_fast.kernels import launch_plan, prepared_blocks
+    from vit_fast.kernels import configs, launch_plan, prepared_blocks
 
     weights, x = weights_of(64, 256), torch.randn(2, 17, 64).to(BF16)
 
@@ -210,6 +214,10 @@ def child_changes_make_a_new_plan():
     assert plans(weights, x, BlockOptions(bias=bias)) == 7, "options with tensors are not planned"
     prepared_blocks.prepared_blocks(x, weights, HEADS, 2 * SCALE, *WORDS[2:])
     assert len(launch_plan._plans) == 8
+    shipped = configs.pick_stack_config
+    configs.pick_stack_config = lambda *args: configs.StackConfig("finalised")
+    assert plans(weights, x) == 9
+    configs.pick_stack_config = shipped
     launch_plan.MAX_PLANS = 3
     assert plans(weights, x[:1, :5]) == 3
     assert plans(weights, x[:0]) == 3
