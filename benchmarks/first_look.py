@@ -423,7 +423,11 @@ def _grade(results):
 
 def _correct(content, results):
     question, rule = "is anything wrong on this chip?", "every check within the error budget, replays equal bit by bit"
-    faults = [f"{row['name']}: {row['fault']}" for row in _rows(results, "epilogues", "stacks", "sanitizer") if row.get("fault")]
+    faults = [
+        f"{row['name']}: {row['fault']}"
+        for row in _rows(results, "epilogues", "stacks", "sanitizer")
+        if row.get("fault")
+    ]
     for row in _rows(results, "fold", "hopper", "attention", "stages"):
         faults += [f"{row['problem']}: {failure['why']}" for failure in row["failures"] if "allowed" in failure["why"]]
     faults += [f"{results['replays']['differ']} replays differ"] if (results.get("replays") or {}).get("differ") else []

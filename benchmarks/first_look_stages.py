@@ -187,7 +187,9 @@ def stacks(bench: Bench, keep: Callable[[Any], None]) -> bool:
                 if not bench.rehearsed:
                     golden = eager(x[:1].double(), [weight.double() for weight in weights])
                     verdict = parity.compare(out[:1], eager(x[:1], weights), golden, out.dtype)
-                    row["fault"] = None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+                    row["fault"] = (
+                        None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+                    )
                 if row["fault"] is None:
                     row["us"] = bench.us(lambda: call(x))
             except Exception as error:  # recorded; the next form is tried

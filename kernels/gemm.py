@@ -237,7 +237,7 @@ def _linear_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
     place = tile
     if REVERSED:
-        place = tiles_m * tiles_n - 1 - tile
+        place = tl.num_programs(0) // SPLIT_K - 1 - tile
     tile_m, tile_n = tile_position(place, tiles_m, tiles_n, GROUP_M)
 
     tl.static_assert(SPLIT_K == 1 or not GATED, "gated activations have no split-K")
@@ -378,8 +378,9 @@ def gemm(
 ) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None): the formula of the head comment for x [B, ..., K] and residual [B, ..., N].
 
-    ``norm``: (RowPartials or RowStatistics of x, eps, column sums of weight) of a folded LayerNorm; ``out_dtype``: that of out without a
-    residual, the weight's by default; ``semaphore``: int32 zeros that only this call uses as counters, allocated
+    ``norm``: (RowPartials or RowStatistics of x, eps, column sums of weight) of a folded LayerNorm;
+    ``out_dtype``: that of out without a residual, the weight's by default; ``semaphore``: int32 zeros that only this
+    call uses as counters, allocated
     where None or too few. Split-K, which makes the bits depend on the number of rows, is allowed where a semaphore is
     given or partials are requested.
     """
@@ -415,11 +416,11 @@ def gemm(
         if with_partials or semaphore is not None:
             processors = configs.multiprocessors_of(x.device)
             config = configs.split_k_config(config, rows, out_features, in_features, processors)
-    partial_width, partials_merged = 0, 1
+    partial_width, partials_merged = 1, 1  # width 0: mean and rstd
     if norm is not None:
         statistics, eps, column_sum = norm
-        if isinstance(statistics, RowPartials):
-            partial_width = statistics.width
+        partial_width = statistics.width if isinstance(statistics, RowPartials) else 0
+        if partial_width:
             partials_merged = partials_per_step(in_features, partial_width)
         norm = FoldedNorm(statistics.values, launch.vector(column_sum), eps)
     partials_out = None

@@ -153,8 +153,7 @@ def _place(storages: Sequence[_Storage]) -> int:
     """Gives storages their places, the earliest first, each the lowest that is free at all its launches; the size."""
     placed: list[_Storage] = []
     for storage in storages:
-        begin, end = storage.launches[0], storage.launches[-1]
-        alive = [other for other in placed if other.launches[0] <= end and begin <= other.launches[-1]]
+        alive = [other for other in placed if other.launches[-1] >= storage.launches[0]]
         for other in sorted(alive, key=lambda other: other.offset):
             if storage.offset + storage.size <= other.offset:
                 break
@@ -196,7 +195,7 @@ class Plan:
 
     def _bind(self, addresses: tuple[int, ...]) -> list[tuple[Callable[..., Any], list[Any]]]:
         self._bound[addresses] = bound = self._with(addresses, _address)
-        while len(self._bound) > MAX_ADDRESSES:
+        if len(self._bound) > MAX_ADDRESSES:
             self._bound.popitem(last=False)
         return bound
 

@@ -15,9 +15,9 @@ ceil(rows / ROWS).
 x may have rows at two strides (``launch.row_layout``), as x[:, 1:] of a [B, N, C] tensor has, and is read in place; an
 x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
-For a LayerNorm that is folded into a GEMM (``linear.folded_linear``): ``row_partials`` computes the ``RowPartials`` of an
-x that no GEMM epilogue has written, one partial per row, C ≤ 16384; ``row_statistics`` merges the partials of each row
-to mean and rstd, once for all programs of that GEMM, and moves 2·rows·(partials + 1) numbers of 4 bytes.
+For a LayerNorm that is folded into a GEMM (``linear.folded_linear``): ``row_partials`` computes the ``RowPartials`` of
+an x that no GEMM epilogue has written, one partial per row, C ≤ 16384; ``row_statistics`` merges the partials of each
+row to mean and rstd, once for all programs of that GEMM, and moves 2·rows·(partials + 1) numbers of 4 bytes.
 Limits: C ≤ 65536; float64 in the interpreter only.
 Source: Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019);
 merged statistics: Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance" (1983).

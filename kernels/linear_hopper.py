@@ -154,7 +154,7 @@ def _store_partials(value, means_ptr, m2_ptr, row, column, rows, first, width, P
     size = tl.maximum(tl.minimum(width - first, PARTIAL_WIDTH), 1).to(tl.float32)
     mean = tl.sum(value, axis=1) / size
     centred = tl.where((column < width)[None, :], value - mean[:, None], 0.0)
-    offset = first // PARTIAL_WIDTH * rows + row
+    offset = (first // PARTIAL_WIDTH).to(tl.int64) * rows + row
     in_matrix = (row < rows) & (first < width)
     tl.store(means_ptr + offset, mean, mask=in_matrix)
     tl.store(m2_ptr + offset, tl.sum(centred * centred, axis=1), mask=in_matrix)

@@ -22,11 +22,11 @@ This saves a separate LayerNorm twice a block: a launch and 2·rows·C elements 
 The statistics of the rows have three forms, of which ``configs.pick_stack_config`` chooses one:
     "partials"    each program of qkv and fc1 merges the partials of its rows, before its first load of a tile
     "finalised"   a launch in front of qkv and fc1 merges them once a row, and the programs read mean and rstd: seven
-                  launches a block, 8·rows·(C/BLOCK_N + 1) bytes more
+                  launches a block, 8·rows·(partials + 1) bytes more
     "plain"       LayerNorm is not folded: a launch in front of qkv and fc1 normalises the rows, seven launches a block
 From the second call with the same weights and shape on the launches are repeated by a plan (``launch_plan``).
-RMSNorm is always "plain"; the rows of a norm inside a branch are normalised by a launch of their own
-(``BlockOptions.out_eps``, ``hidden_eps``), whose parameters are folded all the same.
+RMSNorm is always "plain", and the rows before a norm inside a branch (``BlockOptions.out_eps``, ``hidden_eps``) are
+normalised by a launch of their own; the parameters are folded all the same.
 Limits: those of the parts; C ≤ 16384; no dropout, no drop path.
 Source: folding of LayerNorm after FlashNorm (arXiv:2407.09577), with the mean as a rank-one correction.
 """

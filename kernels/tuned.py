@@ -7,8 +7,9 @@ under another Triton, the rules alone pick; a file that cannot be understood is 
      "stack": [{"width": 768, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}]}
 
 ``picked`` holds all fields of the ``LinearConfig`` that the rule picks, ``use`` those that replace them where it does
-for so many ``out_features``; likewise of the ``StackConfig`` for a width; "stack" may be missing. ``python -P benchmarks/first_look.py --install FOLDER`` puts a file there. Tables are by
-architecture: of two devices of one architecture in a process, the one that is asked last counts.
+for so many ``out_features``; likewise of the ``StackConfig`` for a width; "stack" may be missing.
+``python -P benchmarks/first_look.py --install FOLDER`` puts a file there. Tables are by architecture: of two devices of
+one architecture in a process, the one that is asked last counts.
 """
 
 import functools

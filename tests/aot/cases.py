@@ -241,7 +241,9 @@ def linear_cases():
                 sizes = dtype, folded, batch, tokens, width
                 yield case("folded qkv", name, *sizes, 3 * width, dtype, finalised=True)
                 yield case("folded fc1", name, *sizes, hidden, dtype, activation="gelu", finalised=True)
-            yield case("folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype, activation="swiglu", finalised=True)
+            yield case(
+                "folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype, activation="swiglu", finalised=True
+            )
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, _, hidden, _) in VITS.items():

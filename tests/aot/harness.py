@@ -245,7 +245,9 @@ def _compile(request):
         found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
     if "griddepcontrol.wait" in ptx:  # PDL: nothing may be read or written before the wait
         found["waits"] = not re.search(r"\b(ld|st|atom|red)\.global|\bcp\.async", ptx.split("griddepcontrol.wait")[0])
-    if request.signature.get("norm", "constexpr") != "constexpr":  # a folded LayerNorm: row statistics may be read first
+    if (
+        request.signature.get("norm", "constexpr") != "constexpr"
+    ):  # a folded LayerNorm: row statistics may be read first
         found["before_load"] = _before_load(kernel.asm["cubin"])
     if re.search(r"tt\.dot.*xf8E4M3FN", kernel.asm.get("ttir", "")):
         found["fp8"] = "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx

@@ -247,9 +247,7 @@ def test_candidates_can_be_installed_and_are_used(look, tools, tmp_path, monkeyp
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "kernels")
     done = look.install(tmp_path)
     assert done == tmp_path / "kernels" / "h200.json" and json.loads(done.read_text()) == found
-    assert found["stack"] == [
-        {"width": 768, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}
-    ]
+    assert found["stack"] == [{"width": 768, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}]
     table = tuned.read(done, "NVIDIA H200", "3.7.1")
     monkeypatch.setitem(tuned._tables, 90, table)
     few = configs.pick_linear_config(197, 768, False, torch.bfloat16, torch.bfloat16, False, False, 90)

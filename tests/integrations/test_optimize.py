@@ -22,6 +22,7 @@ from support.library_models import (
     CASES,
     CONFIG,
     PACKED,
+    POOLED,
     PREPARABLE,
     SEPARATE,
     fused,
@@ -481,7 +482,7 @@ def test_timm_variants(variant):
     model, x = timm_vit(**VARIANTS[variant]), images()
     expected = output(model, x)
     actual, ran = operations(vit_fast.optimize(model, strict=True), x)
-    assert ran == ["patch_embed", *2 * PACKED]
+    assert ran == ["patch_embed", *2 * PACKED, *(POOLED if variant == "attention pool" else ())]
     same(actual, expected)
 
 
@@ -631,7 +632,7 @@ def test_hugging_face_text_towers_are_left_alone():
         assert classes(model.text_model) == classes(plain.text_model)
         with vit_fast.backends.recording() as choices:
             result = model(input_ids=words, pixel_values=x)
-        assert fused(choices) == 2 * SEPARATE
+        assert fused(choices) == 2 * SEPARATE + (POOLED if hasattr(model.vision_model, "head") else [])
         expected = plain(input_ids=words, pixel_values=x)
         assert torch.equal(result.text_embeds, expected.text_embeds)
         same(result.image_embeds, expected.image_embeds)

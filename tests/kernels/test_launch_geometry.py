@@ -371,7 +371,11 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind not in (LayerNorm, RowPartials, RowStatistics, Attention) and refused > MAX_ROWS and not launches
+                assert (
+                    kind not in (LayerNorm, RowPartials, RowStatistics, Attention)
+                    and refused > MAX_ROWS
+                    and not launches
+                )
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -555,9 +559,9 @@ EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
     "row_partials": lambda: layer_norm.row_partials(meta(0, 197, 768)).values,
-    "row_statistics": lambda: layer_norm.row_statistics(
-        layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6
-    ).values,
+    "row_statistics": lambda: (
+        layer_norm.row_statistics(layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6).values
+    ),
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
     "linear_with_partials": lambda: (

@@ -156,7 +156,9 @@ def test_row_partials_of_any_layout(kernels, layout):
 def test_row_statistics(kernels, width, part, mean, spread, dtype):
     """1040 columns in parts of 16 are 65: more than are merged at a time."""
     x = (spread * torch.randn(200, width, dtype=torch.float64) + mean * torch.randn(200, 1)).to(dtype)
-    values = torch.stack([torch.stack([m.mean(1), m.var(1, correction=0) * m.shape[1]]) for m in x.double().split(part, 1)], 1)
+    values = torch.stack(
+        [torch.stack([m.mean(1), m.var(1, correction=0) * m.shape[1]]) for m in x.double().split(part, 1)], 1
+    )
     found = kernels.row_statistics(kernels.RowPartials(values.to(dtype).contiguous(), part), width, 1e-5).values
     wanted = x.double().mean(1), (x.double().var(1, correction=0) + 1e-5).rsqrt()
     epsilon, largest = torch.finfo(dtype).eps, x.double().abs().amax(1)

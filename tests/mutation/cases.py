@@ -325,7 +325,8 @@ def _row_statistics(kernels, module):
             assert found.shape == (2, 257) and found.dtype == FLOAT32
         assert kernels.row_statistics(kernels.RowPartials(values[..., :0], 20), 100, 0.5).values.shape == (2, 0)
     found = [
-        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC)) for n in recorder.launches
+        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC))
+        for n in recorder.launches
     ]
     assert found == [((3,), 128, 1, False, 128, 4, "fp32"), ((3,), 20, 8, True, 128, 4, "fp32")]
     for parts, steps in ((1, 1), (2, 2), (3, 4), (31, 32), (33, 32)):
@@ -586,8 +587,19 @@ def _folded_linear(kernels, module, tiny, tma):
         for width in (3, 7, 16, 50, 100):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
+        finalised = layer_norm_kernels.row_statistics(partials, 100, 0.25)
+        kernels.folded_linear(x, finalised, 0.25, weight, bias, bias, config=tiny)
+    assert recorder.launches[-1].args[3].statistics_ptr is finalised.values
     found = [(n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.args[3] and n.args[3].eps) for n in recorder.launches]
-    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (0, 1, None)]
+    assert found == [
+        (3, 32, 0.25),
+        (7, 16, 0.25),
+        (16, 8, 0.25),
+        (50, 2, 0.25),
+        (100, 1, 0.25),
+        (1, 1, None),
+        (0, 1, 0.25),
+    ]
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
     with np.errstate(divide="raise", invalid="raise", over="raise"):
         kernels.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), None, config=tiny)

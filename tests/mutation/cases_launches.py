@@ -325,7 +325,7 @@ def _places(module):
 
 def _steps(kernel, x, weights, factor=1.0, descriptor=False):
     """Three launches: intermediates, a semaphore at two, views, and memory that nothing reads."""
-    first, spare, out = torch.empty(x.shape), torch.empty(7), None
+    first, spare = torch.empty(x.shape[0] + 1, *x.shape[1:])[1:], torch.empty(7)
     rooms = torch.zeros(2, 3, dtype=torch.int32).unbind()
     kernel.run(first, x, Pair(weights[0], 2.0), None, 5, grid=(2,), warmup=False)
     second = torch.empty_strided(x.shape, first.stride())
@@ -333,7 +333,7 @@ def _steps(kernel, x, weights, factor=1.0, descriptor=False):
     source = source if descriptor else source.view(x.shape)
     kernel.run(second, source, (weights[1], factor), rooms[1], grid=(1, 2), warmup=False, N=6)
     more, out = torch.zeros(1, dtype=torch.int32), torch.empty(x.shape)
-    kernel.run(out, second, Pair(second, 1.0), more, grid=(1, 2, 3), warmup=False, N=None)
+    kernel.run(out, second, Pair(first, 1.0), more, grid=(1, 2, 3), warmup=False, N=None)
     assert spare is not None
     return out
 
@@ -354,10 +354,11 @@ def _repeated(module, kernel):
         for descriptor in (False, True):
             kernel.launched = []
             out, plan = _recorded(module, kernel, x, weights, 3.0, descriptor)
-            wanted = 2 * (x + 2 * weights[0] + 3 * weights[1])
-            assert torch.equal(out, wanted) and kernel.launched == [((2,), 5), ((1, 2), 6), ((1, 2, 3), None)]
+            wanted = 2 * x + 4 * weights[0] + 3 * weights[1]
+            torch.testing.assert_close(out, wanted)
+            assert kernel.launched == [((2,), 5), ((1, 2), 6), ((1, 2, 3), None)]
             kernel.launched = []
-            assert torch.equal(plan(other), 2 * (other + 2 * weights[0] + 3 * weights[1]))
+            torch.testing.assert_close(plan(other), 2 * other + 4 * weights[0] + 3 * weights[1])
             assert kernel.launched == [((2, 1, 1), 5), ((1, 2, 1), 6), ((1, 2, 3), None)]
             assert (plan.arena_bytes, plan._zero_bytes) == (512 + 48, 1024)
 
@@ -422,8 +423,9 @@ def _compiled_plans(module, kernel):
             described = second[1]
             assert isinstance(described, TensorDescriptor) and described.base.data_ptr() == first[0]
             assert (described.base.dtype, described.shape, described.strides) == (torch.float32, [3, 4], [4, 1])
-            assert described.block_shape == [1, 4] and third[1] == third[2].tensor == second[0] == first[0] + 512
-            assert third[3] - second[3] == 512 - 12 and third[4] is None
+            assert described.block_shape == [1, 4] and third[1] == second[0] == first[0] - 16 + 512
+            assert third[2] == Pair(first[0], 1.0) and third[3] - second[3] == 512 - 12 and third[4] is None
+            assert plan._launches[0][2][2].tensor.tensor is None
     _bound(module, plan, x)
 
 
@@ -454,6 +456,7 @@ def _planned(module):
         return "computed"
 
     def record(function, x, weights, *arguments):
+        assert isinstance(x, torch.Tensor) and isinstance(weights, list)
         recorded.append(arguments)
         return function(x, weights, *arguments), (None if arguments == ("no plan",) else lambda x: repeated.append(x))
 

@@ -119,19 +119,18 @@ def finish(pid, read):
 
 def clean_seconds(name):
     """CPU seconds of the kill suite on the unchanged file, which must pass."""
-    child = start(name, 120)
+    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
+    for module in [module for module in sys.modules if module.startswith(("cases", "test_", "stand_ins"))]:
+        del sys.modules[module]
+    gc.collect()
+    gc.freeze()  # keeps the collector from writing to pages that the forks share
+    before, child = resource.getrusage(resource.RUSAGE_CHILDREN), start(name, 120)
     while (ended := finish(*child)) is None:
         time.sleep(0.01)
     if ended[0] != "survived":
         sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
-    began = time.process_time()
-    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
-    for module in [module for module in sys.modules if module.startswith(("cases", "test_", "stand_ins"))]:
-        del sys.modules[module]
-    seconds = time.process_time() - began
-    gc.collect()
-    gc.freeze()  # keeps the collector from writing to pages that the forks share
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run_mutants(name, mutants, jobs):

@@ -32,7 +32,12 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel", "_row_statistics_kernel"),
+    layer_norm: (
+        "_layer_norm_fwd_kernel",
+        "_layer_norm_wide_fwd_kernel",
+        "_row_partials_kernel",
+        "_row_statistics_kernel",
+    ),
     gemm: ("_linear_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
     gemm_train: ("_linear_train_kernel",),
