@@ -41,6 +41,7 @@ from .precisions import FOLDED, FP8, Precision, forms
 __all__ = [
     "OPERATORS",
     "attention",
+    "keep_samples",
     "layer_norm",
     "layer_norm_linear",
     "layernorm_mlp",
@@ -297,6 +298,50 @@ def _seeded(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> tuple[float
     if p and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return float(p), seed
+
+
+# keep_samples
+
+
+def _keep_mask(seed: torch.Tensor, count: int, p: float, backend: str) -> torch.Tensor:
+    def draw(on: Backend, *inputs: Any) -> torch.Tensor:
+        return (on.keep_mask or reference.keep_mask)(*inputs)
+
+    inputs = seed, count, p, seed.device
+    return select.run(select.KEEP_MASK, select.loaded(backend, select.KEEP_MASK), seed.device, draw, inputs, None)
+
+
+_library.define(
+    "keep_mask(Tensor seed, SymInt count, float p, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "vit_fast::keep_mask", lambda seed, count, p, backend: seed.new_empty(count, dtype=torch.bool), lib=_library
+)
+
+
+def keep_samples(x: torch.Tensor, p: float, seed: torch.Tensor | None = None) -> torch.Tensor:
+    """Which samples of a batch drop path keeps, each with the chance 1 − p: the mask of its seed, the index that of the
+    sample (``reference.keep_mask``).
+
+    Args:
+        x: [B, ...], any dtype.
+        p: 0 ≤ p < 1.
+        seed: int64 tensor of one element, or None for torch's generator.
+    Returns:
+        bool [B] on the device of x.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+    arguments.check_keep_samples(x, p, seed)
+    count, (p, seed) = x.shape[0], _seeded(x, p, seed)
+    if seed is None:  # nothing is dropped
+        return x.new_ones(count, dtype=torch.bool)
+    if transform_reasons():
+        return reference.keep_mask(seed, count, p, x.device)
+    kept: torch.Tensor = torch.ops.vit_fast.keep_mask(seed, count, p, select.drawing(x.device))
+    return kept
 
 
 def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
@@ -797,6 +842,25 @@ _register(
 )
 
 
+_checked: set[tuple[Any, ...]] = set()  # the kinds of calls of attention that have passed the checks
+_MOST_KINDS = 1000
+
+
+def _kind_of_attention(
+    num_heads: int, scale: float, layout: str, prefix: int, *tensors: torch.Tensor | None
+) -> tuple[Any, ...] | None:
+    """All that the checks see of the arguments of attention; None where a tensor is of another class."""
+    kind: list[Any] = [num_heads, scale, layout, prefix]
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+        elif type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided:
+            kind += (tensor.shape, tensor.dtype, tensor.device)
+        else:
+            return None
+    return tuple(kind)
+
+
 @torch.fx.wrap
 def attention(
     qkv: torch.Tensor,
@@ -849,11 +913,19 @@ def attention(
         return reference.attention(
             qkv, num_heads, scale, k=k, v=v, q_norm=q_norm, k_norm=k_norm, norm=norm, dropout_p=dropout_p, seed=seed
         )
-    arguments.check_attention(
-        qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
-        rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
-        dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    kind = None
+    if select.is_direct() and key_lengths is cu_seqlens is rel_pos is q_norm is k_norm is None and not dropout_p:
+        kind = _kind_of_attention(num_heads, scale, rope_layout, num_prefix, qkv, k, v, bias, *(rope or ()))
+    if kind is None or kind not in _checked:
+        arguments.check_attention(
+            qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
+            rope=rope, rope_layout=rope_layout, num_prefix=num_prefix, q_norm=q_norm, k_norm=k_norm, norm=norm,
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        if kind is not None:
+            if len(_checked) >= _MOST_KINDS:
+                _checked.clear()
+            _checked.add(kind)
     if key_lengths is None and select.is_direct():
         return reference.attention(
             qkv, num_heads, scale, k=k, v=v, bias=bias, rel_pos=rel_pos, cu_seqlens=cu_seqlens, rope=rope,

@@ -154,3 +154,24 @@ def test_direct_calls_are_those_without_gradients(models, monkeypatch):
     assert not checked
     with vit_fast.backend("torch"):
         assert torch.equal(fast(X), direct) and checked
+
+
+def test_options_are_checked_again_where_they_are_others():
+    """A bias or a table that fits is checked once; one of another shape is refused, and new values are taken."""
+    qkv, bias = torch.randn(1, 5, 48), torch.randn(1, 2, 5, 5)
+    rope = torch.randn(5, 8).cos(), torch.randn(5, 8).sin()
+
+    def attention(qkv, **options):
+        return vit_fast.ops.attention(qkv, 2, 0.3, **options)
+
+    with torch.inference_mode(), vit_fast.backend("torch"):
+        for options in (dict(bias=bias), dict(rope=rope)):
+            for _ in range(2):
+                assert torch.equal(
+                    select.run_block(lambda x, o=options: attention(x, **o), qkv), attention(qkv, **options)
+                )
+        doubled = select.run_block(lambda x: attention(x, bias=2 * bias), qkv)
+        assert torch.equal(doubled, attention(qkv, bias=2 * bias)) and not torch.equal(doubled, attention(qkv))
+        for wrong in (dict(bias=bias[:, :, :1, :4]), dict(rope=(rope[0][:1], rope[1])), dict(bias=bias.long())):
+            with pytest.raises(ValueError, match=r"vit_fast\.attention: (bias|rope cos) has"):
+                select.run_block(lambda x, o=wrong: attention(x, **o), qkv)

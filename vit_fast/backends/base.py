@@ -67,11 +67,13 @@ class Backend:
 
     Attributes:
         name: as ``vit_fast.backend`` and ``VIT_FAST_BACKEND`` take it.
+        device_types: the types of device that it may run on; None while that is not known.
         forward: the output, and the statistics that the backward needs; holds every operation of the backend.
         inference: the output alone, where leaving out the statistics is cheaper than ``forward``.
         backward: the gradients; where an operation is missing, the reference's backward runs.
         dropout: the operations whose ``forward`` and ``inference`` take ``dropout_p`` and ``seed`` (and the second
             pair of ``layernorm_mlp``); the others refuse a call that drops.
+        keep_mask: draws the mask of drop path, as ``reference.keep_mask``; None leaves it to the reference.
         not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
         backward_not_supported: why the backward cannot follow a call, of the same arguments, also those of dropout;
             then the reference's runs.
@@ -81,6 +83,7 @@ class Backend:
     """
 
     name: str
+    device_types: tuple[str, ...] | None = None
     remedy = "Report it with what `vit-fast doctor` prints."
 
     def __init__(self) -> None:
@@ -88,6 +91,7 @@ class Backend:
         self.inference: Table = {}
         self.backward: Table = {}
         self.dropout: frozenset[str] = frozenset()
+        self.keep_mask: Callable[..., torch.Tensor] | None = None
         self.not_supported: Table = {}
         self.backward_not_supported: Table = {}
         self.quarantined: dict[str, str] = {}

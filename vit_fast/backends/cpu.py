@@ -387,6 +387,7 @@ _SIZES: dict[str, Callable[..., tuple[int, torch.dtype]]] = {
 
 class Cpu(Backend):
     name = "cpu"
+    device_types = ("cpu",)
     remedy = "Run `vit-fast build --force`, or reinstall vit-fast."
 
     def __init__(self) -> None:

@@ -511,6 +511,7 @@ def prepared_blocks_reasons(
 
 class Cuda(Backend):
     name = "cuda"
+    device_types = ("cuda",)
     remedy = "Run `vit-fast build --cuda --force`, or update the GPU's driver."
 
     def load(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from .triton import TRITON
 # In the order in which they are tried. A new backend is a file of its own and an entry here.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CUDA, CPU, TORCH)}
 
+KEEP_MASK = "keep_mask"  # the key of ``Backend.keep_mask`` in ``Backend.quarantined``
 Choice = tuple[str, str, tuple[str, ...]]  # operation, backend, reasons
 
 _ENVIRONMENT = os.environ.get("VIT_FAST_BACKEND", "auto")
@@ -184,6 +185,17 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
     return "torch"
 
 
+def drawing(device: torch.device) -> str:
+    """The name of the backend that draws the masks of drop path: the requested one, or the first of the order, where it
+    has that; else the reference's, whose bits are the same."""
+    word = requested()
+    for name in BACKENDS if word == "auto" else (word,):
+        backend = BACKENDS[name]
+        if not unavailable(name, device) and backend.keep_mask and KEEP_MASK not in backend.quarantined:
+            return name
+    return TORCH.name
+
+
 def _is_reference_alone(x: torch.Tensor) -> bool:
     """Whether ``choose`` names the reference for every operation on tensors like x, nobody asks why, and no gradient is
     wanted."""
@@ -193,10 +205,14 @@ def _is_reference_alone(x: torch.Tensor) -> bool:
     if word != "auto":
         return word == "torch"
     device = x.device
-    if autocasts(device.type):
+    device_type = device.type
+    if autocasts(device_type):
         return False
-    for name, other in BACKENDS.items():
-        if other is not TORCH and not unavailable(name, device) and not other.is_slower(x.dtype):
+    for backend in BACKENDS.values():
+        types = backend.device_types
+        if (types is not None and device_type not in types) or backend is TORCH:
+            continue
+        if not backend.unavailable(device) and not backend.is_slower(x.dtype):
             return False
     return True
 

@@ -35,6 +35,7 @@ class Triton(Backend):
         if self._failure is None:
             self._interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
             self._failure = self._load()
+            self.device_types = ("cuda", "cpu") if self._interpreted else ("cuda",)
         return self._failure
 
     def _load(self) -> tuple[str, ...]:
@@ -57,6 +58,7 @@ class Triton(Backend):
         from vit_fast.kernels import (
             attention,
             attention_bwd,
+            dropout,
             layer_norm,
             layer_norm_bwd,
             layernorm_mlp,
@@ -91,6 +93,7 @@ class Triton(Backend):
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
         self.dropout = frozenset({"attention", "linear_residual", "layernorm_mlp"})
+        self.keep_mask = dropout.keep_mask
         self.backward = {
             "attention": attention_bwd.attention_bwd,
             "layer_norm": layer_norm_bwd.layer_norm_bwd,

@@ -37,9 +37,10 @@ class FastBeitBlock(PreNormBlock, beit.Block):
         return self.gamma_1, self.gamma_2
 
     def bias(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if self.attn.relative_position_bias_table is None:
+        attn: Any = self._modules["attn"]
+        if attn._parameters.get("relative_position_bias_table") is None:
             return mask
-        own: torch.Tensor = self.attn._get_rel_pos_bias()
+        own: torch.Tensor = attn._get_rel_pos_bias()
         return own if mask is None else own + mask
 
 

@@ -18,18 +18,16 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drops_not_covered
 from vit_fast.block_params import Norm
-from vit_fast.integrations import Fused, given, norm_kind, not_taken
+from vit_fast.integrations import Fused, given, mask_options, norm_kind, not_taken
 from vit_fast.plain import submodules
 
 from .parts import (
     DROP_PATHS,
     DROPOUTS,
     NORMS,
+    Path,
     added,
-    additive,
     attention_drop,
-    drop_path_not_covered,
-    drop_path_rate,
     known_norm,
     normalise,
     spread,
@@ -73,17 +71,14 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
     norm4: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kw
         mask = options.pop("attn_mask", None)
         if reason := given(args[1:], options) or self.not_fused():
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        attn, path = self.attn, drop_path_rate(self.drop_path)
+        attn, path = self.attn, Path.of(self.drop_path)
         drop = attention_drop(attn)
-        reason = not_taken(x, self.norm1.weight) or drops_not_covered((drop, path), 0.0, 0.0)
+        reason = not_taken(x, self.norm1.weight) or drops_not_covered(drop, path.rate)
         if reason is not None:
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
         y = normalise(x, self.norm1)
@@ -93,9 +88,9 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
             k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
         q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))
         cos, sin = (_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
-        mask = None if mask is None else additive(mask, x.dtype)
+        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x)
         y = ops.attention(
-            q, attn.num_heads, 1.0, k=k, v=v, bias=mask, rope=(cos, sin), rope_layout="half",
+            q, attn.num_heads, 1.0, k=k, v=v, **masked, rope=(cos, sin), rope_layout="half",
             q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=norm_kind(attn.q_norm), dropout_p=drop,
         )  # fmt: skip
         x = added(x, normalise(attn.proj_drop(attn.o_proj(y)), self.norm2), path)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered
+from vit_fast.block import drop_rate, drops_not_covered
 from vit_fast.integrations import Fused, given, norm_kind, not_taken
 from vit_fast.plain import submodules
 
@@ -22,10 +22,12 @@ from .parts import (
     DROP_PATHS,
     DROPOUTS,
     MLP,
+    NO_PATH,
     NORM_OR_NONE,
     NORMS,
     OPTIONAL,
     SCALES,
+    Path,
     PostNormBlock,
     PreNormBlock,
     attend,
@@ -33,8 +35,6 @@ from .parts import (
     attention_drop,
     attention_submodules,
     differential,
-    drop_path_not_covered,
-    drop_path_rate,
     head_norms,
     known_norm,
     layer_scales,
@@ -88,9 +88,6 @@ class _ParallelScaling(Fused):
     ls: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def attention(self, qkv: torch.Tensor, drop: float) -> torch.Tensor:
         return attend(self, qkv, None, None, drop)
 
@@ -101,16 +98,16 @@ class _ParallelScaling(Fused):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if reason := given(args, kwargs) or self.not_fused():
             return self.run_library(reason, x, *args, **kwargs)
-        gamma, path, drop = getattr(self.ls, "gamma", None), drop_path_rate(self.drop_path), attention_drop(self)
+        gamma, path, drop = getattr(self.ls, "gamma", None), Path.of(self.drop_path), attention_drop(self)
         reason = not_taken(x, self.in_proj.weight, gamma) or self.refuses(drop)
-        if reason := reason or drops_not_covered((path, drop, drop_rate(self.mlp_drop)), 0.0, 0.0):
+        if reason := reason or drops_not_covered(path.rate, drop, drop_rate(self.mlp_drop)):
             return self.run_library(reason, x, *args, **kwargs)
         norm, proj = self.in_norm, self.in_proj
         y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=norm_kind(norm))
         mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
         mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
         attn, mlp = self.attention(qkv, drop), self.mlp_drop(self.mlp_act(mlp))
-        row_scale = drop_path_scale(x, path, True)
+        row_scale = path.row_scale(x)
         if (out := self.out_proj) is not None:
             attn = torch.cat((attn, mlp), dim=-1)
             return ops.linear_residual(attn, out.weight, out.bias, gamma, x, row_scale=row_scale)
@@ -178,7 +175,7 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
     def not_covered(self) -> str | None:
         if any(type(branch.attn) is not vit.Attention for branch in self.attns):
             return "its attention is not the standard one"
-        return drop_path_not_covered(*(branch.drop_path for branch in (*self.attns, *self.ffns)))
+        return None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         reason = given(args, kwargs) or self.not_fused()
@@ -191,10 +188,10 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
             return self.run_library(reason, x, *args, **kwargs)
         y = x
         for branch, gamma in zip(self.attns, gammas[:2], strict=True):
-            y = attention_branch(branch.attn, x, branch.norm, gamma, 0.0, 0.0, 0.0, y)
+            y = attention_branch(branch.attn, x, branch.norm, gamma, NO_PATH, 0.0, 0.0, y)
         x = y
         for branch, gamma in zip(self.ffns, gammas[2:], strict=True):
-            y = mlp_branch(branch.mlp, x, branch.norm, gamma, 0.0, 0.0, y)
+            y = mlp_branch(branch.mlp, x, branch.norm, gamma, NO_PATH, (0.0, 0.0), y)
         return y
 
 
