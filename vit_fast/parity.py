@@ -38,7 +38,8 @@ class Budget(NamedTuple):
 
 FLOAT8_BUDGET = Budget(largest=2.0, norm=1.25, roundoff=2.0**-4)
 # Half a step of 1/255 of a row's range, which is some eight times the spread of its values. In attention the kernels
-# multiply bfloat16 where the processor can, the plain form float32: that moved the norm of twenty logits by up to 1.3.
+# multiply bfloat16 where the processor can (int16 where it has VNNI alone), the plain form float32: that moved the norm
+# of twenty logits by up to 1.3.
 INT8_BUDGET = Budget(largest=2.0, norm=1.5, roundoff=2.0**-6)
 
 

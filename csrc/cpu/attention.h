@@ -3,7 +3,10 @@
 // k and v of a head are packed as the products read them, k transposed. A tile of MR queries then takes its scores with
 // BLOCK keys, their exponentials, and the product with v; with more keys than that, a running maximum and sum (m_i, l_i)
 // rescale what was added before (online softmax). Scores, exponentials and sums are float32, and so are the products,
-// except for bfloat16 on a processor that multiplies it: there q, k, v and the exponentials are bfloat16 words.
+// except for two words of two elements:
+//   BFloat16   bfloat16 on a processor that multiplies it: q, k, v and the exponentials
+//   Pair       int16, between int8 products on a processor with VNNI: q and k with a scale for each token, v with one for
+//              each column of a head, exponentials in steps of 1/2047. The scales leave a sum of products below 2^31.
 //
 // Memory: k and v of a head once for each thread; no N×N matrix. 4·N·N·D FLOPs a head.
 // Source: Dao et al., "FlashAttention", 2022.
@@ -25,17 +28,48 @@ constexpr int GROUP = 1;  // elements of a word
 template <>
 constexpr int GROUP<BFloat16> = 2;
 #endif
+#if defined(__AVX512VNNI__)
+template <>
+constexpr int GROUP<Pair> = 2;
+#endif
 
-// A row of any dtype as words, with zeros up to a whole word.
+// The word of the exponential 1, and the largest of a value: BLOCK · ONE · ONE < 2^31.
 template <class Word>
-VF_INLINE void row_as_words(const char* x, Type type, int64_t size, float* scratch, char* words) {
+constexpr float ONE = Word::EXACT ? 2047.0f : 1.0f;
+
+// The largest of an element of q and k: size · largest² < 2^31, in 16 bits.
+inline float largest_word(int64_t size) {
+  const float bound = __builtin_sqrtf(2147483000.0f / static_cast<float>(size)) - 1;
+  return bound < 32767.0f ? __builtin_floorf(bound) : 32767.0f;
+}
+
+// |x|, and what makes NaN of a scale where x is not finite.
+VF_INLINE void add_magnitude(vf x, vf& top, vf& finite) { top = vmax(vmax(x, -x), top), finite += x * splat(0.0f); }
+
+VF_INLINE float step_of(float top, float words) { return top > 1e-30f ? top / words : 1.0f; }
+
+// A row of any dtype as words, with zeros up to a whole word. Returns the scale of its elements.
+template <class Word>
+VF_INLINE float row_as_words(const char* x, Type type, int64_t size, float* scratch, char* words) {
   if constexpr (GROUP<Word> == 1) {
     widen_row(x, type, size, reinterpret_cast<float*>(words));
+  } else if constexpr (Word::EXACT) {
+    widen_row(x, type, size, scratch);
+    for (int64_t i = size; i < round_up(size, VL); i++) scratch[i] = 0;
+    vf top = {}, finite = {};
+    for (int64_t i = 0; i < size; i += VL) add_magnitude(load(scratch + i), top, finite);
+    const float step = step_of(largest(top), largest_word(size)), inverse = 1.0f / step;
+    for (int64_t i = 0; i < size; i += VL) {
+      const vh halves = low_halves(round_to_int(load(scratch + i) * inverse));
+      memcpy(words + 2 * i, &halves, sizeof(halves));
+    }
+    return step + sum(finite);
   } else {
     widen_row(x, type, size, scratch);
     scratch[size] = 0;
     narrow_row(scratch, round_up(size, 2), words, Type::bfloat16);
   }
+  return 1.0f;
 }
 
 template <class Word>
@@ -43,6 +77,7 @@ struct AttentionSpace {
   int64_t key_panels, head_groups, head_panels, key_groups;
   char *keys, *values, *queries, *weights, *words;
   float *row, *scores, *out, *row_max, *row_sum;
+  float *query_scale, *key_scale, *value_scale;  // of int16 words alone
 
   static constexpr int64_t SCORES = BLOCK + 16;  // of a row; the padding keeps rows out of one set of the cache
 
@@ -59,6 +94,11 @@ struct AttentionSpace {
     weights = arena.take<char>(MR * SCORES * 4);
     row = arena.take<float>(head_panels * NR + VL);
     words = arena.take<char>(2 * head_panels * NR * 4);
+    if constexpr (Word::EXACT) {
+      query_scale = arena.take<float>(MR);
+      key_scale = arena.take<float>(key_panels * NR);
+      value_scale = arena.take<float>(head_panels * NR);
+    }
     scores = arena.take<float>(MR * SCORES);
     out = arena.take<float>(MR * head_panels * NR);
     row_max = arena.take<float>(MR);
@@ -75,8 +115,11 @@ void pack_keys(AttentionSpace<Word>& space, const char* k, int64_t stride, Type 
     int32_t* words = reinterpret_cast<int32_t*>(space.keys) + panel * groups * NR;
     const int64_t keys = count - panel * NR < NR ? count - panel * NR : NR;
     if (keys < NR) memset(words, 0, groups * NR * 4);
+    if constexpr (Word::EXACT) memset(space.key_scale + panel * NR, 0, NR * 4);
     for (int64_t key = 0; key < keys; key++) {
-      row_as_words<Word>(k + (panel * NR + key) * stride, type, size, space.row, space.words);
+      const char* from = k + (panel * NR + key) * stride;
+      const float scale = row_as_words<Word>(from, type, size, space.row, space.words);
+      if constexpr (Word::EXACT) space.key_scale[panel * NR + key] = scale;
       const int32_t* row = reinterpret_cast<const int32_t*>(space.words);
       for (int64_t g = 0; g < groups; g++) words[g * NR + key] = row[g];
     }
@@ -90,6 +133,20 @@ void pack_values(AttentionSpace<Word>& space, const char* v, int64_t stride, Typ
   float* row = reinterpret_cast<float*>(space.words);
   float* odd = row + width;
   memset(row, 0, 2 * width * 4);
+  if constexpr (Word::EXACT) {
+    float* finite = odd;
+    for (int64_t column = 0; column < width; column += VL) store(space.value_scale + column, vf{});
+    for (int64_t key = 0; key < count; key++) {
+      widen_row(v + key * stride, type, size, row);
+      for (int64_t column = 0; column < width; column += VL) {
+        vf top = load(space.value_scale + column), rest = load(finite + column);
+        add_magnitude(load(row + column), top, rest);
+        store(space.value_scale + column, top), store(finite + column, rest);
+      }
+    }
+    for (int64_t column = 0; column < width; column++)
+      space.value_scale[column] = step_of(space.value_scale[column], ONE<Word>) + finite[column];
+  }
   for (int64_t group = 0; group < space.key_groups; group++) {
     const int64_t key = group * GROUP<Word>;
     widen_row(v + key * stride, type, size, row);
@@ -103,6 +160,10 @@ void pack_values(AttentionSpace<Word>& space, const char* v, int64_t stride, Typ
       char* words = space.values + ((panel * space.key_groups + group) * NR + column % NR) * 4;
       if constexpr (GROUP<Word> == 1) {
         store(reinterpret_cast<float*>(words), load(row + column));
+      } else if constexpr (Word::EXACT) {
+        const vf inverse = splat(1.0f) / load(space.value_scale + column);
+        const vi low = round_to_int(load(row + column) * inverse), high = round_to_int(load(odd + column) * inverse);
+        *reinterpret_cast<vi*>(words) = (low & 0xffff) | (high << 16);
       } else {
         const vi low = __builtin_convertvector(narrow_bfloat16(load(row + column)), vi);
         const vi high = __builtin_convertvector(narrow_bfloat16(load(odd + column)), vi);
@@ -112,8 +173,9 @@ void pack_values(AttentionSpace<Word>& space, const char* v, int64_t stride, Typ
   }
 }
 
-// The exponentials of a row of scaled scores with `count` keys, as words; updates the row's maximum and sum, and returns
-// the factor by which what was added before has to be scaled. `top`: the maxima of the row's whole vectors.
+// The exponentials of a row of scaled scores with `count` keys, as words; updates the row's maximum and sum (of the words,
+// which are rounded, so that the weights of int16 add up to 1), and returns the factor by which what was added before has
+// to be scaled. `top`: the maxima of the row's whole vectors.
 template <class Word>
 VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, float& row_max, float& row_sum) {
   constexpr bool LOW = GROUP<Word> == 2;
@@ -139,6 +201,13 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, floa
   for (int64_t i = 0; i < padded; i += VL) {
     // exp(−87) is nothing beside the row's maximum, whose exponential is 1.
     const vf e = exp_in_range<LOW>(vmax(load(s + i) - m, splat(-87.0f)));
+    if constexpr (Word::EXACT) {
+      const vi rounded = round_to_int(e * splat(ONE<Word>));
+      const vh halves = low_halves(rounded);
+      memcpy(weights + 2 * i, &halves, sizeof(halves));
+      total += to_float(rounded);
+      continue;
+    }
     total += e;
     if constexpr (GROUP<Word> == 1) {
       store(reinterpret_cast<float*>(weights) + i, e);
@@ -170,12 +239,17 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
   pack_keys(space, at(a.k, a.k_stride, 0), a.k_stride[1] * size, a.type, a.keys, D);
   pack_values(space, at(a.v, a.v_stride, 0), a.v_stride[1] * size, a.type, a.keys, D);
   const int64_t width = space.head_panels * NR;
-  alignas(64) float tile[MR * NR];
+  alignas(64) typename Word::Sum tile[MR * NR];
+  const auto sums = [&](int at) {
+    if constexpr (Word::EXACT) return to_float(*reinterpret_cast<const vi*>(tile + at));
+    else return load(tile + at);
+  };
   for (int64_t start = first; start < last; start += MR) {
     const int rows = static_cast<int>(last - start < MR ? last - start : MR);
     for (int m = 0; m < rows; m++) {
       char* query = space.queries + m * space.query_stride();
-      row_as_words<Word>(at(a.q, a.q_stride, start + m), a.type, D, space.row, query);
+      const float scale = row_as_words<Word>(at(a.q, a.q_stride, start + m), a.type, D, space.row, query);
+      if constexpr (Word::EXACT) space.query_scale[m] = scale;
       space.row_max[m] = -__builtin_inff();
       space.row_sum[m] = 0;
     }
@@ -188,7 +262,8 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
         panel_product<Word>(rows, space.queries, space.query_stride(), words, space.head_groups, tile);
         for (int m = 0; m < rows; m++)
           for (int n = 0; n < NR; n += VL) {
-            vf x = load(tile + m * NR + n) * a.scale;
+            vf x = sums(m * NR + n) * a.scale;
+            if constexpr (Word::EXACT) x *= load(space.key_scale + block + panel * NR + n) * space.query_scale[m];
             if (a.bias.data) x += biases(a, batch, head, start + m, block + panel * NR + n);
             store(space.scores + m * space.SCORES + panel * NR + n, x);
             if (panel * NR + n + VL <= count) top[m] = max_nan(top[m], x);
@@ -204,7 +279,8 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
         for (int m = 0; m < rows; m++)
           for (int n = 0; n < NR; n += VL) {
             float* out = space.out + m * width + panel * NR + n;
-            const vf x = load(tile + m * NR + n);
+            vf x = sums(m * NR + n);
+            if constexpr (Word::EXACT) x *= load(space.value_scale + panel * NR + n);
             store(out, block ? fma(load(out), splat(correction[m]), x) : x);
           }
       }
@@ -218,7 +294,7 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
       narrow_row(out, D, static_cast<char*>(a.out) + (token * a.num_heads * D + head * D) * size, a.type);
       if (a.lse)
         a.lse[(batch * a.num_heads + head) * a.queries + start + m] =
-            space.row_max[m] + __builtin_logf(space.row_sum[m]);
+            space.row_max[m] + __builtin_logf(space.row_sum[m] / ONE<Word>);
     }
   }
 }

@@ -7,6 +7,7 @@
 //   Float      1 float32            fused multiply-add
 //   BFloat16   2 bfloat16           vdpbf16ps                    AVX512-BF16
 //   Byte       4 uint8 · int8       vpdpbusd                     AVX512-VNNI
+//   Pair       2 int16              vpdpwssd                     AVX512-VNNI; attention between int8 products
 //   Short      2 int16              vpmaddwd                     AVX2; a panel of int8 weights is widened to it
 //
 // Weights of a dtype that the level cannot multiply are widened, a panel at a time, to Float or Short. Sums are taken in
@@ -55,6 +56,9 @@ struct Byte {
   static VF_INLINE vi word(const char* p) { return splat_int(*reinterpret_cast<const int32_t*>(p)); }
   static VF_INLINE vi words(const char* p) { return *reinterpret_cast<const vi*>(p); }
   static VF_INLINE vi step(vi sum, vi a, vi b) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+};
+struct Pair : Byte {
+  static VF_INLINE vi step(vi sum, vi a, vi b) { return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
 };
 #elif defined(__AVX2__)
 struct Short {

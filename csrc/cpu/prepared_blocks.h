@@ -284,6 +284,8 @@ struct Stack {
 
 #if defined(__AVX512BF16__)
   using AttentionWord = typename Choose<TYPE == Type::bfloat16 || TYPE == Type::int8, BFloat16, Float>::Type;
+#elif defined(__AVX512VNNI__)
+  using AttentionWord = typename Choose<TYPE == Type::int8, Pair, Float>::Type;
 #else
   using AttentionWord = Float;
 #endif

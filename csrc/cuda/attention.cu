@@ -1,18 +1,25 @@
 // Attention forward: per head out = softmax(scale · q kᵀ) v, and the natural-log LSE of every row where asked for.
 //
-// q [B, Nq, C], k and v [B, Nk, C], C = H·D, in bf16 or fp16, D = 16 … 128 in steps of 8: three views of one packed
-// projection or three tensors, any strides of images and rows in 16 bytes, heads contiguous. out [B, Nq, C] contiguous;
-// lse [B, H, Nq] float32. Scores, softmax and accumulators are float32; the weights are rounded to the dtype of v before
-// they meet v. The scale, times log2(e), is applied after the row's largest score is subtracted, as in kernels/attention.py.
+// q [B, Nq, C], k and v [B, Nk, C], C = H·D, in float32, bf16 or fp16, D = 16 … 128 in steps of 8: three views of one
+// packed projection or three tensors, any strides of images and rows in 16 bytes, heads contiguous. out [B, Nq, C]
+// contiguous; lse [B, H, Nq] float32. Scores, softmax and accumulators are float32; the weights are rounded to the dtype of
+// v before they meet v. The scale, times log2(e), is applied after the row's largest score is subtracted, as in
+// kernels/attention.py. Online softmax: running maximum m_i, denominator l_i, rescaling by alpha.
 //
-// A block of four warps works on one head. K and V lie in shared memory: all of them where they fit (resident: one load and
-// one barrier, then each warp takes tiles of 16 queries by itself), else two stages of 64 keys (32 where that is too much),
-// one filled by cp.async while the other is computed on (streaming: four tiles a block). In both a warp takes 64 keys a step with online softmax: running
-// maximum m_i, denominator l_i, rescaling by alpha. Scores of a step stay in registers: the layout in which mma.sync leaves
-// them is the one in which it takes the weights.
-// Rows in shared memory are padded by 16 bytes, an odd number of pieces, so that ldmatrix meets no bank conflict. Heads are
-// padded with zeros to a multiple of 16, keys to a multiple of 16.
-// On sm_75 fp16 alone, by m16n8k8. Grid: B·H·(blocks a head). A row's bits do not depend on the batch or the grid.
+// Two kernels, in both of which a block of four warps works on one head, and a warp on 16 queries:
+//   attention_fwd_kernel          16 bits, on tensor cores (on sm_75 fp16 alone, by m16n8k8). K and V lie in shared memory:
+//       all of them where they fit (resident: one load and one barrier, then each warp takes tiles of 16 queries by
+//       itself), else two stages of 64 keys (32 where that is too much), one filled by cp.async while the other is computed
+//       on (streaming: four tiles a block). In both a warp takes 64 keys a step. Scores of a step stay in registers: the
+//       layout in which mma.sync leaves them is the one in which it takes the weights.
+//   attention_float32_fwd_kernel  float32, by fused multiply-adds, not in tf32, which has 10 bits. Eight lanes share four
+//       queries, and each has an eighth of the keys of a step and of the columns of the output. Q lies in shared memory; K
+//       and V go through it in steps of 32 keys (16 for heads above 96, so that all fits into the 64 KB of sm_75): V while
+//       scores are computed, the next K while weights meet V. Weights pass through shared memory to the lanes that need
+//       them. The products of a step are summed before they are added, which keeps the error of many keys small.
+// Rows in shared memory are padded by 16 bytes, an odd number of pieces, so that loads meet no bank conflict. Heads are
+// padded with zeros to a multiple of 16, keys to a multiple of 16 or of a step.
+// Grid: B·H·(blocks a head). A row's bits do not depend on the batch or the grid.
 // 4·B·H·Nq·Nk·D FLOP; moves 2·B·(Nq + Nk)·C elements, K and V once for each block of a head.
 // Source: online softmax after FlashAttention (Dao et al. 2022, arXiv:2205.14135; 2023, arXiv:2307.08691).
 #include "device.h"
@@ -32,20 +39,21 @@ struct AttentionParams {
 };
 
 constexpr int ATTENTION_WARPS = 4, TILE = 16, STEP = 64;  // queries of a warp, keys of a step at most
-constexpr int PAD = 8;                                    // elements after each row of K and V
+constexpr int PAD = 8;                                    // elements of 16 bits after each row of K and V
 
 // Starts copying `rows` rows of one head from row `first` on; zeros outside of [count, head_size].
 template <class T, int WIDTH>
 __device__ __forceinline__ void copy_rows(T* shared, const T* x, int64_t stride, int first, int rows, int count, int head_size) {
-    constexpr int PIECES = WIDTH / 8;
+    constexpr int PIECE = 16 / sizeof(T), PIECES = WIDTH / PIECE, ROW = WIDTH + PIECE;
     for (int i = threadIdx.x; i < rows * PIECES; i += 32 * ATTENTION_WARPS) {
-        const int row = i / PIECES, column = i % PIECES * 8;
+        const int row = i / PIECES, column = i % PIECES * PIECE;
         const bool inside = first + row < count && column < head_size;
-        cp_async16(shared + row * (WIDTH + PAD) + column, inside ? x + (first + row) * stride + column : x, inside);
+        cp_async16(shared + row * ROW + column, inside ? x + (first + row) * stride + column : x, inside);
     }
 }
 
-// The blocks of a multiprocessor are told, because ptxas would spill to reach more of them (four at WIDTH 64 on sm_89).
+// The blocks of a multiprocessor are told, because ptxas would spill to reach more of them (four at WIDTH 64, on sm_89 in
+// 16 bits, on sm_90 in float32).
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(32 * ATTENTION_WARPS, WIDTH <= 96 ? 3 : 2) attention_fwd_kernel(const AttentionParams p) {
     constexpr int ROW = WIDTH + PAD, DEPTH = WIDTH / 16, COLUMNS = WIDTH / 8, KEYS = STEP / 8;
@@ -183,6 +191,144 @@ __global__ void __launch_bounds__(32 * ATTENTION_WARPS, WIDTH <= 96 ? 3 : 2) att
     }
 }
 
+constexpr int FLOAT_QUERIES = TILE * ATTENTION_WARPS;  // of a block
+
+// Shared memory of the kernel of float32, in floats.
+template <int WIDTH> struct FloatAttention {
+    static constexpr int STEP = WIDTH <= 96 ? 32 : 16;  // keys of a step
+    static constexpr int ROW = WIDTH + 4, WEIGHTS = STEP + 4;  // a row of Q, K and V, and of weights
+    static constexpr int K = FLOAT_QUERIES * ROW, V = K + STEP * ROW, P = V + STEP * ROW;  // where each begins
+    static constexpr size_t SHARED = (P + FLOAT_QUERIES * WEIGHTS) * sizeof(float);
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(32 * ATTENTION_WARPS, WIDTH <= 80 ? 3 : 2) attention_float32_fwd_kernel(const AttentionParams p) {
+    using Sizes = FloatAttention<WIDTH>;
+    constexpr int STEP = Sizes::STEP, ROW = Sizes::ROW, KEYS = STEP / 8, PAIRS = WIDTH / 16, QUERIES = 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, eighth = lane % 8, row = warp * TILE + lane / 8;
+    const int64_t head_of_image = blockIdx.x / p.blocks_per_head;
+    const int first_query = static_cast<int>(blockIdx.x % p.blocks_per_head) * FLOAT_QUERIES;
+    const int64_t image = head_of_image / p.num_heads, head = head_of_image % p.num_heads;
+    const float* q = static_cast<const float*>(p.q) + image * p.q_image + head * p.head_size;
+    const float* k = static_cast<const float*>(p.k) + image * p.k_image + head * p.head_size;
+    const float* v = static_cast<const float*>(p.v) + image * p.v_image + head * p.head_size;
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    const float *queries = shared + row * ROW, *keys = shared + Sizes::K, *values = shared + Sizes::V;
+    float* weights = shared + Sizes::P + row * Sizes::WEIGHTS;
+
+    copy_rows<float, WIDTH>(shared, q, p.q_row, first_query, FLOAT_QUERIES, p.num_queries, p.head_size);
+    copy_rows<float, WIDTH>(shared + Sizes::K, k, p.k_row, 0, STEP, p.num_keys, p.head_size);
+    cp_async_commit();
+
+    float acc[QUERIES][PAIRS][2] = {}, l_i[QUERIES] = {}, m_i[QUERIES];  // columns j · 16 + eighth · 2 and the next
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) m_i[i] = -INFINITY;
+
+    for (int first = 0; first < p.num_keys; first += STEP) {
+        cp_async_wait<0>();
+        __syncthreads();  // K is there, and all are done with V
+        copy_rows<float, WIDTH>(shared + Sizes::V, v, p.v_row, first, STEP, p.num_keys, p.head_size);
+        cp_async_commit();
+
+        float s[QUERIES][KEYS] = {};  // of keys j · 8 + eighth
+#pragma unroll 4
+        for (int d = 0; d < WIDTH; d += 4) {
+            float4 b[KEYS];
+#pragma unroll
+            for (int j = 0; j < KEYS; j++) b[j] = shared_load4(keys + (j * 8 + eighth) * ROW + d);
+#pragma unroll
+            for (int i = 0; i < QUERIES; i++) {
+                const float4 a = shared_load4(queries + i * 4 * ROW + d);
+#pragma unroll
+                for (int j = 0; j < KEYS; j++) s[i][j] = dot4(a, b[j], s[i][j]);
+            }
+        }
+
+        float alpha[QUERIES];
+#pragma unroll
+        for (int i = 0; i < QUERIES; i++) {
+            float m_new = m_i[i];
+#pragma unroll
+            for (int j = 0; j < KEYS; j++) {
+                if (p.negative) s[i][j] = -s[i][j];
+                if (first + j * 8 + eighth >= p.num_keys) s[i][j] = -INFINITY;
+                m_new = fmaxf(m_new, s[i][j]);
+            }
+#pragma unroll
+            for (int lanes = 1; lanes < 8; lanes *= 2) m_new = fmaxf(m_new, __shfl_xor_sync(FULL_WARP, m_new, lanes));
+            const float shift = m_new == -INFINITY ? 0.0f : m_new;
+            alpha[i] = exp2_approx((m_i[i] - shift) * p.scale_log2);
+            m_i[i] = m_new;
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < KEYS; j++) {
+                const float weight = exp2_approx((s[i][j] - shift) * p.scale_log2);
+                sum += weight;
+                shared_store(weights + i * 4 * Sizes::WEIGHTS + j * 8 + eighth, weight);
+            }
+            l_i[i] = l_i[i] * alpha[i] + sum;
+        }
+
+        cp_async_wait<0>();
+        __syncthreads();  // V and the weights are there, and all are done with K
+        if (first + STEP < p.num_keys) {
+            copy_rows<float, WIDTH>(shared + Sizes::K, k, p.k_row, first + STEP, STEP, p.num_keys, p.head_size);
+            cp_async_commit();
+        }
+
+        float step[QUERIES][PAIRS][2] = {};
+#pragma unroll 2
+        for (int key = 0; key < STEP; key += 4) {
+            float w[QUERIES][4];
+#pragma unroll
+            for (int i = 0; i < QUERIES; i++) {
+                const float4 four = shared_load4(weights + i * 4 * Sizes::WEIGHTS + key);
+                w[i][0] = four.x, w[i][1] = four.y, w[i][2] = four.z, w[i][3] = four.w;
+            }
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+#pragma unroll
+                for (int j = 0; j < PAIRS; j++) {
+                    const float2 two = shared_load(
+                        reinterpret_cast<const float2*>(values + (key + n) * ROW + j * 16 + eighth * 2));
+#pragma unroll
+                    for (int i = 0; i < QUERIES; i++) {
+                        step[i][j][0] = fmaf(w[i][n], two.x, step[i][j][0]);
+                        step[i][j][1] = fmaf(w[i][n], two.y, step[i][j][1]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < QUERIES; i++) {
+#pragma unroll
+            for (int j = 0; j < PAIRS; j++) {
+#pragma unroll
+                for (int n = 0; n < 2; n++) acc[i][j][n] = fmaf(acc[i][j][n], alpha[i], step[i][j][n]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) {
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) l_i[i] += __shfl_xor_sync(FULL_WARP, l_i[i], lanes);
+        const int query = first_query + row + i * 4;
+        if (query >= p.num_queries) continue;
+        const float inverse = 1.0f / l_i[i];
+        float* out = static_cast<float*>(p.out) + ((image * p.num_queries + query) * p.num_heads + head) * p.head_size;
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            const int column = j * 16 + eighth * 2;
+            const float2 two = {acc[i][j][0] * inverse, acc[i][j][1] * inverse};
+            if (column < p.head_size) store(reinterpret_cast<float2*>(out + column), two);
+        }
+        if (p.lse && eighth == 0) {
+            store(p.lse + head_of_image * p.num_queries + query, (m_i[i] * p.scale_log2 + log2f(l_i[i])) * LN2);
+        }
+    }
+}
+
 // The widths of heads that are compiled, multiples of 16.
 #ifndef VF_HEAD_WIDTHS
 #define VF_HEAD_WIDTHS(f) f(16) f(32) f(48) f(64) f(80) f(96) f(112) f(128)
@@ -215,12 +361,28 @@ template <class T> bool launch_attention(AttentionParams p, int64_t batch, Strea
     return false;
 }
 
+template <> inline bool launch_attention<float>(AttentionParams p, int64_t batch, Stream stream) {
+    const int width = ceil_div(p.head_size, 16) * 16;
+    p.blocks_per_head = ceil_div(p.num_queries, FLOAT_QUERIES);
+    const int64_t grid = batch * p.num_heads * p.blocks_per_head;
+#define VF_LAUNCH(WIDTH)                                                                                             \
+    if (width == WIDTH) {                                                                                            \
+        const size_t shared = FloatAttention<WIDTH>::SHARED;                                                         \
+        launch(attention_float32_fwd_kernel<WIDTH>, grid, 32 * ATTENTION_WARPS, shared, stream, p);                  \
+        return true;                                                                                                 \
+    }
+    VF_HEAD_WIDTHS(VF_LAUNCH)
+#undef VF_LAUNCH
+    return false;
+}
+
 // Launches the kernel of a type and head size; false where there is none. Sizes and strides are set, the rest is chosen here.
 inline bool attention(const AttentionParams& p, int64_t batch, int type, Stream stream) {
     if (p.head_size % 8 || p.head_size < 16 || p.head_size > 128) return false;
     if (batch == 0 || p.num_queries == 0) return true;
     if (type == BFLOAT16) return launch_attention<bf16>(p, batch, stream);
     if (type == FLOAT16) return launch_attention<fp16>(p, batch, stream);
+    if (type == FLOAT32) return launch_attention<float>(p, batch, stream);
     return false;
 }
 
@@ -237,9 +399,10 @@ namespace {
 using namespace vf;
 
 void attention_operator(Tensor out, MaybeTensor lse, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale) {
+    const int64_t piece = type_of(out) == FLOAT32 ? 4 : 8;  // elements of 16 bytes
     for (const Tensor& x : {q, k, v}) {
-        STD_TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && (x.size(0) == 1 || x.stride(0) % 8 == 0) &&
-                            (x.size(1) == 1 || x.stride(1) % 8 == 0) &&
+        STD_TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && (x.size(0) == 1 || x.stride(0) % piece == 0) &&
+                            (x.size(1) == 1 || x.stride(1) % piece == 0) &&
                             reinterpret_cast<int64_t>(x.data_ptr()) % 16 == 0 && type_of(x) == type_of(out),
                         "vit_fast_cuda::attention: layout");
     }

@@ -234,6 +234,14 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+// Four floats of shared memory, at a multiple of 16 bytes; c + a · b of them.
+__device__ __forceinline__ float4 shared_load4(const float* address) {
+    return shared_load(reinterpret_cast<const float4*>(address));
+}
+__device__ __forceinline__ float dot4(const float4& a, const float4& b, float c) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, c))));
+}
+
 template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
 }  // namespace vf

@@ -1,7 +1,7 @@
 // What follows a matrix product that torch has run: the activation, or residual + row_scale · gamma · x. A pass each.
 //
-//   activation   out = act(z), z [rows, F] contiguous, out [rows, F], or [rows, F/2] of "swiglu", which is
-//                silu(first half) · second half; out may be z (not of "swiglu"). Evaluated in float32, gelu by erf.
+//   activation   out = act(z), z [rows, F] contiguous, out [rows, F], or [rows, F/2] of a gated activation, which is
+//                act(first half) · second half; out may be z (not of a gated one). Evaluated in float32, gelu by erf.
 //   residual     out = residual + row_scale[image] · gamma[column] · x, x and out [rows, C] contiguous, residual [rows, C] at
 //                one or two strides; out and residual in the dtype of x, or float32. gamma [C] and row_scale [images] in the
 //                dtype of x or float32, contiguous, or absent. Summed in float32 and rounded once.
@@ -11,7 +11,10 @@
 
 namespace vf {
 
-enum Activation : int { GELU = 1, GELU_TANH = 2, QUICK_GELU = 3, RELU = 4, SWIGLU = 5 };
+// Gated ones from SWIGLU on: of silu, gelu and gelu_tanh.
+enum Activation : int {
+    GELU = 1, GELU_TANH = 2, QUICK_GELU = 3, RELU = 4, SILU = 5, SWIGLU = 6, GEGLU = 7, GEGLU_TANH = 8
+};
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + exp2_approx(-LOG2E * z)); }
 
@@ -20,7 +23,7 @@ template <int ACTIVATION> __device__ __forceinline__ float activate(float z) {
     if constexpr (ACTIVATION == GELU_TANH) return z * sigmoid(1.5957691216057308f * z * (1.0f + 0.044715f * z * z));
     if constexpr (ACTIVATION == QUICK_GELU) return z * sigmoid(1.702f * z);
     if constexpr (ACTIVATION == RELU) return z < 0.0f ? 0.0f : z;  // NaN stays NaN
-    return z * sigmoid(z);
+    return z * sigmoid(z);  // SILU
 }
 
 struct ActivationParams {
@@ -32,17 +35,17 @@ struct ActivationParams {
 
 constexpr int EPILOGUE_THREADS = 256;
 
-template <class T, int ACTIVATION, int VEC>
+template <class T, int ACTIVATION, bool GATED, int VEC>
 __global__ void __launch_bounds__(EPILOGUE_THREADS) activation_kernel(const ActivationParams p) {
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * EPILOGUE_THREADS + threadIdx.x) * VEC;
     if (i >= p.count) return;
     const T* z = static_cast<const T*>(p.z) + i;
-    if constexpr (ACTIVATION == SWIGLU) z += i / p.width * p.width;
+    if constexpr (GATED) z += i / p.width * p.width;
     float values[VEC], gated[VEC];
     load_vector(values, z);
 #pragma unroll
     for (int j = 0; j < VEC; j++) values[j] = activate<ACTIVATION>(values[j]);
-    if constexpr (ACTIVATION == SWIGLU) {
+    if constexpr (GATED) {
         load_vector(gated, z + p.width);
 #pragma unroll
         for (int j = 0; j < VEC; j++) values[j] *= gated[j];
@@ -77,12 +80,12 @@ __global__ void __launch_bounds__(EPILOGUE_THREADS) residual_kernel(const Residu
     store_vector(static_cast<R*>(p.out) + i, residual);
 }
 
-template <class T, int ACTIVATION> void launch_activation(const ActivationParams& p, Stream stream) {
+template <class T, int ACTIVATION, bool GATED = false> void launch_activation(const ActivationParams& p, Stream stream) {
     constexpr int VEC = 16 / sizeof(T);
     const bool aligned = p.width % VEC == 0 && rows_aligned(p.z, {}, 1) && rows_aligned(p.out, {}, 1);
     const int64_t threads = aligned ? p.count / VEC : p.count, blocks = ceil_div<int64_t>(threads, EPILOGUE_THREADS);
-    if (aligned) launch(activation_kernel<T, ACTIVATION, VEC>, blocks, EPILOGUE_THREADS, 0, stream, p);
-    else launch(activation_kernel<T, ACTIVATION, 1>, blocks, EPILOGUE_THREADS, 0, stream, p);
+    if (aligned) launch(activation_kernel<T, ACTIVATION, GATED, VEC>, blocks, EPILOGUE_THREADS, 0, stream, p);
+    else launch(activation_kernel<T, ACTIVATION, GATED, 1>, blocks, EPILOGUE_THREADS, 0, stream, p);
 }
 
 template <class T> bool launch_activation(const ActivationParams& p, int activation, Stream stream) {
@@ -90,7 +93,10 @@ template <class T> bool launch_activation(const ActivationParams& p, int activat
     else if (activation == GELU_TANH) launch_activation<T, GELU_TANH>(p, stream);
     else if (activation == QUICK_GELU) launch_activation<T, QUICK_GELU>(p, stream);
     else if (activation == RELU) launch_activation<T, RELU>(p, stream);
-    else if (activation == SWIGLU) launch_activation<T, SWIGLU>(p, stream);
+    else if (activation == SILU) launch_activation<T, SILU>(p, stream);
+    else if (activation == SWIGLU) launch_activation<T, SILU, true>(p, stream);
+    else if (activation == GEGLU) launch_activation<T, GELU, true>(p, stream);
+    else if (activation == GEGLU_TANH) launch_activation<T, GELU_TANH, true>(p, stream);
     else return false;
     return true;
 }
@@ -135,7 +141,7 @@ using namespace vf;
 void activation_operator(Tensor out, Tensor z, int64_t which) {
     const int64_t width = out.size(out.dim() - 1);
     STD_TORCH_CHECK(z.is_contiguous() && out.is_contiguous() && type_of(out) == type_of(z) && width < int64_t{1} << 31 &&
-                        z.numel() == out.numel() * (which == SWIGLU ? 2 : 1),
+                        z.numel() == out.numel() * (which >= SWIGLU ? 2 : 1),
                     "vit_fast_cuda::activation: arguments");
     const ActivationParams p = {data(out), data(z), out.numel(), static_cast<int>(width)};
     const OnDevice device(z);

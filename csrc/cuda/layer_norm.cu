@@ -1,19 +1,20 @@
-// LayerNorm forward: y = (x − mean) · rstd · weight + bias over the last axis, rstd = 1/√(var + eps).
+// LayerNorm forward: y = (x − mean) · rstd · weight + bias over the last axis, rstd = 1/√(var + eps). RMSNorm takes 0 for the
+// mean, so that var is the mean of x².
 //
 // x [rows, C] at one or two strides, y [rows, C] contiguous, in the dtype of x or, of a float32 x, in 16 bits; weight and
 // bias [C], contiguous, in the dtype of y or float32, or absent; mean and rstd [rows] float32. Either of y and the statistics
-// may be left out. Statistics take two passes in float32, as large means leave no digits to E[x²] − E[x]²: the mean, then
-// the sum and the squares of what is left. That sum is what rounding lost of the mean (`rest` below); it corrects mean,
+// may be left out. Statistics take two passes in float32, as large means leave no digits to E[x²] − E[x]²: the mean (not of
+// RMSNorm), then the sum and the squares of what is left. That sum is what rounding lost of the mean (`rest` below); it corrects mean,
 // variance and y.
 //
 // Two kernels:
 //   layer_norm_fwd_kernel       a warp is a row, which stays in registers; four rows a block: C up to 2048, all in pieces
 //                               of 16 bytes
-//   layer_norm_wide_fwd_kernel  a block of 256 threads is a row and reads it three times, twice out of the L2 cache; one
-//                               element an access where something is not aligned
+//   layer_norm_wide_fwd_kernel  a block of 256 threads is a row and reads it three times (RMSNorm twice), out of the L2 cache
+//                               but for the first; one element an access where something is not aligned
 // Width, types and alignment choose the kernel: a row's bits do not depend on the batch.
 // Moves rows · C elements in and out. Limits: rows below 2^31.
-// Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+// Sources: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
 #include "rows.h"
 
 namespace vf {
@@ -27,6 +28,7 @@ struct LayerNormParams {
     int64_t rows;
     int width;
     float eps;
+    bool rms;
 };
 
 struct Statistics {
@@ -38,10 +40,10 @@ __device__ __forceinline__ void add_centred(float centred, float& rest, float& s
     squares += centred * centred;
 }
 
-// Of a row, from its rounded mean and the sums of x − mean and of its squares.
-__device__ __forceinline__ Statistics finish(float mean, float sum, float squares, int width, float eps) {
-    const float rest = sum / width;
-    return {mean, rest, 1.0f / sqrtf(fmaxf(squares / width - rest * rest, 0.0f) + eps)};
+// Of a row, from its rounded mean (0 of RMSNorm) and the sums of x − mean and of its squares.
+__device__ __forceinline__ Statistics finish(const LayerNormParams& p, float mean, float sum, float squares) {
+    const float rest = p.rms ? 0.0f : sum / p.width;
+    return {mean, rest, 1.0f / sqrtf(fmaxf(squares / p.width - rest * rest, 0.0f) + p.eps)};
 }
 
 __device__ __forceinline__ void write_statistics(const LayerNormParams& p, int64_t row, const Statistics& s) {
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(32 * LAYER_NORM_WARPS) layer_norm_fwd_kernel(c
             for (int i = 0; i < VEC; i++) sum += values[j][i];
         }
     }
-    const float mean = warp_sum(sum) / p.width;
+    const float mean = p.rms ? 0.0f : warp_sum(sum) / p.width;
     float squares = 0.0f, rest = 0.0f;
 #pragma unroll
     for (int j = 0; j < PIECES; j++) {
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(32 * LAYER_NORM_WARPS) layer_norm_fwd_kernel(c
             for (int i = 0; i < VEC; i++) add_centred(values[j][i] - mean, rest, squares);
         }
     }
-    const Statistics s = finish(mean, warp_sum(rest), warp_sum(squares), p.width, p.eps);
+    const Statistics s = finish(p, mean, warp_sum(rest), warp_sum(squares));
     if (p.mean && lane == 0) write_statistics(p, row, s);
     if (!p.y) return;
     Y* y = static_cast<Y*>(p.y) + row * p.width;
@@ -121,19 +123,23 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
     return sum;
 }
 
+// The blocks of a multiprocessor are told, because ptxas would spill to reach six of them (float32 on sm_90).
 template <class X, class P, class Y, int VEC>
-__global__ void __launch_bounds__(WIDE_THREADS) layer_norm_wide_fwd_kernel(const LayerNormParams p) {
+__global__ void __launch_bounds__(WIDE_THREADS, 4) layer_norm_wide_fwd_kernel(const LayerNormParams p) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     const int64_t row = blockIdx.x;
     const X* x = static_cast<const X*>(p.x) + p.x_rows.offset(row);
     const int first = threadIdx.x * VEC;
-    float values[VEC], sum = 0.0f;
-    for (int column = first; column < p.width; column += WIDE_THREADS * VEC) {
-        load_vector(values, x + column);
+    float values[VEC], mean = 0.0f;
+    if (!p.rms) {
+        float sum = 0.0f;
+        for (int column = first; column < p.width; column += WIDE_THREADS * VEC) {
+            load_vector(values, x + column);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) sum += values[i];
+            for (int i = 0; i < VEC; i++) sum += values[i];
+        }
+        mean = block_sum(sum, shared) / p.width;
     }
-    const float mean = block_sum(sum, shared) / p.width;
     float squares = 0.0f, rest = 0.0f;
     for (int column = first; column < p.width; column += WIDE_THREADS * VEC) {
         load_vector(values, x + column);
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(WIDE_THREADS) layer_norm_wide_fwd_kernel(const
         for (int i = 0; i < VEC; i++) add_centred(values[i] - mean, rest, squares);
     }
     rest = block_sum(rest, shared);
-    const Statistics s = finish(mean, rest, block_sum(squares, shared), p.width, p.eps);
+    const Statistics s = finish(p, mean, rest, block_sum(squares, shared));
     if (p.mean && threadIdx.x == 0) write_statistics(p, row, s);
     if (!p.y) return;
     Y* y = static_cast<Y*>(p.y) + row * p.width;
@@ -199,12 +205,13 @@ namespace {
 
 using namespace vf;
 
-void layer_norm_operator(MaybeTensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+void layer_norm_operator(MaybeTensor y, MaybeTensor mean, MaybeTensor rstd, Tensor x, MaybeTensor weight, MaybeTensor bias,
+                         double eps, bool rms) {
     const int64_t width = x.size(x.dim() - 1);
     STD_TORCH_CHECK(width > 0 && width < 1 << 24, "vit_fast_cuda::layer_norm: width");
     const LayerNormParams p = {
         data(y), data<float>(mean), data<float>(rstd), data(x), data(weight), data(bias), rows_of(x), x.numel() / width,
-        static_cast<int>(width), static_cast<float>(eps)};
+        static_cast<int>(width), static_cast<float>(eps), rms};
     const int param_type = type_of(weight ? weight : bias);
     STD_TORCH_CHECK(!weight || !bias || type_of(bias) == param_type, "vit_fast_cuda::layer_norm: weight and bias differ");
     const OnDevice device(x);

@@ -1,6 +1,6 @@
-// Patch embedding: out = [prefix | conv(images, weight, stride) + bias + pos_embed], an implicit GEMM on tensor cores.
+// Patch embedding: out = [prefix | conv(images, weight, stride) + bias + pos_embed], an implicit GEMM.
 //
-// images [B, in, H, W], any strides, uint8, float32 or the dtype of the weight; weight [C, K] bf16 or fp16, K = in·P·Q in the
+// images [B, in, H, W], any strides, uint8, float32 or the dtype of the weight; weight [C, K] float32, bf16 or fp16, K = in·P·Q in the
 // order of the walk, contiguous; bias [C], in that dtype; pos_embed [N, C] and prefix [1 or B, K', C], each in that dtype or
 // float32, any strides; out [B, K' + N, C] contiguous. Pixels become (x − shift)·scale of their channel in float32 where a
 // table is given, and are rounded to the weight's dtype; products are accumulated in float32, bias and pos_embed are added
@@ -8,9 +8,11 @@
 //
 // Row m is a patch (image, gy, gx), depth k the pixel (c, i, j), or (i, j, c) where channels lie innermost, found by index
 // arithmetic: no im2col in memory, patches may overlap or leave gaps. A block of four warps computes 64 patches × 64
-// channels, each warp 32 × 32, in steps of 32 in depth: tiles go through registers into one of two stages of shared memory,
-// so that the loads of the next step run while this one is multiplied. Rows there are padded by 16 bytes (no bank conflicts).
-// Blocks after the last tile copy 64 prefix rows × 64 channels. On sm_75 fp16 alone, by m16n8k8.
+// channels in steps of 64 bytes in depth: tiles go through registers into one of two stages of shared memory, so that the
+// loads of the next step run while this one is multiplied. Rows there are padded by 16 bytes (no bank conflicts). In 16 bits
+// each warp multiplies 32 × 32 on tensor cores (on sm_75 fp16 alone, by m16n8k8); in float32 each thread multiplies 8 × 4
+// with fused multiply-adds, not in tf32, and sums a step before it adds it, which keeps the error of long sums small.
+// Blocks after the last tile copy 64 prefix rows × 64 channels.
 // 2·B·N·C·K FLOP; reads the images C / 64 times, mostly out of the L2 cache, and writes B·(K' + N)·C elements.
 // Limits: fewer than 2^31 patches and blocks.
 #include "device.h"
@@ -28,19 +30,22 @@ struct PatchEmbedParams {
     bool channels_inner, pos_wide, prefix_wide;  // wide: float32
 };
 
-constexpr int PATCH_TILE = 64, PATCH_DEPTH = 32, PATCH_THREADS = 128;
-constexpr int PATCH_ROW = PATCH_DEPTH + 8;                               // elements of a row in shared memory
-constexpr int PATCH_STAGE = 2 * PATCH_TILE * PATCH_ROW;                  // patches, then channels
-constexpr int PATCH_LOADS = PATCH_TILE * PATCH_DEPTH / PATCH_THREADS;    // elements a thread loads of each
-constexpr size_t PATCH_SHARED = PATCH_TILE * sizeof(int64_t) + 2 * PATCH_STAGE * 2;
+constexpr int PATCH_TILE = 64, PATCH_THREADS = 128;
+template <class T> struct PatchSizes {
+    static constexpr int DEPTH = 64 / sizeof(T), ROW = DEPTH + 16 / sizeof(T);  // elements of a row in shared memory
+    static constexpr int STAGE = 2 * PATCH_TILE * ROW;                          // patches, then channels
+    static constexpr int LOADS = PATCH_TILE * DEPTH / PATCH_THREADS;            // elements a thread loads of each
+    static constexpr size_t SHARED = PATCH_TILE * sizeof(int64_t) + 2 * STAGE * sizeof(T);
+};
 
-template <class T, class Pixel> struct PatchTiles {
-    T patches[PATCH_LOADS], channels[PATCH_LOADS];
+template <class T, class Pixel> struct PatchTiles : PatchSizes<T> {
+    using PatchSizes<T>::DEPTH, PatchSizes<T>::ROW, PatchSizes<T>::LOADS;
+    T patches[LOADS], channels[LOADS];
 
-    // A thread has one depth of both tiles, and every fourth row.
+    // A thread has one depth of both tiles, and every fourth row (of float32 every eighth).
     __device__ __forceinline__ void read(
         const PatchEmbedParams& p, const int64_t* corners, int64_t first_row, int first_column, int first_depth, int depth) {
-        const int k = first_depth + threadIdx.x % PATCH_DEPTH;
+        const int k = first_depth + threadIdx.x % DEPTH;
         int c, i, j;
         if (p.channels_inner) {
             c = k % p.channels, j = k / p.channels % p.patch_width, i = k / (p.channels * p.patch_width);
@@ -52,8 +57,8 @@ template <class T, class Pixel> struct PatchTiles {
         float shift = 0.0f, scale = 1.0f;
         if (p.pixels && k < depth) shift = load(p.pixels + c), scale = load(p.pixels + p.channels + c);
 #pragma unroll
-        for (int n = 0; n < PATCH_LOADS; n++) {
-            const int row = threadIdx.x / PATCH_DEPTH + n * (PATCH_THREADS / PATCH_DEPTH);
+        for (int n = 0; n < LOADS; n++) {
+            const int row = threadIdx.x / DEPTH + n * (PATCH_THREADS / DEPTH);
             float x = 0.0f;
             if (k < depth && first_row + row < p.rows) x = (to_float(load(pixel + shared_load(corners + row))) - shift) * scale;
             patches[n] = from_float<T>(x);
@@ -64,11 +69,74 @@ template <class T, class Pixel> struct PatchTiles {
 
     __device__ __forceinline__ void write(T* stage) const {
 #pragma unroll
-        for (int n = 0; n < PATCH_LOADS; n++) {
-            const int row = threadIdx.x / PATCH_DEPTH + n * (PATCH_THREADS / PATCH_DEPTH);
-            T* place = stage + row * PATCH_ROW + threadIdx.x % PATCH_DEPTH;
+        for (int n = 0; n < LOADS; n++) {
+            const int row = threadIdx.x / DEPTH + n * (PATCH_THREADS / DEPTH);
+            T* place = stage + row * ROW + threadIdx.x % DEPTH;
             shared_store(place, patches[n]);
-            shared_store(place + PATCH_TILE * PATCH_ROW, channels[n]);
+            shared_store(place + PATCH_TILE * ROW, channels[n]);
+        }
+    }
+};
+
+// A thread's part of the sums of a tile of 64 × 64, by mma: four rows × eight columns of its warp's 32 × 32.
+template <class T> struct PatchSums {
+    static constexpr int ROWS = 4, COLUMNS = 8;
+    float acc[2][4][4] = {};
+
+    static __device__ __forceinline__ int row(int i) { return threadIdx.x / 64 * 32 + i * 8 + threadIdx.x % 32 / 4; }
+    static __device__ __forceinline__ int column(int j) {
+        return threadIdx.x / 32 % 2 * 32 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+    }
+    __device__ __forceinline__ float sum(int i, int j) const { return acc[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+    __device__ __forceinline__ void multiply(const T* patches, const T* channels) {
+        constexpr int ROW = PatchSizes<T>::ROW;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
+#pragma unroll
+        for (int k = 0; k < PatchSizes<T>::DEPTH; k += 16) {
+            uint32_t a[2][4], b[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                ldmatrix_x4(a[i], patches + (warp_row + i * 16 + lane % 16) * ROW + k + lane / 16 * 8);
+                ldmatrix_x4(b[i], channels + (warp_column + i * 16 + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) mma<T>(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+};
+
+// In float32: eight rows × four columns, 16 threads side by side.
+template <> struct PatchSums<float> {
+    static constexpr int ROWS = 8, COLUMNS = 4;
+    float acc[ROWS][COLUMNS] = {};
+
+    static __device__ __forceinline__ int row(int i) { return threadIdx.x / 16 + i * 8; }
+    static __device__ __forceinline__ int column(int j) { return threadIdx.x % 16 + j * 16; }
+    __device__ __forceinline__ float sum(int i, int j) const { return acc[i][j]; }
+
+    __device__ __forceinline__ void multiply(const float* patches, const float* channels) {
+        constexpr int ROW = PatchSizes<float>::ROW;
+        float step[ROWS][COLUMNS] = {};
+#pragma unroll
+        for (int k = 0; k < PatchSizes<float>::DEPTH; k += 4) {
+            float4 b[COLUMNS];
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) b[j] = shared_load4(channels + column(j) * ROW + k);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const float4 a = shared_load4(patches + row(i) * ROW + k);
+#pragma unroll
+                for (int j = 0; j < COLUMNS; j++) step[i][j] = dot4(a, b[j], step[i][j]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) acc[i][j] += step[i][j];
         }
     }
 };
@@ -88,6 +156,7 @@ __device__ __forceinline__ void copy_prefix(const PatchEmbedParams& p, int64_t f
 
 template <class T, class Pixel>
 __global__ void __launch_bounds__(PATCH_THREADS) patch_embed_fwd_kernel(const PatchEmbedParams p) {
+    using Sizes = PatchSizes<T>;
     const int column_tiles = ceil_div(p.width, PATCH_TILE), depth = p.channels * p.patch_height * p.patch_width;
     const int64_t row_tile = blockIdx.x / column_tiles, row_tiles = ceil_div<int64_t>(p.rows, PATCH_TILE);
     const int first_column = static_cast<int>(blockIdx.x % column_tiles) * PATCH_TILE;
@@ -105,44 +174,28 @@ __global__ void __launch_bounds__(PATCH_THREADS) patch_embed_fwd_kernel(const Pa
     }
     __syncthreads();
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
     PatchTiles<T, Pixel> tiles;
     tiles.read(p, corners, first_row, first_column, 0, depth);
-    float acc[2][4][4] = {};
-    for (int first = 0, stage = 0; first < depth; first += PATCH_DEPTH, stage ^= 1) {
-        T* patches = stages + stage * PATCH_STAGE;
-        const T* channels = patches + PATCH_TILE * PATCH_ROW;
+    PatchSums<T> sums;
+    for (int first = 0, stage = 0; first < depth; first += Sizes::DEPTH, stage ^= 1) {
+        T* patches = stages + stage * Sizes::STAGE;
         tiles.write(patches);
         __syncthreads();  // this stage is written, and the other is no longer read
-        if (first + PATCH_DEPTH < depth) tiles.read(p, corners, first_row, first_column, first + PATCH_DEPTH, depth);
-#pragma unroll
-        for (int k = 0; k < PATCH_DEPTH; k += 16) {
-            uint32_t a[2][4], b[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                ldmatrix_x4(a[i], patches + (warp_row + i * 16 + lane % 16) * PATCH_ROW + k + lane / 16 * 8);
-                ldmatrix_x4(b[i], channels + (warp_column + i * 16 + lane / 16 * 8 + lane % 8) * PATCH_ROW + k + lane / 8 % 2 * 8);
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) mma<T>(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-            }
-        }
+        if (first + Sizes::DEPTH < depth) tiles.read(p, corners, first_row, first_column, first + Sizes::DEPTH, depth);
+        sums.multiply(patches, patches + PATCH_TILE * Sizes::ROW);
     }
 
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int64_t row = first_row + warp_row + i * 8 + lane / 4;
+    for (int i = 0; i < sums.ROWS; i++) {
+        const int64_t row = first_row + sums.row(i);
         if (row >= p.rows) continue;
         const int64_t image = row / p.tokens, token = row % p.tokens;
         T* out = static_cast<T*>(p.out) + (image * (p.num_prefix + p.tokens) + p.num_prefix + token) * p.width;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int column = first_column + warp_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
+        for (int j = 0; j < sums.COLUMNS; j++) {
+            const int column = first_column + sums.column(j);
             if (column >= p.width) continue;
-            float x = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
+            float x = sums.sum(i, j);
             if (p.bias) x += to_float(load(static_cast<const T*>(p.bias) + column * p.bias_stride));
             if (p.pos) x += load_either<T>(p.pos, token * p.pos_row + column * p.pos_column, p.pos_wide);
             store(out + column, from_float<T>(x));
@@ -153,9 +206,10 @@ __global__ void __launch_bounds__(PATCH_THREADS) patch_embed_fwd_kernel(const Pa
 template <class T> bool launch_patch_embed(const PatchEmbedParams& p, int pixel_type, Stream stream) {
     const int64_t row_tiles = ceil_div<int64_t>(p.rows, PATCH_TILE) + ceil_div<int64_t>(p.prefix_rows, PATCH_TILE);
     const int64_t grid = row_tiles * ceil_div(p.width, PATCH_TILE);
-    if (pixel_type == UINT8) launch(patch_embed_fwd_kernel<T, uint8_t>, grid, PATCH_THREADS, PATCH_SHARED, stream, p);
-    else if (pixel_type == FLOAT32) launch(patch_embed_fwd_kernel<T, float>, grid, PATCH_THREADS, PATCH_SHARED, stream, p);
-    else if (pixel_type == TypeOf<T>::value) launch(patch_embed_fwd_kernel<T, T>, grid, PATCH_THREADS, PATCH_SHARED, stream, p);
+    constexpr size_t SHARED = PatchSizes<T>::SHARED;
+    if (pixel_type == UINT8) launch(patch_embed_fwd_kernel<T, uint8_t>, grid, PATCH_THREADS, SHARED, stream, p);
+    else if (pixel_type == FLOAT32) launch(patch_embed_fwd_kernel<T, float>, grid, PATCH_THREADS, SHARED, stream, p);
+    else if (pixel_type == TypeOf<T>::value) launch(patch_embed_fwd_kernel<T, T>, grid, PATCH_THREADS, SHARED, stream, p);
     else return false;
     return true;
 }
@@ -164,6 +218,7 @@ template <class T> bool launch_patch_embed(const PatchEmbedParams& p, int pixel_
 inline bool patch_embed(const PatchEmbedParams& p, int type, int pixel_type, Stream stream) {
     if (type == BFLOAT16) return launch_patch_embed<bf16>(p, pixel_type, stream);
     if (type == FLOAT16) return launch_patch_embed<fp16>(p, pixel_type, stream);
+    if (type == FLOAT32) return launch_patch_embed<float>(p, pixel_type, stream);
     return false;
 }
 

@@ -6,6 +6,7 @@ device guard, stream and launch.
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from support.linear import formula as linear_formula
 from support.linear import wide
 from support.patch_embed import golden as patch_embed_golden
 from vit_fast.kernels import reference
+from vit_fast.kernels.activation_names import ACTIVATIONS
+from vit_fast.kernels.block_options import BlockOptions
 from vit_fast.kernels.folding import FoldedBlock
 
 import vit_fast
@@ -25,6 +28,7 @@ from vit_fast.backends import cuda, select
 from vit_fast.backends.torch import TORCH
 
 HALF = (torch.bfloat16, torch.float16)
+FLOAT = (torch.float32, *HALF)
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +58,22 @@ def test_every_operator_has_its_kernel(operators):
 @pytest.mark.parametrize(
     "x_dtype,dtype", [(torch.float32,) * 2, *((d, d) for d in HALF), *((torch.float32, d) for d in HALF)]
 )
-def test_layer_norm_and_linear(backend, x_dtype, dtype):
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_layer_norm_and_linear(backend, x_dtype, dtype, norm):
     x, weight, bias = torch.randn(2, 5, 64).to(x_dtype), torch.randn(64).to(x_dtype), torch.randn(64).to(x_dtype)
     for view in (x, x[:, 1:], x.transpose(0, 1), torch.randn(2, 5, 128).to(x_dtype)[..., ::2]):
-        golden = layer_norm_formula(view, weight, bias, 1e-6)
-        statistics = reference.layer_norm_fwd(view, weight, bias, 1e-6)
-        for actual, eager, truth in zip(backend.forward["layer_norm"](view, weight, bias, 1e-6), statistics, golden):
-            assert_within_budget(actual, eager, truth, order=1e-6)
+        arguments = (view, weight, bias, 1e-6)
+        results = [f(*arguments, norm=norm) for f in (backend.forward["layer_norm"], reference.layer_norm_fwd)]
+        for actual, eager, truth in zip(*results, layer_norm_formula(*arguments, norm=norm), strict=True):
+            if truth.any():
+                assert_within_budget(actual, eager, truth, order=1e-6)
+            else:
+                assert norm == "rms" and not actual.any()
     w, b = torch.randn(48, 64).to(dtype) / 8, torch.randn(48).to(dtype)
-    for activation in (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"):
-        out = ops.layer_norm_linear(x, weight, bias, 1e-6, w, b, activation)
-        eager = reference.layer_norm_linear(x, weight, bias, 1e-6, w, b, activation)
-        golden = linear_formula(layer_norm_formula(x, weight, bias, 1e-6)[0], w, b, activation)
+    for activation in (None, *ACTIVATIONS):
+        arguments = (x, weight, bias, 1e-6, w, b, activation)
+        out, eager = (f(*arguments, norm=norm) for f in (ops.layer_norm_linear, reference.layer_norm_linear))
+        golden = linear_formula(layer_norm_formula(x, weight, bias, 1e-6, norm)[0], w, b, activation)
         assert_within_budget(out, eager, golden, expected_zeros=0.7, kind="model", order=1e-5)
     gamma, scale = torch.randn(64).to(dtype), torch.tensor([2.0, 0.0])
     proj = torch.randn(64, 64).to(dtype) / 8
@@ -78,7 +86,7 @@ def test_layer_norm_and_linear(backend, x_dtype, dtype):
     assert torch.equal(out[1], residual[1])
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", FLOAT)
 def test_attention(backend, dtype):
     qkv = torch.randn(2, 33, 3 * 2 * 24).to(dtype)
     out, lse = backend.forward["attention"](qkv, 2, 0.2)
@@ -91,12 +99,14 @@ def test_attention(backend, dtype):
     with_k = ops.attention(pooled, 2, 0.2, k=k, v=v)
     golden = attention_formula(pooled, 2, 0.2, k, v)[0]
     assert_within_budget(with_k, reference.attention(pooled, 2, 0.2, k=k, v=v), golden)
-    unaligned = torch.frombuffer(bytearray(2 * qkv.numel() + 18), dtype=dtype, offset=2)[: qkv.numel()].view_as(qkv)
+    size = dtype.itemsize
+    bytes_ = bytearray(size * (qkv.numel() + 9))
+    unaligned = torch.frombuffer(bytes_, dtype=dtype, offset=size)[: qkv.numel()].view_as(qkv)
     assert torch.equal(ops.attention(unaligned.copy_(qkv), 2, 0.2), out)
     assert ops.attention(qkv[:0], 2, 0.2).shape == (0, 33, 48)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", FLOAT)
 @pytest.mark.parametrize("pixels", ("same", torch.uint8, torch.float32))
 def test_patch_embed(backend, dtype, pixels):
     images = torch.rand(2, 3, 12, 16) * 255
@@ -111,11 +121,16 @@ def test_patch_embed(backend, dtype, pixels):
     assert ops.patch_embed(images[:0], weight, bias, pos, prefix, (4, 4)).shape == (0, 14, 20)
 
 
-def test_prepared_blocks(backend):
-    def tensor(*shape):
-        return torch.randn(shape).bfloat16() * shape[-1] ** -0.5
+NORMS = dict(norm="rms", out_eps=1e-6, hidden_eps=1e-6, hidden_features=30)
 
-    def block(width=32, hidden=64):
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("norms", ({}, NORMS), ids=("plain", "norms inside the branches"))
+def test_prepared_blocks(backend, dtype, norms):
+    def tensor(*shape):
+        return torch.randn(shape).to(dtype) * shape[-1] ** -0.5
+
+    def block(width=32, hidden=32):
         first, fc1 = tensor(3 * width, width), tensor(hidden, width)
         zeros = torch.zeros
         return FoldedBlock(
@@ -123,12 +138,26 @@ def test_prepared_blocks(backend):
             fc1, fc1.float().sum(1), zeros(hidden), tensor(width, hidden), zeros(width),
         )  # fmt: skip
 
-    weights = [t for _ in range(2) for t in block()]
-    x = torch.randn(2, 7, 32).bfloat16()
-    out = backend.forward["prepared_blocks"](x, weights, 2, 0.25, "gelu", 1e-6, 1e-6)
-    golden = reference.prepared_blocks(wide(x), [wide(t) for t in weights], 2, 0.25, "gelu", 1e-6, 1e-6)
-    eager = reference.prepared_blocks(x, weights, 2, 0.25, "gelu", 1e-6, 1e-6)
-    assert_within_budget(out, eager, golden, kind="model")
+    def options(change):
+        if not norms:
+            return ()
+        q_norm = tuple(None if t is None else change(t) for t in (weight, None))
+        return (BlockOptions(**norms, q_norm=(*q_norm, 1e-6), k_norm=(None, None, 1e-6)),)
+
+    weight, weights = torch.rand(16).to(dtype) + 0.5, [t for _ in range(2) for t in block()]
+    x, rest = torch.randn(2, 7, 32).to(dtype), (2, 0.25, "gelu", 1e-6, 1e-6)
+    arguments = (x, weights, *rest, *options(lambda t: t))
+    golden = reference.prepared_blocks(wide(x), [wide(t) for t in weights], *rest, *options(wide))
+    eager = reference.prepared_blocks(*arguments)
+    out = backend.forward["prepared_blocks"](*arguments)
+    assert_within_budget(out, eager, golden, kind="model", order=1e-5)
+    assert backend.reasons("prepared_blocks", x, weights, 2, *arguments[7:]) == []
+
+
+def test_stacks_with_options_of_attention_are_left_to_the_next_backend(backend):
+    x = torch.randn(1, 4, 32)
+    told = backend.reasons("prepared_blocks", x, [], 2, BlockOptions(bias=torch.randn(2, 4, 4)))
+    assert told == ["attention has no bias here"]
 
 
 def test_a_model_with_gradients(backend):
@@ -148,6 +177,17 @@ def test_a_model_with_gradients(backend):
         expected, golden = run(eager, images), run(exact, images.double())
     errors, allowed = ([(a - g).norm() / g.norm() for a, g in zip(found, golden)] for found in (actual, expected))
     assert len(actual) > 20 and sum(errors) <= 1.25 * sum(allowed), (sum(errors), sum(allowed))
+
+
+def test_status_and_explain_tell_that_there_is_no_backward(backend):
+    told = vit_fast.status("cpu").without_backward
+    assert told["cuda"] == tuple(TORCH.backward) and "torch" not in told
+    assert f"backward of {', '.join(TORCH.backward)}: torch (cuda has none)" in str(vit_fast.status("cpu"))
+    model = vit_fast.VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=5)
+    told = str(vit_fast.explain(model, torch.randn(1, 3, 16, 16)))
+    assert re.search(r"^backward of .*attention.*: torch \(cuda has none\)$", told, re.MULTILINE)
+    with torch.no_grad():
+        assert "backward" not in str(vit_fast.explain(model.eval(), torch.randn(1, 3, 16, 16)))
 
 
 def test_compiled_in_one_graph(backend):
@@ -175,9 +215,13 @@ def test_tables_hold_operations_with_the_references_arguments(backend):
 
 
 NOT_SUPPORTED = {
-    "float32": (
-        lambda: ops.attention(torch.randn(1, 4, 96), 2, 1.0),
-        "qkv has dtype float32, .* takes float16 or bfloat16",
+    "double": (
+        lambda: ops.attention(torch.randn(1, 4, 96).double(), 2, 1.0),
+        "qkv has dtype float64, .* takes float32 or float16 or bfloat16",
+    ),
+    "strides of float32": (
+        lambda: ops.attention(torch.randn(1, 4, 98)[..., :96], 2, 1.0),
+        "rows and images at multiples of 4 elements",
     ),
     "head of 12": (lambda: ops.attention(torch.randn(1, 4, 72).half(), 2, 1.0), "head size 12 is not a multiple of 8"),
     "head of 136": (lambda: ops.attention(torch.randn(1, 4, 408).half(), 1, 1.0), "head size 136 is not"),
@@ -187,8 +231,10 @@ NOT_SUPPORTED = {
     ),
     "float64": (lambda: ops.layer_norm(torch.randn(2, 8).double(), None, None, 1e-6), "x has dtype float64"),
     "weight": (
-        lambda: ops.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4), None, None, None, 4),
-        "weight has dtype float32",
+        lambda: ops.patch_embed(
+            torch.randn(1, 3, 8, 8).double(), torch.randn(4, 3, 4, 4).double(), None, None, None, 4
+        ),
+        "weight has dtype float64",
     ),
     "pixels": (
         lambda: ops.patch_embed(
@@ -228,6 +274,6 @@ def test_a_fault_in_a_kernel_is_an_exception(operators):
     with pytest.raises(RuntimeError, match="vit_fast_cuda::attention: layout"):
         run.attention(torch.empty(1, 4, 48).half(), None, q, q, q, 1, 1.0)
     with pytest.raises(RuntimeError, match="the last axis is not contiguous"):
-        run.layer_norm(torch.empty(2, 4), None, None, torch.randn(4, 2).t(), None, None, 1e-6)
+        run.layer_norm(torch.empty(2, 4), None, None, torch.randn(4, 2).t(), None, None, 1e-6, False)
     with pytest.raises(RuntimeError, match="dtypes"):
-        run.layer_norm(torch.empty(2, 4).half(), None, None, torch.randn(2, 4).bfloat16(), None, None, 1e-6)
+        run.layer_norm(torch.empty(2, 4).half(), None, None, torch.randn(2, 4).bfloat16(), None, None, 1e-6, False)

@@ -17,9 +17,12 @@ from support.attention import AttentionCase, formula
 from support.budget import assert_within_budget
 from support.cuda_emulator import EmulatorFault, View, build, reads, type_of, writes
 from support.layer_norm import LayerNormCase
+from support.layer_norm import formula as layer_norm_formula
 from support.linear import exact_activation, wide
 from support.patch_embed import PatchEmbedCase
+from support.patch_embed import golden as patch_embed_golden
 from vit_fast.kernels import reference
+from vit_fast.kernels.activation_names import ACTIVATIONS, GATED
 
 EXAMPLES = 400 if properties.FULL else 40
 
@@ -45,7 +48,9 @@ def explore(cases, count, examples=EXAMPLES):
     run()
 
 
-def run_layer_norm(x, weight, bias, eps, out_dtype=None, library=None, statistics=True, output=True, **options):
+def run_layer_norm(
+    x, weight, bias, eps, out_dtype=None, library=None, statistics=True, output=True, norm="layer", **options
+):
     y = torch.empty(x.shape, dtype=out_dtype or x.dtype) if output else None
     rows = x.numel() // x.shape[-1]
     mean, rstd = (torch.empty(rows) if statistics else None for _ in range(2))
@@ -53,7 +58,8 @@ def run_layer_norm(x, weight, bias, eps, out_dtype=None, library=None, statistic
         "emulated_layer_norm",
         writes(y, "y"), writes(mean, "mean"), writes(rstd, "rstd"),
         reads(x, "x"), reads(weight, "weight"), reads(bias, "bias"),
-        x.dim(), tuple(x.shape), x.stride(), type_of(x), type_of(weight, bias), type_of(y, x), eps, **options,
+        x.dim(), tuple(x.shape), x.stride(), type_of(x), type_of(weight, bias), type_of(y, x), eps, int(norm == "rms"),
+        **options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -65,7 +71,7 @@ class EmulatedLayerNorm(LayerNormCase):
         if x.stride(-1) != 1 and x.shape[-1] != 1:
             x = x.contiguous()
         out_dtype = properties.DTYPES[self.out_dtype]
-        return run_layer_norm(x, weight, bias, eps, out_dtype, schedule=self.seed % 3)
+        return run_layer_norm(x, weight, bias, eps, out_dtype, norm=self.norm, schedule=self.seed % 3)
 
     def eager(self, *inputs):
         return super().eager(*inputs)[:3]
@@ -105,7 +111,7 @@ def layer_norm_cases(draw):
         weight=draw(st.booleans()),
         bias=draw(st.booleans()),
         eps=draw(st.sampled_from((1e-6, 1e-5, 1e-12))),
-        norm="layer",
+        norm=draw(st.sampled_from(("layer", "rms"))),
         mean=draw(st.sampled_from((0.0, 0.0, -3.0, 100.0) if dtype == "float16" else (0.0, 0.0, -3.0, 1e4, 1e6))),
         rows=1,
         block=0,
@@ -154,13 +160,15 @@ def run_attention(q, num_heads, scale, k=None, v=None, library=None, with_lse=Tr
 
 def in_pieces(t):
     """t where the kernel takes it: heads contiguous, images and rows in pieces of 16 bytes; else a copy."""
-    aligned = t is None or (t.stride(2) == 1 and not any(n % 8 for n in t.stride()[:2]) and t.data_ptr() % 16 == 0)
+    aligned = t is None or (
+        t.stride(2) == 1 and not any(n * t.itemsize % 16 for n in t.stride()[:2]) and t.data_ptr() % 16 == 0
+    )
     return t if aligned else t.clone(memory_format=torch.contiguous_format)  # contiguous() may return t itself
 
 
 @dataclass(frozen=True)
 class EmulatedAttention(AttentionCase):
-    shared_limit: int = 232448  # enough for K and V, for two stages of 64 keys, of 32
+    shared_limit: int = 232448  # enough for K and V, for two stages of 64 keys, of 32; of float32 what sm_75 has
 
     def kernel(self, q, k, v, with_lse=True, schedule=0):
         return run_attention(
@@ -184,8 +192,10 @@ def attention_cases(draw):
     packed = draw(st.booleans())
     keys = draw(st.one_of(st.integers(1, 40), st.sampled_from((17, 63, 64, 65, 80, 128, 130, 197))))
     head_size = draw(st.sampled_from(range(16, 136, 8)))
+    dtype = draw(st.sampled_from(("bfloat16", "float16", "float32")))
+    limits = (232448, 512 * (head_size + 16), 256 * (head_size + 16)) if dtype != "float32" else (65536,)
     return EmulatedAttention(
-        dtype=draw(st.sampled_from(("bfloat16", "float16"))),
+        dtype=dtype,
         batch=draw(st.integers(1, 2)),
         queries=keys if packed else draw(st.integers(1, 70)),
         keys=keys,
@@ -200,7 +210,7 @@ def attention_cases(draw):
         layout=draw(properties.layouts),
         relation="",
         seed=draw(properties.seeds),
-        shared_limit=draw(st.sampled_from((232448, 512 * (head_size + 16), 256 * (head_size + 16)))),
+        shared_limit=draw(st.sampled_from(limits)),
     )
 
 
@@ -265,7 +275,7 @@ class EmulatedPatchEmbed(PatchEmbedCase):
 
 @st.composite
 def patch_embed_cases(draw):
-    dtype = draw(st.sampled_from(("bfloat16", "float16")))
+    dtype = draw(st.sampled_from(("bfloat16", "float16", "float32")))
     patch = draw(st.tuples(st.integers(1, 16), st.integers(1, 16)))
     grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 6)))
     stride = draw(st.sampled_from((patch, tuple(max(1, p - 1) for p in patch), tuple(p + 2 for p in patch), (1, 3))))
@@ -299,18 +309,12 @@ def test_patch_embed(count):
     explore(patch_embed_cases(), count, EXAMPLES // 2)
 
 
-ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
-
-
-def run_activation(z, activation, in_place=False, **options):
-    out = (
-        z
-        if in_place
-        else torch.empty(*z.shape[:-1], z.shape[-1] // (2 if activation == "swiglu" else 1), dtype=z.dtype)
-    )
+def run_activation(z, activation, in_place=False, library=None, **options):
+    out = z if in_place else torch.empty(*z.shape[:-1], z.shape[-1] // (2 if activation in GATED else 1), dtype=z.dtype)
     views = (View(z, "z", "inout"), z.data_ptr()) if in_place else (writes(out, "out"), reads(z, "z"))
-    build("epilogue").call(
-        "emulated_activation", *views, out.numel(), out.shape[-1], ACTIVATIONS[activation], type_of(z), **options
+    number = 1 + ACTIVATIONS.index(activation)
+    (library or build("epilogue")).call(
+        "emulated_activation", *views, out.numel(), out.shape[-1], number, type_of(z), **options
     )
     return out
 
@@ -322,13 +326,13 @@ def test_activation(activation, dtype):
         z = (torch.randn(shape) * 3).to(dtype)
         out = run_activation(z, activation)
         eager = reference.activate(z, activation)
-        order = 2.0**-22 * z.abs().max().item() ** (2 if activation == "swiglu" else 1)
+        order = 2.0**-22 * z.abs().max().item() ** (2 if activation in GATED else 1)
         zeros = 0.7 if activation == "relu" else 0.1
         if activation == "relu":
             assert torch.equal(out, eager)
         else:
             assert_within_budget(out, eager, exact_activation(wide(z), activation), expected_zeros=zeros, order=order)
-        if activation != "swiglu":
+        if activation not in GATED:
             assert torch.equal(run_activation(z.clone(), activation, in_place=True), out)
     assert run_activation(torch.full((1, 16), float("nan"), dtype=dtype), activation).isnan().all()
 
@@ -500,8 +504,8 @@ MUTANTS = {
     ),
     "a shuffle in a part of a warp": (
         "layer_norm",
-        "const float mean = warp_sum(sum) / p.width",
-        "const float mean = (lane < 31 ? warp_sum(sum) : 0) / p.width",
+        "p.rms ? 0.0f : warp_sum(sum) / p.width",
+        "(lane < 31 ? warp_sum(sum) : 0) / p.width",
         "rows",
         "divergent",
     ),
@@ -647,6 +651,69 @@ MUTANTS = {
     ),
     "no rescaling": ("attention", "acc[c][i] *= alpha[i / 2]", "acc[c][i] *= 1.0f", "streaming", "max|rms"),
     "no padding of rows": ("attention", "constexpr int PAD = 8", "constexpr int PAD = 0", "resident", "bank conflicts"),
+    "float32, no barrier before the next keys": (
+        "attention",
+        "        __syncthreads();  // V and",
+        "        // V and",
+        "float32 heads",
+        "data race|in flight|before cp_async_wait",
+    ),
+    "float32, no wait for the values": (
+        "attention",
+        "        cp_async_wait<0>();\n        __syncthreads();  // V and",
+        "        __syncthreads();  // V and",
+        "float32 heads",
+        "before cp_async_wait",
+    ),
+    "float32, too little shared memory": (
+        "attention",
+        "(P + FLOAT_QUERIES * WEIGHTS)",
+        "(P + FLOAT_QUERIES * WEIGHTS - 8)",
+        "float32 heads",
+        "shared memory at byte",
+    ),
+    "float32, a key too many": (
+        "attention",
+        "first + j * 8 + eighth >= p.num_keys",
+        "first + j * 8 + eighth > p.num_keys",
+        "float32 heads",
+        "max|rms",
+    ),
+    "float32, no rescaling": (
+        "attention",
+        "fmaf(acc[i][j][n], alpha[i], step",
+        "fmaf(acc[i][j][n], 1.0f, step",
+        "float32 heads",
+        "max|rms",
+    ),
+    "float32, a step that is not added": (
+        "patch_embed",
+        "acc[i][j] += step[i][j]",
+        "acc[i][j] = step[i][j]",
+        "float32 patches",
+        "max|rms",
+    ),
+    "the mean of an RMSNorm": (
+        "layer_norm",
+        "p.rms ? 0.0f : sum / p.width",
+        "sum / p.width",
+        "RMSNorm",
+        "max|rms",
+    ),
+    "a first pass that an RMSNorm does not skip": (
+        "layer_norm",
+        "    if (!p.rms) {",
+        "    if (true) {",
+        "RMSNorm",
+        "max|rms",
+    ),
+    "the value of another row": (
+        "epilogue",
+        "z += i / p.width * p.width",
+        "z += 0 * p.width",
+        "gated",
+        "max|rms",
+    ),
 }
 
 
@@ -676,6 +743,37 @@ def run_streaming(library):
 def run_patches(library):
     images, weight = torch.randn(3, 3, 20, 20).bfloat16(), torch.randn(70, 3, 5, 5).bfloat16()
     run_patch_embed(images, weight, None, None, None, (5, 5), library=library)
+
+
+def run_float32_heads(library):
+    q, k, v = (torch.randn(1, n, 2 * 24) for n in (70, 75, 75))
+    out, lse = run_attention(q, 2, 0.3, k, v, library=library, shared_limit=65536)
+    eager, golden = reference.attention_fwd(q, 2, 0.3, k=k, v=v), formula(q, 2, 0.3, k, v)
+    assert_within_budget(out, eager[0], golden[0])
+    assert_within_budget(lse, eager[1], golden[1], order=1e-5)
+
+
+def run_float32_patches(library):
+    arguments = (torch.randn(2, 3, 20, 20), torch.randn(70, 3, 5, 5), None, None, None, (5, 5))
+    out = run_patch_embed(*arguments, library=library, shared_limit=65536)
+    assert_within_budget(out, reference.patch_embed(*arguments), patch_embed_golden(*arguments))
+
+
+def run_rms_norm(library):
+    for shape in ((3, 64), (2, 3000)):
+        x, weight = torch.randn(shape) + 2, torch.randn(shape[1])
+        y, mean, rstd = run_layer_norm(x, weight, None, 1e-6, None, library, norm="rms")
+        eager, exact = (f(x, weight, None, 1e-6, norm="rms") for f in (reference.layer_norm_fwd, layer_norm_formula))
+        assert_within_budget(y, eager[0], exact[0], order=2.0**-22 * exact[0].abs().max().item())
+        assert_within_budget(rstd, eager[2], exact[2], order=2.0**-22)
+        assert not mean.any()
+
+
+def run_gated(library):
+    z = torch.randn(5, 48)
+    for activation in GATED:
+        out = run_activation(z, activation, library=library)
+        assert_within_budget(out, reference.activate(z, activation), exact_activation(wide(z), activation), order=1e-5)
 
 
 def run_residual_rows(library):
@@ -712,6 +810,10 @@ RUNS = {
     "resident": run_resident,
     "streaming": run_streaming,
     "patches": run_patches,
+    "float32 heads": run_float32_heads,
+    "float32 patches": run_float32_patches,
+    "RMSNorm": run_rms_norm,
+    "gated": run_gated,
     "residual": run_residual_rows,
 }
 SMALLER = {"attention": ("-DVF_HEAD_WIDTHS(f)=f(32)",)}  # what mutants and sanitizers compile

@@ -36,6 +36,12 @@
 struct uint4 {
     uint32_t x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
 
 namespace emulator {
 

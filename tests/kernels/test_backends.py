@@ -294,14 +294,14 @@ def test_where_the_cpu_extension_is_chosen():
 def test_attention_without_options_of_its_own():
     """What the extensions share: they normalise q and k before the kernel, and name every other option."""
     qkv, norm = torch.randn(2, 5, 48), (torch.randn(8), torch.randn(8), 1e-5)
-    for of in ({"q_norm": norm}, {"k_norm": norm}, {"q_norm": norm, "k_norm": norm}):
+    for of in ({"q_norm": norm}, {"k_norm": norm}, {"q_norm": norm, "k_norm": norm, "norm": "rms"}):
         for k, v, q in ((None, None, qkv), (qkv[..., 16:32], qkv[..., 32:], qkv[..., :16])):
             changed = base.normalised_heads(reference.layer_norm, q, 2, k, v, **of)
             out = reference.attention(changed[0], 2, 0.3, k=changed[1], v=changed[2])
             assert torch.equal(out, reference.attention(q, 2, 0.3, k=k, v=v, **of))
     given = dict(bias=1, rel_pos=2, key_lengths=3, cu_seqlens=4, rope=5, rope_layout="half", num_prefix=0, norm="rms")
     told = base.attention_option_reasons(qkv, None, None, **given)
-    lacks = ("bias", "rel_pos", "key_lengths", "cu_seqlens", "rope", "norm 'rms'")
+    lacks = ("bias", "rel_pos", "key_lengths", "cu_seqlens", "rope")
     assert told == [f"attention has no {name} here" for name in lacks]
-    assert not base.attention_option_reasons(qkv, None, None, q_norm=norm, k_norm=None, norm="layer")
+    assert not base.attention_option_reasons(qkv, None, None, q_norm=norm, k_norm=None, norm="rms")
     assert len(base.attention_option_reasons(qkv[..., :16], qkv[..., :16], qkv[..., :32])) == 1

@@ -27,14 +27,11 @@ def attention_option_reasons(
     qkv: torch.Tensor,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
-    *,
-    norm: str = "layer",
     **options: Any,
 ) -> list[str]:
     """Why a backend that has no option of attention but norms of q and k (``normalised_heads``) cannot run a call."""
     names: tuple[str, ...] = ("bias", "rel_pos", "key_lengths", "cu_seqlens", "rope")
     lacks = [name for name in names if name in options]
-    lacks += [f"norm {norm!r}"] if norm != "layer" else []
     lacks += ["head size of v other than that of q"] if v is not None and v.shape[2] != qkv.shape[2] else []
     return [f"attention has no {option} here" for option in lacks]
 

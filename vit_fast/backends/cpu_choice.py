@@ -7,7 +7,8 @@ does not use (AMX, AVX512-FP16); such processors, and the level generic, were no
 
 Measured on one thread, CPU seconds, fastest of 9, on an AMD EPYC (Zen 4: AVX-512 with VNNI and BF16, no FP16), ViT-B
 sizes at 16, 64, 197 and 1576 rows, torch 2.13.0, 2026-11-29; in brackets PyTorch's time over the extension's at 197
-rows. A bfloat16 without instructions was measured on an Intel machine alone (docs/measured_facts.md).
+rows. ``benchmarks/cpu_choice.py`` measures it again. A bfloat16 without instructions was measured on an Intel machine
+alone (docs/measured_facts.md).
 """
 
 from collections.abc import Mapping

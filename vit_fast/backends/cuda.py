@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vit_fast import extension
+from vit_fast.kernels.activation_names import ACTIVATIONS, GATED
 from vit_fast.kernels.arguments import check_rows
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.kernels.folding import FoldedBlock, unflatten
@@ -26,7 +27,7 @@ from .base import Backend, attention_option_reasons, normalised_heads
 # The implementations are in csrc/cuda/<name>.cu, epilogue.cu for the last two.
 _SCHEMAS = (
     "layer_norm(Tensor(a!)? y, Tensor(b!)? mean, Tensor(c!)? rstd, Tensor x, Tensor? weight, Tensor? bias, "
-    "float eps) -> ()",
+    "float eps, bool rms) -> ()",
     "attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, int num_heads, float scale) -> ()",
     "patch_embed(Tensor(a!) out, Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
     "Tensor? pixels, int patch_height, int patch_width, int step_height, int step_width, int grid_width, "
@@ -34,10 +35,9 @@ _SCHEMAS = (
     "activation(Tensor(a!) out, Tensor z, int activation) -> ()",
     "residual(Tensor(a!) out, Tensor x, Tensor residual, Tensor? gamma, Tensor? row_scale) -> ()",
 )
-_ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4, "swiglu": 5}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/cuda/epilogue.cu
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
-_HALF = (torch.float16, torch.bfloat16)
-_FLOAT = (torch.float32, *_HALF)
+_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2**24  # of a row, and tokens of an image: int32 in the kernels
 
 
@@ -72,9 +72,9 @@ def _vector(v: Tensor | None) -> Tensor | None:
 
 
 def _normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, statistics: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str, dtype: torch.dtype, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(LN(x) in a dtype, mean [rows], rstd [rows])."""
+    """(LN(x) in a dtype, mean [rows], rstd [rows]); of norm "rms" the mean is 0."""
     own = dtype if x.dtype == torch.float32 else x.dtype  # the kernel narrows a float32 x alone
     sides = [_vector(t) for t in (weight, bias)]
     if {t.dtype for t in sides if t is not None} not in ({own}, {torch.float32}):
@@ -84,27 +84,27 @@ def _normalise(
     check_rows("layer_norm", rows)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) if statistics else None for _ in range(2))
     if rows:
-        torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), *sides, eps)
+        torch.ops.vit_fast_cuda.layer_norm(y, mean, rstd, _rows(x), *sides, eps, norm == "rms")
     return y.to(dtype), mean, rstd
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer") -> Tensor:
     """As ``kernels.reference.layer_norm``."""
-    return _normalise(x, weight, bias, eps, x.dtype, False)[0]
+    return _normalise(x, weight, bias, eps, norm, x.dtype, False)[0]
 
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.reference.layer_norm_fwd``."""
-    return _normalise(x, weight, bias, eps, x.dtype, True)
+    return _normalise(x, weight, bias, eps, norm, x.dtype, True)
 
 
 def _activate(z: Tensor, activation: str | None, in_place: bool = True) -> Tensor:
-    """The activation of z; "swiglu" is never in place."""
+    """The activation of z; a gated one is never in place."""
     if activation is None:
         return z
-    out = z.new_empty((*z.shape[:-1], z.shape[-1] // 2)) if activation == "swiglu" else z
+    out = z.new_empty((*z.shape[:-1], z.shape[-1] // 2)) if activation in GATED else z
     if not in_place and out is z:
         out = torch.empty_like(z)
     if not z.numel():
@@ -129,9 +129,10 @@ def _layer_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    norm: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    y, mean, rstd = _normalise(x, ln_weight, ln_bias, eps, weight.dtype, statistics)
+    y, mean, rstd = _normalise(x, ln_weight, ln_bias, eps, norm, weight.dtype, statistics)
     return _product(y, weight, bias, activation), mean, rstd
 
 
@@ -147,7 +148,7 @@ def layer_norm_linear(
     norm: str = "layer",
 ) -> Tensor:
     """As ``kernels.reference.layer_norm_linear``."""
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, False)[0]
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, False)[0]
 
 
 def layer_norm_linear_fwd(
@@ -162,7 +163,7 @@ def layer_norm_linear_fwd(
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.reference.layer_norm_linear_fwd``."""
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, True)
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, True)
 
 
 def linear_residual(
@@ -314,22 +315,22 @@ def patch_embed(
     return out
 
 
-def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) of the rows of x [..., C], [rows] float32: what a LayerNorm needs that is folded into a product."""
+def row_statistics(x: Tensor, eps: float, norm: str = "layer") -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the rows of x [..., C], [rows] float32: what a norm needs that is folded into a product."""
     rows = x.numel() // x.shape[-1]
     check_rows("layer_norm", rows)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, _rows(x), None, None, eps)
+    torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, _rows(x), None, None, eps, norm == "rms")
     return mean, rstd
 
 
 def _folded_linear(
-    x: Tensor, eps: float, weight: Tensor, sums: Tensor, bias: Tensor, activation: str | None = None
+    x: Tensor, eps: float, norm: str, weight: Tensor, sums: Tensor, bias: Tensor, activation: str | None = None
 ) -> Tensor:
-    """act(LN(x) weightᵀ + bias), the affine part of LN being folded into weight and bias."""
+    """act(LN(x) weightᵀ + bias), the affine part of the norm being folded into weight and bias."""
     if not cutlass.folds(x) or cutlass.reasons(x, weight, activation):
-        return _product(layer_norm(x, None, None, eps), weight, bias, activation)
-    return cutlass.folded_linear(x, *row_statistics(x, eps), weight, sums, bias, activation)
+        return _product(layer_norm(x, None, None, eps, norm=norm), weight, bias, activation)
+    return cutlass.folded_linear(x, *row_statistics(x, eps, norm), weight, sums, bias, activation)
 
 
 def prepared_blocks(
@@ -342,13 +343,18 @@ def prepared_blocks(
     eps2: float,
     options: BlockOptions = PLAIN,
 ) -> Tensor:
-    """As ``kernels.reference.prepared_blocks``."""
+    """As ``kernels.reference.prepared_blocks``, of attention's options with q_norm and k_norm alone."""
+    norm, features = options.norm, options.hidden_features
+    of_out, of_hidden = (None if eps is None else (None, None, eps) for eps in (options.out_eps, options.hidden_eps))
     for block in unflatten(FoldedBlock, weights):
-        packed = _folded_linear(x, eps1, block.qkv_weight, block.qkv_sums, block.qkv_bias)
-        out = attention(packed, num_heads, scale)
-        x = linear_residual(out, block.proj_weight, block.proj_bias, None, x)
-        hidden = _folded_linear(x, eps2, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation)
-        x = linear_residual(hidden, block.fc2_weight, block.fc2_bias, None, x)
+        packed = _folded_linear(x, eps1, norm, block.qkv_weight, block.qkv_sums, block.qkv_bias)
+        out = attention(packed, num_heads, scale, **options.of_attention())
+        x = linear_residual(out, block.proj_weight, block.proj_bias, None, x, norm=norm, inner_norm=of_out)
+        hidden = _folded_linear(x, eps2, norm, block.fc1_weight, block.fc1_sums, block.fc1_bias, activation)
+        fc2 = block.fc2_weight
+        if of_hidden is not None:  # of the features without the padding of packed weights
+            hidden, fc2 = hidden[..., :features], fc2[:, :features]
+        x = linear_residual(hidden, fc2, block.fc2_bias, None, x, norm=norm, inner_norm=of_hidden)
     return x
 
 
@@ -387,11 +393,7 @@ def layer_norm_reasons(
     reasons = _dtype_reasons(_FLOAT, x=x, weight=weight, bias=bias)
     if x.shape[-1] >= _MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is not below {_MAX_WIDTH}")
-    return reasons + _norm_reasons(norm)
-
-
-def _norm_reasons(norm: str) -> list[str]:
-    return [] if norm == "layer" else [f"the CUDA extension has no norm {norm!r}"]
+    return reasons
 
 
 def layer_norm_linear_reasons(
@@ -406,10 +408,7 @@ def layer_norm_linear_reasons(
     norm: str = "layer",
 ) -> list[str]:
     """Of layer_norm_linear."""
-    reasons = layer_norm_reasons(x, ln_weight, ln_bias, eps, norm=norm) + _dtype_reasons(_FLOAT, weight=weight)
-    if activation is not None and activation not in _ACTIVATIONS:
-        reasons.append(f"the CUDA extension has no activation {activation!r}")
-    return reasons
+    return layer_norm_reasons(x, ln_weight, ln_bias, eps, norm=norm) + _dtype_reasons(_FLOAT, weight=weight)
 
 
 def linear_residual_reasons(
@@ -464,7 +463,7 @@ def attention_reasons(
     qkv: Tensor, num_heads: int, *, k: Tensor | None = None, v: Tensor | None = None, **options: Any
 ) -> list[str]:
     """Of attention."""
-    reasons = _dtype_reasons(_HALF, qkv=qkv) + _product_reasons(qkv) + attention_option_reasons(qkv, k, v, **options)
+    reasons = _dtype_reasons(_FLOAT, qkv=qkv) + _product_reasons(qkv) + attention_option_reasons(qkv, k, v, **options)
     head_size = qkv.shape[2] // (num_heads * (3 if k is None else 1))
     if head_size % 8 or not 16 <= head_size <= 128:
         reasons.append(f"head size {head_size} is not a multiple of 8 from 16 to 128")
@@ -474,10 +473,10 @@ def attention_reasons(
         if t.shape[1] >= _MAX_WIDTH:
             reasons.append(f"{name} has {t.shape[1]} tokens, not below {_MAX_WIDTH}")
         steps = [stride for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True) if size != 1]
-        if t.stride(2) != 1 or any(step % 8 for step in steps):
+        if t.stride(2) != 1 or any(step * t.itemsize % 16 for step in steps):
             reasons.append(
                 f"{name} has strides {tuple(t.stride())}, the kernel takes contiguous heads, and rows and images at "
-                "multiples of 8 elements"
+                f"multiples of {16 // t.itemsize} elements"
             )
     return reasons
 
@@ -493,7 +492,7 @@ def patch_embed_reasons(
     std: Sequence[float] | None = None,
 ) -> list[str]:
     """Of patch_embed."""
-    reasons = _dtype_reasons(_HALF, weight=weight) + _product_reasons(weight)
+    reasons = _dtype_reasons(_FLOAT, weight=weight) + _product_reasons(weight)
     if not reasons:
         reasons = _dtype_reasons((torch.uint8, torch.float32, weight.dtype), images=images)
         reasons += _dtype_reasons((weight.dtype,), bias=bias)
@@ -505,10 +504,9 @@ def prepared_blocks_reasons(
     x: Tensor, weights: Sequence[Tensor], num_heads: int, options: BlockOptions = PLAIN
 ) -> list[str]:
     """Of prepared_blocks."""
-    if options is not PLAIN:
-        return ["the cuda extension has no RMSNorm, norms of q and k or inside branches, rope and masks in stacks"]
     packed = x.new_empty((1, 1, 3 * x.shape[-1]), device="meta")
-    return layer_norm_reasons(x, None, None, 0.0) + attention_reasons(packed, num_heads) + _product_reasons(x)
+    reasons = layer_norm_reasons(x, None, None, 0.0) + _product_reasons(x)
+    return reasons + attention_reasons(packed, num_heads, **options.of_attention())
 
 
 class Cuda(Backend):

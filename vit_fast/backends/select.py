@@ -376,6 +376,7 @@ class Status:
     reasons: dict[str, tuple[str, ...]]
     operations: dict[str, frozenset[str]]
     quarantine: dict[str, dict[str, str]]  # backend → operation, or its backward → why it failed in this process
+    without_backward: dict[str, tuple[str, ...]]  # backend → its operations whose backward is left to torch
 
     def __str__(self) -> str:
         lines = [f"device {self.device}, backend {self.requested}"]
@@ -391,6 +392,10 @@ class Status:
             ]  # fmt: skip
             lines.append(" ".join([f"{operation:<{width}}", *(f"{cell:>7}" for cell in cells)]))
         lines += [f"{name}: {'; '.join(why)}" for name, why in self.reasons.items() if why]
+        lines += [
+            f"backward of {', '.join(operations)}: torch ({name} has none)"
+            for name, operations in self.without_backward.items()
+        ]
         lines += [
             f"{name} failed in this process, {operation}: {why}"
             for name, lost in self.quarantine.items()
@@ -430,7 +435,13 @@ def status(device: torch.device | str | None = None) -> Status:
     versions = {name: version for name, backend in BACKENDS.items() if (version := backend.version())}
     operations = {name: frozenset(backend.forward) for name, backend in BACKENDS.items()}
     lost = {name: dict(backend.quarantined) for name, backend in BACKENDS.items() if backend.quarantined}
-    return Status(str(device), requested(), {"torch": torch.__version__} | versions, reasons, operations, lost)
+    without = {
+        name: tuple(key for key in TORCH.backward if key in backend.forward and key not in backend.backward)
+        for name, backend in BACKENDS.items()
+        if not reasons[name]
+    }
+    without = {name: keys for name, keys in without.items() if keys}
+    return Status(str(device), requested(), {"torch": torch.__version__} | versions, reasons, operations, lost, without)
 
 
 @contextlib.contextmanager
