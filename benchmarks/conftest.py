@@ -8,8 +8,10 @@ the L2 cache twice, and the timer synchronises before it reads the clock, so tha
 import functools
 import itertools
 import math
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from vit_fast.kernels.folding import E4M3
 from vit_fast import backends, parity
 from vit_fast.bench import machine, measure
 from vit_fast.precisions import FP8
+
+sys.path.append(str(Path(__file__).parent))  # benchmarks of a backward import those of the forward
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")

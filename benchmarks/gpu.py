@@ -107,6 +107,7 @@ def stages(out: Path, only: str) -> list[Stage]:
         command = ("-P", "-m", "vit_fast", "check", "--model", VIT_B, "--variant", variant, "--precision", "bfloat16")
         file = ("--results-file", f"{out}/check-{variant}.json")
         checks.append(Stage(f"check {variant}", (*command, *file), 60, float8=variant == "fp8"))
+    file = (f"--benchmark-json={out}/operations.json",)
     groups = {
         "limits": [Stage("limits", ("-P", "benchmarks/limits.py", "--json", f"{out}/limits.json"), 120)],
         "check": checks,
@@ -116,11 +117,7 @@ def stages(out: Path, only: str) -> list[Stage]:
         "training": training,
         "profile": profiles,
         "tune": [Stage("tune", ("-P", "benchmarks/tune", "--out", f"{out}/tune.json"), 300)],
-        "operations": [
-            Stage(
-                "operations", (*pytest, "benchmarks", "-k", "not bwd", f"--benchmark-json={out}/operations.json"), 300
-            )
-        ],
+        "operations": [Stage("operations", (*pytest, "benchmarks", "-k", "not bwd", *file), 300)],
         "families": [Stage("families", families, 300)],
     }
     wanted = only.split(",")

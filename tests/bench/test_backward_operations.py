@@ -1,4 +1,4 @@
-"""FLOP and bytes of the backward of vit_fast's operators: FLOP as PyTorch counts those of the reference, bytes by hand."""
+"""FLOP and bytes of the backward of vit_fast's operators: FLOP as PyTorch counts the reference's, bytes by hand."""
 
 import pytest
 import torch
@@ -62,7 +62,9 @@ CASES = {
         lambda x, w1, w2: ops.layernorm_mlp(x, None, None, 1e-6, w1, None, w2, None, "swiglu", None, recompute=True),
         (t(B, N, C), t(2 * HIDDEN, C), t(C, HIDDEN)),
     ),
-    "patch_embed": (lambda *tensors: ops.patch_embed(*tensors, 4), (t(B, 3, 8, 8), t(C, 3, 4, 4), t(C), t(1, 4, C), None)),
+    "patch_embed": (
+        lambda *tensors: ops.patch_embed(*tensors, 4), (t(B, 3, 8, 8), t(C, 3, 4, 4), t(C), t(1, 4, C), None),
+    ),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ It needs the packages of the extra ``bench`` and imports nothing of the command 
 ``peak_rss``       peak resident memory of a provider in a process of its own
 ``recorders``      recording which operators a call runs
 ``operations``     the operations of a forward pass, their FLOPs and bytes
+``backward_operations``  the same of a training step
 ``attribution``    a profiler's trace, by operation
 ``profile``        the time of each operation of a forward pass beside its roofline bound
 ``predict``        what a forward pass would take on a GPU that is not here, by a model

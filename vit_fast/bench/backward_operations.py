@@ -1,10 +1,10 @@
 """The operations of a training step: forward and backward of a model, each with its FLOP and its compulsory traffic.
 
 Conventions are those of ``operations``. The functions below tell what the backward of vit_fast's operators launches on
-the backend ``triton``, products of PyTorch's included: each takes the arguments of an operator ``vit_fast::<op>_bwd`` by
-name and yields (name, a parameter or None, FLOP, bytes). A gradient that is not wanted costs nothing, and what only it
-needs is not counted. "column_sums" are sums over rows (``kernels.column_sums``), "layer_scale" the gradients of
-LayerScale from dW′ (``kernels.linear_bwd``).
+the backend ``triton``, products of PyTorch's included: each takes the arguments of an operator
+``vit_fast::<op>_bwd`` by name and yields (name, a parameter or None, FLOP, bytes). A gradient that is not wanted costs
+nothing, and what only it needs is not counted. "column_sums" are sums over rows (``kernels.column_sums``),
+"layer_scale" the gradients of LayerScale from dW′ (``kernels.linear_bwd``).
 """
 
 import math
@@ -82,7 +82,7 @@ def _layer_norm_linear(a: dict[str, Any]) -> _Found:
 
 
 def _branch(a, wanted, weight, bias, dropout_p):
-    """The incoming gradient behind drop path and dropout, and its column sums; its bytes are the last thing yielded."""
+    """The incoming gradient behind drop path and dropout, and its column sums."""
     grad, w = a["grad"], a[weight]
     sums = wanted(bias) or (wanted("gamma") and a[bias] is not None)
     changed = a["row_scale"] is not None or dropout_p > 0 or grad.dtype != w.dtype
