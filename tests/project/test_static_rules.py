@@ -51,12 +51,12 @@ def is_literal(node, value):
 
 
 def jit_functions(source):
-    """The functions of a source that ``triton.jit`` or ``gluon.jit`` decorates, by name."""
+    """The functions of a source that ``triton.jit`` decorates, by name."""
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             marks = (mark.func if isinstance(mark, ast.Call) else mark for mark in node.decorator_list)
-            if any(dotted(mark) in ("triton.jit", "gluon.jit", "jit") for mark in marks):
+            if any(dotted(mark) in ("triton.jit", "jit") for mark in marks):
                 found[node.name] = node
     return found
 
@@ -164,7 +164,7 @@ class Flow:
     def loop_variable(self, iterable, scope):
         """A loop variable stays below the end of its range."""
         values = [self.value(argument, scope) for argument in iterable.args]
-        if dotted(iterable.func) in ("tl.static_range", "gl.static_range"):
+        if dotted(iterable.func) == "tl.static_range":
             return Value(CONST)
         end = values[1 if len(values) > 1 else 0].kind
         return Value(end if end in (WIDE, PRODUCT) else POSITION)
@@ -177,8 +177,6 @@ class Flow:
         if isinstance(node, ast.Attribute):
             if node.attr == "T":
                 return self.value(node.value, scope)
-            if node.attr == "shape":  # of a block or a slot
-                return Value(CONST)
             return Value(kind_of_argument(node.attr, OTHER))  # an argument in a named tuple, or no integer
         if isinstance(node, ast.UnaryOp):
             return self.value(node.operand, scope)
@@ -263,8 +261,7 @@ class Flow:
         if name in self.functions:
             parameters = [parameter.arg for parameter in self.functions[name].args.args]
             return self.run(self.functions[name], {**dict(zip(parameters, values)), **named})
-        dtypes = (dotted(argument).replace("gl.", "tl.", 1) for argument in node.args)
-        dtype = next((found for found in dtypes if found.startswith("tl.int")), None)
+        dtype = next((dotted(argument) for argument in node.args if dotted(argument).startswith("tl.int")), None)
         if name == "to":
             before = self.value(node.func.value, scope)
             if dtype == "tl.int64":
