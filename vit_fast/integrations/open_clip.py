@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import (
     Attention,
     CustomResidualAttentionBlock,
@@ -29,7 +28,7 @@ from open_clip.transformer import (
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_stack, project_qkv, run_blocks
+from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_stack, prepared_for, project_qkv, run_blocks
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
@@ -102,6 +101,7 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
 class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
     """open_clip's CustomResidualAttentionBlock as two fused branches: [B, N, C] → [B, N, C]."""
 
+    RUNS_PARTS = True
     SUBMODULES = submodules(
         ln_1=_NORMS,
         attn=(Attention,),
@@ -165,6 +165,12 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
             reason = "its attention drops"
         if reason is not None:
             return self.run_library(reason, x, *others, **named)
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x)
+        return self.fused_parts(x)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        x, p, attn = inputs[0], self._weights(), self.attn
         y = attend(project_qkv(x, p), p)
         if attn.head_scale is not None:
             y = (y.unflatten(2, (p.num_heads, -1)) * attn.head_scale.flatten(1)).flatten(2)
@@ -172,7 +178,7 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
             x = ops.linear_residual(y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm)
         else:
             y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
-            y = self.ls_1(ops.layer_norm(F.linear(y, p.proj_weight, p.proj_bias), *Norm.of(self.ln_attn)))
+            y = self.ls_1(ops.layer_norm(ops.linear(y, p.proj_weight, p.proj_bias), *Norm.of(self.ln_attn)))
             x = x + y
         return mlp_branch(x, p)
 
