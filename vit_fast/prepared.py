@@ -3,11 +3,11 @@
 The weight and bias of a norm are folded into the projection behind it (its statistics are applied in the epilogue of
 that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what else
 is done to the weights. A stack of blocks (``nn.Sequential``, ``nn.ModuleList``) that runs as a whole is folded as a
-whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. The folded
-copies are an attribute of the stack or block that they were made of: no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles leave them out. ``block.run_blocks`` and the blocks check in each call whether they may be
-used; where not, a warning says why, once. They are dropped as soon as anything that the blocks compute with has changed
-(``snapshot``).
+whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. Of a block
+whose form no stack has, on a CPU each linear layer is packed alone (``twin``). The folded copies are an attribute of
+the stack or block that they were made of: no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them
+out. ``block.run_blocks`` and the blocks check in each call whether they may be used; where not, a warning says why,
+once. They are dropped as soon as anything that the blocks compute with has changed (``snapshot``).
 """
 
 import functools
@@ -452,7 +452,8 @@ def prepare(model: nn.Module, precision: str | None = None, *, release: bool = F
     On a CPU the weights are packed for the C++ library (``vit-fast build``), which takes float32 too, and
     ``precision="int8"`` quantises the weights of the four projections, a scale for each output, and what they multiply,
     a step and a zero point for each token, found as it passes: no data is needed. Attention, residual and statistics
-    stay in float.
+    stay in float. Blocks that are not pre-norm, or have branches, windows or attention of another kind, are prepared
+    there linear layer by linear layer (``packed_linear``, ``int8_linear`` in ``explain``); elsewhere they are refused.
 
     Args:
         model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or
