@@ -215,6 +215,7 @@ class PreparedParts(Prepared):
     ) -> None:
         Stale.__init__(self, name, precision.name, None, released=release)
         self.holder, self.form, self._blocks = holder, precision, None
+        self.records = []
         self.device, self.dtype = _kind(holder)
         with torch.no_grad():
             self.twin = twin(holder, precision)

@@ -213,6 +213,8 @@ def test_post_norm_layers_of_torch_in_int8():
     with vit_fast.backends.recording() as choices:
         out = run(model, lambda m: m(x))
     assert [operation for operation, *_ in choices].count("int8_linear") == 8
+    certificate = vit_fast.check(model, x)
+    assert certificate.passed and certificate.operations["torch int8_linear"] == 8, str(certificate)
     assert (out.double() - golden).norm() < 0.05 * golden.norm()
 
 
