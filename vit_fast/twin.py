@@ -31,12 +31,19 @@ class PackedLinear(nn.Module):
 
 def linear_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """(module, name, weight) of every linear layer in a block; those of an ``nn.MultiheadAttention`` too."""
-    names = {nn.MultiheadAttention: "in_proj_weight"} | dict.fromkeys(_LINEAR, "weight")
+    names: dict[type[nn.Module], str] = {nn.MultiheadAttention: "in_proj_weight"}
+    names.update(dict.fromkeys(_LINEAR, "weight"))
     return [
         (module, name, weight)
         for module in block.modules()
         if (name := names.get(type(module))) and (weight := module._parameters.get(name)) is not None
     ]
+
+
+def _part(child: nn.Module | None, precision: Precision) -> nn.Module | None:
+    if isinstance(child, nn.Linear) and type(child) in _LINEAR:
+        return PackedLinear(child, precision)
+    return None if child is None else twin(child, precision)
 
 
 def twin(module: nn.Module, precision: Precision) -> Any:
@@ -46,9 +53,6 @@ def twin(module: nn.Module, precision: Precision) -> Any:
     attributes["_parameters"] = dict(module._parameters)
     if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
         attributes["_parameters"]["in_proj_weight"] = precision.pack(module.in_proj_weight)
-    attributes["_modules"] = {
-        name: PackedLinear(child, precision) if type(child) in _LINEAR else child and twin(child, precision)
-        for name, child in module._modules.items()
-    }
+    attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
     vars(copy).update(attributes)
     return copy
