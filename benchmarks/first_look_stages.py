@@ -2,6 +2,7 @@
 
     python -P benchmarks/first_look_stages.py NAME --json FILE [--device meta]
 
+    stacks     two prepared blocks of ViT-B/16 at batch 256 with each form of the row statistics
     epilogues  what each part of an epilogue costs: fc1 and proj of ViT-B/16 at batch 256
     once       the two as prepared, once each: for ncu
     tiny       small split-K, PDL and linear_hopper calls against float64: for compute-sanitizer
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from vit_fast.kernels import folding
+from vit_fast.kernels import configs, folding, reference
 
 import vit_fast
 from vit_fast import parity
@@ -36,7 +37,7 @@ from tune.timing import kernel_seconds, median_us
 
 TOKENS, WIDTH, HIDDEN = 197, 768, 3072
 CHECKED = 512  # rows compared with float64
-PARTIAL_WIDTH = 64
+PARTIAL_WIDTH = 128
 
 
 class Bench:
@@ -164,7 +165,40 @@ def _stack(bench, width, depth):
             run = vit_fast.ops.prepared_blocks
         return run(x, weights, width // 64, 0.125, "gelu", 1e-6, 1e-6)
 
-    return call
+    return weights, call
+
+
+def stacks(bench: Bench, keep: Callable[[Any], None]) -> bool:
+    """Two prepared blocks with each form of the row statistics (``configs.STATISTICS``)."""
+    rows: list[dict[str, Any]] = []
+    x, shipped = bench.random(bench.batch, TOKENS, WIDTH), configs.pick_stack_config
+    weights, call = _stack(bench, WIDTH, 2)
+
+    def eager(image, weights):
+        return reference.prepared_blocks(image, weights, WIDTH // 64, 0.125, "gelu", 1e-6, 1e-6)
+
+    with kernels(bench):
+        for form in configs.STATISTICS:
+            row: dict[str, Any] = {"name": form, "width": WIDTH, "us": None, "fault": None}
+            row["picked"] = shipped(bench.batch * TOKENS, WIDTH, 90).statistics
+            configs.pick_stack_config = lambda *args, form=form: configs.StackConfig(form)
+            try:
+                out = call(x)
+                if not bench.rehearsed:
+                    golden = eager(x[:1].double(), [weight.double() for weight in weights])
+                    verdict = parity.compare(out[:1], eager(x[:1], weights), golden, out.dtype)
+                    row["fault"] = (
+                        None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+                    )
+                if row["fault"] is None:
+                    row["us"] = bench.us(lambda: call(x))
+            except Exception as error:  # recorded; the next form is tried
+                row["fault"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            finally:
+                configs.pick_stack_config = shipped
+            rows.append(row)
+            keep({"rows": rows})
+    return all(row["fault"] is None for row in rows)
 
 
 def tiny(bench: Bench, keep: Callable[[Any], None]) -> bool:
@@ -198,6 +232,10 @@ def tiny(bench: Bench, keep: Callable[[Any], None]) -> bool:
             from vit_fast.kernels.linear_hopper import linear_hopper
 
             try_("linear_hopper", lambda: linear_hopper(x, weight, bias)[0], product, x)
+            try_(
+                "linear_hopper launched by PDL", lambda: linear_hopper(x, weight, bias, residual=residual, pdl=True)[0],
+                lambda x, residual: residual + product(x), x, residual,
+            )  # fmt: skip
     return all(row["fault"] is None for row in rows)
 
 
@@ -205,7 +243,7 @@ def replays(bench: Bench, keep: Callable[[Any], None], count: int = 1000) -> boo
     """Replays a captured stack on two streams at once; every tenth result is compared with the first, bit by bit."""
     done = {"replays": 0, "differ": 0}
     with kernels(bench):
-        call = _stack(bench, 192, 4)
+        _, call = _stack(bench, 192, 4)
         inputs = [bench.random(1, TOKENS, 192) for _ in range(2)]
         expected = [call(x) for x in inputs]
         if bench.rehearsed:
@@ -254,6 +292,7 @@ def sustained(bench: Bench, keep: Callable[[Any], None], seconds: float = 10.0) 
 
 
 MEASUREMENTS = {
+    "stacks": stacks,
     "epilogues": epilogues,
     "once": functools.partial(epilogues, once=True),
     "tiny": tiny,

@@ -5,7 +5,8 @@
 Copies, matrix products at the shapes of ViT-S, B, L and H (alone, with bias, with cuBLASLt's GELU, with a residual as
 C; of ViT-B at the largest batch also in float8 e4m3, with a scale a tensor and a scale a row), GELU and LayerNorm as
 kernels of their own, attention by backend, loads from L2 without arithmetic, and the cost of a launch, also in a stack
-of our prepared blocks with and without programmatic dependent launch (``configs.use_pdl``). On a GPU a time is
+of our prepared blocks with and without programmatic dependent launch (``configs.use_pdl``), and with the tiles of every
+other product in reverse (``configs.alternate_tile_order``). On a GPU a time is
 the median of single calls between CUDA events, the L2 cache overwritten before each; "sustained" is the mean of calls
 back to back for half a second, at the clock that the chip then keeps (short calls are captured in a CUDA graph for it,
 so that the device and not the host sets the pace, and find their data in L2). Inputs are random bfloat16, or e4m3 with
@@ -285,9 +286,9 @@ def launches(clock: Clock, step: Callable[..., None], graph: bool) -> Figures:
     return {"us": 1e3 * statistics.median(start.elapsed_time(end) for start, end in events) / CHAIN}
 
 
-def stack(clock: Clock, tower: str, early: bool) -> Figures:
-    """A stack of prepared blocks for one image, in a CUDA graph; ``early``: its kernels use programmatic dependent
-    launch."""
+def stack(clock: Clock, tower: str, rule: str, on: bool, images: int = 1) -> Figures:
+    """A stack of prepared blocks in a CUDA graph, with what ``configs.use_pdl`` or ``configs.alternate_tile_order``
+    (``rule``) decides ``on`` or off. The results must be equal."""
     tokens, width, hidden = TOWERS[tower]
 
     def linear(rows, columns):
@@ -297,22 +298,22 @@ def stack(clock: Clock, tower: str, early: bool) -> Figures:
         first = ((None, None), linear(3 * width, width), linear(width, width), None)
         return folding.prepare_block(*first, (None, None), linear(hidden, width), linear(width, hidden), None)
 
-    x, weights = clock.random(1, tokens, width), folding.flatten(block() for _ in range(DEPTH))
+    x, weights = clock.random(images, tokens, width), folding.flatten(block() for _ in range(DEPTH))
 
     def call():
         return vit_fast.ops.prepared_blocks(x, weights, width // 64, 0.125, "gelu", 1e-6, 1e-6)
 
-    shipped = configs.use_pdl
+    shipped = getattr(configs, rule)
     with vit_fast.backend("triton"):
         try:
-            configs.use_pdl = lambda rows, arch: False
+            setattr(configs, rule, lambda *arguments: False)
             expected = call()
-            configs.use_pdl = lambda rows, arch: early
+            setattr(configs, rule, lambda *arguments: on)
             if not torch.equal(call(), expected):
-                raise AssertionError("kernels that are launched early compute something else")
+                raise AssertionError(f"kernels compute something else with {rule}")
             run = captured(call, 1)
         finally:
-            configs.use_pdl = shipped
+            setattr(configs, rule, shipped)
     return clock.figures(run)
 
 
@@ -365,8 +366,8 @@ def host_items(clock: Clock) -> Iterator[Item]:
     yield Item("host cost of a Triton launch", "1 row", functools.partial(host_cost, clock, kernel), needs_cuda=True)
 
 
-def launch_items(clock: Clock) -> Iterator[Item]:
-    """What a launch costs on the device."""
+def launch_items(clock: Clock, images: int) -> Iterator[Item]:
+    """What a launch costs on the device, and what the order of tiles does."""
     shape = f"{CHAIN} × 4096 elements"
 
     def torch_step(out, x):
@@ -380,9 +381,13 @@ def launch_items(clock: Clock) -> Iterator[Item]:
     ):
         work = functools.partial(launches, clock, step, graph)
         yield Item(f"dependent launch {name}", shape, work, needs_cuda=True)
-    for name, early in (("in turn", False), ("early", True)):
-        work, shape = functools.partial(stack, clock, "ViT-B", early), f"{DEPTH} of ViT-B, 1 image"
+    for name, on in (("in turn", False), ("early", True)):
+        work, shape = functools.partial(stack, clock, "ViT-B", "use_pdl", on), f"{DEPTH} of ViT-B, 1 image"
         yield Item(f"prepared blocks in a CUDA graph, launched {name}", shape, work, needs_cuda=True)
+    for name, on in (("one order", False), ("alternate order", True)):
+        work = functools.partial(stack, clock, "ViT-B", "alternate_tile_order", on)
+        shape = f"{DEPTH} of ViT-B, {images} images"
+        yield Item(f"prepared blocks in a CUDA graph, tiles in {name}", shape, work, images, needs_cuda=True)
 
 
 def product_items(clock: Clock, towers: Iterable[str], images: int, forms: tuple[str, ...] = FORMS) -> Iterator[Item]:
@@ -419,7 +424,7 @@ def items(clock: Clock, on_gpu: bool) -> Iterator[Item]:
             work = functools.partial(attention, clock, backend, heads, tokens, head_size)
             shape, needs_cuda = f"{images}×{heads}×{tokens}×{head_size}", backend in ("cudnn", "efficient")
             yield Item(f"attention, {backend}", shape, work, images, needs_cuda)
-    yield from launch_items(clock)
+    yield from launch_items(clock, images)
     yield from host_items(clock)
     yield Item("loads from L2 by TMA", "16 KiB tiles of 16 MiB", functools.partial(l2_loads, clock), needs_cuda=True)
     if on_gpu:

@@ -2,8 +2,10 @@
 
 EXACT: float32 precision (float64 for float64); otherwise fp16 precision in fewer instructions. Without EXACT,
 gelu uses Φ(−|z|) = exp(−z²/2)·p(t), t = 1/(1 + c·|z|), with p fitted to a relative error of 3e-5: the error stays
-relative in the negative tail, and it costs one exp2 and one rsqrt where erf costs 33 instructions.
-Source: form of t after Abramowitz and Stegun 7.1.26; the coefficients are our own fit.
+relative in the negative tail, and it costs one exp2 and one rsqrt where erf costs 33 instructions. What is rounded to
+bf16 or e4m3 takes gelu in nine instructions (``activate_to``): Φ(−|z|) = exp2(p(|z|)), p of degree 5 fitted to
+log2 Φ(−|z|). It errs by at most 5e-5 of gelu plus 3e-8, and erf in float32 by ten times that where z < −4.
+Source: form of t after Abramowitz and Stegun 7.1.26; the coefficients are our own fits.
 """
 
 import triton
@@ -44,6 +46,23 @@ def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         z = z * sigmoid(z, EXACT)
+    return z
+
+
+@triton.jit
+def activate_to(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, OUT: tl.constexpr):
+    """``activate``, as precise as what is then rounded to the dtype OUT needs."""
+    COARSE: tl.constexpr = OUT == tl.bfloat16 or OUT == tl.float8e4nv
+    if ACTIVATION == "gelu" and COARSE and not EXACT:
+        size = tl.minimum(tl.abs(z), 32.0)
+        p = -0.0003671997 * size + 0.0062626236
+        p = p * size - 0.0496396976
+        p = p * size - 0.4623069215
+        p = p * size - 1.1499792429
+        p = p * size - 1.0000661279
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - size * tl.exp2(p)
+    else:
+        z = activate(z, ACTIVATION, EXACT)
     return z
 
 

@@ -93,11 +93,16 @@ def _check_dropout(op, dropout_p, seed, like_name, like, prefix=""):
     _check_real(op, f"{prefix}dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"vit_fast.{op}: {prefix}dropout_p is {dropout_p}, expected 0 ≤ {prefix}dropout_p < 1")
-    if seed is not None:
-        _check_tensor(op, f"{prefix}seed", seed, dtypes=(torch.int64,))
-        if seed.numel() != 1:
-            raise ValueError(f"vit_fast.{op}: {prefix}seed has shape {_shape(seed)}, expected one element")
-        _check_device(op, f"{prefix}seed", seed, like_name, like)
+    _check_seed(op, f"{prefix}seed", seed, like_name, like)
+
+
+def _check_seed(op, name, seed, like_name, like):
+    if seed is None:
+        return
+    _check_tensor(op, name, seed, dtypes=(torch.int64,))
+    if seed.numel() != 1:
+        raise ValueError(f"vit_fast.{op}: {name} has shape {_shape(seed)}, expected one element")
+    _check_device(op, name, seed, like_name, like)
 
 
 def _check_activation(op, activation, allow_none):
@@ -184,6 +189,17 @@ def check_layer_norm_linear(
 
 
 @untraced
+def check_keep_samples(x: Any, p: Any, seed: Any) -> None:
+    op = "keep_samples"
+    _check_tensor(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"vit_fast.{op}: x has 0 dimensions, expected a batch axis")
+    _check_real(op, "p", p)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"vit_fast.{op}: p is {p}, expected 0 ≤ p < 1")
+    _check_seed(op, "seed", seed, "x", x)
+
+
 def check_linear_residual(
     x: Any,
     weight: Any,

@@ -120,15 +120,14 @@ def _run(x, row_scale, dropout_p, seed, scaled_dtype, with_sums):
     rows = x.numel() // width
     chunks = configs.cdiv(rows, CHUNK)
     stat = launch.stat_dtype(x.dtype)
-    rows_per_sample = rows // x.shape[0] if row_scale is not None else 0
     partials = torch.empty((chunks, width), dtype=stat, device=x.device) if with_sums else None
     scaled = None if scaled_dtype is None else torch.empty(x.shape, dtype=scaled_dtype, device=x.device)
-    acc = launch.accumulator(x.dtype, *([] if scaled_dtype is None else [scaled_dtype]))
+    acc = launch.accumulator(x.dtype, scaled_dtype)
     x, two_strides, inner, stride_xo, stride_xi = launch.row_layout(x)
     with launch.device_guard(x):
         _column_sums_kernel[(chunks * configs.cdiv(width, COLUMNS),)](
             partials, scaled, x, launch.vector(row_scale), dropout_of(dropout_p, seed),
-            rows, width, inner, rows_per_sample, stride_xo, stride_xi, x.stride(-1),
+            rows, width, inner, rows // len(x), stride_xo, stride_xi, x.stride(-1),
             TWO_STRIDES=two_strides, ACC=acc, CHUNK=CHUNK, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return partials, scaled

@@ -51,6 +51,15 @@ def pick_layer_norm_config(width: int) -> LayerNormConfig:
 
 
 @dataclass(frozen=True)
+class RowStatisticsConfig:
+    rows: int  # per program
+    num_warps: int
+
+
+ROW_STATISTICS = RowStatisticsConfig(rows=128, num_warps=4)
+
+
+@dataclass(frozen=True)
 class LayerNormBwdConfig:
     rows: int  # rows of a tile, while a row fits in one block
     block: int
@@ -154,12 +163,35 @@ def split_k_config(
     return config if most < 2 else replace(config, split_k=1 << (most.bit_length() - 1))
 
 
+STATISTICS = ("partials", "finalised", "plain")  # forms of the row statistics of a stack (``prepared_blocks``)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    statistics: str  # one of STATISTICS
+
+
+@tuned.overrides
+def pick_stack_config(rows: int, width: int, arch: int) -> StackConfig:
+    """Of a stack of prepared blocks."""
+    return StackConfig("partials")
+
+
 def use_pdl(rows: int, arch: int) -> bool:
     """Whether the kernels of a stack of blocks are launched with PDL (``launch``), which needs capability 9.0.
 
     Expected to help where kernels are short; not measured.
     """
     return arch >= 90 and rows <= 8192
+
+
+def alternate_tile_order(rows: int) -> bool:
+    """Whether the products that end a branch of prepared blocks compute their last tiles first, and so begin with what
+    the kernel before has written last: where activations are larger than L2, they find it there.
+
+    Expected to help; not measured.
+    """
+    return rows > 8192
 
 
 @dataclass(frozen=True)

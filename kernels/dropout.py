@@ -1,5 +1,7 @@
 """Dropout inside kernels: keep or drop is a function of (seed, linear index in the whole dropped tensor), by Philox.
 
+``keep_mask`` draws a mask alone: that of drop path, whose index is that of the sample.
+
 The numbers are those of ``tl.rand(seed, int64 index)``, Philox4x32-10, and of ``reference.dropout_mask``: forward,
 backward and recomputation draw the same mask, on every backend, whatever the tiles.
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
@@ -12,6 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from . import launch
+
+BLOCK = 128  # elements of a mask that a program draws
 
 
 class Dropout(NamedTuple):
@@ -32,6 +38,30 @@ def dropped(value, dropout, index):
 @functools.cache
 def _float32(value):
     return struct.unpack("f", struct.pack("f", value))[0]
+
+
+@triton.jit(do_not_specialize=["count"])
+def _keep_mask_kernel(
+    keep_ptr,  # [count] bool, contiguous
+    seed_ptr,  # int64, one element
+    count,
+    p,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = tl.rand(tl.load(seed_ptr), index) > p
+    tl.store(keep_ptr + index, keep, mask=index < count)
+
+
+def keep_mask(seed: torch.Tensor, count: int, p: float, device: torch.device) -> torch.Tensor:
+    """``reference.keep_mask`` in one launch."""
+    keep = torch.empty(count, dtype=torch.bool, device=device)
+    if count:
+        with launch.device_guard(keep):
+            _keep_mask_kernel[(triton.cdiv(count, BLOCK),)](
+                keep, seed.to(device), count, _float32(p), BLOCK=BLOCK, num_warps=1
+            )
+    return keep
 
 
 def dropout_of(p: float, seed: torch.Tensor | None) -> Dropout | None:

@@ -61,10 +61,8 @@ def fp8_blocks(
     options: BlockOptions = PLAIN,
 ) -> Tensor:
     """x [B, N, C] through the blocks; out [B, N, C]."""
-    arguments = (num_heads, scale, activation, eps1, eps2, options)
-    if any(isinstance(value, Tensor) for value in options.flatten()):
-        return _run(x, weights, *arguments)
-    return launch_plan.planned(_run, x, weights, *arguments)
+    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
+    return launch_plan.planned(_run, x, weights, num_heads, scale, activation, eps1, eps2, options, pdl)
 
 
 def _run(
@@ -76,10 +74,10 @@ def _run(
     eps1: float,
     eps2: float,
     options: BlockOptions,
+    pdl: bool,
 ) -> Tensor:
     blocks = unflatten(Float8Block, weights)
     semaphores = iter(torch.zeros(2 * len(blocks), SEMAPHORE_TILES, dtype=torch.int32, device=x.device).unbind())
-    pdl = configs.use_pdl(x.shape[0] * x.shape[1], configs.arch_of(x.device))
     for b in blocks:
         normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, norm=options.norm, pdl=pdl)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype, pdl=pdl)

@@ -13,11 +13,14 @@ of one program.
 
 One program computes one tile of out, BLOCK_M × BLOCK_N, over all of K. Grid: ceil(rows/BLOCK_M) · ceil(N/BLOCK_N),
 grouped in panels of GROUP_M tile rows (``tile_position``), so that programs which run together share operands in L2.
+With REVERSED the programs take the tiles from the last to the first: those that start first then read the rows which
+a kernel in the other order has written last, and which L2 still holds.
 Split-K: SPLIT_K programs share the K loop of one tile. Each stores its sums in the workspace and adds one to the tile's
 counter in the semaphore; the last to arrive adds them up in the order of K and runs the epilogue. No program waits for
 another. The counters must be zero before the launch, and are not zero after it.
-Row-statistics partials: the epilogue can emit, for every row of its tile as it is stored, mean and M2 of each half of
-the tile (``RowPartials``). A later GEMM that folds a LayerNorm in merges them to mean and rstd of the row (Chan).
+Row-statistics partials: the epilogue can emit mean and M2 of every row of its tile as it is stored (``RowPartials``).
+A later GEMM that folds a LayerNorm in takes these, and each of its programs merges those of its rows before the K loop
+(Chan); or it takes mean and rstd (``RowStatistics``), which ``layer_norm.row_statistics`` has merged from them once.
 
 Tiles of x and W come through host tensor descriptors (TMA) where the config asks for it and both operands are
 TMA-compatible: base addresses and row strides are multiples of 16 bytes, rows do not overlap. Otherwise they come
@@ -39,15 +42,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 from .activation_names import GATED
-from .activations import activate
+from .activations import activate_to
 from .arguments import check_rows
-from .layer_norm import RowPartials
+from .layer_norm import RowPartials, merge_partials, partials_per_step
 
 
 class FoldedNorm(NamedTuple):
     """The LayerNorm that the epilogue applies to the product."""
 
-    partials_ptr: Any  # [2, partials of x, rows] contiguous
+    statistics_ptr: Any  # [2, partials of x, rows] contiguous: mean, M2; or [2, rows] contiguous: mean, rstd
     column_sum_ptr: Any  # [rows of weight] contiguous
     eps: float
 
@@ -88,34 +91,6 @@ def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _row_statistics(
-    partials_ptr, row, rows, width, eps, PARTIAL_WIDTH: tl.constexpr, PARTIALS_PER_STEP: tl.constexpr, ACC: tl.constexpr
-):
-    """mean and rstd of rows of ``width`` elements, merged from their partials, PARTIALS_PER_STEP at a time."""
-    partials = tl.full([], 1, tl.int64) * tl.cdiv(width, PARTIAL_WIDTH)
-    mean = tl.zeros(row.shape, ACC)
-    m2 = tl.zeros(row.shape, ACC)
-    for first in tl.range(0, partials, PARTIALS_PER_STEP, num_stages=1):
-        partial = first + tl.arange(0, PARTIALS_PER_STEP)
-        size = tl.minimum(width - partial * PARTIAL_WIDTH, PARTIAL_WIDTH).to(ACC)[:, None]
-        pointers = partials_ptr + partial[:, None] * rows + row[None, :]
-        mask = (partial < partials)[:, None] & (row < rows)[None, :]
-        partial_mean = tl.load(pointers, mask=mask, other=0.0).to(ACC)
-        partial_m2 = tl.load(pointers + partials * rows, mask=mask, other=0.0).to(ACC)
-        before = tl.full([], PARTIAL_WIDTH, ACC) * first
-        count = tl.minimum(tl.full([], 1, ACC) * width - before, PARTIALS_PER_STEP * PARTIAL_WIDTH)
-        centre = tl.sum(partial_mean * size, axis=0) / count
-        centred = tl.where(mask, partial_mean - centre[None, :], 0.0)
-        shift = tl.sum(centred * size, axis=0) / count
-        centred = tl.where(mask, centred - shift[None, :], 0.0)
-        step = centre + shift - mean
-        mean += step * (count / (before + count))
-        m2 += tl.sum(partial_m2 + size * centred * centred, axis=0)
-        m2 += step * step * (before * count / (before + count))
-    return mean, tl.rsqrt(m2 / width + eps)
-
-
-@triton.jit
 def _affine(acc, mean, rstd, norm, vectors, offset, column, in_columns, ACC: tl.constexpr):
     """weight_scale · rstd · (acc − mean · colsum(W)) + bias, for the rows ``offset`` + ``column`` of the weight."""
     if norm is not None:
@@ -129,16 +104,21 @@ def _affine(acc, mean, rstd, norm, vectors, offset, column, in_columns, ACC: tl.
 
 
 @triton.jit
-def _store_partials(value, partials_ptr, row, rows, first, width, mask, PARTIAL_WIDTH: tl.constexpr):
-    """Stores mean and M2 of the columns ``first`` to ``first`` + PARTIAL_WIDTH of each row; value is 0 off mask."""
-    size = tl.maximum(tl.minimum(width - first, PARTIAL_WIDTH), 1).to(value.dtype)
-    mean = tl.sum(value, axis=1) / size
-    centred = tl.where(mask, value - mean[:, None], 0.0)
-    pointers = partials_ptr + first // PARTIAL_WIDTH * rows + row
-    in_matrix = (row < rows) & (first < width)
-    tl.store(pointers, mean, mask=in_matrix)
-    partials = tl.full([], 1, tl.int64) * tl.cdiv(width, PARTIAL_WIDTH)
-    tl.store(pointers + partials * rows, tl.sum(centred * centred, axis=1), mask=in_matrix)
+def _add_columns(mean, m2, stored, size, BEFORE: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """mean and M2 of BEFORE elements of each row and the first ``size`` of ``stored`` together (Chan)."""
+    stored = stored.to(ACC)
+    mask = (tl.arange(0, WIDTH) < size)[None, :]
+    if BEFORE > 0:
+        stored -= mean[:, None]
+    stored = tl.where(mask, stored, 0.0)
+    shift = tl.sum(stored, axis=1) / tl.maximum(size, 1).to(ACC)
+    stored = tl.where(mask, stored - shift[:, None], 0.0)
+    squares = tl.sum(stored * stored, axis=1)
+    if BEFORE > 0:
+        share = size.to(ACC) / (BEFORE + size).to(ACC)
+        squares += m2 + shift * shift * (BEFORE * share)
+        shift = mean + shift * share
+    return shift, squares
 
 
 @triton.jit
@@ -151,7 +131,6 @@ def _store_tile(
     norm,
     vectors,
     residual,
-    partials_out_ptr,
     row,
     first,
     rows,
@@ -168,16 +147,17 @@ def _store_tile(
     """The epilogue: finishes and stores acc [BLOCK_M, WIDTH], the columns from ``first`` on of the rows ``row``.
 
     value: the second accumulator of a gated activation, acc being its gate; None otherwise.
+    Returns what it stores, as it stores it.
     """
     column = first + tl.arange(0, WIDTH)
     in_rows, in_columns = row < rows, column < out_features
     mask = in_rows[:, None] & in_columns[None, :]
     acc = _affine(acc, mean, rstd, norm, vectors, 0, column, in_columns, ACC)
     if value is None:
-        acc = activate(acc, ACTIVATION, EXACT)
+        acc = activate_to(acc, ACTIVATION, EXACT, out_ptr.dtype.element_ty)
     else:
         value = _affine(value, mean, rstd, norm, vectors, out_features, column, in_columns, ACC)
-        acc = activate(acc, ACTIVATION, EXACT) * value
+        acc = activate_to(acc, ACTIVATION, EXACT, out_ptr.dtype.element_ty) * value
     if vectors.gamma_ptr is not None:
         acc *= tl.load(vectors.gamma_ptr + column, mask=in_columns, other=0.0).to(ACC)[None, :]
     if vectors.row_scale_ptr is not None:
@@ -192,10 +172,7 @@ def _store_tile(
     out_ptrs = out_ptr + (row * out_features)[:, None] + column[None, :]
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=mask)
-    if partials_out_ptr is not None:
-        _store_partials(
-            tl.where(mask, out.to(ACC), 0.0), partials_out_ptr, row, rows, first, out_features, mask, WIDTH
-        )  # fmt: skip
+    return out
 
 
 @triton.jit(do_not_specialize=["rows", "x_inner", "residual_inner", "rows_per_sample"])
@@ -231,6 +208,7 @@ def _linear_fwd_kernel(
     PARTIAL_WIDTH: tl.constexpr,
     PARTIALS_PER_STEP: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    REVERSED: tl.constexpr,
     PDL: tl.constexpr,
     UPCAST: tl.constexpr,
     ACC: tl.constexpr,
@@ -256,16 +234,20 @@ def _linear_fwd_kernel(
         share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT_K) * BLOCK_K
         first_k = split * share
         end_k = tl.minimum(first_k + share, in_features)
-    tile_m, tile_n = tile_position(tile, tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    place = tile
+    if REVERSED:
+        place = tl.num_programs(0) // SPLIT_K - 1 - tile
+    tile_m, tile_n = tile_position(place, tiles_m, tiles_n, GROUP_M)
 
     tl.static_assert(SPLIT_K == 1 or not GATED, "gated activations have no split-K")
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, in_columns = row < rows, column < out_features
     mean, rstd = None, None
-    if norm is not None:
-        mean, rstd = _row_statistics(
-            norm.partials_ptr, row, rows, in_features, norm.eps, PARTIAL_WIDTH, PARTIALS_PER_STEP, ACC
+    if norm is not None and PARTIAL_WIDTH > 0:
+        mean, rstd = merge_partials(
+            norm.statistics_ptr, row, rows, in_features, norm.eps, PARTIAL_WIDTH, PARTIALS_PER_STEP, ACC
         )
     if not DESCRIPTORS:
         lane = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -320,6 +302,10 @@ def _linear_fwd_kernel(
             for other in range(SPLIT_K):
                 acc += tl.load(split_k.workspace_ptr + slot + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
     if last:
+        row_mean, row_rstd = mean, rstd
+        if norm is not None and PARTIAL_WIDTH == 0:  # here, so that nothing stands before the first loads of the loop
+            row_mean = tl.load(norm.statistics_ptr + row, mask=in_rows, other=0.0).to(ACC)
+            row_rstd = tl.load(norm.statistics_ptr + rows + row, mask=in_rows, other=0.0).to(ACC)
         # In two halves: the whole tile and its addresses do not fit in the registers of four warps.
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
@@ -327,12 +313,24 @@ def _linear_fwd_kernel(
         if GATED:
             left_value, right_value = value_acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         first = tile_n.to(tl.int64) * BLOCK_N
-        for half in tl.static_range(2):
-            _store_tile(
-                left if half == 0 else right, left_value if half == 0 else right_value, mean, rstd,
-                out_ptr, norm, vectors, residual, partials_out_ptr, row, first + half * HALF, rows, out_features,
-                residual_inner, rows_per_sample, ACTIVATION, EXACT, RESIDUAL_TWO_STRIDES, ALIGN_N, HALF, ACC,
-            )  # fmt: skip
+        out = _store_tile(
+            left, left_value, row_mean, row_rstd, out_ptr, norm, vectors, residual, row, first, rows, out_features,
+            residual_inner, rows_per_sample, ACTIVATION, EXACT, RESIDUAL_TWO_STRIDES, ALIGN_N, HALF, ACC,
+        )  # fmt: skip
+        if partials_out_ptr is not None:
+            size = tl.minimum(out_features - first, HALF)
+            tile_mean, tile_m2 = _add_columns(0.0, 0.0, out, size, 0, HALF, ACC)
+        out = _store_tile(
+            right, right_value, row_mean, row_rstd, out_ptr, norm, vectors, residual, row, first + HALF, rows,
+            out_features, residual_inner, rows_per_sample, ACTIVATION, EXACT, RESIDUAL_TWO_STRIDES, ALIGN_N, HALF, ACC,
+        )  # fmt: skip
+        if partials_out_ptr is not None:
+            size = tl.maximum(tl.minimum(out_features - first - HALF, HALF), 0)
+            tile_mean, tile_m2 = _add_columns(tile_mean, tile_m2, out, size, HALF, HALF, ACC)
+            pointers = partials_out_ptr + tile_n.to(tl.int64) * rows + row
+            partials = tl.full([], 1, tl.int64) * tl.cdiv(out_features, BLOCK_N)
+            tl.store(pointers, tile_mean, mask=in_rows)
+            tl.store(pointers + partials * rows, tile_m2, mask=in_rows)
 
 
 def _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features):
@@ -346,11 +344,6 @@ def _alignment(x, stride_xo, stride_xi, stride_xk, weight, out_features):
     if stride_wn == 1:
         weight_bytes = launch.vector_bytes(weight, out_features, stride_wk)
     return tma_compatible, min(x_bytes, weight_bytes) < 16
-
-
-def partials_per_step(width: int, partial_width: int) -> int:
-    """How many partials of a row are merged at once: all of them, 32 at most, as a power of two."""
-    return min(32, configs.power_of_two(configs.cdiv(width, partial_width)))
 
 
 def _upcast(weight_dtype, out_dtype):
@@ -379,13 +372,15 @@ def gemm(
     with_partials: bool = False,
     out_dtype: torch.dtype | None = None,
     semaphore: Tensor | None = None,
+    reverse_tiles: bool = False,
     pdl: bool = False,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None): the formula of the head comment for x [B, ..., K] and residual [B, ..., N].
 
-    ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm; ``out_dtype``: that of out without a
-    residual, the weight's by default; ``semaphore``: int32 zeros that only this call uses as counters, allocated
+    ``norm``: (RowPartials or RowStatistics of x, eps, column sums of weight) of a folded LayerNorm;
+    ``out_dtype``: that of out without a residual, the weight's by default; ``semaphore``: int32 zeros that only this
+    call uses as counters, allocated
     where None or too few. Split-K, which makes the bits depend on the number of rows, is allowed where a semaphore is
     given or partials are requested.
     """
@@ -421,17 +416,18 @@ def gemm(
         if with_partials or semaphore is not None:
             processors = configs.multiprocessors_of(x.device)
             config = configs.split_k_config(config, rows, out_features, in_features, processors)
-    partial_width, partials_merged = 1, 1
+    partial_width, partials_merged = 1, 1  # width 0: mean and rstd
     if norm is not None:
-        (partials, partial_width), eps, column_sum = norm
-        partials_merged = partials_per_step(in_features, partial_width)
-        norm = FoldedNorm(partials, launch.vector(column_sum), eps)
+        statistics, eps, column_sum = norm
+        partial_width = statistics.width if isinstance(statistics, RowPartials) else 0
+        if partial_width:
+            partials_merged = partials_per_step(in_features, partial_width)
+        norm = FoldedNorm(statistics.values, launch.vector(column_sum), eps)
     partials_out = None
     if with_partials:
-        half_tile = config.block_n // 2
-        shape = (2, configs.cdiv(out_features, half_tile), rows)
+        shape = (2, configs.cdiv(out_features, config.block_n), rows)
         values = torch.empty(shape, dtype=launch.stat_dtype(out_dtype), device=x.device)
-        partials_out = RowPartials(values, half_tile)
+        partials_out = RowPartials(values, config.block_n)
     x_src, weight_src = x, weight
     descriptors = config.tma and tma_compatible and not x_two_strides
     if descriptors:
@@ -464,6 +460,7 @@ def gemm(
             PARTIAL_WIDTH=partial_width,
             PARTIALS_PER_STEP=partials_merged,
             SPLIT_K=config.split_k,
+            REVERSED=reverse_tiles,
             UPCAST=_upcast(weight.dtype, out_dtype),
             ACC=launch.accumulator(weight.dtype, out_dtype),
             PRECISION=precision,

@@ -31,7 +31,7 @@ from . import interception, launch
 
 MAX_PLANS = 512  # the oldest goes; a plan takes some 10 kB of host memory a block
 MAX_ADDRESSES = 4  # sets of addresses for which a plan keeps arguments
-_ALIGNMENT = 512  # bytes, of every place in the arena
+_ALIGNMENT = 512  # bytes, of every place in the arena and among the zeros
 _X, _OUT, _ARENA, _ZEROS, _FIXED = range(5)
 _shape = attrgetter("shape")
 
@@ -153,9 +153,7 @@ def _place(storages: Sequence[_Storage]) -> int:
     """Gives storages their places, the earliest first, each the lowest that is free at all its launches; the size."""
     placed: list[_Storage] = []
     for storage in storages:
-        begin, end = storage.launches[0], storage.launches[-1]
-        alive = [other for other in placed if other.launches[0] <= end and begin <= other.launches[-1]]
-        storage.offset = 0
+        alive = [other for other in placed if other.launches[-1] >= storage.launches[0]]
         for other in sorted(alive, key=lambda other: other.offset):
             if storage.offset + storage.size <= other.offset:
                 break
@@ -174,7 +172,8 @@ class Plan:
         self.arena_bytes = _place([storage for storage in used if storage.base == _ARENA])
         zeros, self._zero_bytes = (s for s in used if s.base == _ZEROS), 0
         for storage in zeros:
-            storage.offset, self._zero_bytes = self._zero_bytes, self._zero_bytes + -(-storage.size // 512) * 512
+            storage.offset = self._zero_bytes
+            self._zero_bytes += -(-storage.size // _ALIGNMENT) * _ALIGNMENT
         self._shape, self._dtype = out.shape, out.dtype
         self._bound: OrderedDict[tuple[int, ...], list[tuple[Callable[..., Any], list[Any]]]] = OrderedDict()
 
@@ -196,7 +195,7 @@ class Plan:
 
     def _bind(self, addresses: tuple[int, ...]) -> list[tuple[Callable[..., Any], list[Any]]]:
         self._bound[addresses] = bound = self._with(addresses, _address)
-        while len(self._bound) > MAX_ADDRESSES:
+        if len(self._bound) > MAX_ADDRESSES:
             self._bound.popitem(last=False)
         return bound
 
@@ -242,12 +241,16 @@ def record(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> tuple
     return out, Plan(recorder, out)
 
 
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_holds_tensor, value)))
+
+
 _plans: OrderedDict[Any, Plan | None] = OrderedDict()  # None: there is no plan
 
 
 def planned(function: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """function(x, weights, *arguments), from the second call on by its plan; arguments hold no tensors."""
-    if launch.INTERPRETED or x.numel() == 0 or x.is_meta or interception.active():
+    """function(x, weights, *arguments), from the second call on by its plan where no argument holds a tensor."""
+    if launch.INTERPRETED or x.numel() == 0 or x.is_meta or interception.active() or _holds_tensor(arguments):
         return function(x, weights, *arguments)
     key = (
         function, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, *arguments, launch.dot_precision(),

@@ -15,10 +15,12 @@ ceil(rows / ROWS).
 x may have rows at two strides (``launch.row_layout``), as x[:, 1:] of a [B, N, C] tensor has, and is read in place; an
 x whose leading axes need three strides is copied first, as are weight and bias that are not contiguous.
 Moves rows·C·(bytes of x + bytes of y); fuses the cast to the dtype that the next GEMM multiplies in.
-``row_partials`` computes the ``RowPartials`` that a GEMM with a folded LayerNorm (``linear.folded_linear``) reads, for
-an x that no GEMM epilogue has written: one partial per row, C ≤ 16384.
+For a LayerNorm that is folded into a GEMM (``linear.folded_linear``): ``row_partials`` computes the ``RowPartials`` of
+an x that no GEMM epilogue has written, one partial per row, C ≤ 16384; ``row_statistics`` merges the partials of each
+row to mean and rstd, once for all programs of that GEMM, and moves 2·rows·(partials + 1) numbers of 4 bytes.
 Limits: C ≤ 65536; float64 in the interpreter only.
-Source: Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019).
+Source: Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019);
+merged statistics: Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance" (1983).
 """
 
 from typing import NamedTuple
@@ -41,6 +43,40 @@ class RowPartials(NamedTuple):
 
     values: torch.Tensor
     width: int
+
+
+class RowStatistics(NamedTuple):
+    """mean and rstd = 1/sqrt(M2/C + eps) of each row. values: [2, rows], means first, float32 (float64 for float64)."""
+
+    values: torch.Tensor
+
+
+@triton.jit
+def merge_partials(
+    partials_ptr, row, rows, width, eps, PARTIAL_WIDTH: tl.constexpr, PARTIALS_PER_STEP: tl.constexpr, ACC: tl.constexpr
+):
+    """mean and rstd of rows of ``width`` elements, merged from their partials, PARTIALS_PER_STEP at a time."""
+    partials = tl.full([], 1, tl.int64) * tl.cdiv(width, PARTIAL_WIDTH)
+    mean = tl.zeros(row.shape, ACC)
+    m2 = tl.zeros(row.shape, ACC)
+    for first in tl.range(0, partials, PARTIALS_PER_STEP, num_stages=1):
+        partial = first + tl.arange(0, PARTIALS_PER_STEP)
+        size = tl.minimum(width - partial * PARTIAL_WIDTH, PARTIAL_WIDTH).to(ACC)[:, None]
+        pointers = partials_ptr + partial[:, None] * rows + row[None, :]
+        mask = (partial < partials)[:, None] & (row < rows)[None, :]
+        partial_mean = tl.load(pointers, mask=mask, other=0.0).to(ACC)
+        partial_m2 = tl.load(pointers + partials * rows, mask=mask, other=0.0).to(ACC)
+        before = tl.full([], PARTIAL_WIDTH, ACC) * first
+        count = tl.minimum(tl.full([], 1, ACC) * width - before, PARTIALS_PER_STEP * PARTIAL_WIDTH)
+        centre = tl.sum(partial_mean * size, axis=0) / count
+        centred = tl.where(mask, partial_mean - centre[None, :], 0.0)
+        shift = tl.sum(centred * size, axis=0) / count
+        centred = tl.where(mask, centred - shift[None, :], 0.0)
+        step = centre + shift - mean
+        mean += step * (count / (before + count))
+        m2 += tl.sum(partial_m2 + size * centred * centred, axis=0)
+        m2 += step * step * (before * count / (before + count))
+    return mean, tl.rsqrt(m2 / width + eps)
 
 
 @triton.jit
@@ -193,6 +229,26 @@ def _row_partials_kernel(
     tl.store(partials_ptr + rows + row, tl.sum(centred * centred, axis=1), mask=in_rows)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _row_statistics_kernel(
+    statistics_ptr,  # [2, rows] contiguous
+    partials_ptr,  # [2, partials of a row, rows] contiguous
+    rows,
+    width,
+    eps,
+    PARTIAL_WIDTH: tl.constexpr,
+    PARTIALS_PER_STEP: tl.constexpr,
+    PDL: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    launch.pdl_wait(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mean, rstd = merge_partials(partials_ptr, row, rows, width, eps, PARTIAL_WIDTH, PARTIALS_PER_STEP, ACC)
+    tl.store(statistics_ptr + row, mean, mask=row < rows)
+    tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
+
+
 def not_supported_reasons(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, norm: str = "layer"
 ) -> list[str]:
@@ -280,6 +336,31 @@ def row_partials(x: Tensor, config: configs.LayerNormConfig | None = None, pdl: 
             **launch.options(pdl, config.num_warps),
         )  # fmt: skip
     return RowPartials(values, config.block)
+
+
+def partials_per_step(width: int, partial_width: int) -> int:
+    """How many partials of a row are merged at once: all of them, 32 at most, as a power of two."""
+    return min(32, configs.power_of_two(configs.cdiv(width, partial_width)))
+
+
+def row_statistics(partials: RowPartials, width: int, eps: float, pdl: bool = False) -> RowStatistics:
+    """``RowStatistics`` of rows of ``width`` elements, from their partials."""
+    values = partials.values
+    rows = values.shape[2]
+    statistics = torch.empty(2, rows, dtype=values.dtype, device=values.device)
+    if rows == 0:
+        return RowStatistics(statistics)
+    config = configs.ROW_STATISTICS
+    with launch.device_guard(values):
+        _row_statistics_kernel[(configs.cdiv(rows, config.rows),)](
+            statistics, values, rows, width, eps,
+            PARTIAL_WIDTH=partials.width,
+            PARTIALS_PER_STEP=partials_per_step(width, partials.width),
+            ACC=launch.accumulator(values.dtype),
+            ROWS=config.rows,
+            **launch.options(pdl, config.num_warps),
+        )  # fmt: skip
+    return RowStatistics(statistics)
 
 
 def row_partials_not_supported_reasons(x: Tensor) -> list[str]:

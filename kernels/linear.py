@@ -4,7 +4,7 @@
     linear_residual           residual + row_scale[b] · gamma · drop(x Wᵀ + bias), LN(x) in x's place with inner_norm
     layer_norm_linear         act(LN(x) Wᵀ + bias), in two launches
     linear_with_partials      residual + x Wᵀ + bias, and the row-statistics partials of that
-    folded_linear             act((LN(x) without weight and bias) Wᵀ + bias), LN in the epilogue, from partials of x
+    folded_linear             act((LN(x) without weight and bias) Wᵀ + bias), LN in the epilogue, from statistics of x
     fp8_linear                residual + out_scale · act(weight_scale · (x Wᵀ) + bias), x and W in float8 e4m3
 
 x [B, ..., K] and residual [B, ..., N] with any strides, weight [N, K] also as a transposed view, bias [N], gamma [N],
@@ -43,10 +43,18 @@ def linear(
     gamma: Tensor | None = None,
     residual: Tensor | None = None,
     row_scale: Tensor | None = None,
+    semaphore: Tensor | None = None,
+    pdl: bool = False,
     config: configs.LinearConfig | None = None,
 ) -> Tensor:
-    """out [B, ..., N] (N/2 for a gated activation), in the residual's dtype or, without one, in the weight's."""
-    return gemm(x, weight, bias, activation, gamma=gamma, residual=residual, row_scale=row_scale, config=config)[0]
+    """out [B, ..., N] (N/2 for a gated activation), in the residual's dtype or, without one, in the weight's.
+
+    semaphore: int32 zeros that only this call uses as split-K counters; None: no split-K.
+    """
+    return gemm(
+        x, weight, bias, activation, gamma=gamma, residual=residual, row_scale=row_scale, semaphore=semaphore, pdl=pdl,
+        config=config,
+    )[0]  # fmt: skip
 
 
 def linear_with_partials(
@@ -56,19 +64,24 @@ def linear_with_partials(
     residual: Tensor,
     *,
     semaphore: Tensor | None = None,
+    reverse_tiles: bool = False,
     pdl: bool = False,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, ln.RowPartials]:
     """(residual + x Wᵀ + bias in the residual's dtype, the ``RowPartials`` of its rows).
 
     semaphore: int32 zeros that only this call uses as split-K counters; allocated where None or too few.
+    reverse_tiles: whether the last tiles are computed first (``gemm``); the bits do not depend on it.
     """
-    return gemm(x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, pdl=pdl, config=config)
+    return gemm(
+        x, weight, bias, residual=residual, with_partials=True, semaphore=semaphore, reverse_tiles=reverse_tiles,
+        pdl=pdl, config=config,
+    )  # fmt: skip
 
 
 def folded_linear(
     x: Tensor,
-    partials: ln.RowPartials,
+    statistics: ln.RowPartials | ln.RowStatistics,
     eps: float,
     weight: Tensor,
     column_sum: Tensor,
@@ -80,10 +93,10 @@ def folded_linear(
 ) -> Tensor:
     """act(LN(x) Wᵀ + bias), LN without weight and bias.
 
-    partials: those of x; column_sum: weight.sum(1), float32 (float64 for float64), small where the rows of weight are
-    centred.
+    statistics: those of x, to which eps has been added where they are ``RowStatistics``; column_sum: weight.sum(1),
+    float32 (float64 for float64), small where the rows of weight are centred.
     """
-    norm = (partials, eps, column_sum)
+    norm = (statistics, eps, column_sum)
     return gemm(x, weight, bias, activation, norm=norm, pdl=pdl, config=config)[0]
 
 

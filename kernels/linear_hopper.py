@@ -24,9 +24,17 @@ one arrival (of ``full``, with the bytes of both tiles); a waiting thread sees o
                   given back a step late; in the first round the producer does not wait.
   turn[consumer]  other consumer → consumer: the K loop of its tile is done. Without it, a consumer that went ahead
                   could take an earlier phase, of the same parity, for its own.
-The epilogue converts through shared memory between the layout of wgmma and that of 16-byte loads and stores.
+With a residual, the producer loads the residual's tile behind the K loop's of the same tile, in four quarters, into
+memory of the consumer that will add it:
+  residual_full[consumer]   producer → consumer: its residual has been loaded.
+  residual_empty[consumer]  consumer → producer: it has been read.
+The epilogue converts through shared memory from the layout of wgmma to that of 16-byte stores.
+
+With PDL the program may start while the kernel before still runs (``launch``). The producer then asks for the first
+tiles of W before it waits for that kernel, which must not write W; everything else is read and written after the wait.
 
 2·rows·N·K FLOP; moves what ``gemm`` moves.
+Shared memory: STAGES · (BLOCK_M + BLOCK_N) · 128 bytes, and 4 · BLOCK_M · BLOCK_N for a residual; at most 227 KiB.
 Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, gated activations or split-K.
 Source: the ping-pong schedule after Shah et al., "FlashAttention-3" (2024), and CUTLASS.
 """
@@ -49,10 +57,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import configs, launch
 from .activation_names import GATED
-from .activations import activate
+from .activations import activate_to
 from .arguments import check_rows
 from .gemm import partials_per_step, tile_position
 from .layer_norm import RowPartials
@@ -68,6 +77,11 @@ class LinearHopperConfig:
     group_m: int = 8
     num_stages: int = 4
 
+    def shared_bytes(self, residual: bool) -> int:
+        """Shared memory of a program: the ring, the tiles of a residual, the epilogue's scratch and the barriers."""
+        ring = 2 * self.num_stages * (BLOCK_M + self.block_n) * BLOCK_K
+        return ring + (4 * BLOCK_M * self.block_n if residual else 0) + 16640
+
 
 # Parities and the arithmetic of the epilogue: ordinary Triton without layouts, which the interpreter can run
 
@@ -80,6 +94,11 @@ def _full_parity(step, STAGES: tl.constexpr):
 @triton.jit
 def _empty_parity(step, STAGES: tl.constexpr):
     return ((step // STAGES) & 1) ^ 1
+
+
+@triton.jit
+def _residual_parity(turns):
+    return turns & 1
 
 
 @triton.jit
@@ -116,7 +135,9 @@ def _row_statistics(means_ptr, m2_ptr, row, lane, rows, width, eps, PARTIAL_WIDT
 
 
 @triton.jit
-def _transform(acc, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, ACTIVATION: tl.constexpr):
+def _transform(
+    acc, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, ACTIVATION: tl.constexpr, OUT: tl.constexpr
+):
     """The elementwise part of the epilogue."""
     in_columns = column < out_features
     if column_sum_ptr is not None:
@@ -124,7 +145,7 @@ def _transform(acc, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, 
         acc = (acc - mean[:, None] * column_sum[None, :]) * rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    return activate(acc, ACTIVATION, False)
+    return activate_to(acc, ACTIVATION, False, OUT)
 
 
 @triton.jit
@@ -133,7 +154,7 @@ def _store_partials(value, means_ptr, m2_ptr, row, column, rows, first, width, P
     size = tl.maximum(tl.minimum(width - first, PARTIAL_WIDTH), 1).to(tl.float32)
     mean = tl.sum(value, axis=1) / size
     centred = tl.where((column < width)[None, :], value - mean[:, None], 0.0)
-    offset = first // PARTIAL_WIDTH * rows + row
+    offset = (first // PARTIAL_WIDTH).to(tl.int64) * rows + row
     in_matrix = (row < rows) & (first < width)
     tl.store(means_ptr + offset, mean, mask=in_matrix)
     tl.store(m2_ptr + offset, tl.sum(centred * centred, axis=1), mask=in_matrix)
@@ -143,24 +164,60 @@ def _store_partials(value, means_ptr, m2_ptr, row, column, rows, first, width, P
 
 
 @gluon.jit
-def _produce(x_desc, weight_desc, x_slots, weight_slots, full, empty, tiles_m, tiles_n, depth, GROUP_M: gl.constexpr):
+def _open(x_desc, weight_desc, weight_slots, full, slot, left, k):
+    """Begins to fill a slot: says how much will come, and asks for the tile of W at (left, k)."""
+    mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(weight_desc, [left, k], full.index(slot), weight_slots.index(slot))
+
+
+@gluon.jit
+def _load_residual(residual_desc, slots, full, consumer, top, left):
+    """Asks for the four quarters of the residual's tile at (top, left)."""
+    HEIGHT: gl.constexpr = residual_desc.block_type.shape[0]
+    WIDTH: gl.constexpr = residual_desc.block_type.shape[1]
+    mbarrier.expect(full.index(consumer), 4 * residual_desc.block_type.nbytes)
+    for j in gl.static_range(2):
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                residual_desc, [top + i * HEIGHT, left + j * WIDTH], full.index(consumer),
+                slots.index(4 * consumer + 2 * j + i),
+            )  # fmt: skip
+
+
+@gluon.jit
+def _produce(
+    x_desc, weight_desc, residual_desc, x_slots, weight_slots, residual_slots, full, empty, residual_full,
+    residual_empty, tiles_m, tiles_n, depth, GROUP_M: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """The producer warp: fills the slots in the order in which the consumers take them."""
     STAGES: gl.constexpr = x_slots.shape[0]
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     BLOCK_K: gl.constexpr = x_slots.shape[2]
-    step = 0
+    opened = 0  # slots of the first round that have been opened before the wait
+    if PDL:
+        tile_m, tile_n = tile_position(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
+        opened = tl.minimum(gl.cdiv(depth, BLOCK_K), STAGES)
+        for slot in range(opened):
+            _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, slot * BLOCK_K)
+        gdc_wait()
+    step, turns = 0, 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         for k in range(0, depth, BLOCK_K):
             slot = step % STAGES
-            mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))
-            mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            if step >= opened:
+                mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))
+                _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, k)
             tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k], full.index(slot), x_slots.index(slot))
-            tma.async_copy_global_to_shared(
-                weight_desc, [tile_n * BLOCK_N, k], full.index(slot), weight_slots.index(slot)
-            )
             step += 1
+        if residual_desc is not None:
+            consumer = turns % 2
+            mbarrier.wait(residual_empty.index(consumer), _residual_parity(turns // 2) ^ 1)
+            _load_residual(
+                residual_desc, residual_slots, residual_full, consumer, tile_m * BLOCK_M, tile_n * BLOCK_N
+            )  # fmt: skip
+            turns += 1
 
 
 @gluon.jit
@@ -195,14 +252,15 @@ def _halves(t, DIM: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    acc, mean, rstd, out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr, top, left, rows, out_features,
+    acc, mean, rstd, out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual, top, left, rows, out_features,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of acc, whose first element is (top, left)."""
+    """The epilogue of acc, whose first element is (top, left); residual: the slot of that quarter, or None."""
     BLOCK_M: gl.constexpr = acc.shape[0]
     BLOCK_N: gl.constexpr = acc.shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [4, 1], [1, 0])
+    OUT: gl.constexpr = out_ptr.dtype.element_ty
     value = gl.convert_layout(acc, MMA, assert_trivial=True)
     row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, MMA))
     column = left + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
@@ -212,12 +270,11 @@ def _finish(
     if mean is not None:
         mean = gl.convert_layout(mean, gl.SliceLayout(1, MMA), assert_trivial=True)
         rstd = gl.convert_layout(rstd, gl.SliceLayout(1, MMA), assert_trivial=True)
-    value = _transform(value, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, ACTIVATION)
+    value = _transform(value, mean, rstd, column_sum_ptr, bias_ptr, column, out_features, ACTIVATION, OUT)
     offset = (wide_row * out_features)[:, None] + wide_column[None, :]
-    if residual_ptr is not None:
-        residual = gl.load(residual_ptr + offset, mask=mask, other=0.0)
-        value += gl.convert_layout(residual, MMA).to(gl.float32)
-    out = value.to(out_ptr.dtype.element_ty)
+    if residual is not None:
+        value += residual.load(MMA).to(gl.float32)
+    out = value.to(OUT)
     gl.store(out_ptr + offset, gl.convert_layout(out, WIDE), mask=mask)
     if partials_out_ptr is not None:
         m2_ptr = partials_out_ptr + rows.to(gl.int64) * gl.cdiv(out_features, BLOCK_N)
@@ -228,10 +285,10 @@ def _finish(
 
 @gluon.jit
 def _consume(
-    x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps, CONSUMER: gl.constexpr,
-    ACTIVATION: gl.constexpr, ALIGN_N: gl.constexpr, PARTIAL_WIDTH: gl.constexpr, PARTIALS_PER_STEP: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    x_slots, weight_slots, residual_slots, full, empty, turn, residual_full, residual_empty, out_ptr, partials_ptr,
+    partials_out_ptr, column_sum_ptr, bias_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps,
+    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, ALIGN_N: gl.constexpr, PARTIAL_WIDTH: gl.constexpr,
+    PARTIALS_PER_STEP: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A consumer warp group: computes every other tile of the program."""
     BLOCK_M: gl.constexpr = x_slots.shape[1]
@@ -241,6 +298,8 @@ def _consume(
     ROWS: gl.constexpr = gl.BlockedLayout([PARTIALS_PER_STEP, 1], [1, 32], [1, 4], [1, 0])
     if ALIGN_N > 1 and ALIGN_N < 16:
         out_features = out_features // ALIGN_N * ALIGN_N
+    if PDL:
+        gdc_wait()
     steps = gl.cdiv(in_features, BLOCK_K)
     first = CONSUMER * steps
     turns = 0
@@ -259,16 +318,24 @@ def _consume(
         acc = _multiply(x_slots, weight_slots, full, empty, first, steps, LAYOUT)
         mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         first += 2 * steps
+        if residual_slots is not None:
+            mbarrier.wait(residual_full.index(CONSUMER), _residual_parity(turns))
         turns += 1
         # In quarters: a residual beside the tile, and the addresses of both, do not fit in the registers of four warps.
         halves = _halves(acc, 1)
         for j in gl.static_range(2):
             quarters = _halves(halves[j], 0)
             for i in gl.static_range(2):
+                residual = None
+                if residual_slots is not None:
+                    residual = residual_slots.index(4 * CONSUMER + 2 * j + i)
                 _finish(
-                    quarters[i], means[i], rstds[i], out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
+                    quarters[i], means[i], rstds[i], out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual,
                     top + i * (BLOCK_M // 2), left + j * (BLOCK_N // 2), rows, out_features, ACTIVATION,
                 )  # fmt: skip
+        if residual_slots is not None:
+            tl.debug_barrier()  # all threads have read it
+            mbarrier.arrive(residual_empty.index(CONSUMER), count=1)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -276,11 +343,11 @@ def _linear_hopper_fwd_kernel(
     out_ptr,  # [rows, out_features] contiguous
     x_desc,  # descriptor of [rows, in_features]
     weight_desc,  # descriptor of [out_features, in_features]
+    residual_desc,  # descriptor of [rows, out_features], a quarter of the tile a block, or None
     partials_ptr,  # [2, partials of x, rows] contiguous, or None
     partials_out_ptr,  # [2, partials of out, rows] contiguous, or None
     column_sum_ptr,  # vectors contiguous, or None
     bias_ptr,
-    residual_ptr,  # [rows, out_features] contiguous, or None
     rows,
     out_features,
     in_features,
@@ -291,7 +358,10 @@ def _linear_hopper_fwd_kernel(
     PARTIALS_PER_STEP: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     gl.static_assert(STAGES > 1, "a slot is given back one step late")
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
@@ -306,23 +376,34 @@ def _linear_hopper_fwd_kernel(
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
+    residual_slots, residual_full, residual_empty = None, None, None
+    if residual_desc is not None:
+        residual_slots = gl.allocate_shared_memory(
+            residual_desc.dtype, [8, BLOCK_M // 2, BLOCK_N // 2], residual_desc.layout
+        )
+        residual_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        residual_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(residual_full.index(i), count=1)
+            mbarrier.init(residual_empty.index(i), count=1)
     fence_async_shared()  # makes the initialised barriers visible to TMA
     tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(out_features, BLOCK_N)
     # Constexprs and None stay constexprs only where they are written in the call itself.
     gl.warp_specialize(
         [
             (_consume, (
-                x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr,
-                bias_ptr, residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps,
-                0, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
+                x_slots, weight_slots, residual_slots, full, empty, turn, residual_full, residual_empty, out_ptr,
+                partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, tiles_m, tiles_n, rows, out_features,
+                in_features, eps, 0, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M, PDL,
             )),
             (_consume, (
-                x_slots, weight_slots, full, empty, turn, out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr,
-                bias_ptr, residual_ptr, tiles_m, tiles_n, rows, out_features, in_features, eps,
-                1, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
+                x_slots, weight_slots, residual_slots, full, empty, turn, residual_full, residual_empty, out_ptr,
+                partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, tiles_m, tiles_n, rows, out_features,
+                in_features, eps, 1, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M, PDL,
             )),
             (_produce, (
-                x_desc, weight_desc, x_slots, weight_slots, full, empty, tiles_m, tiles_n, in_features, GROUP_M,
+                x_desc, weight_desc, residual_desc, x_slots, weight_slots, residual_slots, full, empty, residual_full,
+                residual_empty, tiles_m, tiles_n, in_features, GROUP_M, PDL,
             )),
         ],
         [4, 1],
@@ -385,11 +466,13 @@ def linear_hopper(
     residual: Tensor | None = None,
     norm: Any = None,
     with_partials: bool = False,
+    pdl: bool = False,
     config: LinearHopperConfig | None = None,
 ) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None).
 
-    ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm.
+    ``norm``: (RowPartials of x, eps, column sums of weight) of a folded LayerNorm. ``pdl``: launched with PDL, behind a
+    kernel that does not write weight.
     Only for arguments for which ``linear_hopper_not_supported_reasons`` is empty.
     """
     out_features, in_features = weight.shape
@@ -410,7 +493,7 @@ def linear_hopper(
 
     def descriptor(t, size, block):
         layout = gl.NVMMASharedLayout.get_default_for(block, element)
-        return TensorDescriptor(t, [size, in_features], [launch.row_stride(t), 1], block, layout)
+        return TensorDescriptor(t, [size, t.shape[-1]], [launch.row_stride(t), 1], block, layout)
 
     tiles = configs.cdiv(rows, BLOCK_M) * configs.cdiv(out_features, config.block_n)
     with launch.device_guard(x):
@@ -418,7 +501,8 @@ def linear_hopper(
             out,
             descriptor(x, rows, [BLOCK_M, BLOCK_K]),
             descriptor(weight, out_features, [config.block_n, BLOCK_K]),
-            partials, partials_out and partials_out.values, launch.vector(column_sum), launch.vector(bias), residual,
+            residual if residual is None else descriptor(residual, rows, [BLOCK_M // 2, config.block_n // 2]),
+            partials, partials_out and partials_out.values, launch.vector(column_sum), launch.vector(bias),
             rows, out_features, in_features, eps,
             ACTIVATION=activation,
             ALIGN_N=math.gcd(16, out_features),
@@ -426,7 +510,6 @@ def linear_hopper(
             PARTIALS_PER_STEP=1 if norm is None else partials_per_step(in_features, partial_width),
             GROUP_M=config.group_m,
             STAGES=config.num_stages,
-            num_warps=4,
-            maxnreg=REGISTERS,
+            **launch.options(pdl, 4, maxnreg=REGISTERS),
         )  # fmt: skip
     return out, partials_out

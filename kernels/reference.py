@@ -79,20 +79,24 @@ def activate_bwd(grad: Tensor, z: Tensor, activation: str | None) -> Tensor:
 _CHUNK = 1 << 14  # numbers of a mask that are drawn at once on a CPU: their words stay in the cache
 
 
-def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
-    """Keep-mask / (1 − p), float32, drawn by Philox4x32-10 from (seed, linear index in ``shape``): the numbers of
-    ``tl.rand``. This is what dropout means on every backend.
+def keep_mask(seed: Tensor | None, count: int, p: float, device: torch.device) -> Tensor:
+    """Which of ``count`` elements dropout keeps, bool [count], drawn by Philox4x32-10 from (seed, index): the numbers
+    of ``tl.rand``. This is what dropout and drop path mean on every backend.
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
     """
-    count, seed = math.prod(shape), seed.reshape(()).to(device)
+    seed = seed.reshape(()).to(device)
     step = _CHUNK if device.type == "cpu" and not torch.compiler.is_compiling() else max(count, 1)
     parts = [
         _uniform(seed, torch.arange(first, min(first + step, count), dtype=torch.int64, device=device)) > p
         for first in range(0, count, step)
     ]
-    keep = torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool, device=device)
-    return (keep.to(torch.float32) / (1 - p)).reshape(shape)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool, device=device)
+
+
+def dropout_mask(seed: Tensor | None, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Keep-mask / (1 − p), float32, of a tensor whose elements are numbered by their linear index in ``shape``."""
+    return (keep_mask(seed, math.prod(shape), p, device).to(torch.float32) / (1 - p)).reshape(shape)
 
 
 def _uniform(seed, index):

@@ -46,13 +46,18 @@ def _in_onnx_export():
 def known_values(tensor: torch.Tensor) -> list[Any] | None:
     """The numbers of a tensor in the memory of the host; None where reading them would wait for a device, or while
     something records the call and would keep them as constants."""
-    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    records = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
-    if records or torch.jit.is_tracing() or is_transformed():
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or records_numbers():
         return None
     values: list[Any] = tensor.tolist()
     return values
+
+
+def records_numbers() -> bool:
+    """Whether something records or transforms the call, and would keep the numbers of a tensor as constants."""
+    if torch.compiler.is_compiling():
+        return True
+    records = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+    return records or torch.jit.is_tracing() or is_transformed()
 
 
 # Dynamo cannot trace these two; while tracing it enters torch.func's transforms and guards their stack. The attribute

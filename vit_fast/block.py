@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .block_params import BlockParams
+from .block_params import BlockParams, Norm
 from .kernels.reference import activate, attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
@@ -43,23 +43,21 @@ def pack(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor |
     return torch.cat([linear.weight for linear in projections]), bias
 
 
-def drop_path_scale(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor | None:
-    """Stochastic depth as a factor a sample: [B] of 0 or 1/(1 − rate), or None where nothing is dropped.
+def drop_path_scale(x: torch.Tensor, rate: float, training: bool, scale_by_keep: bool = True) -> torch.Tensor | None:
+    """Stochastic depth as a factor a sample: [B] of 0 or 1/(1 − rate), without ``scale_by_keep`` of 0 or 1; None where
+    nothing is dropped. One seed a branch (``ops.keep_samples``).
 
-    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016; one draw a sample and branch.
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
     if not training or rate == 0.0:
         return None
-    keep = 1.0 - rate
-    return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
+    keep = ops.keep_samples(x, rate).to(x.dtype)
+    return keep.div_(1.0 - rate) if scale_by_keep else keep
 
 
-def drops_not_covered(rates: Sequence[float], hidden: float, out: float) -> str | None:
-    """Why the fused branches do not cover a block's current drop rates, or None; ``hidden`` and ``out`` are the dropout
-    rates of the MLP."""
-    if max(rates) >= 1:
-        return "a drop rate is 1"
-    return f"the MLP drops at two rates, {hidden} and {out}" if hidden != out else None
+def drops_not_covered(*rates: float) -> str | None:
+    """Why the fused branches do not cover a block's current drop rates, or None."""
+    return "a drop rate is 1" if max(rates) >= 1 else None
 
 
 def drop_rate(module: nn.Module | None) -> float:
@@ -98,6 +96,27 @@ def attention_probabilities(
     if p.k_norm is not None:
         k = ops.layer_norm(k, *p.k_norm, norm=p.norm)
     return attention_weights(q if queries is None else q[:, :, queries], k, p.scale)
+
+
+def latent_attention(
+    attn: Any, latent: torch.Tensor, x: torch.Tensor, norm: Norm | None = None, **options: Any
+) -> torch.Tensor:
+    """An ``nn.MultiheadAttention`` whose queries are the same for each image: [1, L, C] on tokens norm(x) [B, N, D] →
+    [B, L, C]; ``options`` are those of ``ops.attention``."""
+    width, weight, bias = attn.embed_dim, attn.in_proj_weight, attn.in_proj_bias
+    q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
+    if weight is None:  # the tokens have a width of their own
+        x = x if norm is None else ops.layer_norm(x, *norm)
+        k, v = F.linear(x, attn.k_proj_weight, k_bias), F.linear(x, attn.v_proj_weight, v_bias)
+        q = F.linear(latent, attn.q_proj_weight, q_bias)
+    else:
+        kv_weight, kv_bias = weight[width:], None if bias is None else bias[width:]
+        kv = F.linear(x, kv_weight, kv_bias) if norm is None else ops.layer_norm_linear(x, *norm, kv_weight, kv_bias)
+        k, v = kv.chunk(2, dim=-1)
+        q = F.linear(latent, weight[:width], q_bias)
+    q = q.expand(x.shape[0], -1, -1)
+    y = ops.attention(q, attn.num_heads, attn.head_dim**-0.5, k=k, v=v, **options)
+    return F.linear(y, attn.out_proj.weight, attn.out_proj.bias)
 
 
 def project_qkv(x: torch.Tensor, p: BlockParams) -> torch.Tensor:
@@ -139,20 +158,25 @@ def attention_branch(
 
 
 def mlp_branch(
-    x: torch.Tensor, p: BlockParams, *, row_scale: torch.Tensor | None = None, proj_drop: float = 0.0
+    x: torch.Tensor,
+    p: BlockParams,
+    *,
+    row_scale: torch.Tensor | None = None,
+    hidden_drop: float = 0.0,
+    out_drop: float = 0.0,
 ) -> torch.Tensor:
-    """x plus the MLP branch; proj_drop acts after the activation and after fc2, as in timm."""
+    """x plus the MLP branch; hidden_drop acts after the activation, out_drop after fc2."""
     if p.norm2 is not None:
         return ops.layernorm_mlp(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
-            row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=proj_drop, out_dropout_p=proj_drop,
+            row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=hidden_drop, out_dropout_p=out_drop,
         )  # fmt: skip
     hidden = activate(ops.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
-    if proj_drop:
-        hidden = F.dropout(hidden, proj_drop)
+    if hidden_drop:
+        hidden = F.dropout(hidden, hidden_drop)
     return ops.linear_residual(
         hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x,
-        row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=proj_drop,
+        row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=out_drop,
     )  # fmt: skip
 
 

@@ -150,15 +150,16 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     own forward in every call that the fused operations do not cover: with a causal mask, with attention weights
     in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
-    weights of optimised pre-norm blocks. Text towers are not touched.
+    weights of optimised pre-norm blocks. Text towers are not touched. Pooling by latent queries runs fused as well.
 
     Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
     differentiated again, and ``torch.jit.script`` cannot read the fast classes: restore first.
 
     Args:
         model: a model of these libraries, or a module that holds one.
-        strict: raise where any of its transformer blocks, of whatever class, or its patch embedding has to stay as it
-            is, before anything is changed. Otherwise the logger "vit_fast" lists at level INFO which stay, and why.
+        strict: raise where any of its transformer blocks, of whatever class, its patch embedding or its pooling by
+            latent queries has to stay as it is, before anything is changed. Otherwise the logger "vit_fast" lists at
+            level INFO which stay, and why.
     Returns:
         the model itself.
     Raises:

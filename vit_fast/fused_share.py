@@ -29,7 +29,10 @@ _FORMULAS = {
     ],
     **flop_registry,
 }
-_PATCH_EMBED = ("patch_embed", "embeds", "patch_embedding", "patch_embeddings", "conv1", "conv_proj")
+_PATCH_EMBED = (
+    "patch_embed", "embeds", "patch_embedding", "patch_embeddings", "patch_conv", "patch_projection",
+    "video_patch_projection", "conv_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None
         if any(name.startswith(f"{other}.") for other in outer):
             continue
         own: tuple[str, str | None] = ("", None)
-        if name.rpartition(".")[2] in _PATCH_EMBED:
+        if _embeds_patches(name.rpartition(".")[2], module):
             own = "patch_embed", _why_not_fused(module)
         elif isinstance(module, Fusible):
             own = module.OPERATION, None
@@ -111,6 +114,13 @@ def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None
         if operation in ("block", "patch_embed"):
             yield name, module, operation, reason
             outer.append(name)
+
+
+def _embeds_patches(name: str, module: nn.Module) -> bool:
+    """Whether a module of this name is a patch embedding; conv1 may also be a convolution behind the blocks."""
+    if name == "conv1":
+        return isinstance(module, nn.Conv2d) and module.stride[0] > 1
+    return name in _PATCH_EMBED
 
 
 def _why_not_fused(module: nn.Module) -> str | None:

@@ -257,7 +257,8 @@ class Block(plain.Fusible, nn.Module):
         attn_drop, proj_drop = (attn.attn_drop, attn.proj_drop) if attn.training else (0.0, 0.0)
         row_scale = partial(drop_path_scale, x, self.drop_path, self.training)
         x = attention_branch(x, p, row_scale=row_scale(), attn_drop=attn_drop, proj_drop=proj_drop, qkv=qkv, bias=bias)
-        return mlp_branch(x, p, row_scale=row_scale(), proj_drop=mlp.drop if mlp.training else 0.0)
+        drop = mlp.drop if mlp.training else 0.0
+        return mlp_branch(x, p, row_scale=row_scale(), hidden_drop=drop, out_drop=drop)
 
     def forward_with_attention(
         self, x: torch.Tensor, queries: slice | torch.Tensor | None = None

@@ -1,36 +1,25 @@
-"""The coverage of a whole library: each architecture of its ViT family, built without memory, optimised, measured.
+"""The coverage of a whole library: each architecture of its ViT family, built, optimised, measured.
 
-``LIBRARIES`` has a library's function, which yields its architectures. The committed tables are the files of
-``docs/coverage/``; ``vit-fast coverage --library NAME`` prints them anew.
+``library_models`` builds the architectures. The committed tables are the files of ``docs/coverage/``;
+``vit-fast coverage --library NAME`` prints them anew.
 """
 
 import contextlib
 import csv
-import functools
 import io
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
 from .class_swap import optimize
 from .fused_share import coverage
 from .kernels.arguments import UnsupportedError
+from .library_models import LIBRARIES as LIBRARIES
+from .library_models import Architecture
 from .registry import create_model
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture of a library, and how it is built."""
-
-    name: str
-    family: str  # the library's module that defines it
-    tags: tuple[str, ...]  # of its pretrained weights
-    build: Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -52,42 +41,20 @@ class ArchitectureRow:
         return self.blocks > 0 and self.fused_blocks == self.blocks
 
 
-def timm_architectures() -> Iterator[Architecture]:
-    """The architectures of timm's ViT family: those that the modules of ``integrations.timm.FAMILY`` register."""
-    import timm
-    from timm.models import _registry
-
-    from .integrations.timm import FAMILY
-
-    tags: dict[str, list[str]] = {}
-    for name in timm.list_models(pretrained=True):
-        tags.setdefault(name.partition(".")[0], []).append(name)
-    current = set(timm.list_models())
-    for family in FAMILY:
-        for name in sorted(_registry._module_to_models.get(family, ())):
-            if name in current:  # without names that stand for another one
-                yield Architecture(name, family, tuple(tags.get(name, ())), functools.partial(timm.create_model, name))
-
-
-LIBRARIES: dict[str, Callable[[], Iterator[Architecture]]] = {"timm": timm_architectures}
-
-
 def architecture_row(architecture: Architecture, created_tags: int | None = None) -> ArchitectureRow:
-    """Builds an architecture on the device meta, optimises it and measures its coverage.
+    """Builds an architecture, optimises it and measures its coverage.
 
     Args:
         created_tags: how many of its tags ``create_model`` builds, where that is known; default: they are built.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = architecture.build().eval()
+    model = architecture.build()
     try:
         optimize(model)
     except UnsupportedError:
         pass  # nothing of it: the reasons are those of ``coverage``
-    found = coverage(model)
+    found = coverage(model, architecture.example())
     if created_tags is None:
-        created_tags = sum(_is_created(tag) for tag in architecture.tags)
+        created_tags = sum(_is_created(tag) for tag in architecture.tags) if architecture.is_timm else 0
     return ArchitectureRow(
         architecture.name, architecture.family, len(architecture.tags), round(found.share, 4), found.blocks,
         found.fused_blocks, created_tags, "; ".join(found.reasons),
@@ -127,11 +94,11 @@ def as_json(rows: Sequence[ArchitectureRow]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n"
 
 
-def summary(rows: Sequence[ArchitectureRow]) -> list[tuple[str, int, int, int, int, int]]:
-    """The cells of ``SUMMARY_HEADS`` for each family, and for all."""
-    families = dict.fromkeys(row.family for row in rows)
-    lines = [(family, *_sums([row for row in rows if row.family == family])) for family in families]
-    return [*lines, ("all", *_sums(rows))]
+def summary(rows: Sequence[ArchitectureRow]) -> list[tuple[Any, ...]]:
+    """The cells of ``summary_heads`` for each family, and for all."""
+    families, columns = dict.fromkeys(row.family for row in rows), len(summary_heads(rows)) - 1
+    lines = [(family, *_sums([row for row in rows if row.family == family])[:columns]) for family in families]
+    return [*lines, ("all", *_sums(rows)[:columns])]
 
 
 def _sums(rows: Sequence[ArchitectureRow]) -> tuple[int, int, int, int, int]:
@@ -142,21 +109,34 @@ def _sums(rows: Sequence[ArchitectureRow]) -> tuple[int, int, int, int, int]:
     )  # fmt: skip
 
 
-SUMMARY_HEADS = ("module", "architectures", "fully fused", "tags", "tags fully fused", "tags of create_model")
+_SUMMARY_HEADS = ("module", "architectures", "fully fused", "tags", "tags fully fused", "tags of create_model")
+
+
+def summary_heads(rows: Sequence[ArchitectureRow]) -> tuple[str, ...]:
+    """The heads of ``summary``, up to the last column that counts anything."""
+    *_, fused_tags, created_tags = _sums(rows)
+    return _SUMMARY_HEADS if created_tags else _SUMMARY_HEADS[:5] if fused_tags else _SUMMARY_HEADS[:3]
 
 
 _HEAD = """# Coverage
 
 What of each architecture runs on the fused operations after `vit_fast.optimize`: its blocks and its patch embedding, in
-one call on images of its own size without memory (`vit_fast.coverage`). Fully fused: every block. Share: of the FLOPs
-of blocks and patch embedding. The last column counts the pretrained tags that `vit_fast.create_model` builds by itself.
-`docs/coverage/` has a line for each architecture; `vit-fast coverage --library timm` prints them anew, and
-`python -P tests/support/coverage_tables.py timm` writes the files and this page.
-
-The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
-which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.
+one call (`vit_fast.coverage`). Fully fused: every block. Share: of the FLOPs of blocks and patch embedding.
+`docs/coverage/` has a line for each architecture; `vit-fast coverage --library timm` (transformers, open_clip) prints
+them anew, and `python -P tests/support/coverage_tables.py timm` writes the files and this page.
 """
-VERSIONS = {"timm": "timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one."}
+_ABOUT = {
+    "timm": """timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one, on
+images of their own size without memory. The last column counts the pretrained tags that `vit_fast.create_model` builds.
+The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
+which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.""",
+    "transformers": """transformers 5.23.0: a model of two layers, 48 wide, for each family of vision layers that
+`vit_fast` knows; the modules are those of `transformers.models`. Patch embeddings are transformers' own. They weigh
+more in a model so small: of a ViT-B/16 they are 0.7 % of the FLOPs.""",
+    "open_clip": """open_clip_torch 3.3.0: the image towers of its configs that are ViTs, its own and those of timm, on
+images of their own size without memory; ResNet, ConvNeXt, Swin and FastViT towers are none. The patch embedding of its
+own towers is PyTorch's. Tags are pretrained weights.""",
+}
 
 
 def page(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
@@ -167,13 +147,17 @@ def page(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
 def readme_table(tables: Mapping[str, Sequence[ArchitectureRow]]) -> str:
     """The table of the README: a line for each library."""
     heads = ("library", "architectures", "fully fused", "pretrained tags", "of these fully fused")
-    lines = [(name, *_sums(rows)[:4]) for name, rows in tables.items()]
+    lines = [
+        (name, *_sums(rows)[:4]) if any(row.tags for row in rows) else (name, *_sums(rows)[:2], "–", "–")
+        for name, rows in tables.items()
+    ]
     return "\n".join(map(_line, (heads, ["---"] + 4 * ["---:"], *lines)))
 
 
 def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
     """The page of a library: a line for each family, and what does not run fully fused."""
-    lines = [_line(SUMMARY_HEADS), _line(["---"] + 5 * ["---:"]), *map(_line, summary(rows))]
+    heads = summary_heads(rows)
+    lines = [_line(heads), _line(["---"] + (len(heads) - 1) * ["---:"]), *map(_line, summary(rows))]
     partly = [row for row in rows if row.share < 1 or not row.fully_fused]
     reasons: dict[str, list[ArchitectureRow]] = {}
     for row in partly:
@@ -183,7 +167,7 @@ def as_markdown(library: str, rows: Sequence[ArchitectureRow]) -> str:
         low, high = min(row.share for row in group), max(row.share for row in group)
         share = f"{low:.1%}" if low == high else f"{low:.1%} – {high:.1%}"
         parts.append(_line((reason, ", ".join(row.architecture for row in group), sum(r.tags for r in group), share)))
-    return "\n".join([f"## {library}", "", VERSIONS[library], "", *lines, "", *parts, ""])
+    return "\n".join([f"## {library}", "", _ABOUT[library], "", *lines, "", *parts, ""])
 
 
 def _line(cells: Sequence[Any]) -> str:

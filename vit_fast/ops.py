@@ -43,6 +43,7 @@ from .precisions import FOLDED, FP8, Precision, forms
 __all__ = [
     "OPERATORS",
     "attention",
+    "keep_samples",
     "layer_norm",
     "layer_norm_linear",
     "layernorm_mlp",
@@ -299,6 +300,50 @@ def _seeded(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> tuple[float
     if p and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return float(p), seed
+
+
+# keep_samples
+
+
+def _keep_mask(seed: torch.Tensor, count: int, p: float, backend: str) -> torch.Tensor:
+    def draw(on: Backend, *inputs: Any) -> torch.Tensor:
+        return (on.keep_mask or reference.keep_mask)(*inputs)
+
+    inputs = seed, count, p, seed.device
+    return select.run(select.KEEP_MASK, select.loaded(backend, select.KEEP_MASK), seed.device, draw, inputs, None)
+
+
+_library.define(
+    "keep_mask(Tensor seed, SymInt count, float p, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "vit_fast::keep_mask", lambda seed, count, p, backend: seed.new_empty(count, dtype=torch.bool), lib=_library
+)
+
+
+def keep_samples(x: torch.Tensor, p: float, seed: torch.Tensor | None = None) -> torch.Tensor:
+    """Which samples of a batch drop path keeps, each with the chance 1 − p: the mask of its seed, the index that of the
+    sample (``reference.keep_mask``).
+
+    Args:
+        x: [B, ...], any dtype.
+        p: 0 ≤ p < 1.
+        seed: int64 tensor of one element, or None for torch's generator.
+    Returns:
+        bool [B] on the device of x.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+    arguments.check_keep_samples(x, p, seed)
+    count, (p, seed) = x.shape[0], _seeded(x, p, seed)
+    if seed is None:  # nothing is dropped
+        return x.new_ones(count, dtype=torch.bool)
+    if transform_reasons():
+        return reference.keep_mask(seed, count, p, x.device)
+    kept: torch.Tensor = torch.ops.vit_fast.keep_mask(seed, count, p, select.drawing(x.device))
+    return kept
 
 
 def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:

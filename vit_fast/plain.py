@@ -63,9 +63,10 @@ def multihead_submodules(name: str) -> dict[str, tuple[type, ...]]:
     return {name: (nn.MultiheadAttention,), f"{name}__out_proj": (nn.modules.linear.NonDynamicallyQuantizableLinear,)}
 
 
-def multihead_not_covered(attn: nn.MultiheadAttention) -> str | None:
-    """What the fused operations do not cover of an ``nn.MultiheadAttention``, or None."""
-    if attn.in_proj_weight is None:
+def multihead_not_covered(attn: nn.MultiheadAttention, widths: bool = False) -> str | None:
+    """What the fused operations do not cover of an ``nn.MultiheadAttention``, or None; ``widths``: whether q may be of
+    another width than k and v."""
+    if attn.in_proj_weight is None and not widths:
         return "q, k and v differ in width"
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
         return "its attention adds keys"
@@ -122,7 +123,8 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
     for name, path, classes, children in known:
         part: Any = module
         for key in path:
-            part = part._modules.get(key)
+            if (part := part._modules.get(key)) is None:
+                break
         if part is None and NoneType in classes:
             continue
         reason = _why_not_plain(part, classes, ignores)

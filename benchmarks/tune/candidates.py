@@ -186,7 +186,8 @@ def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
 
     shipped = linear_hopper.LinearHopperConfig()
     changes = ({}, dict(group_m=4), dict(group_m=16), dict(num_stages=6), dict(block_n=64, num_stages=6))
-    return [] if launch.INTERPRETED else [replace(shipped, **change) for change in changes]
+    found = [] if launch.INTERPRETED else [replace(shipped, **change) for change in changes]
+    return [config for config in found if config.shared_bytes(residual=work.batched == 2) <= 232448]
 
 
 def cutlass_candidates(problem: Problem, work: Work, chip: Chip) -> list[Any]:

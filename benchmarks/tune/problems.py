@@ -79,7 +79,7 @@ PLANNED = Maker(torch.device("cpu"), torch.bfloat16, filled=False)
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 PREPARED = {f"prepared {name}": name for name in LINEARS}  # as vit_fast.prepare runs them
-PARTIAL_WIDTH = 64
+PARTIAL_WIDTH = 128
 
 
 def linear_sizes(name: str, vit: Vit) -> tuple[int, int, str | None, bool]:
@@ -93,13 +93,15 @@ def linear_sizes(name: str, vit: Vit) -> tuple[int, int, str | None, bool]:
 
 
 def _partials(x, filled):
-    """Row-statistics partials (mean, M2) of x, as the epilogue of the GEMM before writes them: [2, partials, rows]."""
-    values = torch.empty(2, x.shape[-1] // PARTIAL_WIDTH, x.numel() // x.shape[-1], device=x.device)
+    """(row-statistics partials of x (mean, M2), as the epilogue of the GEMM before writes them: [2, partials, rows],
+    the width of one)."""
+    part = min(PARTIAL_WIDTH, x.shape[-1])
+    values = torch.empty(2, x.shape[-1] // part, x.numel() // x.shape[-1], device=x.device)
     if filled:
-        parts = x.float().flatten(0, -2).unflatten(1, (-1, PARTIAL_WIDTH))
+        parts = x.float().flatten(0, -2).unflatten(1, (-1, part))
         values[0] = parts.mean(2).t()
-        values[1] = (parts.var(2, correction=0) * PARTIAL_WIDTH).t()
-    return values
+        values[1] = (parts.var(2, correction=0) * part).t()
+    return values, part
 
 
 def _by_hopper(*arguments, **options):
@@ -137,7 +139,7 @@ def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
     residual = new(problem.batch, vit.tokens, features) if ends else None
     libraries = {"F.linear, bias alone": lambda: F.linear(x, weight, bias)}
     if problem.name in PREPARED and not ends:
-        partials = layer_norm.RowPartials(_partials(x, new.filled), PARTIAL_WIDTH)
+        partials = layer_norm.RowPartials(*_partials(x, new.filled))
         sums = torch.empty(features, device=new.device)
         if new.filled:
             weight -= weight.float().mean(1, keepdim=True).to(weight.dtype)

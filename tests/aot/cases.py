@@ -194,6 +194,7 @@ def layer_norm_cases():
 
 
 def linear_cases():
+    from vit_fast.kernels.layer_norm import row_statistics
     from vit_fast.kernels.linear import folded_linear, layer_norm_linear, linear, linear_residual, linear_with_partials
 
     def projection(batch, tokens, width, out, dtype, activation=None, tf32=False):
@@ -214,11 +215,13 @@ def linear_cases():
     def mixed(batch, tokens, width, out, x_dtype, dtype):
         linear(torch.empty(batch, tokens, width, dtype=x_dtype), torch.empty(out, width, dtype=dtype), None)
 
-    def folded(batch, tokens, width, out, dtype, activation=None):
+    def folded(batch, tokens, width, out, dtype, activation=None, finalised=False):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         proj, vector = torch.empty(width, width, dtype=dtype), torch.empty(width)
-        x, partials = linear_with_partials(x, proj, vector, torch.empty_like(x))
-        folded_linear(x, partials, 1e-6, weight, torch.empty(out), torch.empty(out), activation)
+        x, statistics = linear_with_partials(x, proj, vector, torch.empty_like(x))
+        if finalised:
+            statistics = row_statistics(statistics, width, 1e-6)
+        folded_linear(x, statistics, 1e-6, weight, torch.empty(out), torch.empty(out), activation)
 
     def with_partials(batch, tokens, width, out, dtype):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
@@ -233,6 +236,14 @@ def linear_cases():
             for activation in MORE_ACTIVATIONS:
                 base = ("folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype)
                 yield case(*base, activation=activation)
+            for name in ("base", "so400m"):
+                tokens, width, _, hidden, _ = VITS[name]
+                sizes = dtype, folded, batch, tokens, width
+                yield case("folded qkv", name, *sizes, 3 * width, dtype, finalised=True)
+                yield case("folded fc1", name, *sizes, hidden, dtype, activation="gelu", finalised=True)
+            yield case(
+                "folded fc1", "base", dtype, folded, batch, 197, 768, 4096, dtype, activation="swiglu", finalised=True
+            )
     for dtype in DTYPES:
         for batch in (1, 64):
             for name, (tokens, width, _, hidden, _) in VITS.items():
@@ -338,6 +349,16 @@ def linear_train_cases():
         yield case("fc2 with dropout", "base", dtype, fc2, 64, 197, 3072, 768, dtype)
     yield case("dz", "base", torch.float32, dz, 64, 197, 768, 3072, torch.float32, tf32=True)
     yield case("fc1 with z", "base", torch.float32, fc1, 64, 197, 768, 3072, torch.float32, tf32=True)
+
+
+def keep_mask_cases():
+    from vit_fast.kernels.dropout import keep_mask
+
+    def call(count):
+        seed = torch.empty(1, dtype=torch.int64)
+        keep_mask(seed, count, 0.1, seed.device)
+
+    yield case("keep_mask", "drop path", torch.bool, call, 256)
 
 
 def layernorm_mlp_cases():
@@ -451,7 +472,9 @@ def linear_hopper_cases():
     from vit_fast.kernels.layer_norm import RowPartials
     from vit_fast.kernels.linear_hopper import linear_hopper
 
-    def call(batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False):
+    def call(
+        batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False, pdl=False
+    ):
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
         norm = None
         if part is not None:
@@ -459,7 +482,7 @@ def linear_hopper_cases():
         residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
         linear_hopper(
             x, weight, torch.empty(out) if bias else None, activation,
-            residual=residual, norm=norm, with_partials=partials,
+            residual=residual, norm=norm, with_partials=partials, pdl=pdl,
         )  # fmt: skip
 
     for dtype in DTYPES[:2]:
@@ -480,6 +503,8 @@ def linear_hopper_cases():
             case("hopper fc1", *base, bias=False),
             case("hopper fc1 with partials", *base, partials=True),
             case("hopper fc2", *base, ends=True),
+            case("hopper folded fc1", *base, activation="gelu", part=64, pdl=True),
+            case("hopper fc2", *base, ends=True, partials=True, pdl=True),
             case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
             case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, partials=True),
         ]
@@ -489,6 +514,6 @@ def linear_hopper_cases():
 
 OPERATIONS = (
     attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
-    linear_train_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases, fp8_blocks_cases,
-    linear_hopper_cases,
+    linear_train_cases, keep_mask_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
+    fp8_blocks_cases, linear_hopper_cases,
 )  # fmt: skip

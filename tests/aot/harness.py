@@ -18,6 +18,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -200,6 +201,19 @@ def _wanted_units(ttir):
     return "+".join(sorted(units))
 
 
+def _before_load(cubin):
+    """How many instructions of the machine code stand before the first load of a tile into shared memory."""
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
+    return next(i for i, line in enumerate(lines) if re.search(r"\b(UTMALDG|LDGSTS)\b", line))
+
+
 def _compile(request):
     import triton
 
@@ -221,11 +235,20 @@ def _compile(request):
     if request.function.is_gluon():  # warp-specialised: loads by TMA, setmaxnreg redistributes registers
         found["tma_loads"] = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx))
         found["setmaxnreg"] = sorted({int(number) for number in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)})
+        if "griddepcontrol.wait" in ptx:  # PDL: in the machine code, the producer asks for tiles of W before it waits
+            partitions = re.split(r"\bUSETMAXREG", kernel.asm["sass"])
+            found["early_loads"] = sum(
+                part.split("ACQBULK")[0].count("UTMALDG") for part in partitions if "ACQBULK" in part
+            )
     if "atom." in ptx:  # split-K semaphore: a barrier must separate every thread's stores from the one atomic
         before = [line for line in ptx[: ptx.index("atom.")].splitlines() if "st.global" in line or "bar.sync" in line]
         found["handover"] = "acq_rel" in ptx and bool(before) and "bar.sync" in before[-1]
     if "griddepcontrol.wait" in ptx:  # PDL: nothing may be read or written before the wait
         found["waits"] = not re.search(r"\b(ld|st|atom|red)\.global|\bcp\.async", ptx.split("griddepcontrol.wait")[0])
+    if (
+        request.signature.get("norm", "constexpr") != "constexpr"
+    ):  # a folded LayerNorm: row statistics may be read first
+        found["before_load"] = _before_load(kernel.asm["cubin"])
     if re.search(r"tt\.dot.*xf8E4M3FN", kernel.asm.get("ttir", "")):
         found["fp8"] = "e4m3.e4m3" in ptx or "kind::f8f6f4" in ptx
     instructions = {"wgmma": r"\bwgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma"}
@@ -317,6 +340,8 @@ def violations(entry, allowed_spills):
         found.append("loads nothing by TMA")
     if entry.get("setmaxnreg") == []:
         found.append("leaves the registers of its partitions as they are")
+    if entry.get("early_loads") == 0:
+        found.append("asks for no tile of the weight before the PDL wait")
     if entry["serialised"]:
         found.append(f"ptxas serialises wgmma ({entry['ptxas']})")
     return found

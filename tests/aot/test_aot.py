@@ -80,6 +80,7 @@ def test_ledger_keeps_the_rules():
         ({"waits": False}, "touches memory before the PDL wait"),
         ({"fp8": False}, "multiplies float8 as something wider"),
         ({"tma_loads": 0}, "loads nothing by TMA"),
+        ({"early_loads": 0}, "asks for no tile of the weight before the PDL wait"),
         ({"setmaxnreg": []}, "leaves the registers of its partitions as they are"),
         ({"tensor_memory": 513}, "tensor memory"),
         ({"error": "boom"}, "does not compile: boom"),

@@ -45,7 +45,7 @@ def _plans(look):
 
 def test_the_limits_of_the_stages(look):
     names = [one.name for one in look.plan()]
-    assert names[:4] == ["ceilings", "fold", "hopper", "ncu"] and names[-1] == "sustained" and len(names) == 16
+    assert names[:4] == ["ceilings", "fold", "hopper", "ncu"] and names[-1] == "sustained" and len(names) == 17
     assert sum(one.seconds for one in look.models_table()) <= 60 * 5 + 15
     for one in _plans(look):
         words = list(one.command)
@@ -147,6 +147,8 @@ def _figures():
     ]
     items = [{"name": "prepared blocks in a CUDA graph, launched in turn", "us": 300.0}]
     items += [{"name": "prepared blocks in a CUDA graph, launched early", "us": 250.0}]
+    items += [{"name": "prepared blocks in a CUDA graph, tiles in one order", "us": 14000.0}]
+    items += [{"name": "prepared blocks in a CUDA graph, tiles in alternate order", "us": 13900.0}]
     profile = {
         "operation": "sum",
         "us": 15000.0,
@@ -157,6 +159,10 @@ def _figures():
     kernels = "nvjet_gemm ×12; triton_poi_fused_gelu_3 ×12; pytorch_flash::flash_fwd_kernel ×12"
     speeds = {"vit_fast": 15000.0, "vit_fast-prepared": 16500.0, "compile": 13000.0}
     return {
+        "stacks": {"rows": [
+            {"name": name, "width": 768, "picked": "partials", "us": us, "fault": None}
+            for name, us in (("partials", 2600.0), ("finalised", 2500.0), ("plain", 2650.0))
+        ]},
         "fold": {"rows": fold}, "hopper": {"rows": hopper}, "stages": {"rows": stages},
         "attention": {"rows": attention},
         "graph": {"items": items}, "epilogues": {"rows": [{"name": "fc1: bias", "us": 400.0, "fault": None}]},
@@ -205,10 +211,10 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
     assert look.first_look(tmp_path, 8.0, dict(H200), runner=runner) == 0
     assert [name for name, _ in runner.ran] == [one.name for one in look.plan()]
     content = json.loads((tmp_path / "first_look.json").read_text())
-    assert content["gpu"] == "NVIDIA H200" and content["batch"] == 256 and len(content["stages"]) == 16
+    assert content["gpu"] == "NVIDIA H200" and content["batch"] == 256 and len(content["stages"]) == 17
     assert _answers(content) == {
         "is anything wrong on this chip?": "nothing seen",
-        "fold LayerNorm into the products?": "not as it is: finalise row statistics once (S2) first",
+        "fold LayerNorm into the products?": "finalised",
         "which GEMM for qkv?": "linear_hopper; cuBLASLt or CUTLASS epilogues to be tried",
         "which GEMM for proj?": "num_warps=8; cuBLASLt or CUTLASS epilogues to be tried",
         "which GEMM for fc1?": "linear_hopper; cuBLASLt or CUTLASS epilogues to be tried",
@@ -217,6 +223,7 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
         "which attention for 197 tokens of 64?": "resident",
         "which attention for 256 tokens of 72?": "resident",
         "PDL?": "on",
+        "order of tiles?": "alternate",
         "4 or 7 stages at batch 1?": "7",
         "does torch.compile fuse GELU, and which SDPA does it run?": (
             "GELU is a kernel of its own; pytorch_flash::flash_fwd_kernel"
@@ -226,7 +233,7 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
         "how right is `vit-fast profile --predict`?": "+2.0 %",
     }
     assert "Decisions" in capsys.readouterr().out
-    assert (tmp_path / "first_look.log").read_text().count("== ") == 16
+    assert (tmp_path / "first_look.log").read_text().count("== ") == 17
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first_look.json", "first_look.log", "tuned.json"]
 
 
@@ -240,9 +247,11 @@ def test_candidates_can_be_installed_and_are_used(look, tools, tmp_path, monkeyp
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "kernels")
     done = look.install(tmp_path)
     assert done == tmp_path / "kernels" / "h200.json" and json.loads(done.read_text()) == found
+    assert found["stack"] == [{"width": 768, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}]
     table = tuned.read(done, "NVIDIA H200", "3.7.1")
     monkeypatch.setitem(tuned._tables, 90, table)
     few = configs.pick_linear_config(197, 768, False, torch.bfloat16, torch.bfloat16, False, False, 90)
+    assert configs.pick_stack_config(50432, 768, 90) == configs.StackConfig("finalised")
     assert few == configs.LinearConfig(64, 64, 64, 8, 4, 7, True)
     (tmp_path / "tuned.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be installed"):
@@ -255,9 +264,9 @@ def test_time_runs_out(look, tools, tmp_path):
     assert [name for name, _ in runner.ran] == ["ceilings", "fold", "hopper"] and runner.ran[-1][1] <= 60
     content = json.loads((tmp_path / "first_look.json").read_text())
     verdicts = [stage["verdict"] for stage in content["stages"]]
-    assert verdicts == ["passed"] * 3 + ["no time left"] * 13
-    assert _answers(content)["PDL?"] == "not measured"
-    assert _answers(content)["fold LayerNorm into the products?"].startswith("not as it is")
+    assert verdicts == ["passed"] * 3 + ["no time left"] * 14
+    assert _answers(content)["PDL?"] == _answers(content)["order of tiles?"] == "not measured"
+    assert _answers(content)["fold LayerNorm into the products?"] == "no"
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(look, tools, tmp_path):
@@ -266,7 +275,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(look, tools, tmp_path):
     del figures["graph"]
     runner = tools(Pretended(figures, {"hopper": "out of time", "graph": "failed (-9)", "replays": "failed (1)"}))
     assert look.first_look(tmp_path, 8.0, dict(H200), runner=runner) == 1
-    assert len(runner.ran) == 16
+    assert len(runner.ran) == 17
     content = json.loads((tmp_path / "first_look.json").read_text())
     first = content["decisions"][0]
     assert first["answer"] == "yes"
@@ -306,7 +315,7 @@ def test_tools_that_are_missing(look, tools, tmp_path, monkeypatch):
     stages = json.loads((tmp_path / "first_look.json").read_text())["stages"]
     verdicts = {stage["stage"]: stage["verdict"] for stage in stages}
     assert verdicts["ncu"] == "not run: ncu is not installed"
-    assert verdicts["sanitizer"] == "not run: compute-sanitizer is not installed" and len(runner.ran) == 14
+    assert verdicts["sanitizer"] == "not run: compute-sanitizer is not installed" and len(runner.ran) == 15
 
 
 def test_a_stage_that_is_killed_in_the_middle(look, gpu, tmp_path):

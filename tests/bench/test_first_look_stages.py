@@ -23,17 +23,26 @@ def _run(stages, name, bench):
     return stages.MEASUREMENTS[name](bench, kept.update), kept
 
 
-@pytest.mark.parametrize("name", ("epilogues", "once", "tiny", "replays", "sustained"))
+@pytest.mark.parametrize("name", ("stacks", "epilogues", "once", "tiny", "replays", "sustained"))
 def test_rehearsed_without_a_gpu(stages, name):
     passed, kept = _run(stages, name, stages.Bench(torch.device("meta"), 256))
     rows = kept.get("rows", [])
     assert passed and [row for row in rows if row.get("fault")] == []
     if name == "epilogues":
         assert {row["us"] for row in rows} == {1.0} and len(rows) == 7
+    if name == "stacks":
+        assert [(row["name"], row["us"], row["picked"]) for row in rows] == [
+            (form, 1.0, "partials") for form in ("partials", "finalised", "plain")
+        ]
     if name == "once":
         assert [row["name"] for row in rows] == ["fc1: as prepared", "proj: as prepared"]
     if name == "tiny":
-        assert [row["name"] for row in rows] == ["split-K", "split-K launched by PDL", "linear_hopper"]
+        assert [row["name"] for row in rows] == [
+            "split-K",
+            "split-K launched by PDL",
+            "linear_hopper",
+            "linear_hopper launched by PDL",
+        ]
 
 
 def test_an_error_is_recorded_and_the_next_form_is_tried(stages, monkeypatch):
@@ -63,7 +72,7 @@ def test_a_wrong_result_is_not_timed(stages):
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("name", ("epilogues", "tiny"))
+@pytest.mark.parametrize("name", ("stacks", "epilogues", "tiny"))
 def test_checks_on_small_interpreted_kernels(stages, monkeypatch, name):
     for size, value in (("TOKENS", 5), ("WIDTH", 64), ("HIDDEN", 128), ("PARTIAL_WIDTH", 32)):
         monkeypatch.setattr(stages, size, value)
@@ -71,7 +80,7 @@ def test_checks_on_small_interpreted_kernels(stages, monkeypatch, name):
     torch.manual_seed(0)
     passed, kept = _run(stages, name, stages.Bench(torch.device("cpu"), 3))
     assert passed, kept
-    assert len(kept["rows"]) == (7 if name == "epilogues" else 1)
+    assert len(kept["rows"]) == {"stacks": 3, "epilogues": 7, "tiny": 1}[name]
     if name == "epilogues":  # a fault of the kernel is found
         from vit_fast.kernels import linear
 

@@ -267,26 +267,30 @@ def test_kernels_compile_for_hopper(limits, monkeypatch):
     assert "griddepcontrol" not in plain.asm["ptx"] and early.asm["ptx"].count("griddepcontrol") == 2
 
 
-@pytest.mark.parametrize("early", (False, True))
-def test_a_stack_is_launched_as_asked_and_must_compute_the_same(limits, clock, early, monkeypatch):
-    shipped, asked, wrong = configs.use_pdl, [], 0.0
+@pytest.mark.parametrize("images", (1, 2))
+@pytest.mark.parametrize("rule,arguments", (("use_pdl", (197, 90)), ("alternate_tile_order", (197,))))
+@pytest.mark.parametrize("on", (False, True))
+def test_a_stack_is_launched_as_asked_and_must_compute_the_same(
+    limits, clock, on, rule, arguments, images, monkeypatch
+):
+    shipped, asked, wrong = getattr(configs, rule), [], 0.0
     monkeypatch.setattr(limits, "DEPTH", 2)
 
     def blocks(x, weights, heads, *words):
         assert len(folding.unflatten(folding.FoldedBlock, weights)) == limits.DEPTH
-        assert x.shape == (1, 197, 768) and heads == 12
-        asked.append(configs.use_pdl(197, 90))
+        assert x.shape == (images, 197, 768) and heads == 12
+        asked.append(getattr(configs, rule)(*arguments))
         return x + wrong * asked[-1]
 
     monkeypatch.setattr(limits.vit_fast.ops, "prepared_blocks", blocks)
     monkeypatch.setattr(limits, "captured", lambda call, repeat: lambda: call())
-    assert limits.stack(clock, "ViT-B", early)["us"] > 0
-    assert asked[:2] == [False, early] and configs.use_pdl is shipped
+    assert limits.stack(clock, "ViT-B", rule, on, images=images)["us"] > 0
+    assert asked[:2] == [False, on] and getattr(configs, rule) is shipped
     wrong = 1.0
-    if early:
-        with pytest.raises(AssertionError, match="kernels that are launched early compute something else"):
-            limits.stack(clock, "ViT-B", early)
-        assert configs.use_pdl is shipped
+    if on:
+        with pytest.raises(AssertionError, match=f"kernels compute something else with {rule}"):
+            limits.stack(clock, "ViT-B", rule, on, images=images)
+        assert getattr(configs, rule) is shipped
 
 
 def test_the_command_on_a_cpu(tmp_path):

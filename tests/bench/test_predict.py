@@ -33,14 +33,17 @@ def predicted(name=VIT_B, provider="prepared", batch=256, gpu="h200", precision=
 
 
 def test_the_model_keeps_to_the_launches_that_it_was_fitted_to():
-    """ViT-B/16, batch 256, on an H200, as read from its machine code: microseconds a launch, and their sum a layer."""
-    _, rows = predicted()
+    """ViT-B/16, batch 256, on an H200, as read from its machine code: microseconds a launch, and their sum a layer. In
+    float16, which has the gelu of those launches; that of bfloat16 is shorter."""
+    _, rows = predicted(precision="float16")
     wanted = {"attn.qkv": 284, "attn.proj": 108, "mlp.fc1": 430, "mlp.fc2": 335}
     found = {part: rows["linear", f"blocks.*.{part}"]["us_per_call"] for part in wanted}
     assert found == {part: pytest.approx(us, rel=0.03) for part, us in wanted.items()}
     assert sum(found.values()) == pytest.approx(1158, rel=0.02)
     assert 85 <= rows["attention", "blocks.*"]["us_per_call"] <= 95
-    _, rows = predicted(provider="vit_fast")
+    _, short = predicted()
+    assert short["linear", "blocks.*.mlp.fc1"]["us_per_call"] < found["mlp.fc1"]
+    _, rows = predicted(provider="vit_fast", precision="float16")
     assert sum(rows["linear", f"blocks.*.{part}"]["us_per_call"] for part in BLOCK) == pytest.approx(1074, rel=0.05)
     assert sum(rows["layer_norm", f"blocks.*.norm{i}"]["us_per_call"] for i in (1, 2)) == pytest.approx(76, rel=0.05)
 

@@ -1147,7 +1147,7 @@ def test_coverage_of_a_model_and_of_a_library(capsys, monkeypatch):
     assert out == "VisionTransformer: 100.0% of the FLOPs of blocks and patch embedding run fused, 6 of 6 blocks\n"
     assert run("coverage", "mixer_s32_224") == 0
     assert "timm.models.mlp_mixer.MixerBlock is not a class that vit_fast fuses" in capsys.readouterr().out
-    few = [one for one in library_coverage.timm_architectures() if one.name in ("test_vit", "vit_base_r26_s32_224")]
+    few = [one for one in library_coverage.LIBRARIES["timm"]() if one.name in ("test_vit", "vit_base_r26_s32_224")]
     monkeypatch.setitem(library_coverage.LIBRARIES, "timm", lambda: iter(few))
     printed = {}
     for form in ("table", "csv", "json", "md"):

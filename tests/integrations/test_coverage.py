@@ -17,13 +17,22 @@ from vit_fast import library_coverage as table
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("VIT_FAST_DEPTH") == "full"
-COMMITTED = committed()["timm"]
+TABLES = committed()
+COMMITTED = TABLES["timm"]
+OTHERS = [(library, row.architecture) for library in ("transformers", "open_clip") for row in TABLES[library]]
 # One of each class of block, and of each patch embedding.
 FEW = (
     "test_vit", "test_vit4", "test_eva", "test_vit_relpos", "beit_base_patch16_224", "vit_base_patch16_rpn_224",
     "samvit_base_patch16_224", "vitamin_small_224", "naflexvit_base_patch16_gap", "vit_pwee_patch16_reg1_gap_256",
     "vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "vit_dwee_patch16_reg1_gap_256", "aimv2_large_patch14_224",
     "vit_base_r26_s32_224", "cait_xxs24_224",
+)  # fmt: skip
+
+
+# The smallest of open_clip, and one of each form of transformers' layers.
+FEW_OTHERS = (
+    "ViT-S-32-alt", "MobileCLIP2-B", "ViTMAE with its decoder", "Beit", "Dinov2", "DINOv3", "CLIP", "Siglip2", "Aimv2",
+    "Pixtral", "Qwen2-VL", "SAM",
 )  # fmt: skip
 
 
@@ -97,20 +106,40 @@ def test_bad_models():
         vit_fast.coverage(timm_vit().blocks)
 
 
-def test_the_committed_table_has_the_architectures_of_timm():
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert f"timm {pinned['timm']}" in (ROOT / "docs/coverage.md").read_text(encoding="utf-8")
-    known = [(one.name, one.family, len(one.tags)) for one in table.timm_architectures()]
-    committed = [(row.architecture, row.family, row.tags) for row in COMMITTED]
-    if timm.__version__ == pinned["timm"]:
-        assert committed == known
-    else:  # the family has not shrunk
-        assert len({name for name, *_ in known} & {name for name, *_ in committed}) > 300
+@pytest.mark.parametrize("library", TABLES)
+def test_the_committed_table_has_the_architectures_of_its_library(library, peer):
+    module = peer(library)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name.removesuffix("_torch"): version for name, _, version in (line.partition("==") for line in lines)}
+    assert f" {pinned[library]}: " in (ROOT / "docs/coverage.md").read_text(encoding="utf-8")
+    known = [(one.name, one.family, len(one.tags)) for one in table.LIBRARIES[library]()]
+    rows = [(row.architecture, row.family, row.tags) for row in TABLES[library]]
+    if module.__version__ == pinned[library]:
+        assert rows == known
+    else:  # no family has shrunk
+        assert len({name for name, *_ in known} & {name for name, *_ in rows}) > 0.9 * len(rows)
+
+
+def test_every_family_of_transformers_has_a_model_in_the_table():
+    from vit_fast.integrations.transformers.families import FAMILIES
+
+    folders = {file.partition(".")[0] for file in FAMILIES}
+    assert {row.family for row in TABLES["transformers"]} == folders
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [one for one in OTHERS if (FULL and one[0] == "transformers") or one[1] in FEW_OTHERS]
+)
+def test_the_committed_rows_of_other_libraries_are_true(library, name, peer):
+    peer(library)
+    (built,) = (one for one in table.LIBRARIES[library]() if one.name == name)
+    (row,) = (row for row in TABLES[library] if row.architecture == name)
+    assert table.architecture_row(built) == row
 
 
 @pytest.mark.parametrize("name", [row.architecture for row in COMMITTED if FULL or row.architecture in FEW])
 def test_the_committed_rows_are_true(name):
-    (built,) = (one for one in table.timm_architectures() if one.name == name)
+    (built,) = (one for one in table.LIBRARIES["timm"]() if one.name == name)
     (row,) = (row for row in COMMITTED if row.architecture == name)
     assert table.architecture_row(built, created_tags=row.created_tags) == row
 
@@ -124,6 +153,8 @@ def test_the_target_is_met():
     """At least 95 % of the pretrained tags of each library run fully fused."""
     *_, (_, architectures, fused, tags, fused_tags, _) = table.summary(COMMITTED)
     assert fused_tags >= 0.95 * tags and fused >= 0.95 * architectures
+    for library in ("transformers", "open_clip"):
+        assert all(row.fully_fused for row in TABLES[library])
     assert Counter(row.family for row in COMMITTED)["vision_transformer"] > 150
 
 

@@ -17,10 +17,12 @@ import timm.layers
 import torch
 import transformers
 from support.budget import assert_within_budget
+from support.drop_path import philox_drop_path  # noqa: F401 a fixture
 from support.library_models import (
     CASES,
     CONFIG,
     PACKED,
+    POOLED,
     PREPARABLE,
     SEPARATE,
     fused,
@@ -308,6 +310,7 @@ def check_draws(plain, x, fused=True):
     assert not torch.allclose(output(model, x), actual)
 
 
+@pytest.mark.usefixtures("philox_drop_path")
 @pytest.mark.parametrize("words", (dict(drop_path_rate=0.5), dict(proj_drop_rate=0.3), dict(attn_drop_rate=0.4)))
 def test_timm_draws_as_without(words):
     model, x = timm_vit(**words, init_values=0.5).double().train(), images(16, torch.float64)
@@ -361,14 +364,24 @@ def _certain(model):
         block.mlp.drop1.p = block.mlp.drop2.p = 1.0
 
 
-@pytest.mark.parametrize("change", (_no_scale, _unequal, _certain))
-def test_timm_drops_that_do_not_fuse_run_as_they_did(change):
+@pytest.mark.usefixtures("philox_drop_path")
+@pytest.mark.parametrize(
+    ("change", "words"), ((_no_scale, dict(drop_path_rate=0.5)), (_unequal, dict(proj_drop_rate=0.3)))
+)
+def test_timm_drops_as_their_modules_say(change, words):
+    """Without the scale of the kept samples; at two rates in an MLP."""
+    model = timm_vit(**words).double().train()
+    change(model)
+    check_draws(model, images(16, torch.float64))
+
+
+def test_timm_drops_that_do_not_fuse_run_as_they_did():
     plain, x = timm_vit(drop_path_rate=0.5, proj_drop_rate=0.3).double().train(), images(16, torch.float64)
     plain.blocks[0].drop_path1 = timm.layers.DropPath(0.2)
     plain.blocks[1].drop_path2 = nn.Identity()
     model = vit_fast.optimize(copy.deepcopy(plain))
     for one in (plain, model):
-        change(one)
+        _certain(one)
     results = []
     for one in (plain, model):
         torch.manual_seed(5)
@@ -392,20 +405,21 @@ def _certain_drops(block):
     block.mlp[2].p = block.mlp[4].p = 1.0
 
 
-@pytest.mark.parametrize("change", (_unequal_drops, _certain_drops))
-def test_torchvision_drops_that_do_not_fuse_run_as_they_did(change):
+@pytest.mark.parametrize(("change", "fuse"), ((_unequal_drops, True), (_certain_drops, False)))
+def test_torchvision_drops_as_its_modules_say(change, fuse):
     plain, x = torchvision_vit(dropout=0.3).double().train(), images(1, torch.float64)
     for block in plain.encoder.layers:
         change(block)
-    check_draws(plain, x, fused=False)
+    check_draws(plain, x, fused=fuse)
 
 
-def test_open_clip_attention_dropout_runs_as_it_did(peer):
+def test_open_clip_attention_dropout_draws_as_without(peer):
+    """For one image, as torchvision."""
     peer("open_clip")
     plain = open_clip_tower().double().train()
     for block in plain.transformer.resblocks:
         block.attn.dropout = 0.3
-    check_draws(plain, images(dtype=torch.float64), fused=False)
+    check_draws(plain, images(1, torch.float64))
 
 
 @pytest.mark.parametrize("name", ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters"))
@@ -420,8 +434,8 @@ def test_hugging_face_clip_attention_dropout_draws_as_without(name):
 
 
 @pytest.mark.parametrize("name", ("ViT", "DeiT"))
-def test_hugging_face_hidden_dropout_runs_as_it_did(name):
-    check_draws(CASES[name].build(hidden_dropout_prob=0.3).double().train(), images(16, torch.float64), fused=False)
+def test_hugging_face_hidden_dropout_draws_as_without(name):
+    check_draws(CASES[name].build(hidden_dropout_prob=0.3).double().train(), images(16, torch.float64))
 
 
 @pytest.mark.parametrize("name", ("Dinov2", "Dinov2WithRegisters"))
@@ -468,7 +482,7 @@ def test_timm_variants(variant):
     model, x = timm_vit(**VARIANTS[variant]), images()
     expected = output(model, x)
     actual, ran = operations(vit_fast.optimize(model, strict=True), x)
-    assert ran == ["patch_embed", *2 * PACKED]
+    assert ran == ["patch_embed", *2 * PACKED, *(POOLED if variant == "attention pool" else ())]
     same(actual, expected)
 
 
@@ -618,7 +632,7 @@ def test_hugging_face_text_towers_are_left_alone():
         assert classes(model.text_model) == classes(plain.text_model)
         with vit_fast.backends.recording() as choices:
             result = model(input_ids=words, pixel_values=x)
-        assert fused(choices) == 2 * SEPARATE
+        assert fused(choices) == 2 * SEPARATE + (POOLED if hasattr(model.vision_model, "head") else [])
         expected = plain(input_ids=words, pixel_values=x)
         assert torch.equal(result.text_embeds, expected.text_embeds)
         same(result.image_embeds, expected.image_embeds)

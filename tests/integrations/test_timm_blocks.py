@@ -7,8 +7,9 @@ import copy
 
 import pytest
 import torch
+from support.drop_path import philox_drop_path  # noqa: F401 a fixture
 from support.library_models import fused, moved, operations
-from support.timm_models import MODELS, OPTIONS, build
+from support.timm_models import MODELS, OPTIONS, build, naflex_input
 from timm.layers import DropPath
 from timm.models import beit, cait, vision_transformer, vision_transformer_relpos, vision_transformer_sam
 from torch import nn
@@ -108,18 +109,6 @@ def test_gradients_reach_the_tables_of_positions():
             torch.testing.assert_close(model.get_parameter(key).grad, gradient, rtol=1e-8, atol=1e-10)
 
 
-def naflex_input(batch=2, patches=12, valid=(12, 7)):
-    """Patches of images of different sizes, padded to the same number, as timm's loader gives them."""
-    coordinates = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), -1).view(1, -1, 2)
-    mask = torch.arange(patches) < torch.tensor(valid).unsqueeze(1)
-    coordinates = coordinates.expand(batch, -1, -1) * mask.unsqueeze(2)
-    return {
-        "patches": torch.randn(batch, patches, 16 * 16 * 3) * mask.unsqueeze(2),
-        "patch_coord": coordinates,
-        "patch_valid": mask,
-    }
-
-
 @pytest.mark.parametrize("name", ("NaFlexVit", "NaFlexVit with RoPE"))
 def test_naflex_masks_run_fused(name):
     plain, x = moved(build(name)), naflex_input()
@@ -141,6 +130,7 @@ def drop_cases():
             yield pytest.param(builder, {key: rate}, id=f"{name}-{key}")
 
 
+@pytest.mark.usefixtures("philox_drop_path")
 @pytest.mark.parametrize(("builder", "rates"), [*drop_cases()])
 def test_drops_are_those_of_timm(builder, rates):
     """The same seed gives what timm gives."""

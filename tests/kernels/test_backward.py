@@ -19,10 +19,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPE_IDS = ("float16", "bfloat16", "float32")
 
 
-def drawn(name, seed, dtype=torch.float64):
+SMALL = dict(width=10, features=6, hidden=12, tokens=3)
+
+
+def drawn(name, seed, dtype=torch.float64, **sizes):
     """(problem, incoming gradient), rounded to the dtype, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    problem = trained_operations.problems(generator)[name].to(dtype).to(torch.float64)
+    problem = trained_operations.problems(generator, **sizes)[name].to(dtype).to(torch.float64)
     grad = torch.randn(trained_operations.formula(problem).shape, generator=generator, dtype=torch.float64)
     return problem, grad.to(dtype).double()
 
@@ -53,7 +56,7 @@ def test_budget(name, dtype):
 def test_gradcheck(name):
     """float64, through the forward's saved statistics, z and masks."""
     generator = torch.Generator().manual_seed(5)
-    problem = trained_operations.problems(generator, width=10, features=6, hidden=12, tokens=3)[name]
+    problem = trained_operations.problems(generator, **SMALL)[name]
     if problem.operation == "patch_embed":
         problem.tensors["weight"] = problem.tensors["weight"][:6]
     given = {n: t.detach().clone().requires_grad_() for n, t in problem.tensors.items() if t is not None}
@@ -71,7 +74,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_is_needed(name):
     """Each gradient alone, and all but each, is what it is among all; the others are None."""
-    problem, grad = drawn(name, 1)
+    problem, grad = drawn(name, 1, **SMALL)
     _, saved = trained_operations.forward(problem)
     whole = trained_operations.backward(problem, saved, grad)
     for wanted in range(len(whole)):
@@ -171,20 +174,19 @@ def test_dropout_masks_are_those_of_the_reference():
     from vit_fast.kernels.column_sums import branch_gradient
     from vit_fast.kernels.gemm_train import linear_train, pre_activation_gradient
 
-    for seed in (0, 1, 2**31, 2**40 + 3, -1, -(2**63), 2**63 - 1):
-        seed = torch.tensor([seed])
-        for p in (0.1, 0.5, 0.9):
-            shape = (3, 7, 24)
-            wanted = reference.dropout_mask(seed, shape, p, torch.device("cpu"))
-            ones, eye = torch.ones(3, 7, 1), torch.ones(24, 1)
-            out, _ = linear_train(ones, eye, None, dropout_p=p, seed=seed)
-            assert torch.equal(out, wanted)
-            g, sums = branch_gradient(torch.ones(shape), torch.float32, None, p, seed, True)
-            assert torch.equal(g, wanted)
-            torch.testing.assert_close(sums, wanted.sum((0, 1)))
-            z = torch.full(shape, 2.0)
-            dz, hidden = pre_activation_gradient(ones, eye.t().contiguous(), z, "relu", dropout_p=p, seed=seed)
-            assert torch.equal(dz, wanted) and torch.equal(hidden, 2 * wanted)
+    seeds, rates = (0, 1, 2**31, 2**40 + 3, -1, -(2**63), 2**63 - 1), (0.1, 0.5, 0.9)
+    for number, seed in enumerate(seeds):
+        seed, p, shape = torch.tensor([seed]), rates[number % 3], (3, 7, 24)
+        wanted = reference.dropout_mask(seed, shape, p, torch.device("cpu"))
+        ones, eye = torch.ones(3, 7, 1), torch.ones(24, 1)
+        out, _ = linear_train(ones, eye, None, dropout_p=p, seed=seed)
+        assert torch.equal(out, wanted)
+        g, sums = branch_gradient(torch.ones(shape), torch.float32, None, p, seed, True)
+        assert torch.equal(g, wanted)
+        torch.testing.assert_close(sums, wanted.sum((0, 1)))
+        z = torch.full(shape, 2.0)
+        dz, hidden = pre_activation_gradient(ones, eye.t().contiguous(), z, "relu", dropout_p=p, seed=seed)
+        assert torch.equal(dz, wanted) and torch.equal(hidden, 2 * wanted)
 
 
 def test_the_mask_is_a_coin():

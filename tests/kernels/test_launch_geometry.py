@@ -1,20 +1,16 @@
 """Grids and index arithmetic of every kernel at sizes that nobody can allocate.
 
-The launch functions run on meta tensors, with recorders in place of the kernels. Then the device code itself runs, as
-plain Python, on stand-ins for Triton's values: integers that know their range and whether Triton keeps them in 32 or
-64 bits, pointers that add up offsets, and data that has no value. An integer that leaves its width is an error, and
-what the stores address tells which tile of the output a program writes.
+The launch functions run on meta tensors, with recorders in place of the kernels. Then the device code itself runs on
+stand-ins for Triton's values (``support.launch_geometry``): an integer that leaves its width is an error, and what the
+stores address tells which tile of the output a program writes.
 
 Shapes are random over what a ViT can have, with batches up to 2³¹. Expected grids and tiles come from the shapes alone.
 """
 
 import collections
-import contextlib
 import itertools
-import operator
 import random
 import re
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,320 +19,23 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import triton
-import triton.language as tl
-from vit_fast.kernels import attention, configs, gemm, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
+from support.launch_geometry import (
+    DTYPES,
+    GRID_LIMIT,
+    MEMORY,
+    bytes_of,
+    ceiling,
+    meta,
+    random_batch,
+    random_tokens,
+    random_width,
+    recording,
+)  # fmt: skip
+from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
-from vit_fast.kernels.attention import TensorDescriptor
 
 PROBLEMS = 2000
-GRID_LIMIT = 2**31 - 1
-INT32 = 2**31
-MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
-KERNELS = {
-    attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
-    layer_norm: ("_layer_norm_fwd_kernel", "_layer_norm_wide_fwd_kernel", "_row_partials_kernel"),
-    gemm: ("_linear_fwd_kernel",),
-    patch_embed: ("_patch_embed_fwd_kernel",),
-}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Overflow(AssertionError):
-    """An integer of the device code does not fit where Triton keeps it."""
-
-
-class Data:
-    """What comes from memory: any arithmetic, any shape, no value."""
-
-    def _self(self, *_, **__):
-        return self
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _self
-    __and__ = __rand__ = __lt__ = __gt__ = __eq__ = __getitem__ = to = reshape = permute = _self
-    __hash__ = object.__hash__
-    T = dtype = element_ty = shape = property(_self)
-
-    def split(self):
-        return self, self
-
-
-DATA = Data()
-
-
-class Mask(Data):
-    """A comparison: data, and the answer of a branch where the operands leave no doubt."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def __bool__(self):
-        assert self.answer is not None, "a branch on a tensor"
-        return self.answer
-
-
-class Int:
-    """All integers of a tensor, or one scalar: bounds, width in bits, and ``first``, the element of the first lane."""
-
-    def __init__(self, low, high, bits, first=None):
-        if not -(2 ** (bits - 1)) <= low <= high < 2 ** (bits - 1):
-            raise Overflow(f"{low} … {high} in int{bits}")
-        self.low, self.high, self.bits = low, high, bits
-        self.first = low if first is None else first
-
-    @staticmethod
-    def of(value):
-        """An argument of a launch or a constant, as Triton types them."""
-        if isinstance(value, Int):
-            return value
-        return Int(value, value, 32 if -INT32 <= value < INT32 else 64)
-
-    def _with(self, other, operator, bounds=None):
-        if isinstance(other, (Data, float)):
-            return DATA
-        if isinstance(other, Pointer):
-            return NotImplemented
-        other = Int.of(other)
-        corners = [operator(x, y) for x in (self.low, self.high) for y in (other.low, other.high)]
-        low, high = bounds(self, other) if bounds else (min(corners), max(corners))
-        return Int(low, high, max(self.bits, other.bits), operator(self.first, other.first))
-
-    def __add__(self, other):
-        return self._with(other, operator.add)
-
-    def __sub__(self, other):
-        return self._with(other, operator.sub)
-
-    def __mul__(self, other):
-        return self._with(other, operator.mul)
-
-    def __floordiv__(self, other):
-        return self._with(other, operator.floordiv)
-
-    def __mod__(self, other):
-        def bounds(a, b):
-            same = b.low == b.high and a.low // b.low == a.high // b.low
-            return (a.low % b.low, a.high % b.low) if same else (0, b.high - 1)
-
-        return self._with(other, operator.mod, bounds)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __rsub__(self, other):
-        return Int.of(other) - self
-
-    def __truediv__(self, other):
-        return DATA
-
-    __rtruediv__ = __truediv__
-
-    def __lt__(self, other):
-        other = Int.of(other)
-        return Mask(True if self.high < other.low else False if self.low >= other.high else None)
-
-    def __gt__(self, other):
-        return Int.of(other) < self
-
-    def __getitem__(self, _):
-        return self
-
-    def to(self, dtype):
-        bits = {tl.int32: 32, tl.int64: 64}.get(dtype)
-        return Int(self.low, self.high, bits, self.first) if bits else DATA
-
-    shape = property(lambda self: DATA)
-
-
-class Pointer:
-    """An argument's address plus an offset in elements; ``loads`` and ``stores`` collect the offsets of all of them."""
-
-    dtype = DATA
-
-    def __init__(self, loads=None, stores=None, offset=None):
-        self.loads, self.stores = [] if loads is None else loads, [] if stores is None else stores
-        self.offset = offset or Int(0, 0, 64)
-
-    def __add__(self, offset):
-        offset = Int.of(offset)
-        return Pointer(self.loads, self.stores, self.offset + Int(offset.low, offset.high, 64, offset.first))
-
-    __radd__ = __add__
-
-
-class Descriptor:
-    """A tensor descriptor: takes int32 coordinates, like the hardware."""
-
-    def __init__(self, descriptor):
-        self.shape, self.stores = descriptor.shape, []
-
-    def _coordinates(self, coordinates):
-        coordinates = [Int.of(c) for c in coordinates]
-        for coordinate, size in zip(coordinates, self.shape, strict=True):
-            if coordinate.bits != 32:
-                raise Overflow("a coordinate of a descriptor is int64")
-            assert 0 <= coordinate.low == coordinate.high < size
-        return [coordinate.low for coordinate in coordinates]
-
-    def load(self, coordinates):
-        self._coordinates(coordinates)
-        return DATA
-
-    def store(self, coordinates, _):
-        self.stores.append(self._coordinates(coordinates))
-
-
-def _store(pointer, _, mask=None):
-    pointer.stores.append(pointer.offset)
-
-
-def _count(pointer, _, sem):
-    """An atomic addition; every program is taken for the last one to arrive."""
-    pointer.stores.append(pointer.offset)
-    return DATA
-
-
-def _load(pointer, mask=None, other=None, cache_modifier=""):
-    pointer.loads.append(pointer.offset)
-    return DATA
-
-
-def _minimum(a, b):
-    if isinstance(a, Data):
-        return DATA
-    a, b = Int.of(a), Int.of(b)
-    return Int(min(a.low, b.low), min(a.high, b.high), max(a.bits, b.bits))
-
-
-def _arange(begin, end):
-    return Int(begin, end - 1, 32)
-
-
-def _full(shape, value, dtype):
-    return Int(value, value, {tl.int32: 32, tl.int64: 64}[dtype]) if dtype in (tl.int32, tl.int64) else DATA
-
-
-def _range(*bounds, num_stages=None):
-    """All steps of a short loop; of a long one the first, the second and the last, as wide as the widest bound."""
-    begin, end, step = bounds if len(bounds) == 3 else (0, *bounds, 1)[-3:]
-    begin, end, step = (Int.of(bound) for bound in (begin, end, step))
-    steps = range(begin.low, end.high, step.low)
-    bits = max(begin.bits, end.bits, step.bits)
-    Int(steps.stop, steps.stop + step.low, bits)  # the counter that ends the loop
-    chosen = steps if len(steps) <= 64 else (steps[0], steps[1], steps[-1])
-    return [Int(value, value, bits) for value in chosen]
-
-
-class Language(types.SimpleNamespace):
-    """Stands in for ``triton.language``; what is not told here yields data."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: DATA
-
-
-def _language(program):
-    return Language(
-        program_id=lambda axis: Int(program, program, 32),
-        cdiv=lambda x, divisor: (Int.of(x) + (divisor - 1)) // divisor,  # as triton.language.standard
-        arange=_arange, full=_full, minimum=_minimum, load=_load, store=_store, atomic_add=_count, range=_range,
-        static_range=range, int32=tl.int32, int64=tl.int64, float32=tl.float32, PropagateNan=tl.PropagateNan,
-    )  # fmt: skip
-
-
-def _plain(function, language, done):
-    """The Python function under a JITFunction, with the stand-ins as its globals."""
-    if function not in done:
-        space = dict(function.fn.__globals__, tl=language, range=_range)
-        done[function] = types.FunctionType(function.fn.__code__, space)
-        for name, value in function.fn.__globals__.items():
-            if isinstance(value, triton.JITFunction):
-                space[name] = _plain(value, language, done)
-            elif isinstance(value, types.ModuleType) and value.__name__.startswith("vit_fast.kernels."):
-                helpers = {n: v for n, v in vars(value).items() if isinstance(v, triton.JITFunction)}
-                space[name] = types.SimpleNamespace(**{n: _plain(v, language, done) for n, v in helpers.items()})
-    return done[function]
-
-
-class Launch:
-    """One recorded launch."""
-
-    def __init__(self, kernel, grid, arguments, options):
-        self.kernel, self.grid = kernel, grid
-        self.arguments = {**dict(zip(kernel.arg_names, arguments)), **options}
-
-    def __getattr__(self, name):
-        return self.arguments[name]
-
-    def run(self, program):
-        """The arguments after one program has run, as stand-ins: their ``stores`` tell what it wrote."""
-
-        def stand_in(value):
-            if isinstance(value, torch.Tensor):
-                return Pointer()
-            if isinstance(value, TensorDescriptor):
-                return Descriptor(value)
-            if hasattr(value, "_fields"):
-                return type(value)(*map(stand_in, value))
-            return Int.of(value) if type(value) is int else value
-
-        seen = {
-            name: value if name.isupper() else stand_in(value)
-            for name in self.kernel.arg_names
-            for value in (self.arguments[name],)
-        }
-        _plain(self.kernel, _language(program), {})(**seen)
-        return types.SimpleNamespace(**seen)
-
-
-class Recorder:
-    """Stands in for a kernel and launches nothing."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append(Launch(self.kernel, grid, arguments, options))
-
-
-@contextlib.contextmanager
-def recording(arch=80, multiprocessors=132):
-    """The launches made inside, in order, as if on a GPU of that architecture."""
-    launches = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module, names in KERNELS.items():
-            for name in names:
-                patch.setattr(module, name, Recorder(getattr(module, name), launches))
-        patch.setattr(configs, "arch_of", lambda device: arch)
-        patch.setattr(configs, "multiprocessors_of", lambda device: multiprocessors)
-        yield launches
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def ceiling(size, block):
-    """How many blocks cover a size, counted in a way of its own: one more for each block that begins inside it."""
-    return 0 if size == 0 else 1 + (size - 1 - (size - 1) % block) // block
-
-
-def bytes_of(*tensors):
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def random_batch():
-    """From 0 up to 2³¹, every magnitude alike, now and then an edge."""
-    edges = (0, 1, 2, 65535, 65536, 2**31 - 1, 2**31)
-    return random.choice(edges) if random.random() < 0.2 else int(2 ** random.uniform(0, 31))
-
-
-def random_tokens():
-    usual = (1, 2, 16, 17, 50, 65, 128, 196, 197, 257, 273, 577, 730, 1025, 4097)
-    return random.choice((*usual, random.randint(1, 16384)))
-
-
-def random_width():
-    return random.choice((16, 192, 384, 768, 1001, 1024, 1152, 1280, 1408, 1664, 4304, random.randint(1, 8192)))
 
 
 @dataclass
@@ -416,6 +115,30 @@ class RowPartials(LayerNorm):
         return [mean.first]
 
 
+class RowStatistics(Problem):
+    @classmethod
+    def random(cls, batch, tokens):
+        width, part, rows = random_width(), random.choice((16, 32, 128, 1024)), batch * tokens
+        values = meta(2, ceiling(width, part), rows, dtype=torch.float32)
+        out = layer_norm.row_statistics(layer_norm.RowPartials(values, part), width, 1e-5).values
+
+        def passed(launch):
+            yield (launch.rows, launch.width, launch.eps, launch.PARTIAL_WIDTH), (rows, width, 1e-5, part)
+
+        def count(launch):
+            return ceiling(rows, launch.ROWS)
+
+        def is_corner(launch, element):
+            return element < rows and element % launch.ROWS == 0
+
+        return cls(bytes_of(values, out), out, count, count, is_corner, passed)
+
+    def written(self, launch, program):
+        mean, rstd = launch.run(program).statistics_ptr.stores
+        assert rstd.first == mean.first + self.out.shape[1]
+        return [mean.first]
+
+
 class Linear(Problem):
     @classmethod
     def random(cls, batch, tokens):
@@ -457,12 +180,13 @@ class LinearWithPartials(Problem):
         dtype, in_features, out_features = random.choice(DTYPES), random_width(), random_width()
         x, weight = meta(batch, tokens, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype)
         residual = meta(batch, tokens, out_features, dtype=dtype)
-        out, partials = linear.linear_with_partials(x, weight, meta(out_features), residual)
+        order = dict(reverse_tiles=random.choice((False, True)))
+        out, partials = linear.linear_with_partials(x, weight, meta(out_features), residual, **order)
         rows = batch * tokens
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield partials.width, launch.BLOCK_N // 2
+            yield partials.width, launch.BLOCK_N
             yield partials.values.shape, (2, ceiling(out_features, partials.width), rows)
             yield launch.partials_out_ptr is partials.values, True
             if launch.SPLIT_K > 1:
@@ -481,10 +205,7 @@ class LinearWithPartials(Problem):
         return cls(memory, out, lambda launch: count(launch) * launch.SPLIT_K, count, is_corner, passed)
 
     def written(self, launch, program):
-        """Where each of the programs of a tile would finish it.
-
-        Partials are those of the left half of the tile, then those of the right one, which may lie beyond the last one.
-        """
+        """Where each of the programs of a tile would finish it."""
         seen = launch.run(program)
         if launch.SPLIT_K > 1:
             tile, size = program // launch.SPLIT_K, launch.BLOCK_M * launch.BLOCK_N
@@ -496,8 +217,7 @@ class LinearWithPartials(Problem):
         row, column = divmod(corner, self.out.shape[-1])
         _, parts, rows = launch.partials_out_ptr.shape
         stores = [store.first for store in seen.partials_out_ptr.stores]
-        left, right = (column // (launch.BLOCK_N // 2) + half for half in range(2))
-        assert stores == [(part + which * parts) * rows + row for part in (left, right) for which in range(2)]
+        assert stores == [(column // launch.BLOCK_N + which * parts) * rows + row for which in range(2)]
         return [corner]
 
 
@@ -509,14 +229,18 @@ class FoldedLinear(Problem):
         x, part = meta(batch, tokens, in_features, dtype=dtype), random.choice((16, 32, 64, 1024, 16384))
         weight = meta(out_features * (1 + (activation == "swiglu")), in_features, dtype=dtype)
         rows, parts = batch * tokens, ceiling(in_features, part)
-        values, vector = meta(2, parts, rows, dtype=torch.float32), meta(weight.shape[0], dtype=torch.float32)
-        out = linear.folded_linear(x, layer_norm.RowPartials(values, part), 1e-6, weight, vector, vector, activation)
+        vector, finalised = meta(weight.shape[0], dtype=torch.float32), random.random() < 0.3
+        values = meta(2, rows, dtype=torch.float32) if finalised else meta(2, parts, rows, dtype=torch.float32)
+        part = 0 if finalised else part
+        statistics = layer_norm.RowStatistics(values) if finalised else layer_norm.RowPartials(values, part)
+        out = linear.folded_linear(x, statistics, 1e-6, weight, vector, vector, activation)
 
         def passed(launch):
             yield (launch.rows, launch.out_features, launch.in_features), (rows, out_features, in_features)
-            yield (launch.norm.partials_ptr is values, launch.norm.column_sum_ptr is vector), (True, True)
+            yield (launch.norm.statistics_ptr is values, launch.norm.column_sum_ptr is vector), (True, True)
             yield (launch.PARTIAL_WIDTH, launch.norm.eps), (part, 1e-6)
-            yield launch.PARTIALS_PER_STEP, next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+            step = next(size for size in (1, 2, 4, 8, 16, 32) if size >= parts or size == 32)
+            yield launch.PARTIALS_PER_STEP, 1 if finalised else step
 
         def count(launch):
             return ceiling(rows, launch.BLOCK_M) * ceiling(out_features, launch.BLOCK_N)
@@ -528,17 +252,18 @@ class FoldedLinear(Problem):
         return cls(bytes_of(x, weight, values, out), out, count, count, is_corner, passed)
 
     def written(self, launch, program):
-        """Partials are read PARTIALS_PER_STEP at a time, means and M2, up to the last one."""
+        """Partials are read PARTIALS_PER_STEP at a time, means and M2, up to the last one; or mean and rstd once."""
         seen = launch.run(program)
         corner = min(store.first for store in seen.out_ptr.stores)
-        _, parts, rows = launch.norm.partials_ptr.shape
+        _, *parts, rows = launch.norm.statistics_ptr.shape
+        parts = parts[0] if parts else 1
         steps = [0, *range(launch.PARTIALS_PER_STEP, parts, launch.PARTIALS_PER_STEP)]
         steps = steps if len(steps) <= 64 else (*steps[:2], steps[-1])
         row = corner // self.out.shape[-1]
-        loads = [load.first for load in seen.norm.partials_ptr.loads]
+        loads = [load.first for load in seen.norm.statistics_ptr.loads]
         assert loads == [(step + which * parts) * rows + row for step in steps for which in range(2)]
         reach = launch.BLOCK_M + (launch.PARTIALS_PER_STEP - 1) * rows
-        assert all(load.high - load.first < reach for load in seen.norm.partials_ptr.loads)
+        assert all(load.high - load.first < reach for load in seen.norm.statistics_ptr.loads)
         return [corner]
 
 
@@ -633,7 +358,7 @@ class Attention(Problem):
         return elements
 
 
-PROBLEM_KINDS = (LayerNorm, RowPartials, Linear, LinearWithPartials, FoldedLinear, PatchEmbed, Attention)
+PROBLEM_KINDS = (LayerNorm, RowPartials, RowStatistics, Linear, LinearWithPartials, FoldedLinear, PatchEmbed, Attention)
 
 
 @pytest.mark.parametrize("kind", PROBLEM_KINDS, ids=lambda kind: kind.__name__)
@@ -646,7 +371,11 @@ def test_random_problems(kind):
                 problem = kind.random(random_batch(), random_tokens())
             except UnsupportedError as error:
                 refused = int(re.search(r"(\d+) rows", str(error))[1])
-                assert kind not in (LayerNorm, RowPartials, Attention) and refused > MAX_ROWS and not launches
+                assert (
+                    kind not in (LayerNorm, RowPartials, RowStatistics, Attention)
+                    and refused > MAX_ROWS
+                    and not launches
+                )
                 continue
         if problem.out.numel() == 0:
             assert not launches
@@ -685,6 +414,35 @@ def test_every_tile_is_written_once(kind):
             assert all(problem.is_corner(launch, corner) for corner in times)
             launched += 1
     assert launched > PROBLEMS / 80
+
+
+@pytest.mark.parametrize("arch,processors", ((80, 1), (90, 1), (90, 132)))
+def test_tiles_in_reverse_are_the_tiles(arch, processors):
+    """In reverse order the first programs write what the last ones write in the other order; split-K slots stay."""
+    x, weight, residual = meta(5, 197, 768), meta(392, 768), meta(5, 197, 392)
+    corners = {}
+    for reverse in (False, True):
+        with recording(arch, processors) as launches:
+            linear.linear_with_partials(x, weight, None, residual, reverse_tiles=reverse)
+        (launch,) = launches
+        assert launch.REVERSED is reverse
+        corners[reverse] = [min(s.first for s in launch.run(p).out_ptr.stores) for p in range(launch.grid[0])]
+        if launch.SPLIT_K > 1:
+            counted = [launch.run(p).split_k.semaphore_ptr.stores[0].first for p in range(launch.grid[0])]
+            assert counted == [p // launch.SPLIT_K for p in range(launch.grid[0])]
+    assert corners[True] == corners[False][::-1] and len(set(corners[True])) * launch.SPLIT_K == launch.grid[0]
+    assert (launch.SPLIT_K > 1) is (processors > 1)
+
+
+@pytest.mark.parametrize("rows,reverse", ((197, False), (8192, False), (8193, True), (2**20, True)))
+def test_products_that_end_a_branch_run_in_reverse(rows, reverse):
+    """proj and fc2 of a prepared stack, where activations outgrow L2."""
+    with recording(90) as launches:
+        prepared_blocks.prepared_blocks(
+            meta(rows, 1, 768), prepared_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
+        )
+    found = [launch.REVERSED for launch in launches if "REVERSED" in launch.arguments]
+    assert found == [False, reverse, False, reverse] * 2
 
 
 def test_attention_cuts_the_batch():
@@ -745,11 +503,32 @@ def test_prepared_blocks_hand_the_partials_on():
         qkv, _, proj, fc1, fc2 = launches[i : i + 5]
         for reader, eps, writer in ((qkv, 1e-6, proj), (fc1, 1e-5, fc2)):
             x, partials, width = left.pop()
-            assert reader.x_src is x and reader.norm.partials_ptr is partials
+            assert reader.x_src is x and reader.norm.statistics_ptr is partials
             assert (reader.PARTIAL_WIDTH, reader.norm.eps) == (width, eps)
             assert reader.partials_out_ptr is None and writer.norm is None and writer.residual.residual_ptr is x
-            left.append((writer.out_ptr, writer.partials_out_ptr, writer.BLOCK_N // 2))
+            left.append((writer.out_ptr, writer.partials_out_ptr, writer.BLOCK_N))
         assert fc2.x_src is fc1.out_ptr and proj.residual.residual_ptr is qkv.x_src and fc1.x_src is proj.out_ptr
+
+
+def test_prepared_blocks_hand_finalised_statistics_on(monkeypatch):
+    """Each folded LayerNorm reads the statistics of its own x, merged with its own eps by the launch in front of it."""
+    monkeypatch.setattr(configs, "pick_stack_config", lambda *args: configs.StackConfig("finalised"))
+    with recording() as launches:
+        prepared_blocks.prepared_blocks(
+            meta(2**10, 197, 768), prepared_weights(3, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-5
+        )
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    seven = ["_row_statistics_kernel", "_linear_fwd_kernel", "_attention_fwd_streaming_kernel", "_linear_fwd_kernel"]
+    assert names == ["_row_partials_kernel", *[*seven, *seven[:2], "_linear_fwd_kernel"] * 3]
+    left = [(launches[0].partials_ptr, launches[0].BLOCK)]
+    for i in range(1, len(launches), 7):
+        merge1, qkv, _, proj, merge2, fc1, fc2 = launches[i : i + 7]
+        for merge, eps, reader, writer in ((merge1, 1e-6, qkv, proj), (merge2, 1e-5, fc1, fc2)):
+            partials, width = left.pop()
+            assert merge.partials_ptr is partials
+            assert (merge.PARTIAL_WIDTH, merge.width, merge.eps) == (width, 768, eps)
+            assert reader.norm.statistics_ptr is merge.statistics_ptr and reader.PARTIAL_WIDTH == 0
+            left.append((writer.partials_out_ptr, writer.BLOCK_N))
 
 
 def fp8_weights(depth, width, hidden):
@@ -780,6 +559,9 @@ EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
     "row_partials": lambda: layer_norm.row_partials(meta(0, 197, 768)).values,
+    "row_statistics": lambda: (
+        layer_norm.row_statistics(layer_norm.RowPartials(meta(2, 6, 0, dtype=torch.float32), 128), 768, 1e-6).values
+    ),
     "linear": lambda: linear.linear(meta(0, 197, 768), meta(768, 768), None),
     "linear no tokens": lambda: linear.linear(meta(8, 0, 768), meta(768, 768), None),
     "linear_with_partials": lambda: (

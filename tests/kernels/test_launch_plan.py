@@ -19,6 +19,7 @@ from vit_fast.kernels.block_options import PLAIN, BlockOptions
 pytest.importorskip("triton", reason="Triton is not installed")
 
 WORDS = (HEADS, SCALE, "gelu", *EPS)
+CHOSEN = (True, False, "partials")  # PDL, tiles in reverse, row statistics: what capability 9.0 takes for few rows
 BF16 = torch.bfloat16
 LAYOUTS = {
     "contiguous": lambda shape: torch.randn(shape),
@@ -51,7 +52,7 @@ def test_a_plan_gives_the_bits_of_the_function(layout, options, monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 132)  # split-K, whose semaphores must be zeros
     # Two programs share a K loop from 12 steps on, that of fc2.
     weights, shape = weights_of(hidden=768), (2, 9, 48)
-    arguments = (weights, *WORDS, options)
+    arguments = (weights, *WORDS, options, False, True, "partials")
     plan = recorded(prepared_blocks._run, LAYOUTS[layout](shape).to(BF16), *arguments)
     assert any(dict(zip(kernel._kernel.arg_names, args)).get("SPLIT_K", 1) > 1 for kernel, _, args in plan._launches)
     kept = [LAYOUTS[layout](shape).to(BF16) for _ in range(3)]
@@ -66,8 +67,8 @@ def test_a_plan_in_float8():
 
     weights = quantised([block(48, 64, "gelu", BF16) for _ in range(2)], "gelu")
     x, other = torch.randn(2, 2, 5, 48).to(BF16).unbind()
-    plan = recorded(fp8_blocks._run, x, weights, *WORDS, PLAIN)
-    assert torch.equal(plan(other), fp8_blocks._run(other, weights, *WORDS, PLAIN))
+    plan = recorded(fp8_blocks._run, x, weights, *WORDS, PLAIN, False)
+    assert torch.equal(plan(other), fp8_blocks._run(other, weights, *WORDS, PLAIN, False))
 
 
 # in a process of their own
@@ -114,12 +115,35 @@ def calls(weights, x, options=PLAIN):
     return launches(lambda: prepared_blocks.prepared_blocks(x, weights, *WORDS, options))
 
 
+def child_what_configs_decide_makes_a_plan_of_its_own():
+    pretend()
+    from vit_fast.kernels import configs, launch_plan
+
+    weights, x = weights_of(64, 256, depth=1), torch.randn(2, 17, 64).to(BF16)
+    changes = (
+        {},
+        {"use_pdl": lambda rows, arch: False},
+        {"alternate_tile_order": lambda rows: True},
+        {"pick_stack_config": lambda rows, width, arch: configs.StackConfig("finalised")},
+    )
+    for plans, change in enumerate(changes, 1):
+        for name, rule in change.items():
+            setattr(configs, name, rule)
+        for _ in range(2):
+            calls(weights, x)
+            assert len(launch_plan._plans) == plans
+
+
+def test_what_configs_decide_makes_a_plan_of_its_own():
+    in_child(Path(__file__), "child_what_configs_decide_makes_a_plan_of_its_own")
+
+
 def child_a_plan_launches_the_same():
     pretend()
     from vit_fast.kernels import launch_plan, prepared_blocks
 
     weights, x = weights_of(64, 256, depth=1), torch.randn(2, 17, 64).to(BF16)
-    _, wanted = launches(lambda: prepared_blocks._run(x, weights, *WORDS, PLAIN))
+    _, wanted = launches(lambda: prepared_blocks._run(x, weights, *WORDS, PLAIN, *CHOSEN))
     _, first = calls(weights, x)
     assert len(launch_plan._plans) == 1 and fixed(first, weights) == fixed(wanted, weights)
     for _ in range(6):
@@ -206,7 +230,7 @@ def child_what_is_more_than_launches_is_not_planned():
         return prepared_blocks._run(x + 1, weights, *arguments)
 
     for _ in range(2):
-        found = launches(lambda: launch_plan.planned(copies, x, weights, *WORDS, PLAIN))[1]
+        found = launches(lambda: launch_plan.planned(copies, x, weights, *WORDS, PLAIN, *CHOSEN))[1]
         assert len(found) == 6
     assert list(launch_plan._plans.values())[-1] is None
     for _ in range(2):

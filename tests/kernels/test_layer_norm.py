@@ -108,7 +108,7 @@ def test_rows_wider_than_a_block(kernels, width, dtype):
 
 @pytest.mark.interp
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=(*DTYPE_IDS, "float64"))
-@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 50, 588), (1, 197, 768), (3, 64), (5, 1), (2, 5000), (2, 20000)))
+@pytest.mark.parametrize("shape", ((1, 1, 48), (2, 9, 588), (1, 17, 768), (3, 64), (5, 1), (2, 5000), (2, 20000)))
 def test_rms(kernels, shape, dtype):
     x, weight, bias = problem(shape, dtype, mean=0.5)
     check(kernels, x, weight, None, norm="rms")
@@ -147,6 +147,36 @@ def test_row_partials_of_any_layout(kernels, layout):
         "three strides": lambda: x.unflatten(1, (2, 3)).permute(1, 0, 2, 3),
     }[layout]()
     assert torch.equal(kernels.row_partials(x).values, kernels.row_partials(x.contiguous()).values)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
+@pytest.mark.parametrize("mean,spread", ((0.0, 1.0), (1000.0, 1.0), (1e5, 0.1)))
+@pytest.mark.parametrize("width,part", ((147, 16), (600, 600), (1040, 16), (33, 32)))
+def test_row_statistics(kernels, width, part, mean, spread, dtype):
+    """1040 columns in parts of 16 are 65: more than are merged at a time."""
+    x = (spread * torch.randn(200, width, dtype=torch.float64) + mean * torch.randn(200, 1)).to(dtype)
+    values = torch.stack(
+        [torch.stack([m.mean(1), m.var(1, correction=0) * m.shape[1]]) for m in x.double().split(part, 1)], 1
+    )
+    found = kernels.row_statistics(kernels.RowPartials(values.to(dtype).contiguous(), part), width, 1e-5).values
+    wanted = x.double().mean(1), (x.double().var(1, correction=0) + 1e-5).rsqrt()
+    epsilon, largest = torch.finfo(dtype).eps, x.double().abs().amax(1)
+    assert found.shape == (2, 200) and found.dtype == dtype
+    assert ((found[0] - wanted[0]).abs() <= 2 * epsilon * largest).all()
+    # M2 errs by that of the means of the parts, each rounded once
+    slack = 8 * epsilon + 2 * epsilon * largest * wanted[1] + (2 * epsilon * largest * wanted[1]) ** 2
+    assert ((found[1] / wanted[1] - 1).abs() <= slack).all()
+
+
+@pytest.mark.interp
+def test_row_statistics_of_constant_rows(kernels):
+    """Means of a million and a third, equal in all parts, have no spread."""
+    values = torch.zeros(2, 19, 130)
+    values[0] = 1e6 + 1 / 3 + torch.arange(130)
+    mean, rstd = kernels.row_statistics(kernels.RowPartials(values, 16), 300, 1e-4).values
+    assert torch.equal(mean, values[0, 0])
+    torch.testing.assert_close(rstd, torch.full((130,), 100.0), rtol=1e-6, atol=0)
 
 
 def test_row_partials_tell_what_they_cannot(kernels):

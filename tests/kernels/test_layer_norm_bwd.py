@@ -13,7 +13,7 @@ from vit_fast.kernels.configs import LayerNormBwdConfig, pick_layer_norm_bwd_con
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPE_IDS = ("float16", "bfloat16", "float32")
-SHORT = LayerNormBwdConfig(rows=1, block=16, num_warps=4, chunk=4)  # the kernels for wide rows
+SHORT = LayerNormBwdConfig(rows=1, block=32, num_warps=4, chunk=4)  # the kernels for wide rows
 
 
 @pytest.fixture

@@ -53,16 +53,18 @@ def product(functions, seed):
     m, n, k = draw.randint(1, 20), draw.randint(1, 20), draw.randint(1, 12)
     stages, group = draw.randint(2, 4), draw.choice((1, 2, 8))
     programs = min(draw.choice((1, 1, 2, 3)), -(-m // 4) * -(-n // 4))
-    x, weight = (numbers.integers(-3, 4, shape).astype(float) for shape in ((m, k), (n, k)))
+    with_residual, early = draw.random() < 0.5, draw.random() < 0.5
+    x, weight, residual = (numbers.integers(-3, 4, shape).astype(float) for shape in ((m, k), (n, k), (m, n)))
     out = np.full((m, n), np.nan)
     for program in range(programs):
-        gluon_model.Machine(8 * seed + program, program, programs)
-        matrices = gluon_model.Matrix(x, (4, 2)), gluon_model.Matrix(weight, (4, 2))
+        gluon_model.Machine(8 * seed + program, program, programs, early)
+        matrices = gluon_model.Matrix(x, (4, 2)), gluon_model.Matrix(weight, (4, 2), constant=True)
         functions["_linear_hopper_fwd_kernel"](
-            out, *matrices, None, None, None, None, None, m, n, k, 0.0,
-            ACTIVATION=None, ALIGN_N=16, PARTIAL_WIDTH=1, PARTIALS_PER_STEP=1, GROUP_M=group, STAGES=stages,
+            out, *matrices, gluon_model.Matrix(residual, (2, 2)) if with_residual else None,
+            None, None, None, None, m, n, k, 0.0,
+            ACTIVATION=None, ALIGN_N=16, PARTIAL_WIDTH=1, PARTIALS_PER_STEP=1, GROUP_M=group, STAGES=stages, PDL=early,
         )  # fmt: skip
-    assert np.array_equal(out, x @ weight.T)
+    assert np.array_equal(out, x @ weight.T + residual * with_residual)
 
 
 def test_the_protocol_keeps_every_schedule():
@@ -72,7 +74,12 @@ def test_the_protocol_keeps_every_schedule():
 
 
 FAULTS = (
-    ("_produce", "            mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))\n", "", "still read"),
+    (
+        "_produce",
+        "                mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))\n",
+        "",
+        "still read|too many",
+    ),
     ("_empty_parity", " ^ 1", "", "every partition waits"),
     ("_full_parity", "& 1", "& 1 ^ 1", ""),
     ("_full_parity", "// STAGES", "// (STAGES - 1)", ""),
@@ -90,9 +97,29 @@ FAULTS = (
     ("_multiply", "    mbarrier.arrive(empty.index((first + steps - 1) % STAGES), count=1)\n", "", ""),
     ("_multiply", "if step > first:", "if step > 0:", ""),
     ("_multiply", "index((step - 1) % STAGES)", "index(step % STAGES)", ""),
-    ("_produce", " + weight_desc.block_type.nbytes", "", "before it is written"),
+    ("_open", " + weight_desc.block_type.nbytes", "", "before it is written"),
     ("_produce", "            step += 1\n", "            step += k > 0\n", ""),
-    ("_produce", "[tile_n * BLOCK_N, k]", "[tile_m * BLOCK_N, k]", ""),
+    ("_open", "[left, k]", "[k, left]", ""),
+    ("_produce", "full, slot, tile_n * BLOCK_N, slot", "full, slot, tile_m * BLOCK_N, slot", ""),
+    ("_produce", "        gdc_wait()\n", "", "before the kernel before has ended"),
+    ("_consume", "        gdc_wait()\n", "        pass\n", "before the kernel before has ended"),
+    ("_produce", "step >= opened", "step > opened", ""),
+    ("_produce", "if step >= opened:", "if True:", ""),
+    ("_produce", "STAGES)\n        for slot", "STAGES + 1)\n        for slot", ""),
+    ("_produce", "tl.minimum(gl.cdiv(depth, BLOCK_K), STAGES)", "STAGES", ""),
+    (
+        "_produce",
+        "mbarrier.wait(residual_empty.index(consumer), _residual_parity(turns // 2) ^ 1)",
+        "pass",
+        "still read",
+    ),
+    ("_produce", "_residual_parity(turns // 2) ^ 1", "_residual_parity(turns // 2)", "every partition waits"),
+    ("_produce", "consumer = turns % 2", "consumer = 0", ""),
+    ("_load_residual", "4 * residual_desc", "3 * residual_desc", ""),
+    ("_load_residual", "2 * j + i)", "2 * i + j)", ""),
+    ("_consume", "mbarrier.wait(residual_full.index(CONSUMER), _residual_parity(turns))", "pass", ""),
+    ("_consume", "            mbarrier.arrive(residual_empty.index(CONSUMER), count=1)\n", "", "every partition waits"),
+    ("_consume", "_slots.index(4 * CONSUMER + 2", "_slots.index(2", ""),
     ("tile_position", "GROUP_M)\n    tile -=", "GROUP_M + 1)\n    tile -=", ""),
     ("_linear_hopper_fwd_kernel", "mbarrier.init(empty.index(i), count=1)", "empty.index(i).init(count=2)", ""),
     (
@@ -129,6 +156,27 @@ class Operand:
         return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
+here = {}  # "tile": tile row and column of the tile that an interpreted program computes
+
+
+class Residual:
+    """The residual where the kernel has slots with quarters of its tile."""
+
+    def __init__(self, pointer, rows, columns, width):
+        self.pointer, self.rows, self.columns, self.width = pointer, rows, columns, width
+
+    def index(self, number):
+        self.number = number
+        return self
+
+    def load(self, layout):
+        (tile_m, tile_n), half = here["tile"], self.width // 2
+        row = tile_m.to(tl.int64) * 128 + self.number % 2 * 64 + tl.arange(0, 64)
+        column = tile_n.to(tl.int64) * self.width + self.number // 2 % 2 * half + tl.arange(0, half)
+        mask = (row < self.rows)[:, None] & (column < self.columns)[None, :]
+        return tl.load(self.pointer + row[:, None] * self.columns + column[None, :], mask=mask, other=0.0)
+
+
 class Nobody:
     """A barrier that nobody waits at."""
 
@@ -139,7 +187,6 @@ class Nobody:
 @functools.cache
 def work_without_layouts():
     """The kernel's ``_consume`` over Triton's language; the product of a tile is read from where the operands lie."""
-    here = {}
 
     def place(*arguments):
         here["tile"] = kernels.tile_position(*arguments)
@@ -166,28 +213,30 @@ def work_without_layouts():
     )  # fmt: skip
     barriers = types.SimpleNamespace(wait=nothing, arrive=nothing)
     space = dict(vars(kernels), gl=language, mbarrier=barriers, _multiply=multiply, tile_position=place)
+    space["tl"] = types.SimpleNamespace(debug_barrier=nothing)
     for name in ("_halves", "_finish", "_consume"):
         space[name] = types.FunctionType(getattr(kernels, name).fn.__code__, space)
     return space["_consume"]
 
 
-def work(x, weight, *arguments):
-    work_without_layouts()(x, weight, None, None, Nobody(), *arguments)
+def work(x, weight, residual, *arguments):
+    work_without_layouts()(x, weight, residual, None, None, *[Nobody()] * 3, *arguments)
 
 
 @triton.jit
 def twin(
-    out_ptr, x_ptr, weight_ptr, stride_x, stride_w, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr,
-    residual_ptr, rows, out_features, in_features, eps, ACTIVATION: tl.constexpr, ALIGN_N: tl.constexpr,
+    out_ptr, x_ptr, weight_ptr, stride_x, stride_w, residual_ptr, partials_ptr, partials_out_ptr, column_sum_ptr,
+    bias_ptr, rows, out_features, in_features, eps, ACTIVATION: tl.constexpr, ALIGN_N: tl.constexpr,
     PARTIAL_WIDTH: tl.constexpr, PARTIALS_PER_STEP: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for consumer in tl.static_range(2):
         work(
             Operand(x_ptr, stride_x, rows, in_features, (4, 128, 64)),
             Operand(weight_ptr, stride_w, out_features, in_features, (4, BLOCK_N, 64)),
-            out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual_ptr,
+            None if residual_ptr is None else Residual(residual_ptr, rows, out_features, BLOCK_N),
+            out_ptr, partials_ptr, partials_out_ptr, column_sum_ptr, bias_ptr,
             tl.cdiv(rows, 128), tl.cdiv(out_features, BLOCK_N), rows, out_features, in_features, eps,
-            consumer, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M,
+            consumer, ACTIVATION, ALIGN_N, PARTIAL_WIDTH, PARTIALS_PER_STEP, GROUP_M, False,
         )  # fmt: skip
 
 
@@ -195,10 +244,14 @@ class Launcher:
     """Launches the twin in the place of the kernel."""
 
     def __getitem__(self, grid):
-        def launch(out, x, weight, *rest, STAGES, num_warps, maxnreg, **constants):
-            assert x.block_shape == [128, 64] and weight.block_shape[1] == 64
-            strides = x.strides[0], weight.strides[0]
-            twin[grid](out, x.base, weight.base, *strides, *rest, **constants, BLOCK_N=weight.block_shape[0])
+        def launch(out, x, weight, residual, *rest, STAGES, PDL, num_warps, maxnreg, **constants):
+            assert x.block_shape == [128, 64] and weight.block_shape[1] == 64 and not PDL
+            strides, width = (x.strides[0], weight.strides[0]), weight.block_shape[0]
+            if residual is not None:
+                assert residual.block_shape == [64, width // 2] and residual.shape == list(out.flatten(0, -2).shape)
+                assert residual.strides[0] == out.shape[-1]
+                residual = residual.base
+            twin[grid](out, x.base, weight.base, *strides, residual, *rest, **constants, BLOCK_N=width)
 
         return launch
 

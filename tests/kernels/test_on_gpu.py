@@ -1,5 +1,7 @@
-"""What only a GPU can show of every operation: the same bits in a thousand runs, beside other streams and from a CUDA
-graph, tensors of more than 2³¹ elements, and the results of the interpreter.
+"""What only a GPU can show of every operation and of its gradients: the same bits in a thousand runs, beside other
+streams and from a CUDA graph, tensors of more than 2³¹ elements, and the results of the interpreter.
+
+A result of several tensors, the gradients of one call, is compared tensor by tensor.
 
 Run as a program, in the interpreter, it writes those results: TRITON_INTERPRET=1 python -P test_on_gpu.py FILE.
 """
@@ -26,8 +28,21 @@ FREE_MEMORY = 24 * 2**30
 TOO_SMALL = "the GPU has less than 24 GiB of free memory"
 
 
+def _gradients(function, skipped=()):
+    """A function of the tensors and the incoming gradient: the gradients of all tensors but those ``skipped``."""
+
+    def run(*tensors):
+        *tensors, grad = tensors
+        leaves = [t.detach().requires_grad_(i not in skipped) for i, t in enumerate(tensors)]
+        with torch.enable_grad():
+            return torch.autograd.grad(function(*leaves), [leaf for leaf in leaves if leaf.requires_grad], grad)
+
+    return run
+
+
 def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
-    """name → (function, tensors); the numbers do not depend on the device."""
+    """name → (function, tensors); the numbers do not depend on the device. Gradients: the last tensor is the incoming
+    one. Those of pixels are left out: they are cuDNN's, which may sum in any order."""
     generator = torch.Generator().manual_seed(0)
     tokens = (side // patch) ** 2 + 1
 
@@ -44,6 +59,9 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
     mlp = (*linear(hidden, width), *linear(width, hidden))
     images = t(batch, 3, side, side)
     patches = (t(width, 3, patch, patch, scale=0.05), t(width), t(1, tokens - 1, width), t(1, 1, width))
+    grad, wide_grad = t(batch, tokens, width), t(batch, tokens, hidden)
+    seed, branch = torch.tensor([11], device=device), torch.linspace(0.5, 1.5, batch).to(device, dtype)
+    drop = dict(dropout_p=0.1, seed=seed)
     found = {
         "layer_norm": (lambda x, w, b: ops.layer_norm(x, w, b, 1e-6), (x, *norm())),
         "layer_norm_linear": (
@@ -57,8 +75,29 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
         ),
         "attention": (lambda qkv: ops.attention(qkv, heads, scale), (t(batch, tokens, 3 * width),)),
         "attention gradient": (
-            lambda qkv, grad: _attention_gradient(qkv, grad, heads, scale),
+            _gradients(lambda qkv: ops.attention(qkv, heads, scale)),
             (t(batch, tokens, 3 * width), t(batch, tokens, width)),
+        ),
+        "layer_norm gradient": (_gradients(lambda x, w, b: ops.layer_norm(x, w, b, 1e-6)), (x, *norm(), grad)),
+        "layer_norm_linear gradient": (
+            _gradients(lambda x, g, h, w, b: ops.layer_norm_linear(x, g, h, 1e-6, w, b, "gelu")),
+            (x, *norm(), *linear(hidden, width), wide_grad),
+        ),
+        "linear_residual gradient": (
+            _gradients(
+                lambda x, w, b, g, r, s: ops.linear_residual(x, w, b, g, r, row_scale=s, **drop), skipped=(4, 5)
+            ),
+            (x, *linear(width, width), 1 + t(width, scale=0.1), t(batch, tokens, width), branch, grad),
+        ),
+        "layernorm_mlp gradient": (
+            _gradients(
+                lambda x, g, h, w1, b1, w2, b2, s: ops.layernorm_mlp(x, g, h, 1e-6, w1, b1, w2, b2, "gelu", s, **drop)
+            ),
+            (x, *norm(), *mlp, 1 + t(width, scale=0.1), grad),
+        ),
+        "patch_embed gradient": (
+            _gradients(lambda images, *rest: ops.patch_embed(images, *rest, patch), skipped=(0,)),
+            (images, *patches, grad),
         ),
         "attention pooled": (
             lambda q, k, v: ops.attention(q, heads, scale, k=k, v=v),
@@ -84,32 +123,32 @@ def _tensors(dtype, device, batch, side, patch, width, heads, hidden):
 
 NAMES = list(_tensors(torch.bfloat16, "cpu", **SMALL))
 STACKS = ("prepared_blocks", "fp8_blocks")
+# Gradients behind a product of PyTorch's, which may be another kernel for another batch.
+BY_CUBLAS = tuple(
+    f"{name} gradient" for name in ("layer_norm_linear", "linear_residual", "layernorm_mlp", "patch_embed")
+)
 CASES = [(name, dtype) for dtype in DTYPES for name in NAMES if name not in STACKS or dtype != "float32"]
 each = pytest.mark.parametrize("name,dtype", CASES)
 sizes = pytest.mark.parametrize("size", (BASE, FEW), ids=("batch 8", "batch 1"))
 
 
-def _attention_gradient(qkv, grad, heads, scale):
-    with torch.enable_grad():
-        qkv = qkv.detach().requires_grad_()
-        return torch.autograd.grad(ops.attention(qkv, heads, scale), qkv, grad)[0]
-
-
 def problem(name, dtype, device, size):
-    """(function, tensors) that runs the Triton kernels."""
+    """(function, tensors) that runs the Triton kernels; the function returns a tuple of tensors."""
     if name == "fp8_blocks" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip(NO_FLOAT8)
     function, tensors = _tensors(DTYPES[dtype], device, **size)[name]
 
     def call(*tensors):
         with vit_fast.backend("triton"), torch.no_grad():
-            return function(*tensors)
+            found = function(*tensors)
+        return found if isinstance(found, tuple) else (found,)
 
     return call, tensors
 
 
-def bits(t):
-    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
+def bits(results):
+    """The bits of all results as one row."""
+    return torch.cat([t.view({2: torch.int16, 4: torch.int32}[t.element_size()]).flatten() for t in results])
 
 
 def results(device):
@@ -117,13 +156,14 @@ def results(device):
     found = {}
     for name, dtype in CASES:
         call, tensors = problem(name, dtype, device, SMALL)
-        found[name, dtype] = call(*tensors).cpu()
+        found[name, dtype] = [t.cpu() for t in call(*tensors)]
     return found
 
 
 def agree(actual, expected, name=""):
-    """Sums in another order: a number may be rounded to its neighbour, of which the next product sums many."""
-    steps = {torch.float32: 256}.get(actual.dtype, 2) * torch.finfo(actual.dtype).eps
+    """Sums in another order: a number may be rounded to its neighbour, of which the next product sums many; a gradient
+    comes behind several products."""
+    steps = {torch.float32: 256}.get(actual.dtype, 6 if "gradient" in name else 2) * torch.finfo(actual.dtype).eps
     allowed = (2**-4 if name == "fp8_blocks" else steps) * expected.abs().max()
     assert actual.shape == expected.shape and actual.isfinite().all()
     assert (actual.double() - expected.double()).abs().max() <= allowed
@@ -131,18 +171,19 @@ def agree(actual, expected, name=""):
 
 @pytest.mark.interp
 def test_the_interpreters_results_are_those_of_torch():
-    for (name, dtype), actual in results("cpu").items():
+    for (name, dtype), found in results("cpu").items():
         function, tensors = _tensors(DTYPES[dtype], "cpu", **SMALL)[name]
         with vit_fast.backend("torch"):
-            expected = function(*tensors)
-        assert actual.dtype == expected.dtype and expected.std() > 0.05
-        agree(actual / 4, expected / 4, name)
+            wanted = function(*tensors)
+        for actual, expected in zip(found, wanted if isinstance(wanted, tuple) else [wanted], strict=True):
+            assert actual.dtype == expected.dtype and expected.std() > 0.05
+            agree(actual / 4, expected / 4, name)
 
 
 def test_the_interpreters_side_is_written(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     written = interpreted(tmp_path)
-    assert list(written) == CASES and all(result.isfinite().all() for result in written.values())
+    assert list(written) == CASES and all(t.isfinite().all() for found in written.values() for t in found)
 
 
 def interpreted(folder):
@@ -162,8 +203,9 @@ def interpreted(folder):
 @pytest.mark.gpu
 def test_gpu_agrees_with_the_interpreter(tmp_path):
     expected = interpreted(tmp_path)
-    for case, actual in results("cuda").items():
-        agree(actual, expected[case], case[0])
+    for case, found in results("cuda").items():
+        for actual, wanted in zip(found, expected[case], strict=True):
+            agree(actual, wanted, case[0])
 
 
 @pytest.mark.gpu
@@ -213,20 +255,22 @@ def test_gpu_graphs_replay_the_same_bits(name, dtype, size):
         output = call(*tensors)
     for factor in (1.0, -0.5):
         tensors[0].mul_(factor)
-        output.fill_(float("nan"))
+        for t in output:
+            t.fill_(float("nan"))
         for _ in range(3):
             graph.replay()
         assert torch.equal(bits(output), bits(call(*tensors)))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name,dtype", [case for case in CASES if case[0] not in STACKS])
+@pytest.mark.parametrize("name,dtype", [case for case in CASES if case[0] not in (*STACKS, *BY_CUBLAS)])
 def test_gpu_the_bits_of_an_image_do_not_depend_on_its_batch_mates(name, dtype):
+    """Of the first result: the output, or the gradient of the first tensor."""
     call, tensors = problem(name, dtype, "cuda", BASE | dict(batch=64))
-    whole = call(*tensors)
+    whole, *_ = call(*tensors)
     for count in (1, 7):
         part = [t[:count] if t.shape[0] == 64 else t for t in tensors]
-        assert torch.equal(bits(call(*part)), bits(whole[:count]))
+        assert torch.equal(bits(call(*part)[:1]), bits([whole[:count]]))
 
 
 def _needs_memory():
@@ -276,6 +320,45 @@ def test_gpu_patch_embed_beyond_2_to_the_31():
     images = torch.randn(LARGE // (3 * 224 * 224) + 1, 3, 224, 224, dtype=torch.float16, device="cuda")
     with vit_fast.backend("triton"):
         _same_ends(ops.patch_embed(images, *rest, 16), lambda images: ops.patch_embed(images, *rest, 16), images)
+
+
+@pytest.mark.gpu
+def test_gpu_gradients_of_rows_beyond_2_to_the_31():
+    """Of LayerNorm, a linear layer and an MLP whose pre-activation is as long."""
+    _needs_memory()
+    weight = torch.randn(64, 64, dtype=torch.float16, device="cuda") / 8
+    w1 = torch.randn(256, 64, dtype=torch.float16, device="cuda") / 8
+    w2 = torch.randn(64, 256, dtype=torch.float16, device="cuda") / 16
+    cases = (
+        (1024, lambda x: ops.layer_norm(x, None, None)),
+        (64, lambda x: ops.linear_residual(x, weight, None, None, x.detach())),
+        (256, lambda x: ops.layernorm_mlp(x, None, None, 1e-6, w1, None, w2, None, "gelu", None)),
+    )
+    for wide, function in cases:
+        width = 1024 if wide == 1024 else 64
+        x, grad = torch.randn(2, LARGE // wide, width, dtype=torch.float16, device="cuda")
+        run = _gradients(function)
+        with vit_fast.backend("triton"):
+            (actual,) = run(x, grad)
+            assert len(actual) * wide > 2**31
+            for part in (slice(None, 2), slice(-2, None)):
+                agree(actual[part], run(x[part].clone(), grad[part].clone())[0], "gradient")
+        del x, grad, actual
+
+
+@pytest.mark.gpu
+def test_gpu_gradients_of_patch_embed_beyond_2_to_the_31():
+    """Sums over images, of which the last two alone have a gradient."""
+    _needs_memory()
+    function, (_, *rest, _) = _tensors(torch.float16, "cuda", **BASE)["patch_embed gradient"]
+    images = torch.randn(LARGE // (197 * 768) + 1, 3, 224, 224, dtype=torch.float16, device="cuda")
+    grad = torch.zeros(len(images), 197, 768, dtype=torch.float16, device="cuda")
+    grad[-2:] = torch.randn(2, 197, 768, device="cuda")
+    assert grad.numel() > 2**31
+    with vit_fast.backend("triton"):
+        pairs = zip(function(images, *rest, grad), function(images[-2:], *rest, grad[-2:]), strict=True)
+        for actual, expected in pairs:
+            agree(actual, expected, "gradient")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from support.linear import ACTIVATIONS
 from support.prepared_blocks import EPS, HEADS, SCALE, block, formula, prepared
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
-from vit_fast.kernels import folding, reference
+from vit_fast.kernels import configs, folding, reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
 import vit_fast
@@ -177,6 +177,39 @@ def test_five_launches_a_block_and_one_in_front(monkeypatch):
         ops.prepared_blocks(torch.randn(1, 17, 32).bfloat16(), weights, HEADS, SCALE, "gelu", *EPS)
     five = ["_linear_fwd_kernel", "_attention_fwd_resident_kernel", *["_linear_fwd_kernel"] * 3]
     assert names == ["_row_partials_kernel", *five * 3]
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(
+    "dtype", (torch.float16, torch.bfloat16, torch.float64), ids=("float16", "bfloat16", "float64")
+)
+def test_every_form_of_the_statistics_is_within_the_budget_of_eager(monkeypatch, dtype):
+    """On rows far from zero; partials merged by every program or once give the same bits."""
+    weights = prepared([block(48, 40, "gelu", dtype) for _ in range(2)])
+    x, words = (torch.randn(2, 9, 48) + 20 * torch.randn(2, 9, 1)).to(dtype), (HEADS, SCALE, "gelu", *EPS)
+    golden = reference.prepared_blocks(x.double(), [weight.double() for weight in weights], *words)
+    expected, outs = reference.prepared_blocks(x, weights, *words), {}
+    for form in configs.STATISTICS:
+        monkeypatch.setattr(configs, "pick_stack_config", lambda *args, form=form: configs.StackConfig(form))
+        with vit_fast.backend("triton"):
+            outs[form] = ops.prepared_blocks(x, weights, *words)
+        assert_within_budget(outs[form], expected, golden, kind="model")
+    assert torch.equal(outs["partials"], outs["finalised"])
+    assert dtype == torch.float64 or not torch.equal(outs["partials"], outs["plain"])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("form,seven", (("finalised", "_row_statistics_kernel"), ("plain", "_layer_norm_fwd_kernel")))
+def test_seven_launches_a_block_in_the_other_forms(monkeypatch, form, seven):
+    names, launch = [], sanitizer._Launch
+    monkeypatch.setattr(sanitizer, "_Launch", lambda name, *rest: names.append(name) or launch(name, *rest))
+    monkeypatch.setattr(configs, "pick_stack_config", lambda *args: configs.StackConfig(form))
+    weights = prepared([block(32, 64, "gelu", torch.bfloat16) for _ in range(2)])
+    with vit_fast.backend("triton"):
+        ops.prepared_blocks(torch.randn(1, 17, 32).bfloat16(), weights, HEADS, SCALE, "gelu", *EPS)
+    attention = [seven, "_linear_fwd_kernel", "_attention_fwd_resident_kernel", "_linear_fwd_kernel"]
+    whole = [*attention, seven, "_linear_fwd_kernel", "_linear_fwd_kernel"]
+    assert names == ["_row_partials_kernel"] * (form == "finalised") + whole * 2
 
 
 @pytest.mark.interp

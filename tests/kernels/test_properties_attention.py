@@ -32,4 +32,4 @@ def cases(draw):
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_attention(shard, count):
-    properties.explore(cases(), quick=120, full=1600, shard=shard, count=count)
+    properties.explore(cases(), quick=72, full=1600, shard=shard, count=count)

@@ -39,4 +39,4 @@ def cases(draw):
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_attention_bwd(shard, count):
-    properties.explore(cases(), quick=40, full=1200, shard=shard, count=count)
+    properties.explore(cases(), quick=20, full=1200, shard=shard, count=count)

@@ -38,4 +38,4 @@ def cases(draw):
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_attention_options(shard, count):
-    properties.explore(cases(), quick=100, full=1200, shard=shard, count=count)
+    properties.explore(cases(), quick=48, full=1200, shard=shard, count=count)

@@ -12,4 +12,4 @@ from support.prepared_blocks import cases
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_fp8_blocks(shard, count):
-    properties.explore(cases(Fp8BlocksCase, ("bfloat16", "float16")), quick=40, full=400, shard=shard, count=count)
+    properties.explore(cases(Fp8BlocksCase, ("bfloat16", "float16")), quick=24, full=400, shard=shard, count=count)

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from support import properties
 from support.attention import AttentionCase
+from support.attention_bwd import AttentionBwdCase
 from support.attention_options import AttentionOptionsCase
+from support.backward import (
+    LayerNormBwdCase,
+    LayerNormLinearBwdCase,
+    LayerNormMlpBwdCase,
+    LinearResidualBwdCase,
+    PatchEmbedBwdCase,
+)  # fmt: skip
 from support.fp8_blocks import Fp8BlocksCase
 from support.layer_norm import LayerNormCase
 from support.layernorm_mlp import LayerNormMlpCase
@@ -15,8 +23,9 @@ from support.patch_embed import PatchEmbedCase
 from support.prepared_blocks import PreparedBlocksCase
 
 CASES = (
-    AttentionCase, AttentionOptionsCase, FoldedCase, Fp8BlocksCase, LayerNormCase, LayerNormMlpCase, LinearCase,
-    PatchEmbedCase, PreparedBlocksCase,
+    AttentionBwdCase, AttentionCase, AttentionOptionsCase, FoldedCase, Fp8BlocksCase, LayerNormBwdCase, LayerNormCase,
+    LayerNormLinearBwdCase, LayerNormMlpBwdCase, LayerNormMlpCase, LinearCase, LinearResidualBwdCase,
+    PatchEmbedBwdCase, PatchEmbedCase, PreparedBlocksCase,
 )  # fmt: skip
 LINES = Path(__file__).with_name("kept_cases.txt").read_text().splitlines()
 TEXTS = [line for line in LINES if line and not line.startswith("#")]

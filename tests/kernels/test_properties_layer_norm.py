@@ -36,4 +36,4 @@ def cases(draw):
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_layer_norm(shard, count):
-    properties.explore(cases(), quick=240, full=2400, shard=shard, count=count)
+    properties.explore(cases(), quick=120, full=2400, shard=shard, count=count)

@@ -46,7 +46,7 @@ def cases(draw):
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_linear(shard, count):
-    properties.explore(cases(), quick=200, full=2000, shard=shard, count=count)
+    properties.explore(cases(), quick=120, full=2000, shard=shard, count=count)
 
 
 @st.composite

@@ -41,4 +41,4 @@ def cases(draw):
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_patch_embed(shard, count):
-    properties.explore(cases(), quick=160, full=1600, shard=shard, count=count)
+    properties.explore(cases(), quick=100, full=1600, shard=shard, count=count)

@@ -12,4 +12,4 @@ from support.prepared_blocks import cases
 @pytest.mark.interp
 @pytest.mark.parametrize("shard", properties.SHARDS)
 def test_prepared_blocks(shard, count):
-    properties.explore(cases(), quick=40, full=400, shard=shard, count=count)
+    properties.explore(cases(), quick=24, full=400, shard=shard, count=count)

@@ -1,7 +1,7 @@
 """kernels/tuned: launch configs that were found on a GPU, read from a file that may be missing, old or damaged."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 
 import pytest
 import torch
@@ -29,6 +29,8 @@ def _content(**changes):
 
 def test_fields_are_those_of_a_config():
     assert {field.name: field.type for field in fields(configs.LinearConfig)} == tuned.FIELDS
+    assert {"statistics": configs.STATISTICS} == tuned.STACK_FIELDS
+    assert [field.name for field in fields(configs.StackConfig)] == list(tuned.STACK_FIELDS)
 
 
 def test_without_a_file_the_rules_pick(h200):
@@ -52,6 +54,18 @@ def test_a_file_replaces_what_it_names(h200):
     assert configs.pick_linear_config(*CALL, 100) == configs.pick_linear_config.__wrapped__(*CALL, 100)
 
 
+def test_a_file_replaces_the_form_of_a_stack(h200):
+    file, arch_of = h200
+    (picked,) = astuple(configs.pick_stack_config.__wrapped__(50432, 768, 90))
+    other = next(form for form in configs.STATISTICS if form != picked)
+    entry = {"width": 768, "picked": {"statistics": picked}, "use": {"statistics": other}}
+    file.write_text(json.dumps(_content(stack=[entry])))
+    assert arch_of() == 90 and configs.pick_linear_config(*CALL, 90).num_warps == 8
+    assert configs.pick_stack_config(50432, 768, 90) == configs.StackConfig(other)
+    assert configs.pick_stack_config(50432, 1024, 90) == configs.StackConfig(picked)
+    assert configs.pick_stack_config(50432, 768, 100).statistics != other
+
+
 def test_a_file_for_another_triton_changes_nothing(h200):
     file, arch_of = h200
     file.write_text(json.dumps(_content(triton="3.6.0")))
@@ -69,6 +83,11 @@ def test_a_file_for_another_triton_changes_nothing(h200):
         (json.dumps(_content()).replace('"use": {"num_warps": 8}', '"use": {"odd": 8}'), "wanted some of block_m"),
         (json.dumps(_content()).replace('"use": {"num_warps": 8}', '"use": {"num_warps": 0}'), "got num_warps 0"),
         (json.dumps(_content()).replace('"use": {"num_warps": 8}', '"use": {"tma": 1}'), "got tma 1, wanted a bool"),
+        (
+            json.dumps(_content(stack=[{"width": 8, "picked": {"statistics": "odd"}, "use": {}}])),
+            "got statistics 'odd', wanted any of partials, finalised, plain",
+        ),
+        (json.dumps(_content(stack=[{"picked": {}, "use": {}}])), "no entry 'width'"),
     ),
 )
 def test_a_damaged_file_is_an_error_that_names_it(h200, text, wanted):

@@ -91,7 +91,7 @@ def test_branches_are_the_modules(norm, activation):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     # Dropout splits the MLP; the norm acts on what it has left.
     torch.manual_seed(1)
-    dropped = mlp_branch(x, params, proj_drop=0.5)
+    dropped = mlp_branch(x, params, hidden_drop=0.5, out_drop=0.5)
     torch.manual_seed(1)
     hidden = F.dropout(activate(block.fc1(block.norm2(x)), activation), 0.5)
     torch.testing.assert_close(dropped, x + F.dropout(block.fc2(block.inner_norm(hidden)), 0.5))

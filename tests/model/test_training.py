@@ -14,6 +14,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.models import SMALL, images_for
+from support.properties import LAYOUTS, laid_out
+from support.seeded import BACKENDS
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,9 +24,9 @@ from torch.utils.checkpoint import (
 )
 from vit_fast.kernels import reference
 
+import vit_fast
 from vit_fast import ops
 from vit_fast.backends import select
-from vit_fast.backends.base import Backend
 from vit_fast.backends.torch import TORCH
 from vit_fast.vit import VisionTransformer
 
@@ -32,18 +34,9 @@ LABELS = torch.tensor([1, 3])
 DROPS = dict(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.3, init_values=0.5)
 
 
-class Seeded(Backend):
-    name = "seeded"
-
-    def __init__(self):
-        super().__init__()
-        self.forward, self.inference, self.backward = TORCH.forward, TORCH.inference, TORCH.backward
-        self.dropout = frozenset(TORCH.backward)
-
-
 @pytest.fixture
 def seeded(monkeypatch):
-    monkeypatch.setattr(select, "BACKENDS", {"seeded": Seeded(), "torch": TORCH})
+    monkeypatch.setattr(select, "BACKENDS", BACKENDS)
 
 
 def model(**options):
@@ -150,6 +143,27 @@ def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
     torch.testing.assert_close(out, wanted)
     leaves = [x, *block.parameters()]
     grads = [torch.autograd.grad(y.sin().sum(), leaves) for y in (out, wanted)]
+    for actual, right in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+def test_drop_path_of_a_block_is_the_mask_of_its_seeds(monkeypatch):
+    block, seeds, draw = model(drop_path_rate=0.5).blocks[-1].double(), [], ops._seeded
+
+    def noted(x, p, seed):
+        drawn = draw(x, p, seed)
+        seeds.extend([drawn[1]] if p else [])
+        return drawn
+
+    monkeypatch.setattr(ops, "_seeded", noted)
+    x = torch.randn(16, 17, 48, dtype=torch.float64, requires_grad=True)
+    out = block(x)
+    first, second = (reference.keep_mask(seed, 16, 0.5, x.device).double()[:, None, None] * 2 for seed in seeds)
+    assert not torch.equal(first, second)
+    wanted = x + first * block.attn(block.norm1(x))
+    wanted = wanted + second * block.mlp(block.norm2(wanted))
+    torch.testing.assert_close(out, wanted)
+    grads = [torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]) for y in (out, wanted)]
     for actual, right in zip(*grads, strict=True):
         torch.testing.assert_close(actual, right)
 
@@ -304,6 +318,39 @@ def test_a_tensor_changed_in_place(place):
         (taken if place == "input" else block.mlp.fc1.weight).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+ODD_GRADIENTS = {
+    "expanded": lambda grad: grad[:1].expand_as(grad),
+    "zeros": torch.zeros_like,
+    "transposed twice": lambda grad: grad.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "one element repeated": lambda grad: grad[:1, :1, :1].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("library", ["vit_fast", "timm"])
+def test_layouts_of_the_incoming_gradient(library, seeded):
+    """A whole model takes a gradient in any layout as it takes the same values in rows."""
+    net = model(init_values=0.5).double()
+    if library == "timm":
+        weights, net = net.state_dict(), timm.models.VisionTransformer(**SMALL, init_values=0.5).double().train()
+        net.load_state_dict(weights)
+        vit_fast.optimize(net, strict=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def gradients(grad):
+        leaf = images.clone().requires_grad_()
+        leaves = [leaf, *net.blocks.parameters()]
+        return torch.autograd.grad(net.forward_features(leaf), leaves, grad)
+
+    grad = torch.randn(2, 17, 48, dtype=torch.float64)
+    views = [laid_out(grad, layout) for layout in LAYOUTS[1:]] + [odd(grad) for odd in ODD_GRADIENTS.values()]
+    assert not any(view.is_contiguous() for view in views[:5])
+    plain = gradients(grad)
+    for number, view in enumerate(views):
+        wanted = plain if number < len(LAYOUTS) - 1 else gradients(view.contiguous())
+        for actual, right in zip(gradients(view), wanted, strict=True):
+            torch.testing.assert_close(actual, right, rtol=1e-10, atol=1e-10)
 
 
 _TWO = """

@@ -7,7 +7,6 @@ Triton's interpreter under the memory sanitizer. The cheapest cases, and those t
 
 import itertools
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -28,10 +27,10 @@ import test_prepared_blocks
 import torch
 import triton
 import triton.language as tl
-from support import packed_blocks
+from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
+from support import packed_blocks, sanitizer
 from support.large_tensors import last_programs_alone, reserved
 from support.prepared_blocks import block as whole_block
-from torch._subclasses import FakeTensorMode
 from vit_fast.kernels import activations as activations_module
 from vit_fast.kernels import arguments as arguments_module
 from vit_fast.kernels import attention as attention_kernels
@@ -56,48 +55,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 
-class Recorder:
-    """Stands in for a kernel: records grid, arguments and keywords of each launch, and launches nothing."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append(SimpleNamespace(grid=grid, args=args, **options))
-
-
-@contextmanager
-def matmul_precision(word):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(word)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def device_is_made_current(kernels, kernel, call):
-    """Checks on fake CUDA tensors, with a stand-in for the kernel, that the call makes their device current. Returns
-    the only launch."""
-    made, recorder = mock.MagicMock(), Recorder()
-    with (
-        FakeTensorMode(), mock.patch.object(torch.cuda, "device", made), mock.patch.object(kernels, kernel, recorder),
-        mock.patch.multiple(configs_module, arch_of=lambda device: 80, multiprocessors_of=lambda device: 1),
-    ):  # fmt: skip
-        call()
-    assert made.call_count == 1
-    return recorder.launches[0]
-
-
 def refuses_too_many_rows(call):
     with pytest.raises(UnsupportedError, match=f"{2**31} rows, expected at most {MAX_ROWS} in one call"):
         call(2**31)
-
-
-def equal(actual, wanted):
-    assert len(actual) == len(wanted)
-    for one, other in zip(actual, wanted):
-        assert torch.equal(one, other)
 
 
 def arguments():
@@ -291,6 +251,7 @@ def layer_norm():
     module.test_nothing_to_do(kernels, (2, 0, 48))
     _layer_norm_reasons(kernels)
     _row_partials(kernels, module)
+    _row_statistics(kernels, module)
     for shape in ((3, 7, 48), (1, 2, 16385)):
         test_fp8_blocks.test_layer_norm_rounds_once(shape, BFLOAT16)
     _layer_norm_pdl(kernels)
@@ -349,6 +310,33 @@ def _row_partials(kernels, module):
     with mock.patch.object(launch_kernels, "INTERPRETED", False):
         assert len(kernels.row_partials_not_supported_reasons(wide)) == 2
         assert len(kernels.row_partials_not_supported_reasons(wide[:, 1:])) == 1
+
+
+def _row_statistics(kernels, module):
+    """Merged partials: far rows, more partials than are merged at a time, a narrower last one, constant rows."""
+    for width, part, dtype in ((1040, 16, FLOAT32), (147, 16, FLOAT64), (33, 33, FLOAT32), (600, 64, FLOAT32)):
+        for mean, spread in ((0.0, 1.0), (1e5, 0.1)):
+            module.test_row_statistics(kernels, width, part, mean, spread, dtype)
+    module.test_row_statistics_of_constant_rows(kernels)
+    recorder, values = Recorder(), torch.zeros(2, 6, 257)
+    with mock.patch.object(kernels, "_row_statistics_kernel", recorder):
+        for part, pdl in ((128, False), (20, True)):
+            found = kernels.row_statistics(kernels.RowPartials(values, part), 100, 0.5, pdl=pdl).values
+            assert found.shape == (2, 257) and found.dtype == FLOAT32
+        assert kernels.row_statistics(kernels.RowPartials(values[..., :0], 20), 100, 0.5).values.shape == (2, 0)
+    found = [
+        (n.grid, n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.PDL, n.ROWS, n.num_warps, str(n.ACC))
+        for n in recorder.launches
+    ]
+    assert found == [((3,), 128, 1, False, 128, 4, "fp32"), ((3,), 20, 8, True, 128, 4, "fp32")]
+    for parts, steps in ((1, 1), (2, 2), (3, 4), (31, 32), (33, 32)):
+        assert kernels.partials_per_step(parts * 16 - 1, 16) == steps
+    launch = device_is_made_current(
+        kernels,
+        "_row_statistics_kernel",
+        lambda: kernels.row_statistics(kernels.RowPartials(torch.empty(2, 1, 5, device="cuda"), 16), 16, 1e-6),
+    )
+    assert launch.args[0].device.type == "cuda"
 
 
 def _layer_norm_launches(kernels):
@@ -549,11 +537,19 @@ def _linear_partials(kernels, module, tiny, tma):
         for shape, tiles in (((2, 17, 40), tiny), ((1, 3, 65), tma), ((1, 3, 1), tiny)):
             module.test_partials_are_those_of_what_is_stored(kernels, shape, tiles.block_n, dtype, tiles)
     module.test_no_rows_have_no_partials(kernels)
+    x, weight, bias, residual = module.stream((3, 17, 40), FLOAT16)
+    expected = kernels.linear_with_partials(x, weight, bias, residual, config=tiny)[0]
+    out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=True, config=tiny)[0]
+    assert torch.equal(out, expected)
+    for reverse, tile in ((True, (slice(48, 51), slice(32, 40))), (False, (slice(0, 16), slice(0, 32)))):
+        with sanitizer.only_programs(lambda count: range(1)):
+            out = kernels.linear_with_partials(x, weight, bias, residual, reverse_tiles=reverse, config=tiny)[0]
+        assert torch.equal(out.flatten(0, 1)[tile], expected.flatten(0, 1)[tile])
     x, weight, bias, residual = module.stream((2, 5, 48), FLOAT16)
     recorder = Recorder()
     with mock.patch.object(gemm_kernels, "_linear_fwd_kernel", recorder):
         out, partials = kernels.linear_with_partials(x, weight, bias, residual.double(), config=tma)
-        assert (out.dtype, partials.values.dtype, partials.width) == (FLOAT64, FLOAT64, 16)
+        assert (out.dtype, partials.values.dtype, partials.width) == (FLOAT64, FLOAT64, tma.block_n)
         empty = kernels.linear_with_partials(x[:0], weight, bias, residual[:0], config=tma)[1]
         assert empty.values.shape == (2, 1, 0) and (empty.values.dtype, empty.width) == (FLOAT32, 48)
         plain = kernels.linear_residual(x, weight, bias, None, residual, config=tma)
@@ -591,8 +587,19 @@ def _folded_linear(kernels, module, tiny, tma):
         for width in (3, 7, 16, 50, 100):
             kernels.folded_linear(x, cut(x, width), 0.25, weight, bias, bias, config=tiny)
         kernels.linear(x, weight, bias, config=tiny)
+        finalised = layer_norm_kernels.row_statistics(partials, 100, 0.25)
+        kernels.folded_linear(x, finalised, 0.25, weight, bias, bias, config=tiny)
+    assert recorder.launches[-1].args[3].statistics_ptr is finalised.values
     found = [(n.PARTIAL_WIDTH, n.PARTIALS_PER_STEP, n.args[3] and n.args[3].eps) for n in recorder.launches]
-    assert found == [(3, 32, 0.25), (7, 16, 0.25), (16, 8, 0.25), (50, 2, 0.25), (100, 1, 0.25), (1, 1, None)]
+    assert found == [
+        (3, 32, 0.25),
+        (7, 16, 0.25),
+        (16, 8, 0.25),
+        (50, 2, 0.25),
+        (100, 1, 0.25),
+        (1, 1, None),
+        (0, 1, 0.25),
+    ]
     assert {launch.BLOCK_M for launch in recorder.launches} == {16}
     with np.errstate(divide="raise", invalid="raise", over="raise"):
         kernels.folded_linear(x, partials, 1e-6, weight, weight.float().sum(1), None, config=tiny)
@@ -1221,6 +1228,7 @@ def configs():
     test_fp8_blocks.test_tiles_of_float8()
     for arch, rows, early in ((89, 1, False), (90, 8192, True), (90, 8193, False), (100, 1, True)):
         assert module.use_pdl(rows, arch) is early
+    assert not module.alternate_tile_order(8192) and module.alternate_tile_order(8193)
     test_layer_norm.test_every_width_has_a_config()
     for sizes in test_linear.FEW_TILES:
         test_linear.test_few_tiles_split_their_sums(*sizes)
@@ -1260,6 +1268,7 @@ def _stack_launches(kernels, name, functions, arguments, launches):
             mock.patch.object(attention_kernels, "attention", spy_on(attention_kernels.attention)),
             mock.patch.object(layer_norm_kernels, "layer_norm", spy_on(layer_norm_kernels.layer_norm)),
             mock.patch.object(layer_norm_kernels, "row_partials", spy_on(layer_norm_kernels.row_partials)),
+            mock.patch.object(layer_norm_kernels, "row_statistics", spy_on(layer_norm_kernels.row_statistics)),
             mock.patch.multiple(configs_module, use_pdl=use_pdl, arch_of=lambda device: 80),
         ):
             getattr(kernels, name)(*arguments)
@@ -1328,9 +1337,35 @@ def prepared_blocks():
             actual, golden, rtol=1e-6 if chosen.rope else 1e-11, atol=1e-6 if chosen.rope else 1e-11
         )
     x = torch.randn(2, 5, 32).double()
+    for dtype in (BFLOAT16, FLOAT64):
+        with pytest.MonkeyPatch.context() as patch:
+            module.test_every_form_of_the_statistics_is_within_the_budget_of_eager(patch, dtype)
+    for form, kernel in (("finalised", "_row_statistics_kernel"), ("plain", "_layer_norm_fwd_kernel")):
+        with pytest.MonkeyPatch.context() as patch:
+            module.test_seven_launches_a_block_in_the_other_forms(patch, form, kernel)
+        names = ("linear_with_partials", "folded_linear") if form == "finalised" else ("linear",)
+        asked = mock.Mock(return_value=configs_module.StackConfig(form))
+        with mock.patch.object(configs_module, "pick_stack_config", asked):
+            _stack_launches(kernels, "prepared_blocks", names, (x, weights, *words), 14 + (form == "finalised"))
+        assert {call.args for call in asked.call_args_list} == {(10, 32, 80)}
     with pytest.MonkeyPatch.context() as patch:
         module.test_five_launches_a_block_and_one_in_front(patch)
     _stack_launches(kernels, "prepared_blocks", ("linear_with_partials", "folded_linear"), (x, weights, *words), 11)
+    asked = []
+
+    def spy(*arguments, reverse_tiles, **options):
+        asked.append(reverse_tiles)
+        return linear_kernels.linear_with_partials(*arguments, **options)
+
+    for chosen in (False, True):
+        with (
+            mock.patch.object(kernels, "linear_with_partials", spy),
+            mock.patch.object(
+                configs_module, "alternate_tile_order", lambda rows, chosen=chosen: chosen and rows == 10
+            ),
+        ):
+            kernels.prepared_blocks(x, weights, *words)
+    assert asked == [False] * 4 + [True] * 4
     wide = torch.zeros(2, 3, 16385, device="meta")
     block = folding.first_block(folding.FoldedBlock, weights)
     narrow = block._replace(qkv_weight=torch.zeros(48, 514, dtype=FLOAT16))

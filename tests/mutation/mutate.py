@@ -2,7 +2,8 @@
 
 Mutated are comparisons, arithmetic, conditions, numbers, truth values, dtypes, axes, masks, ``other=``, terms and
 factors, swapped strides, statements that can go, and calls with a neighbour (min and max, exp2 and exp).
-Not mutated, because no result depends on it: docstrings, messages of errors and refusals, annotations, decorators
+Not mutated, because no result depends on it: docstrings, messages of errors and refusals, annotations, assertions (which
+tell the type checker), decorators
 (``do_not_specialize``, caches), and the keywords of SPEED. A subscript's ``None`` is not mutated either: its mutants
 would only crash.
 
@@ -54,7 +55,9 @@ def _children(node):
         if field in ("annotation", "returns", "decorator_list", "bases", "exc", "ctx"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
+            if not isinstance(child, ast.AST) or isinstance(
+                child, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)
+            ):
                 continue
             if isinstance(child, ast.keyword) and child.arg in SPEED:
                 continue

@@ -3,7 +3,7 @@
     python tests/mutation/run.py [FILE ...] [--changed] [--jobs 2] [--match TEXT] [--list] [--sample N --seed S]
 
 A fork of this process for each mutant (``mutate.py``) puts the mutant in the place of the module and runs the kill
-suites of its file (``cases.py``) in Triton's interpreter. An exception, a crash or a run past the time limit kills;
+suites of its file (``cases*.py``) in Triton's interpreter. An exception, a crash or a run past the time limit kills;
 first the files as they are must pass. A survivor must stand in ``survivors.toml`` with the reason why no result can
 depend on it, and an entry there must still survive: anything else fails the run. The table goes to out/mutation.json.
 """
@@ -40,10 +40,11 @@ import mutate  # noqa: E402
 import torch  # noqa: E402
 from support import sanitizer  # noqa: E402
 
-# Files of kernels/; the function of that name in cases.py is the kill suite. Files further down may import those above.
+# Files of kernels/; the function of that name in cases*.py is the kill suite. Files further down import those above.
 SUITES = (
-    "arguments", "configs", "launch", "layer_norm", "activations", "gemm", "linear", "layernorm_mlp", "attention",
-    "attention_bwd", "patch_embed", "prepared_blocks", "fp8_blocks",
+    "arguments", "tuned", "configs", "launch", "layer_norm", "activations", "dropout", "gemm", "gemm_train", "linear",
+    "layernorm_mlp", "attention", "attention_bwd", "patch_embed", "column_sums", "layer_norm_bwd", "patch_embed_bwd",
+    "linear_bwd", "layernorm_mlp_bwd", "interception", "launch_plan", "warming", "prepared_blocks", "fp8_blocks",
 )  # fmt: skip
 SLOW = ("attention_bwd",)  # half a minute a mutant: a sample of all files leaves them out
 MEMORY_LIMIT = 80 << 30  # bytes of address space: some suites reserve 60 GB and touch a few pages of them
@@ -69,7 +70,8 @@ def run_suite(name, source=None):
     warnings.simplefilter("ignore")
     if source is not None:
         install(name, source)
-    cases = import_module("cases")  # here, because its test modules import functions from kernels/
+    file = next(file for file in sorted(HERE.glob("cases*.py")) if f"\ndef {name}():\n" in file.read_text())
+    cases = import_module(file.stem)  # here, because it imports functions from kernels/
     with sanitizer.poisoned_memory():
         torch.manual_seed(0)
         getattr(cases, name)()
@@ -77,7 +79,7 @@ def run_suite(name, source=None):
 
 def start(name, cpu_seconds, source=None):
     """Starts a child; returns (process id, pipe with the reason of its end). The limit is on CPU time, so that other
-    load on the machine cannot kill a mutant."""
+    load on the machine cannot kill a mutant; that on real time, for one that waits forever, is far above."""
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -89,13 +91,14 @@ def start(name, cpu_seconds, source=None):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        signal.alarm(60 * cpu_seconds)
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(null, stream)
         run_suite(name, source)
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)
-        place = next((f"{f.name}:{f.lineno}" for f in last if f.filename.endswith("cases.py")), "")
+        place = next((f"{f.name}:{f.lineno}" for f in last if Path(f.filename).name.startswith("cases")), "")
         os.write(write, f"{place} {type(error).__name__}: {error}"[:400].encode())
         status = 1
     os._exit(status)
@@ -110,25 +113,24 @@ def finish(pid, read):
     os.close(read)
     if os.WIFSIGNALED(status):
         number = signal.Signals(os.WTERMSIG(status))
-        return "timed out" if number in (signal.SIGXCPU, signal.SIGKILL) else "killed", number.name
+        return "timed out" if number in (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM) else "killed", number.name
     return "killed" if os.WEXITSTATUS(status) else "survived", why
 
 
 def clean_seconds(name):
     """CPU seconds of the kill suite on the unchanged file, which must pass."""
-    child = start(name, 120)
+    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
+    for module in [module for module in sys.modules if module.startswith(("cases", "test_", "stand_ins"))]:
+        del sys.modules[module]
+    gc.collect()
+    gc.freeze()  # keeps the collector from writing to pages that the forks share
+    before, child = resource.getrusage(resource.RUSAGE_CHILDREN), start(name, 120)
     while (ended := finish(*child)) is None:
         time.sleep(0.01)
     if ended[0] != "survived":
         sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
-    began = time.process_time()
-    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
-    for module in [module for module in sys.modules if module == "cases" or module.startswith("test_")]:
-        del sys.modules[module]
-    seconds = time.process_time() - began
-    gc.collect()
-    gc.freeze()  # keeps the collector from writing to pages that the forks share
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run_mutants(name, mutants, jobs):

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "vit_fast.remembered",
         "vit_fast.plain",
+        "vit_fast.key_masks",
         "vit_fast.layer_args",
         "vit_fast.block",
         "vit_fast.snapshot",
@@ -40,7 +41,7 @@ LAYERS = (
         "vit_fast.certificate",
     ),
     ("vit_fast.timm_models", "vit_fast.registry", "vit_fast.warming"),
-    ("vit_fast.diagnosis", "vit_fast.fused_share"),
+    ("vit_fast.diagnosis", "vit_fast.fused_share", "vit_fast.library_models"),
     ("vit_fast.library_coverage",),
     ("vit_fast",),
     ("vit_fast.bench",),

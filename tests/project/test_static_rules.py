@@ -193,6 +193,8 @@ class Flow:
             return Value(OTHER)
         if isinstance(node, ast.Constant):
             return Value(CONST)
+        if isinstance(node, ast.Tuple):  # of results of a function
+            return join([self.value(element, scope) for element in node.elts])
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.expr):
                 self.value(child, scope)

@@ -1,7 +1,7 @@
 """Writes docs/coverage/<library>.csv for the libraries that are named, and of all such files docs/coverage.md and the
 table of the README.
 
-    python -P tests/support/coverage_tables.py [timm ...]
+    python -P tests/support/coverage_tables.py [timm transformers open_clip]
 
 After an update of a library, or when more of it runs fused; some minutes for timm.
 """
@@ -19,8 +19,8 @@ _IN_README = re.compile(r"(<!-- made by tests/support/coverage_tables.py -->\n)(
 
 def committed():
     """{library: rows} of the files in docs/coverage."""
-    files = sorted((DOCS / "coverage").glob("*.csv"))
-    return {file.stem: table.from_csv(file.read_text(encoding="utf-8")) for file in files}
+    files = {library: DOCS / f"coverage/{library}.csv" for library in table.LIBRARIES}
+    return {library: table.from_csv(file.read_text(encoding="utf-8")) for library, file in files.items()}
 
 
 def main(libraries):

@@ -7,7 +7,9 @@ partition waits for it. The next thread, copy or product to proceed is drawn at 
 modelled: layouts, registers, the threads of a warpgroup, memory ordering.
 
 A ``Fault`` is a wait that never ends, an arrival too many, a slot that is written while it is read or before it was
-read, or read while it is written, and a result that is read before its products are done.
+read, or read while it is written, a result that is read before its products are done, and memory that is touched before
+the kernel before has ended: with PDL each partition waits for that (``gdc_wait``), and only what it does not write
+(``Matrix.constant``) may be read earlier.
 """
 
 import functools
@@ -84,8 +86,9 @@ class Matrix:
 
     dtype, layout = "elements", None
 
-    def __init__(self, values, shape):
+    def __init__(self, values, shape, constant=False):
         self.values, self.block_type = values, types.SimpleNamespace(shape=shape, nbytes=2 * shape[0] * shape[1])
+        self.constant = constant
 
     def tile(self, coordinates):
         (i, k), (height, width) = coordinates, self.block_type.shape
@@ -98,6 +101,7 @@ class _Partition(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.machine, self.call, self.pace = machine, call, machine.random.uniform(-2, 0)
         self.go, self.ready, self.done, self.products = threading.Semaphore(0), lambda: True, False, []
+        self.waited = False
 
     def run(self):
         try:
@@ -113,14 +117,15 @@ class _Partition(threading.Thread):
 
 
 class Machine:
-    """Runs one program: ``program`` of ``programs``."""
+    """Runs one program: ``program`` of ``programs``; ``early``: perhaps while the kernel before still runs."""
 
     current = None
 
-    def __init__(self, seed, program, programs):
+    def __init__(self, seed, program, programs, early=False):
         self.random, self.program, self.programs = random.Random(seed), program, programs
         self.back, self.failure, self.partitions, self.copies = threading.Semaphore(0), None, [], []
-        self.paces = [self.random.uniform(-2, 0) for _ in range(2)]
+        self.paces = [self.random.uniform(-2, 0) for _ in range(3)]
+        self.early, self.alone = early, not early
         Machine.current = self
 
     def pause(self, ready=lambda: True):
@@ -154,6 +159,7 @@ class Machine:
         choices = [(p.pace, functools.partial(self._resume, p)) for p in self.partitions if not p.done and p.ready()]
         choices += [(self.paces[0], functools.partial(self._copy, copy)) for copy in self.copies]
         choices += [(self.paces[1], functools.partial(self._multiply, p)) for p in self.partitions if p.products]
+        choices += [(self.paces[2], self._be_alone)] * (not self.alone)
         if not choices:
             raise Fault("every partition waits")
         self.random.choices([go for _, go in choices], [10**pace for pace, _ in choices])[0]()
@@ -169,6 +175,10 @@ class Machine:
         slot.copies -= 1
         barrier.take(source.block_type.nbytes)
 
+    def _be_alone(self):
+        """The kernel before ends."""
+        self.alone = True
+
     def _multiply(self, partition):
         acc, a, b = partition.products.pop(0)
         acc += a.data @ b.data.T
@@ -179,6 +189,17 @@ class Machine:
 
 def _machine():
     return Machine.current
+
+
+def gdc_wait():
+    partition = threading.current_thread()
+    _machine().pause(lambda: _machine().alone)
+    partition.waited = True
+
+
+def _touch_memory():
+    if _machine().early and not threading.current_thread().waited:
+        raise Fault("memory is touched before the kernel before has ended")
 
 
 class mbarrier:
@@ -204,6 +225,8 @@ class mbarrier:
 class tma:
     def async_copy_global_to_shared(source, coordinates, barrier, slot):
         _machine().pause()
+        if not source.constant:
+            _touch_memory()
         if slot.products or slot.copies or slot.unread:
             raise Fault("a slot is written that is still read")
         slot.copies += 1
@@ -271,8 +294,17 @@ def _halves(t, dim):
 
 
 def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, left, rows, columns, activation):
-    """An epilogue that pauses and then only stores the sums."""
+    """An epilogue that pauses and then only adds the residual and stores the sums."""
+    if residual is not None:
+        if residual.copies or residual.data is None:
+            raise Fault("a slot is read before it is written")
+        residual.products += 1  # of those that read it now
     _machine().pause()
+    _touch_memory()
+    if residual is not None:
+        residual.products -= 1
+        residual.unread = False
+        acc = acc + residual.data
     height, width = (max(0, min(size, most)) for size, most in zip(acc.shape, (rows - top, columns - left)))
     part = out[top : top + height, left : left + width]
     if not np.isnan(part).all():
@@ -283,7 +315,8 @@ def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, lef
 def functions(module, changed=("", "", "")):
     """Name → Python function of a kernel file's device functions; ``changed``: (function, text in it, replacement)."""
     space = dict(
-        vars(module), gl=gl, tl=types.SimpleNamespace(constexpr=None, minimum=min), mbarrier=mbarrier, tma=tma,
+        vars(module), gl=gl, mbarrier=mbarrier, tma=tma, gdc_wait=gdc_wait, gdc_launch_dependents=lambda: None,
+        tl=types.SimpleNamespace(constexpr=None, minimum=min, debug_barrier=lambda: None),
         fence_async_shared=lambda: None, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
     )  # fmt: skip
     name, old, new = changed

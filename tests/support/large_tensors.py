@@ -19,10 +19,17 @@ def reserved(*shape, dtype):
 
 @contextlib.contextmanager
 def last_programs_alone():
-    """Inside, ``torch.empty`` only reserves memory, and only the last program of every launch runs."""
+    """Inside, ``torch.empty`` and ``torch.empty_like`` only reserve memory, and only the last program of every launch
+    runs."""
 
     def empty(*shape, dtype, device):
         return reserved(*(shape if isinstance(shape[0], int) else shape[0]), dtype=dtype)
 
-    with mock.patch.object(torch, "empty", empty), sanitizer.only_programs(lambda count: [count - 1]):
+    def empty_like(t):
+        return reserved(*t.shape, dtype=t.dtype)
+
+    with (
+        mock.patch.multiple(torch, empty=empty, empty_like=empty_like),
+        sanitizer.only_programs(lambda count: [count - 1]),
+    ):
         yield

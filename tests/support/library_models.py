@@ -1,5 +1,6 @@
 """Small models of timm, torchvision, transformers, open_clip and torch.nn, for tests of ``vit_fast.optimize``."""
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,9 @@ CONFIG = dict(
 
 
 PACKED = ["layer_norm_linear", "attention", "linear_residual", "layernorm_mlp"]
+
+
+POOLED = ["attention", "layernorm_mlp"]
 
 
 SEPARATE = ["layer_norm", "attention", "linear_residual", "layernorm_mlp"]
@@ -114,7 +118,9 @@ CASES = {
     "Dinov2": Case(hugging_face("Dinov2"), "encoder.layer", "attention.q_proj", SEPARATE),
     "Dinov2WithRegisters": Case(hugging_face("Dinov2WithRegisters"), "encoder.layer", "mlp.fc2", SEPARATE),
     "CLIPVision": Case(hugging_face("CLIPVision"), "encoder.layers", "self_attn.v_proj", SEPARATE),
-    "SiglipVision": Case(hugging_face("SiglipVision"), "encoder.layers", "self_attn.out_proj", SEPARATE),
+    "SiglipVision": Case(
+        partial(hugging_face("SiglipVision"), vision_use_head=False), "encoder.layers", "self_attn.out_proj", SEPARATE
+    ),
 }
 
 

@@ -186,7 +186,7 @@ class LinearCase(properties.Case):
         plain = replace(self, activation=None)
         out, (values, part) = linear.linear_with_partials(x, weight, bias, residual, config=self.tiles)
         self.same_bits([out], plain.kernel(x, weight, bias, None, residual, None))
-        assert part == self.block_n // 2
+        assert part == self.block_n
         rows = out.flatten(0, 1).double()
         for actual, wanted, slack in zip(values, partials_of(rows, part), partials_order(rows, part), strict=True):
             precision = torch.finfo(actual.dtype).eps * 2.0**23
@@ -235,7 +235,7 @@ class FoldedCase(properties.Case):
     centred: bool  # whether the rows of the weight are
     eps: float
     mean: float
-    part: int  # width of the partials: half the tile of the GEMM that wrote x; 0: from row_partials
+    part: int  # width of the partials: that of the tile of the GEMM that wrote x; 0: from row_partials
     block_m: int
     block_n: int
     block_k: int
@@ -265,7 +265,7 @@ class FoldedCase(properties.Case):
 
         if not self.part:
             return layer_norm.row_partials(x, LayerNormConfig(4, self.whole, 4))
-        tiles = LinearConfig(self.block_m, 2 * self.part, 16, 2, 4, 2, self.tma)
+        tiles = LinearConfig(self.block_m, self.part, 16, 2, 4, 2, self.tma)
         nothing = torch.zeros(self.width, 1, dtype=x.dtype)
         out, partials = linear.linear_with_partials(0 * x[..., :1], nothing, None, x, config=tiles)
         assert torch.equal(out, x) and partials.width == self.part

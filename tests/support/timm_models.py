@@ -6,6 +6,7 @@
 from functools import partial
 
 import timm
+import torch
 from timm import layers
 from timm.models import beit, cait, deepseek_vit, eva, gemma4_vit, qwen3_vit, vision_transformer, vitamin
 from timm.models import vision_transformer_relpos as relpos
@@ -156,3 +157,15 @@ def build(name):
             for bound, value in ("input_min", -1.0), ("input_max", 1.0), ("output_min", -2.0), ("output_max", 2.0):
                 getattr(module, bound).fill_(value)
     return model
+
+
+def naflex_input(batch=2, patches=12, valid=(12, 7)):
+    """Patches of images of different sizes, padded to the same number, as timm's loader gives them."""
+    coordinates = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), -1).view(1, -1, 2)
+    mask = torch.arange(patches) < torch.tensor(valid).unsqueeze(1)
+    coordinates = coordinates.expand(batch, -1, -1) * mask.unsqueeze(2)
+    return {
+        "patches": torch.randn(batch, patches, 16 * 16 * 3) * mask.unsqueeze(2),
+        "patch_coord": coordinates,
+        "patch_valid": mask,
+    }

@@ -1,203 +1,45 @@
-"""Small vision models of transformers, a case for each family that ``vit_fast.optimize`` knows, with their inputs."""
+"""The small vision models of transformers, as the tests of ``vit_fast.optimize`` build and call them."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
-CONFIG = dict(
-    image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96
+from vit_fast.integrations.transformers.small_models import SMALL_MODELS
+
+# transformers computes some of these in float32 for float64 inputs too.
+_FLOAT32 = (
+    "Git", "Aimv2", "Ovis2", "Pixtral", "InternVL with RMSNorm", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL MoE",
+    "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Omni", "GLM-4V", "GLM-4V MoE",
 )  # fmt: skip
+_BLOCKS = {"ViTMAE with its decoder": 3}
+_POOLED = ("Siglip", "Siglip2")
 
 
 class Case(NamedTuple):
-    """A model as arguments of its config, the layers of it that are swapped, and how images become its inputs."""
+    """A model, how many layers of it are swapped, and how many attentions run in it."""
 
-    model: str
-    config: str
-    arguments: dict[str, Any]
-    blocks: int = 2
-    inputs: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {"pixel_values": images(dtype)}
-    float32: bool = False  # whether transformers computes some of it in float32 for float64 inputs too
+    name: str
+    blocks: int
+    attentions: int
+    inputs: Callable[[torch.dtype], dict[str, Any]]
+    float32: bool
 
     def build(self, **arguments: Any) -> torch.nn.Module:
         """A model in eval mode, every parameter moved away from its initial value."""
-        config, model = (_found(name) for name in (self.config, self.model))
-        model = model(config(**CONFIG | self.arguments | arguments))
+        model = SMALL_MODELS[self.name].build(**arguments)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05 if parameter.dim() > 1 else 0.2)
-        return model.eval()
+        return model
 
 
-def _found(name):
-    """A class of transformers: its name, or its file and name where transformers itself does not export it."""
-    file, _, name = name.rpartition(":")
-    return getattr(importlib.import_module(f"transformers.models.{file}") if file else transformers, name)
+def _case(name: str) -> Case:
+    blocks = _BLOCKS.get(name, 2)
+    return Case(name, blocks, blocks + (name in _POOLED), SMALL_MODELS[name].inputs, name in _FLOAT32)
 
 
-def images(dtype, *batch):
-    return torch.randn(*(batch or (2,)), 3, 32, 32).to(dtype)
-
-
-def _vision(name, **arguments):
-    return Case(f"{name}VisionModel", f"{name}VisionConfig", arguments)
-
-
-def _model(name, **arguments):
-    return Case(f"{name}Model", f"{name}Config", arguments)
-
-
-def _naflex(dtype):
-    mask = torch.arange(16)[None] < torch.tensor([[16], [12]])
-    return dict(
-        pixel_values=torch.randn(2, 16, 192).to(dtype),
-        pixel_attention_mask=mask.long(),
-        spatial_shapes=torch.tensor([[4, 4], [3, 4]]),
-    )
-
-
-def _mae(dtype):
-    return dict(pixel_values=images(dtype), noise=torch.rand(2, 16))
-
-
-_SPECTROGRAM = dict(frequency_stride=8, time_stride=8, max_length=32, num_mel_bins=16)
-_DECODER = dict(
-    decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64
-)  # fmt: skip
-
-CASES = {
-    "ViT": _model("ViT"),
-    "DeiT": _model("DeiT"),
-    "ViTMAE": _model("ViTMAE")._replace(inputs=_mae),
-    "ViTMAE with its decoder": Case("ViTMAEForPreTraining", "ViTMAEConfig", _DECODER, blocks=3, inputs=_mae),
-    "ViTMSN": _model("ViTMSN"),
-    "IJepa": _model("IJepa"),
-    "AST": _model("AST", **_SPECTROGRAM)._replace(
-        inputs=lambda dtype: {"input_values": torch.randn(2, 32, 16).to(dtype)}
-    ),
-    "Vivit": _model("Vivit", num_frames=4, tubelet_size=[2, 8, 8])._replace(
-        inputs=lambda dtype: {"pixel_values": images(dtype, 2, 4)}
-    ),
-    "Pixio": _model("Pixio"),
-    "Dinov2": _model("Dinov2"),
-    "Dinov2 giant": _model("Dinov2", use_swiglu_ffn=True),
-    "Dinov2WithRegisters": _model("Dinov2WithRegisters"),
-    "Tipsv2": _vision("Tipsv2"),
-    "CLIP": _vision("CLIP"),
-    "AltCLIP": _vision("AltCLIP"),
-    "CLIPSeg": _vision("CLIPSeg"),
-    "MetaClip2": _vision("MetaClip2"),
-    "ChineseCLIP": _vision("ChineseCLIP"),
-    "OwlViT": _vision("OwlViT"),
-    "Owlv2": _vision("Owlv2"),
-    "GroupViT": _vision("GroupViT", depths=[1, 1], num_group_tokens=[4, 2], num_output_groups=[4, 2]),
-    "XCLIP": _vision("XCLIP", num_frames=2)._replace(inputs=lambda dtype: {"pixel_values": images(dtype, 4)}),
-    "Blip": _vision("Blip"),
-    "Blip2": _vision("Blip2"),
-    "InstructBlip": _vision("InstructBlip"),
-    "MLCD": _vision("MLCD"),
-    "VitPose": Case("VitPoseBackbone", "VitPoseBackboneConfig", dict(image_size=[32, 32], patch_size=[8, 8])),
-    "Git": _vision("Git")._replace(float32=True),
-    "Siglip": _vision("Siglip"),
-    "Siglip2": _vision("Siglip2", num_patches=16)._replace(inputs=_naflex),
-    "VideoMAE": _model("VideoMAE", num_frames=4)._replace(inputs=lambda dtype: {"pixel_values": images(dtype, 2, 4)}),
-    "Yolos": _model("Yolos", image_size=[32, 32], num_detection_tokens=3),
-    "Beit": _model("Beit", use_relative_position_bias=True, layer_scale_init_value=0.5),
-    "Beit with a shared bias": _model("Beit", use_shared_relative_position_bias=True),
-    "Data2VecVision": _model("Data2VecVision", use_relative_position_bias=True, layer_scale_init_value=0.5),
-    "Data2VecVision with two biases": _model(
-        "Data2VecVision", use_relative_position_bias=True, use_shared_relative_position_bias=True
-    ),
-}
-
-
-def _grid(rows, columns, patch, frames=2):
-    """Tokens of two images for the towers of Qwen and its kind: flattened patches and (frames, rows, columns)."""
-
-    def inputs(dtype):
-        return dict(
-            hidden_states=torch.randn(rows * columns + frames * 4 * 4, patch).to(dtype),
-            grid_thw=torch.tensor([[1, rows, columns], [frames, 4, 4]]),
-        )
-
-    return inputs
-
-
-_QWEN = dict(depth=2, num_heads=3, patch_size=4, spatial_merge_size=2, in_channels=3, temporal_patch_size=2)
-
-CASES |= {
-    "DINOv3": _model("DINOv3ViT", num_register_tokens=2),
-    "DINOv3 gated": _model("DINOv3ViT", use_gated_mlp=True, hidden_act="silu"),
-    "Aimv2": _vision("Aimv2")._replace(float32=True),
-    "Ovis2": Case(
-        "ovis2.modeling_ovis2:Ovis2VisionModel", "ovis2.configuration_ovis2:Ovis2VisionConfig", {}, float32=True
-    ),
-    "Pixtral": _vision("Pixtral")._replace(
-        inputs=lambda dtype: dict(pixel_values=images(dtype), image_sizes=[(32, 32), (24, 16)]), float32=True
-    ),
-    "InternVL": _vision("InternVL", layer_scale_init_value=0.5),
-    "InternVL with RMSNorm": _vision("InternVL", use_qk_norm=True, norm_type="rms_norm")._replace(float32=True),
-    "Qwen2-VL": Case(
-        "qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
-        "qwen2_vl.configuration_qwen2_vl:Qwen2VLVisionConfig",
-        _QWEN | dict(embed_dim=48, hidden_size=64), inputs=_grid(4, 6, 96), float32=True,
-    ),
-    "Qwen2.5-VL": Case(
-        "qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
-        "qwen2_5_vl.configuration_qwen2_5_vl:Qwen2_5_VLVisionConfig",
-        _QWEN | dict(out_hidden_size=64, window_size=16, fullatt_block_indexes=[1]), inputs=_grid(4, 6, 96),
-        float32=True,
-    ),
-    "Qwen3-VL": Case(
-        "Qwen3VLVisionModel", "qwen3_vl.configuration_qwen3_vl:Qwen3VLVisionConfig",
-        _QWEN | dict(out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0]),
-        inputs=_grid(4, 6, 96), float32=True,
-    ),
-    "Qwen3-VL MoE": Case(
-        "Qwen3VLMoeVisionModel", "qwen3_vl_moe.configuration_qwen3_vl_moe:Qwen3VLMoeVisionConfig",
-        _QWEN | dict(out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0]),
-        inputs=_grid(4, 6, 96), float32=True,
-    ),
-    "Qwen3.5": Case(
-        "Qwen3_5VisionModel", "qwen3_5.configuration_qwen3_5:Qwen3_5VisionConfig",
-        _QWEN | dict(out_hidden_size=64, num_position_embeddings=16), inputs=_grid(4, 6, 96), float32=True,
-    ),
-    "GLM-4V": Case(
-        "Glm4vVisionModel", "Glm4vVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1),
-        float32=True,
-    ),
-    "GLM-4V MoE": Case(
-        "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", _QWEN | dict(out_hidden_size=48), inputs=_grid(4, 6, 96, 1),
-        float32=True,
-    ),
-    "Radio": _model("Radio"),
-    "Eomt": Case("EomtForUniversalSegmentation", "EomtConfig", dict(num_blocks=1, num_queries=3, num_upscale_blocks=1)),
-    "EomtDinov3": Case(
-        "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config",
-        dict(num_blocks=1, num_queries=3, num_upscale_blocks=1),
-    ),
-    "Idefics2": Case(
-        "idefics2.modeling_idefics2:Idefics2VisionTransformer", "idefics2.configuration_idefics2:Idefics2VisionConfig",
-        {},
-    ),
-    "Idefics3": Case("Idefics3VisionTransformer", "Idefics3VisionConfig", {}),
-    "SmolVLM": Case("SmolVLMVisionTransformer", "SmolVLMVisionConfig", {}),
-    "DPT": _model("DPT"),
-    "Kosmos2": Case(
-        "kosmos2.modeling_kosmos2:Kosmos2VisionModel", "kosmos2.configuration_kosmos2:Kosmos2VisionConfig", {}
-    ),
-    "SAM HQ": Case(
-        "SamHQVisionModel", "SamHQVisionConfig",
-        dict(output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=96),
-    ),
-    "SAM": Case(
-        "SamVisionModel", "SamVisionConfig",
-        dict(output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=96),
-    ),
-}  # fmt: skip
+CASES = {name: _case(name) for name in SMALL_MODELS}
 
 
 def output(model, inputs, **options):

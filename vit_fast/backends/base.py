@@ -76,6 +76,7 @@ class Backend:
         backward: the gradients; where an operation is missing, the reference's backward runs.
         dropout: the operations whose ``forward`` and ``inference`` take ``dropout_p`` and ``seed`` (and the second
             pair of ``layernorm_mlp``); the others refuse a call that drops.
+        keep_mask: draws the mask of drop path, as ``reference.keep_mask``; None leaves it to the reference.
         not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
         backward_not_supported: why the backward cannot follow a call, of the same arguments, also those of dropout;
             then the reference's runs.
@@ -93,6 +94,7 @@ class Backend:
         self.inference: Table = {}
         self.backward: Table = {}
         self.dropout: frozenset[str] = frozenset()
+        self.keep_mask: Callable[..., torch.Tensor] | None = None
         self.not_supported: Table = {}
         self.backward_not_supported: Table = {}
         self.quarantined: dict[str, str] = {}

@@ -30,6 +30,7 @@ from .triton import TRITON
 # In the order in which they are tried. A new backend is a file of its own and an entry here.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CUDA, CPU, TORCH)}
 
+KEEP_MASK = "keep_mask"  # the key of ``Backend.keep_mask`` in ``Backend.quarantined``
 Choice = tuple[str, str, tuple[str, ...]]  # operation, backend, reasons
 
 _ENVIRONMENT = os.environ.get("VIT_FAST_BACKEND", "auto")
@@ -182,6 +183,17 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
         raise UnsupportedError(f"vit_fast.{operation}: {names} cannot run this (VIT_FAST_STRICT=1): {told}")
     note(operation, "torch", reasons)
     return "torch"
+
+
+def drawing(device: torch.device) -> str:
+    """The name of the backend that draws the masks of drop path: the requested one, or the first of the order, where it
+    has that; else the reference's, whose bits are the same."""
+    word = requested()
+    for name in BACKENDS if word == "auto" else (word,):
+        backend = BACKENDS[name]
+        if not unavailable(name, device) and backend.keep_mask and KEEP_MASK not in backend.quarantined:
+            return name
+    return TORCH.name
 
 
 def _is_reference_alone(x: torch.Tensor) -> bool:

@@ -33,6 +33,7 @@ class Torch(Backend):
             "layer_norm_linear": reference.layer_norm_linear,
             "layernorm_mlp": reference.layernorm_mlp,
         }
+        self.keep_mask = reference.keep_mask
         self.backward = {
             "patch_embed": reference.patch_embed_bwd,
             "attention": reference.attention_bwd,

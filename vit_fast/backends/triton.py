@@ -58,6 +58,7 @@ class Triton(Backend):
         from vit_fast.kernels import (
             attention,
             attention_bwd,
+            dropout,
             layer_norm,
             layer_norm_bwd,
             layernorm_mlp,
@@ -92,6 +93,7 @@ class Triton(Backend):
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
         self.dropout = frozenset({"attention", "linear_residual", "layernorm_mlp"})
+        self.keep_mask = dropout.keep_mask
         self.backward = {
             "attention": attention_bwd.attention_bwd,
             "layer_norm": layer_norm_bwd.layer_norm_bwd,

@@ -40,7 +40,9 @@ START = 700  # clocks of a program before its first load has come
 # Instructions of a thread for each element of a tile.
 BASE, FOLD, RESIDUAL, STORE_STATISTICS, SPLIT = 17, 2, 3, 8, 2
 ACTIVATIONS = {"gelu": 15, "gelu_tanh": 11, "quick_gelu": 8, "silu": 8, "relu": 1}
-READ_STATISTICS = 700  # for each program
+SHORT_GELU = 9  # rounded to bfloat16 or e4m3
+READ_STATISTICS, READ_PARTIAL = 140, 35  # for each program that merges partials, and for each that it merges at once
+STATISTICS_LATENCY = 600  # clocks of mean and rstd of each row, asked from L2 behind the loop
 RESIDUAL_LATENCY = 520  # clocks of each batch of 32 elements, one after the other
 POINTER_LOAD = 8  # for each piece of 16 bytes that a thread loads through pointers
 SOFTMAX, ONLINE = 14, 3  # for each score; more where the softmax is online
@@ -118,10 +120,15 @@ def _gemm(a, dtype, gpu, rate, resources, programs, depth):
     steps, stages = -(-depth // a["BLOCK_K"]), a["num_stages"]
     shared = _tile_clocks(a, steps * a["BLOCK_K"], itemsize, gpu.flop_per_clock(rate), gpu.arch)
     each = BASE + ACTIVATIONS.get(a.get("ACTIVATION"), 0)
+    if a.get("ACTIVATION") == "gelu" and dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        each += SHORT_GELU - ACTIVATIONS["gelu"]
     fixed, latency = 0.0, float(START)
     if a.get("norm") is not None:
         each += FOLD
-        fixed += READ_STATISTICS
+        if a.get("PARTIAL_WIDTH", 1) > 0:
+            fixed += READ_STATISTICS + READ_PARTIAL * a.get("PARTIALS_PER_STEP", 16)
+        else:
+            latency += STATISTICS_LATENCY
     if a.get("GATED"):
         each += BASE // 2
     if a.get("residual") is not None:

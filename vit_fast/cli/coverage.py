@@ -10,7 +10,7 @@ from . import options
 from .errors import CommandError
 from .output import say, show_table
 
-_LIBRARIES = ("timm",)
+_LIBRARIES = {"timm": "timm", "transformers": "transformers", "open_clip": "dev"}  # library → the extra that brings it
 _FORMATS = ("table", "csv", "json", "md")
 
 
@@ -47,11 +47,12 @@ def coverage(
     options.one_of("--format", output_format, _FORMATS)
     if (model is None) == (library is None):
         raise CommandError("expected a model, or --library")
-    require("timm", "timm")
     if library is None:
+        require("timm", "timm")
         _of_model(model)
         return
-    options.one_of("--library", library, _LIBRARIES)
+    options.one_of("--library", library, tuple(_LIBRARIES))
+    require(library, _LIBRARIES[library])
     from vit_fast import library_coverage as table
 
     rows = [table.architecture_row(one) for one in table.LIBRARIES[library]()]
@@ -62,7 +63,7 @@ def coverage(
     elif output_format == "md":
         print(table.as_markdown(library, rows), end="")
     else:
-        show_table(table.SUMMARY_HEADS, [[str(cell) for cell in line] for line in table.summary(rows)])
+        show_table(table.summary_heads(rows), [[str(cell) for cell in line] for line in table.summary(rows)])
         partly = [(row.architecture, f"{row.share:.1%}", row.reasons) for row in rows if not row.fully_fused]
         if partly:
             say()

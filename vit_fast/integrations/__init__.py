@@ -29,6 +29,7 @@ from vit_fast.block import pass_over_prepared, run_blocks
 from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.arguments import UnsupportedError
 from vit_fast.kernels.tracing import autocasts
+from vit_fast.key_masks import key_lengths
 from vit_fast.plain import TENSORS, Fusible
 
 Found = tuple[str, nn.Module, type]  # name, module, class of the library
@@ -97,6 +98,13 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     keys that take part."""
     mask = mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+
+
+def mask_options(block: nn.Module, mask: torch.Tensor, x: torch.Tensor) -> dict[str, Any]:
+    """The options of ``ops.attention`` for a mask that a block is given with tokens x: lengths of keys where it is one
+    of padding, else what is added to the scores."""
+    lengths = key_lengths(block, mask, x.shape[0])
+    return {"bias": additive(mask, x.dtype)} if lengths is None else dict(lengths)
 
 
 def stacks_of(module: nn.Module) -> list[nn.Module]:

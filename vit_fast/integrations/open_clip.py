@@ -1,4 +1,5 @@
-"""open_clip: the blocks of its image tower, ``ResidualAttentionBlock`` and its custom kind, on the fused operations.
+"""open_clip: the blocks of its image tower, ``ResidualAttentionBlock`` and its custom kind, and its
+``AttentionalPooler`` on the fused operations.
 
     x = q_x + ls_1(attn(ln_1(q_x)))
     x = x + ls_2(mlp.c_proj(act(mlp.c_fc(ln_2(x)))))
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import (
     Attention,
+    AttentionalPooler,
     CustomResidualAttentionBlock,
     LayerNorm,
     LayerNormFp32,
@@ -28,7 +31,18 @@ from open_clip.transformer import (
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import attend, attention_branch, mlp_branch, pass_over_stack, prepared_for, project_qkv, run_blocks
+from vit_fast.block import (
+    attend,
+    attention_branch,
+    drop_rate,
+    drops_not_covered,
+    latent_attention,
+    mlp_branch,
+    pass_over_stack,
+    prepared_for,
+    project_qkv,
+    run_blocks,
+)
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, NOTHING, multihead_not_covered, multihead_submodules, submodules
 
@@ -90,12 +104,10 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
         if reason := given(others, named) or self.not_fused():
             return self.run_library(reason, q_x, *others, **named)
         p = self.params()
-        reason = not_taken(q_x, p.qkv_weight, p.gamma1, p.gamma2)
-        if self.attn.training and self.attn.dropout:
-            reason = "its attention drops weights"
-        if reason is not None:
+        drop = self.attn.dropout if self.attn.training else 0.0
+        if reason := not_taken(q_x, p.qkv_weight, p.gamma1, p.gamma2) or drops_not_covered(drop):
             return self.run_library(reason, q_x, *others, **named)
-        return mlp_branch(attention_branch(q_x, p), p)
+        return mlp_branch(attention_branch(q_x, p, attn_drop=drop), p)
 
 
 class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
@@ -160,27 +172,55 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
         if reason := given(others, named) or self.not_fused():
             return self.run_library(reason, x, *others, **named)
         p, attn = self._weights(), self.attn
-        reason = not_taken(x, p.qkv_weight, p.gamma1, p.gamma2)
-        if attn.training and (attn.attn_drop.p or attn.out_drop.p):
-            reason = "its attention drops"
-        if reason is not None:
+        attn_drop, out_drop = attn.attn_drop.p if attn.training else 0.0, drop_rate(attn.out_drop)
+        if reason := not_taken(x, p.qkv_weight, p.gamma1, p.gamma2) or drops_not_covered(attn_drop, out_drop):
             return self.run_library(reason, x, *others, **named)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x)
-        return self.fused_parts(x)
+        return self.branches(x, p, attn_drop, out_drop)
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
-        x, p, attn = inputs[0], self._weights(), self.attn
-        y = attend(project_qkv(x, p), p)
+        return self.branches(inputs[0], self._weights(), 0.0, 0.0)
+
+    def branches(self, x: torch.Tensor, p: BlockParams, attn_drop: float, out_drop: float) -> torch.Tensor:
+        """Both branches, with the rates of dropout of the probabilities and behind the attention."""
+        attn = self.attn
+        y = attend(project_qkv(x, p), p, attn_drop)
         if attn.head_scale is not None:
             y = (y.unflatten(2, (p.num_heads, -1)) * attn.head_scale.flatten(1)).flatten(2)
         if isinstance(self.ln_attn, nn.Identity):
-            x = ops.linear_residual(y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm)
+            x = ops.linear_residual(
+                y, p.proj_weight, p.proj_bias, p.gamma1, x, inner_norm=p.out_norm, dropout_p=out_drop
+            )
         else:
             y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
-            y = self.ls_1(ops.layer_norm(ops.linear(y, p.proj_weight, p.proj_bias), *Norm.of(self.ln_attn)))
+            y = F.dropout(ops.linear(y, p.proj_weight, p.proj_bias), out_drop)
+            y = self.ls_1(ops.layer_norm(y, *Norm.of(self.ln_attn)))
             x = x + y
         return mlp_branch(x, p)
+
+
+class FastAttentionalPooler(Fused, AttentionalPooler):
+    """open_clip's AttentionalPooler, whose queries are the model's own: [B, N, D] → [B, queries, C]."""
+
+    OPERATION = "pool"
+    SUBMODULES = submodules(**multihead_submodules("attn"), ln_q=_NORMS, ln_k=_NORMS)
+    query: nn.Parameter
+    attn: nn.MultiheadAttention
+    ln_q: nn.LayerNorm
+    ln_k: nn.LayerNorm
+
+    def not_covered(self) -> str | None:
+        return multihead_not_covered(self.attn, widths=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        reason = self.not_fused() or not_taken(x, self.attn.out_proj.weight)
+        if self.attn.training and self.attn.dropout:
+            reason = reason or "its attention drops weights"
+        if reason is not None:
+            return self.run_library(reason, x)
+        queries = ops.layer_norm(self.query[None], *Norm.of(self.ln_q))
+        return latent_attention(self.attn, queries, x, Norm.of(self.ln_k))
 
 
 class FastTransformer(Swapped, Transformer):
@@ -209,6 +249,7 @@ class FastTransformer(Swapped, Transformer):
 FAST = {
     ResidualAttentionBlock: FastResidualAttentionBlock,
     CustomResidualAttentionBlock: FastCustomResidualAttentionBlock,
+    AttentionalPooler: FastAttentionalPooler,
 }
 STACKS = {Transformer: FastTransformer}
 

@@ -103,8 +103,7 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             return "a mask is no tensor"
         if is_causal and masks[0] is None:
             return "is_causal is given without src_mask"
-        *drops, out = self._drops()
-        return drops_not_covered(drops, drops[2], out)
+        return drops_not_covered(*self._drops())
 
     def forward(
         self,
@@ -116,26 +115,33 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         masks = src_mask, src_key_padding_mask
         if reason := self.not_fused() or self._not_taken(src, masks, is_causal):
             return self.run_library(reason, src, *masks, is_causal=is_causal)
-        attn_drop, proj_drop, mlp_drop, _ = self._drops()
+        attn_drop, proj_drop, hidden_drop, out_drop = self._drops()
         p = self.params()
         x = src if self.self_attn.batch_first else src.transpose(0, 1)
         bias = _bias(x, p.num_heads, *masks)
         if (prepared := prepared_for(self, x)) is not None:
             x = prepared.run_block(x, bias=bias)
         else:
-            x = self.branches(x, p, bias, attn_drop, proj_drop, mlp_drop)
+            x = self.branches(x, p, bias, attn_drop, proj_drop, hidden_drop, out_drop)
         return x if self.self_attn.batch_first else x.transpose(0, 1)
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
-        return self.branches(inputs[0], self.params(), options["bias"], 0.0, 0.0, 0.0)
+        return self.branches(inputs[0], self.params(), options["bias"], 0.0, 0.0, 0.0, 0.0)
 
     def branches(
-        self, x: torch.Tensor, p: BlockParams, bias: Any, attn_drop: float, proj_drop: float, mlp_drop: float
+        self,
+        x: torch.Tensor,
+        p: BlockParams,
+        bias: Any,
+        attn_drop: float,
+        proj_drop: float,
+        hidden_drop: float,
+        out_drop: float,
     ) -> torch.Tensor:
         """Both branches, with their rates of dropout."""
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=proj_drop, bias=bias)
         x = x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm1))
-        x = mlp_branch(x, p, proj_drop=mlp_drop)
+        x = mlp_branch(x, p, hidden_drop=hidden_drop, out_drop=out_drop)
         return x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm2))
 
 

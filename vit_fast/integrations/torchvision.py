@@ -70,11 +70,11 @@ class FastEncoderBlock(Fused, EncoderBlock):
             return self.run_library(reason, input)
         p, attn, (_, _, drop1, _, drop2) = self.params(), self.self_attention, self.mlp
         attn_drop = attn.dropout if attn.training else 0.0
-        drops = attn_drop, drop_rate(self.dropout), drop_rate(drop1)
-        if reason := not_taken(input, p.qkv_weight) or drops_not_covered(drops, drops[2], drop_rate(drop2)):
+        drops = attn_drop, *map(drop_rate, (self.dropout, drop1, drop2))
+        if reason := not_taken(input, p.qkv_weight) or drops_not_covered(*drops):
             return self.run_library(reason, input)
         x = attention_branch(input, p, attn_drop=attn_drop, proj_drop=drops[1])
-        return mlp_branch(x, p, proj_drop=drops[2])
+        return mlp_branch(x, p, hidden_drop=drops[2], out_drop=drops[3])
 
 
 FAST = {EncoderBlock: FastEncoderBlock}

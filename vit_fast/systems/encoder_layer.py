@@ -58,8 +58,7 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
     def not_covered(self) -> str | None:
         if getattr(self.activation, "func", None) is not activate:
             return f"its activation is {self.activation}"
-        drops = self._drops()
-        return plain.multihead_not_covered(self.self_attn) or drops_not_covered(drops, *drops[2:])
+        return plain.multihead_not_covered(self.self_attn) or drops_not_covered(*self._drops())
 
     def params(self) -> BlockParams:
         """The weights as the fused branches take them."""
@@ -89,11 +88,11 @@ class EncoderLayer(plain.Fusible, nn.TransformerEncoderLayer):
                 return x + self._ff_block(plain.layer_norm(self.norm2, x))
             x = plain.layer_norm(self.norm1, x + self._sa_block(x, None, None))
             return plain.layer_norm(self.norm2, x + self._ff_block(x))
-        p, (attn_drop, proj_drop, mlp_drop, _) = self.params(), self._drops()
+        p, (attn_drop, proj_drop, hidden_drop, out_drop) = self.params(), self._drops()
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=proj_drop)
         if not self.norm_first:
             x = plain.layer_norm(self.norm1, x)
-        x = mlp_branch(x, p, proj_drop=mlp_drop)
+        x = mlp_branch(x, p, hidden_drop=hidden_drop, out_drop=out_drop)
         if not self.norm_first:
             x = plain.layer_norm(self.norm2, x)
         return x

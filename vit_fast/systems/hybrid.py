@@ -178,7 +178,8 @@ class Block(plain.Fusible, nn.Module):
         qkv = project_qkv(x, p)
         probabilities = attention_probabilities(qkv, p) if attn.vis else None
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=out_drop, qkv=qkv)
-        return mlp_branch(x, p, proj_drop=ffn.drop if ffn.training else 0.0), probabilities
+        drop = ffn.drop if ffn.training else 0.0
+        return mlp_branch(x, p, hidden_drop=drop, out_drop=drop), probabilities
 
 
 class Embeddings(nn.Module):

@@ -111,7 +111,8 @@ class Token_transformer(plain.Fusible, nn.Module):
         drop, attn_drop = (attn.drop, attn.attn_drop) if attn.training else (0.0, 0.0)
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=drop)
         row_scale = drop_path_scale(x, self.drop_path, self.training)
-        return mlp_branch(x, p, row_scale=row_scale, proj_drop=mlp.drop if mlp.training else 0.0)
+        drop = mlp.drop if mlp.training else 0.0
+        return mlp_branch(x, p, row_scale=row_scale, hidden_drop=drop, out_drop=drop)
 
 
 def performer_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

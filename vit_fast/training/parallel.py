@@ -65,6 +65,11 @@ class Processes:
             raise TrainingError(found)
 
 
+# Groups of runs that are over, until the process ends. Where DDP's reducer holds the last reference, it deletes the
+# group with the GIL held and joins gloo's threads, one of which may wait for the GIL to drop a tensor: a deadlock.
+_left: list[Any] = []
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun (or Slurm, as timm reads its variables) has started; one without them."""
@@ -75,6 +80,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield Processes(torch.device(known["device"]), known["global_rank"], known["world_size"])
     finally:
         if known["distributed"]:
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""timm: the blocks of its ViTs and its ``PatchEmbed`` on the fused operations, a file for each family.
+"""timm: the blocks of its ViTs, their stems and pooling on the fused operations, a file for each family.
 
     parts.py          what the blocks are made of, and the pre-norm and post-norm block
     vit.py            VisionTransformer, NaFlexVit, ViTamin, DeiT, hybrids
@@ -7,6 +7,7 @@
     sam.py            windows and decomposed relative position: VisionTransformerSAM
     gemma.py cait.py  Gemma4, CaiT
     patch_embed.py    PatchEmbed
+    pool.py           AttentionPoolLatent
 
 ``FAMILY`` has timm's modules whose models are its ViT family, in ``vit_fast.coverage`` too.
 """
@@ -17,10 +18,10 @@ from torch import nn
 
 from vit_fast.integrations import Found, Fused, instances
 
-from . import beit, cait, eva, patch_embed, sam, vit
+from . import beit, cait, eva, patch_embed, pool, sam, vit
 
 FAST: dict[type[nn.Module], type[Fused]] = {
-    **vit.FAST, **eva.FAST, **beit.FAST, **sam.FAST, **cait.FAST, **patch_embed.FAST
+    **vit.FAST, **eva.FAST, **beit.FAST, **sam.FAST, **cait.FAST, **patch_embed.FAST, **pool.FAST
 }  # fmt: skip
 try:
     from . import gemma

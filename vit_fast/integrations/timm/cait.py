@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, prepared_for
+from vit_fast.block import drop_rate, drops_not_covered, prepared_for
 from vit_fast.integrations import Fused, given, not_taken
 from vit_fast.plain import LINEAR, submodules
 
@@ -21,10 +21,10 @@ from .parts import (
     DROPOUTS,
     MLP,
     NORMS,
+    Path,
     attention_drop,
-    drop_path_not_covered,
-    drop_path_rate,
     mlp_branch,
+    mlp_drops,
     normalise,
     project,
 )
@@ -40,9 +40,6 @@ class _CaitBlock(Fused):
     gamma_2: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def attend(self, *tokens: torch.Tensor) -> torch.Tensor:
         """The output of the attention, before its projection."""
         raise NotImplementedError
@@ -50,26 +47,28 @@ class _CaitBlock(Fused):
     def forward(self, *tokens: torch.Tensor, **kwargs: Any) -> Any:
         if reason := given((), kwargs) or self.not_fused():
             return self.run_library(reason, *tokens, **kwargs)
-        x, attn, path, drop = tokens[-1], self.attn, drop_path_rate(self.drop_path), drop_rate(self.mlp.drop1)
-        drops = drop_rate(attn.proj_drop), drop, drop_rate(attn.attn_drop)
+        x, attn, path, of_mlp = tokens[-1], self.attn, Path.of(self.drop_path), mlp_drops(self.mlp)
+        drops = drop_rate(attn.proj_drop), drop_rate(attn.attn_drop)
         reason = not_taken(x, attn.proj.weight, self.gamma_1, self.gamma_2)
-        if reason := reason or drops_not_covered((path, *drops), drop, drop_rate(self.mlp.drop2)):
+        if reason := reason or drops_not_covered(path.rate, *drops, *of_mlp):
             return self.run_library(reason, *tokens, **kwargs)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(*tokens)
-        return self.branches(tokens, path, drop, drops[0])
+        return self.branches(tokens, path, of_mlp, drops[0])
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
-        return self.branches(inputs, 0.0, 0.0, 0.0)
+        return self.branches(inputs, Path.of(self.drop_path), mlp_drops(self.mlp), 0.0)
 
-    def branches(self, tokens: tuple[torch.Tensor, ...], path: float, drop: float, proj_drop: float) -> torch.Tensor:
-        """Both branches, with the rates of DropPath and of dropout in the MLP and behind the attention."""
+    def branches(
+        self, tokens: tuple[torch.Tensor, ...], path: Path, of_mlp: tuple[float, float], proj_drop: float
+    ) -> torch.Tensor:
+        """Both branches, with DropPath and the rates of dropout in the MLP and behind the attention."""
         x, attn = tokens[-1], self.attn
-        y, row_scale = self.attend(*tokens), drop_path_scale(x, path, True)
+        y, row_scale = self.attend(*tokens), path.row_scale(x)
         x = ops.linear_residual(
             y, attn.proj.weight, attn.proj.bias, self.gamma_1, x, row_scale=row_scale, dropout_p=proj_drop
         )
-        return mlp_branch(self.mlp, x, self.norm2, self.gamma_2, path, drop)
+        return mlp_branch(self.mlp, x, self.norm2, self.gamma_2, path, of_mlp)
 
 
 class FastLayerScaleBlock(_CaitBlock, cait.LayerScaleBlock):

@@ -18,18 +18,16 @@ from torch import nn
 from vit_fast import ops
 from vit_fast.block import drops_not_covered, prepared_for
 from vit_fast.block_params import Norm
-from vit_fast.integrations import Fused, given, norm_kind, not_taken
+from vit_fast.integrations import Fused, given, mask_options, norm_kind, not_taken
 from vit_fast.plain import submodules
 
 from .parts import (
     DROP_PATHS,
     DROPOUTS,
     NORMS,
+    Path,
     added,
-    additive,
     attention_drop,
-    drop_path_not_covered,
-    drop_path_rate,
     known_norm,
     normalise,
     spread,
@@ -74,37 +72,34 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
     norm4: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kw
         mask = options.pop("attn_mask", None)
         if reason := given(args[1:], options) or self.not_fused():
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        drop, path = attention_drop(self.attn), drop_path_rate(self.drop_path)
-        reason = not_taken(x, self.norm1.weight) or drops_not_covered((drop, path), 0.0, 0.0)
+        drop, path = attention_drop(self.attn), Path.of(self.drop_path)
+        reason = not_taken(x, self.norm1.weight) or drops_not_covered(drop, path.rate)
         if reason is not None:
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        mask = None if mask is None else additive(mask, x.dtype)
+        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x)
         if (prepared := prepared_for(self, x)) is not None:
-            return prepared.run_block(x, rope=(rope_cos, rope_sin), bias=mask)
-        return self.branches(x, rope_cos, rope_sin, mask, drop, path)
+            return prepared.run_block(x, rope=(rope_cos, rope_sin), masked=masked)
+        return self.branches(x, rope_cos, rope_sin, masked, drop, path)
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
         cos, sin = options["rope"]
-        return self.branches(inputs[0], cos, sin, options["bias"], 0.0, 0.0)
+        return self.branches(inputs[0], cos, sin, options["masked"], 0.0, Path.of(self.drop_path))
 
     def branches(
         self,
         x: torch.Tensor,
         rope_cos: torch.Tensor,
         rope_sin: torch.Tensor,
-        bias: torch.Tensor | None,
+        masked: dict[str, Any],
         drop: float,
-        path: float,
+        path: Path,
     ) -> torch.Tensor:
-        """Both branches; ``drop`` is the rate of dropout of the probabilities, ``path`` that of DropPath."""
+        """Both branches; ``drop`` is the rate of dropout of the probabilities."""
         attn = self.attn
         y = normalise(x, self.norm1)
         q, k, v = attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)
@@ -114,7 +109,7 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))
         cos, sin = (_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
         y = ops.attention(
-            q, attn.num_heads, 1.0, k=k, v=v, bias=bias, rope=(cos, sin), rope_layout="half",
+            q, attn.num_heads, 1.0, k=k, v=v, **masked, rope=(cos, sin), rope_layout="half",
             q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=norm_kind(attn.q_norm), dropout_p=drop,
         )  # fmt: skip
         x = added(x, normalise(attn.proj_drop(attn.o_proj(y)), self.norm2), path)

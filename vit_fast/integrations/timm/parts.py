@@ -18,7 +18,7 @@ from vit_fast import backends, ops
 from vit_fast.backends import select
 from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, prepared_for
 from vit_fast.block_params import BlockParams, Norm
-from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, norm_kind, not_taken
+from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, mask_options, norm_kind, not_taken
 from vit_fast.kernels import reference
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
@@ -224,12 +224,31 @@ def inner_norm(mlp: Any) -> dict[str, Any]:
     return {} if params is None else dict(inner_norm=params, norm=norm_kind(mlp.norm))
 
 
+class Path(NamedTuple):
+    """The current rate of a DropPath, and whether it divides what it keeps by the keep rate."""
+
+    rate: float = 0.0
+    scale_by_keep: bool = True
+
+    @classmethod
+    def of(cls, module: Any) -> "Path":
+        drops = type(module) is DropPath and module.training
+        return cls(module.drop_prob, module.scale_by_keep) if drops else NO_PATH
+
+    def row_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The argument of ``ops`` for the samples x."""
+        return drop_path_scale(x, self.rate, True, self.scale_by_keep)
+
+
+NO_PATH = Path()
+
+
 def attention_branch(
     attn: Any,
     x: torch.Tensor,
     norm: Any,
     gamma: torch.Tensor | None,
-    path: float,
+    path: Path,
     attn_drop: float,
     proj_drop: float,
     residual: torch.Tensor,
@@ -238,7 +257,7 @@ def attention_branch(
     """residual + drop_path(gamma·attn(norm(x))); ``options`` are those of ``ops.attention``."""
     inner: dict[str, Any] = {}
     proj, out_norm = attn.proj, attn._modules.get("norm")
-    row_scale = drop_path_scale(x, path, True)
+    row_scale = path.row_scale(x)
     q, k, v, gate = project(attn, x, norm)
     y = attend(attn, q, k, v, attn_drop, **options)
     if gate is not None:
@@ -255,29 +274,31 @@ def mlp_branch(
     x: torch.Tensor,
     norm: Any,
     gamma: torch.Tensor | None,
-    path: float,
-    drop: float,
+    path: Path,
+    drops: tuple[float, float],
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + drop_path(gamma·mlp(norm(x))), x the residual by default; ``drop`` acts on the hidden activations and
+    """residual + drop_path(gamma·mlp(norm(x))), x the residual by default; ``drops`` act on the hidden activations and
     after the last layer."""
-    inner, fc2, row_scale = inner_norm(mlp), last_layer(mlp), drop_path_scale(x, path, True)
+    inner, fc2, row_scale = inner_norm(mlp), last_layer(mlp), path.row_scale(x)
     word = None if residual is not None or type(mlp) in _SPLIT else activation(mlp)
     if word is not None and (not inner or inner["norm"] == norm_kind(norm)):
         fc1, inner["norm"] = mlp.fc1, norm_kind(norm)
         return ops.layernorm_mlp(
             x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma,
-            row_scale=row_scale, dropout_p=drop, out_dropout_p=drop, **inner,
+            row_scale=row_scale, dropout_p=drops[0], out_dropout_p=drops[1], **inner,
         )  # fmt: skip
     y = hidden(mlp, x, norm)
-    y = F.dropout(y, drop) if drop else y
+    y = F.dropout(y, drops[0]) if drops[0] else y
     residual = x if residual is None else residual
-    return ops.linear_residual(y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drop, **inner)
+    return ops.linear_residual(
+        y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drops[1], **inner
+    )
 
 
-def drop_path_rate(module: Any) -> float:
-    """The current rate of a DropPath."""
-    return module.drop_prob if type(module) is DropPath and module.training else 0.0
+def mlp_drops(mlp: Any) -> tuple[float, float]:
+    """The current dropout rates of an MLP: of the hidden activations, and after the last layer."""
+    return drop_rate(mlp.drop1), drop_rate(mlp.drop2)
 
 
 def attention_drop(attn: Any) -> float:
@@ -285,13 +306,6 @@ def attention_drop(attn: Any) -> float:
     of its Dropout."""
     trains = attn.training if attn.fused_attn else attn.attn_drop.training
     return getattr(attn.attn_drop, "p", 0.0) if trains else 0.0
-
-
-def drop_path_not_covered(*paths: Any) -> str | None:
-    """Why a DropPath is not the ``row_scale`` of ``ops``, or None."""
-    if any(type(path) is DropPath and not path.scale_by_keep for path in paths):
-        return "drop_path does not scale by the keep rate"
-    return None
 
 
 class Words(NamedTuple):
@@ -309,10 +323,15 @@ class Words(NamedTuple):
 class Settings(NamedTuple):
     """The ``settings`` of a block."""
 
-    paths: tuple[float, float]  # rates of the DropPath of the branches
-    drops: tuple[float, float, float]  # dropout rates of the probabilities, behind the projection, and of the MLP
+    paths: tuple[Path, Path]  # of the branches
+    drops: tuple[float, float]  # dropout rates of the probabilities, and behind the projection
+    mlp_drops: tuple[float, float]
     not_covered: str | None  # why these rates do not go together
     words: Words | None = None
+
+    @property
+    def drop_anything(self) -> bool:
+        return any((*self.drops, *self.mlp_drops, *(path.rate for path in self.paths)))
 
 
 class TimmBlock(Fused):
@@ -332,9 +351,6 @@ class TimmBlock(Fused):
     norm2: Any
     drop_path1: Any
     drop_path2: Any
-
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path1, self.drop_path2)
 
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """LayerScale of the two branches."""
@@ -357,7 +373,7 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options["bias"] = additive(bias, x.dtype)
+            options |= mask_options(self, bias, x) if self.BIAS == "attn_mask" else {"bias": additive(bias, x.dtype)}
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)
@@ -366,14 +382,14 @@ class TimmBlock(Fused):
         return self.fused(inputs[0], self.gammas(), self.settings()._replace(words=None), options)
 
     def settings(self) -> Settings:
-        attn, mlp = self.attn, self.mlp
-        paths = drop_path_rate(self.drop_path1), drop_path_rate(self.drop_path2)
-        drops = attention_drop(attn), drop_rate(attn.proj_drop), drop_rate(mlp.drop1)
-        reason = self.drops_not_covered(*paths, *drops)
-        reason = reason or drops_not_covered((*paths, *drops), drops[2], drop_rate(mlp.drop2))
-        return Settings(paths, drops, reason)
+        attn, of_mlp = self.attn, mlp_drops(self.mlp)
+        paths = Path.of(self.drop_path1), Path.of(self.drop_path2)
+        drops = attention_drop(attn), drop_rate(attn.proj_drop)
+        reason = self.drops_not_covered(paths[0].rate, *drops)
+        reason = reason or drops_not_covered(*(path.rate for path in paths), *drops, *of_mlp)
+        return Settings(paths, drops, of_mlp, reason)
 
-    def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
+    def drops_not_covered(self, path: float, attn_drop: float, proj_drop: float) -> str | None:
         """Why the block does not drop at these rates as the library does, or None."""
         return "its attention drops weights" if attn_drop and type(self.attn) in _DIFFERENTIAL else None
 
@@ -452,7 +468,7 @@ class PreNormBlock(TimmBlock):
         inside = (getattr(attn, name, None) for name in ("gate", "norm", "q_norm", "k_norm"))
         plain = attn.qkv is not None and all(isinstance(part, NOTHING) for part in (*inside, mlp.norm))
         word = None if type(attn) in _DIFFERENTIAL or type(mlp) in _SPLIT else activation(mlp)
-        if not plain or word is None or any(found.paths) or any(found.drops):
+        if not plain or word is None or found.drop_anything:
             return found
         norms = (self.norm1, self.norm2)
         if any(norm.eps is None or norm.eps < 0 for norm in norms) or isinstance(self.norm1, NOTHING):
@@ -465,7 +481,7 @@ class PreNormBlock(TimmBlock):
             return self.simple(x, gammas, settings.words, options)
         paths, drops = settings.paths, settings.drops
         x = attention_branch(self.attn, x, self.norm1, gammas[0], paths[0], drops[0], drops[1], x, **options)
-        return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], drops[2])
+        return mlp_branch(self.mlp, x, self.norm2, gammas[1], paths[1], settings.mlp_drops)
 
     def simple(self, x: torch.Tensor, gammas: Any, words: Words, options: dict[str, Any]) -> torch.Tensor:
         """``fused`` of a block that drops nothing and has no norm, gate or projection beside the usual ones."""
@@ -494,19 +510,19 @@ class PostNormBlock(TimmBlock):
     """x + drop_path1(norm1(attn(x))), then the same with the MLP."""
 
     def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
-        paths, drops = settings.paths, settings.drops
+        paths, drops, (hidden_drop, out_drop) = settings.paths, settings.drops, settings.mlp_drops
         attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
         q, k, v, gate = project(attn, x, None)
         y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))
         y = ops.linear(y if gate is None else y * gate, proj.weight, proj.bias)
         x = added(x, normalise(F.dropout(y, drops[1]) if drops[1] else y, self.norm1), paths[0])
         y = hidden(mlp, x, None)
-        y = F.dropout(y, drops[2]) if drops[2] else y
+        y = F.dropout(y, hidden_drop) if hidden_drop else y
         y = ops.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
-        return added(x, normalise(F.dropout(y, drops[2]) if drops[2] else y, self.norm2), paths[1])
+        return added(x, normalise(F.dropout(y, out_drop) if out_drop else y, self.norm2), paths[1])
 
 
-def added(x: torch.Tensor, y: torch.Tensor, path: float) -> torch.Tensor:
+def added(x: torch.Tensor, y: torch.Tensor, path: Path) -> torch.Tensor:
     """x + drop_path(y)."""
-    row_scale = drop_path_scale(x, path, True)
+    row_scale = path.row_scale(x)
     return x + (y if row_scale is None else y * row_scale.view(-1, *[1] * (y.dim() - 1)))

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale
 from vit_fast.integrations import Fused
 from vit_fast.plain import submodules
 
@@ -74,15 +73,15 @@ class FastSAMBlock(TimmBlock, sam.Block):
     def gammas(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return layer_scales(self)
 
-    def drops_not_covered(self, path1: float, path2: float, attn_drop: float, proj_drop: float, drop: float) -> Any:
-        if self.window_size > 0 and (path1 or proj_drop):
+    def drops_not_covered(self, path: float, attn_drop: float, proj_drop: float) -> str | None:
+        if self.window_size > 0 and (path or proj_drop):
             return "it drops windows, or tokens of windows"
         return None
 
     def fused(self, x: torch.Tensor, gammas: Any, settings: Any, options: dict[str, Any]) -> torch.Tensor:
         paths, drops = settings.paths, settings.drops
         attn, proj, window, (height, width) = self.attn, self.attn.proj, self.window_size, x.shape[1:3]
-        row_scale = drop_path_scale(x, paths[0], True)
+        row_scale = paths[0].row_scale(x)
         tokens = x.flatten(1, 2)
         if window > 0:
             windows, padded = sam.window_partition(normalise(x, self.norm1), window)
@@ -99,7 +98,7 @@ class FastSAMBlock(TimmBlock, sam.Block):
         tokens = ops.linear_residual(
             y, proj.weight, proj.bias, gammas[0], tokens, row_scale=row_scale, dropout_p=drops[1]
         )
-        tokens = mlp_branch(self.mlp, tokens, self.norm2, gammas[1], paths[1], drops[2])
+        tokens = mlp_branch(self.mlp, tokens, self.norm2, gammas[1], paths[1], settings.mlp_drops)
         return tokens.unflatten(1, (height, width))
 
 

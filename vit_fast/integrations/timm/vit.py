@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, prepared_for
+from vit_fast.block import drop_rate, drops_not_covered, prepared_for
 from vit_fast.integrations import Fused, given, norm_kind, not_taken
 from vit_fast.plain import submodules
 
@@ -22,10 +22,12 @@ from .parts import (
     DROP_PATHS,
     DROPOUTS,
     MLP,
+    NO_PATH,
     NORM_OR_NONE,
     NORMS,
     OPTIONAL,
     SCALES,
+    Path,
     PostNormBlock,
     PreNormBlock,
     attend,
@@ -33,8 +35,6 @@ from .parts import (
     attention_drop,
     attention_submodules,
     differential,
-    drop_path_not_covered,
-    drop_path_rate,
     head_norms,
     known_norm,
     layer_scales,
@@ -89,9 +89,6 @@ class _ParallelScaling(Fused):
     ls: Any
     drop_path: Any
 
-    def not_covered(self) -> str | None:
-        return drop_path_not_covered(self.drop_path)
-
     def attention(self, qkv: torch.Tensor, drop: float) -> torch.Tensor:
         return attend(self, qkv, None, None, drop)
 
@@ -102,25 +99,25 @@ class _ParallelScaling(Fused):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if reason := given(args, kwargs) or self.not_fused():
             return self.run_library(reason, x, *args, **kwargs)
-        gamma, path, drop = getattr(self.ls, "gamma", None), drop_path_rate(self.drop_path), attention_drop(self)
+        gamma, path, drop = getattr(self.ls, "gamma", None), Path.of(self.drop_path), attention_drop(self)
         reason = not_taken(x, self.in_proj.weight, gamma) or self.refuses(drop)
-        if reason := reason or drops_not_covered((path, drop, drop_rate(self.mlp_drop)), 0.0, 0.0):
+        if reason := reason or drops_not_covered(path.rate, drop, drop_rate(self.mlp_drop)):
             return self.run_library(reason, x, *args, **kwargs)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x)
         return self.branches(x, drop, path)
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
-        return self.branches(inputs[0], 0.0, 0.0)
+        return self.branches(inputs[0], 0.0, Path.of(self.drop_path))
 
-    def branches(self, x: torch.Tensor, drop: float, path: float) -> torch.Tensor:
-        """Both branches; ``drop`` is the rate of dropout of the probabilities, ``path`` that of DropPath."""
+    def branches(self, x: torch.Tensor, drop: float, path: Path) -> torch.Tensor:
+        """Both branches; ``drop`` is the rate of dropout of the probabilities."""
         norm, proj, gamma = self.in_norm, self.in_proj, getattr(self.ls, "gamma", None)
         y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=norm_kind(norm))
         mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
         mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
         attn, mlp = self.attention(qkv, drop), self.mlp_drop(self.mlp_act(mlp))
-        row_scale = drop_path_scale(x, path, True)
+        row_scale = path.row_scale(x)
         if (out := self.out_proj) is not None:
             attn = torch.cat((attn, mlp), dim=-1)
             return ops.linear_residual(attn, out.weight, out.bias, gamma, x, row_scale=row_scale)
@@ -189,7 +186,7 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
     def not_covered(self) -> str | None:
         if any(type(branch.attn) is not vit.Attention for branch in self.attns):
             return "its attention is not the standard one"
-        return drop_path_not_covered(*(branch.drop_path for branch in (*self.attns, *self.ffns)))
+        return None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         reason = given(args, kwargs) or self.not_fused()
@@ -208,10 +205,10 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
         x = y = inputs[0]
         gammas = [getattr(branch.ls, "gamma", None) for branch in (*self.attns, *self.ffns)]
         for branch, gamma in zip(self.attns, gammas[:2], strict=True):
-            y = attention_branch(branch.attn, x, branch.norm, gamma, 0.0, 0.0, 0.0, y)
+            y = attention_branch(branch.attn, x, branch.norm, gamma, NO_PATH, 0.0, 0.0, y)
         x = y
         for branch, gamma in zip(self.ffns, gammas[2:], strict=True):
-            y = mlp_branch(branch.mlp, x, branch.norm, gamma, 0.0, 0.0, y)
+            y = mlp_branch(branch.mlp, x, branch.norm, gamma, NO_PATH, (0.0, 0.0), y)
         return y
 
 

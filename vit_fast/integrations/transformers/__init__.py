@@ -1,7 +1,8 @@
 """Hugging Face transformers: the layers of its vision models on the fused operations.
 
 ``layer.py`` has a layer as two fused branches, the files beside it its forms, ``families.py`` the classes of each form,
-``attention_interface.py`` the attention alone, for models whose layers have no such form. Text towers are not touched.
+``pooling.py`` SigLIP's head, ``attention_interface.py`` the attention alone, for models whose layers have no such form,
+``small_models.py`` a model of each family. Text towers are not touched.
 A fast class is made when a model with layers of its class is met, so that no file of transformers is imported for it.
 The encoders of CLIP, SigLIP and their kind hold stacks that can be prepared; other models loop over their layers in
 their own forward, so their stacks cannot.
@@ -15,10 +16,10 @@ from torch import nn
 from vit_fast.integrations import Found
 
 from .attention_interface import register_attention as register_attention
-from .families import family_of, fast_class, layer_class
+from .families import Form, family_of, fast_class, layer_class
 from .layer import Layer
 
-FAST: dict[type[nn.Module], type[Layer]] = {}  # class of a layer → its fast class, of the models that were met
+FAST: dict[type[nn.Module], type[Form]] = {}  # class of a layer → its fast class, of the models that were met
 STACKS: dict[type[nn.Module], Any] = {}  # class of a stack of layers → its fast class
 
 
@@ -55,8 +56,10 @@ def find(model: nn.Module) -> Iterator[Found]:
                 break
 
 
-def _reads_text(module: Any, fast: type[Layer]) -> bool:
+def _reads_text(module: Any, fast: type[Form]) -> bool:
     """Whether a layer belongs to a text tower, which may have the same class as the vision tower's."""
+    if not issubclass(fast, Layer):
+        return False
     try:
         config = fast.parts(module).attention.config
     except AttributeError:  # parts that are no longer those of the library

@@ -8,6 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from vit_fast import ops
+from vit_fast.integrations import additive, mask_options
 from vit_fast.kernels.arguments import UnsupportedError
 
 
@@ -72,11 +73,13 @@ def attention_forward(
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    if attention_mask is None and causal and queries > 1:
-        attention_mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
+    masked: dict[str, Any] = {}
+    if attention_mask is not None:
+        masked = mask_options(module, attention_mask, query)
+    elif causal and queries > 1:
+        earlier = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril()
+        masked = {"bias": additive(earlier, query.dtype)}
     q, k, v = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ops.attention(q, heads, scale, k=k, v=v, bias=attention_mask, dropout_p=dropout)
+    out = ops.attention(q, heads, scale, k=k, v=v, **masked, dropout_p=dropout)
     return out.unflatten(2, (heads, -1)), None

@@ -14,14 +14,16 @@ from torch import nn
 
 from vit_fast.plain import submodules
 
-from . import clip, dino, multimodal, sam, vit
+from . import clip, dino, multimodal, pooling, sam, vit
 from .layer import Layer
+
+Form = Layer | pooling.PoolingHead
 
 
 class Family(NamedTuple):
-    """A class of layers and how its sub-modules' classes are called."""
+    """A class of layers, or of heads that pool, and how its sub-modules' classes are called."""
 
-    form: type[Layer]
+    form: type[Form]
     layer: str  # name of its class
     prefix: str  # "{}MLP" of the form is this and "MLP"
     encoder: str | None = None  # name of the class of its stack, where that stack can be prepared
@@ -76,8 +78,14 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "blip.modeling_blip": (Family(clip.BlipForm, "BlipEncoderLayer", "Blip"),),
     "blip_2.modeling_blip_2": (Family(clip.BlipForm, "Blip2EncoderLayer", "Blip2"),),
     "instructblip.modeling_instructblip": (Family(clip.BlipForm, "InstructBlipEncoderLayer", "InstructBlip"),),
-    "siglip.modeling_siglip": (Family(_CLIP, "SiglipEncoderLayer", "Siglip", "SiglipEncoder"),),
-    "siglip2.modeling_siglip2": (Family(_CLIP, "Siglip2EncoderLayer", "Siglip2", "Siglip2Encoder"),),
+    "siglip.modeling_siglip": (
+        Family(_CLIP, "SiglipEncoderLayer", "Siglip", "SiglipEncoder"),
+        Family(pooling.PoolingHead, "SiglipMultiheadAttentionPoolingHead", "Siglip"),
+    ),
+    "siglip2.modeling_siglip2": (
+        Family(_CLIP, "Siglip2EncoderLayer", "Siglip2", "Siglip2Encoder"),
+        Family(pooling.PoolingHead, "Siglip2MultiheadAttentionPoolingHead", "Siglip2"),
+    ),
     "idefics2.modeling_idefics2": (Family(_CLIP, "Idefics2EncoderLayer", "Idefics2Vision", "Idefics2Encoder"),),
     "idefics3.modeling_idefics3": (Family(_CLIP, "Idefics3EncoderLayer", "Idefics3Vision", "Idefics3Encoder"),),
     "smolvlm.modeling_smolvlm": (Family(_CLIP, "SmolVLMEncoderLayer", "SmolVLMVision", "SmolVLMEncoder"),),
@@ -136,7 +144,7 @@ def layer_class(name: str) -> type[nn.Module]:
     return _class(importlib.import_module(_MODELS + file), layer)
 
 
-def fast_class(cls: type[nn.Module]) -> tuple[type[Layer], dict[type[nn.Module], type[nn.Module]]]:
+def fast_class(cls: type[nn.Module]) -> tuple[type[Form], dict[type[nn.Module], type[nn.Module]]]:
     """(fast class of a family's layers, {class of a stack of them: its fast class}).
 
     Raises ImportError where transformers lacks a class that it reads.

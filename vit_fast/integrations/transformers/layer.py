@@ -28,10 +28,11 @@ from transformers.activations import (
 from transformers.utils import output_capturing
 
 from vit_fast import backends, ops
-from vit_fast.block import drop_path_scale, drop_rate, pack, pass_over_prepared, prepared_for
+from vit_fast.block import drop_path_scale, drop_rate, drops_not_covered, pack, pass_over_prepared, prepared_for
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.integrations import GATED_BY, GELU, Fused, additive, norm_kind, not_taken
 from vit_fast.kernels.reference import activate
+from vit_fast.key_masks import key_lengths
 from vit_fast.plain import LINEAR, TENSORS
 
 Modules = Mapping[str, tuple[Any, ...]]
@@ -94,7 +95,7 @@ class Settings(NamedTuple):
     """The ``settings`` of a layer."""
 
     parts: Parts
-    dropout: float  # rate of dropout of the two branches
+    dropouts: tuple[float, float]  # rates of dropout of the two branches
     drop_paths: tuple[float, float]  # rates of stochastic depth of the two branches
 
 
@@ -208,9 +209,10 @@ class Layer(Fused):
         rate = getattr(module, "drop_prob", 0.0) if module is not None and module.training else 0.0
         return rate, rate
 
-    def dropout_rate(self) -> float:
-        """The current rate of dropout of the two branches."""
-        return drop_rate(self._modules.get("dropout"))
+    def dropout_rates(self) -> tuple[float, float]:
+        """The current rates of dropout of the two branches, behind their last layer."""
+        rate = drop_rate(self._modules.get("dropout"))
+        return rate, rate
 
     def attention_dropout_rate(self, attention: Any) -> float:
         """The current rate of dropout of the probabilities."""
@@ -227,7 +229,8 @@ class Layer(Fused):
             if name == "attention_mask":
                 if type(value) not in TENSORS or value.dim() != 4:
                     return "attention_mask is no tensor of 4 dimensions"
-                options["bias"] = value
+                lengths = key_lengths(self, value, x.shape[0])
+                options |= {"bias": value} if lengths is None else lengths
             elif name == "position_embeddings":
                 options["rope"] = tuple(value)
             elif name == "cu_seqlens":
@@ -237,7 +240,7 @@ class Layer(Fused):
         return options
 
     def settings(self) -> Settings:
-        return Settings(self.parts(self), self.dropout_rate(), self.drop_path_rates())
+        return Settings(self.parts(self), self.dropout_rates(), self.drop_path_rates())
 
     def _not_taken(self, x: torch.Tensor, settings: Settings) -> str | None:
         """Why the fused forward does not take x, or the layer in its current state, or None."""
@@ -247,12 +250,8 @@ class Layer(Fused):
         for norm in (parts.norm1, parts.norm2):
             if norm_kind(norm) == "rms" and norm.weight.dtype != x.dtype:
                 return f"the input is {x.dtype}, an RMSNorm is {norm.weight.dtype}"
-        # transformers drops what the MLP returns; the fused branch, like timm, also drops the hidden activations.
-        if settings.dropout:
-            return "it drops the output of its MLP"
-        if max(self.attention_dropout_rate(parts.attention), *settings.drop_paths) >= 1:
-            return "a drop rate is 1"
-        return _other_attention(parts.attention)  # the config is no part of the layer
+        rates = self.attention_dropout_rate(parts.attention), *settings.dropouts, *settings.drop_paths
+        return drops_not_covered(*rates) or _other_attention(parts.attention)  # the config is no part of the layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         result, settings = self.look()
@@ -302,7 +301,10 @@ class Layer(Fused):
             dropout_p=self.attention_dropout_rate(attention),
         )  # fmt: skip
         row_scale = drop_path_scale(x, self.drop_path_rates()[0], True)
-        return ops.linear_residual(y, parts.out.weight, parts.out.bias, self.gammas()[0], x, row_scale=row_scale)
+        return ops.linear_residual(
+            y, parts.out.weight, parts.out.bias, self.gammas()[0], x,
+            row_scale=row_scale, dropout_p=self.dropout_rates()[0],
+        )  # fmt: skip
 
     @staticmethod
     def with_float_bias(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -314,12 +316,15 @@ class Layer(Fused):
         """x plus the MLP branch."""
         gamma, fc2, act = self.gammas()[1], parts.fc2, str(activation_of(parts.act))
         norm2, kind = Norm.of(parts.norm2), norm_kind(parts.norm2)
-        row_scale = drop_path_scale(x, self.drop_path_rates()[1], True)
+        row_scale, dropout = drop_path_scale(x, self.drop_path_rates()[1], True), self.dropout_rates()[1]
         if len(parts.fc1) == 1:
             fc1 = parts.fc1[0]
             return ops.layernorm_mlp(
-                x, *norm2, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, gamma, row_scale=row_scale, norm=kind
-            )
+                x, *norm2, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act, gamma,
+                row_scale=row_scale, norm=kind, out_dropout_p=dropout,
+            )  # fmt: skip
         normal = ops.layer_norm(x, *norm2, norm=kind)
         gate, up = (linear(normal, module) for module in parts.fc1)
-        return ops.linear_residual(activate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale)
+        return ops.linear_residual(
+            activate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale, dropout_p=dropout
+        )

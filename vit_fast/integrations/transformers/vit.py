@@ -76,9 +76,9 @@ class VideoMAEForm(Layer):
             self.layernorm_after, (intermediate.dense,), intermediate.intermediate_act_fn, self.output.dense,
         )  # fmt: skip
 
-    def dropout_rate(self) -> float:
+    def dropout_rates(self) -> tuple[float, float]:
         modules: Any = self._modules
-        return max(drop_rate(modules["attention"].output.dropout), drop_rate(modules["output"].dropout))
+        return drop_rate(modules["attention"].output.dropout), drop_rate(modules["output"].dropout)
 
 
 class VitPoseForm(VideoMAEForm):
@@ -101,9 +101,9 @@ class VitPoseForm(VideoMAEForm):
             self.layernorm_after, (mlp.fc1,), mlp.activation, mlp.fc2,
         )  # fmt: skip
 
-    def dropout_rate(self) -> float:
+    def dropout_rates(self) -> tuple[float, float]:
         modules: Any = self._modules
-        return drop_rate(modules["attention"].output.dropout)
+        return drop_rate(modules["attention"].output.dropout), 0.0
 
 
 def position_bias(module: nn.Module, x: torch.Tensor, named: Mapping[str, Any], patch_size: int) -> torch.Tensor:
@@ -208,9 +208,9 @@ class InternVLForm(ViTForm):
             self.layernorm_before, attn, qkv, attn.projection_layer, self.layernorm_after, *mlp_parts(self.mlp)
         )
 
-    def dropout_rate(self) -> float:
+    def dropout_rates(self) -> tuple[float, float]:
         modules: Any = self._modules
-        return max(super().dropout_rate(), drop_rate(modules["attention"].projection_dropout))
+        return drop_rate(modules["attention"].projection_dropout), super().dropout_rates()[1]
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:
         q, kv = super().project(x, parts)
