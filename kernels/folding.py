@@ -36,8 +36,9 @@ class FoldedBlock(NamedTuple):
 class Float8Block(NamedTuple):
     """A transformer block with LayerNorm and LayerScale folded in: weights [out, in] in float8 e4m3, all else float32.
 
-    ``norm_scale`` [C] multiplies x̂, the normalised x of both LayerNorms, and ``hidden_scale`` [hidden] multiplies
-    act(fc1), before they are rounded to e4m3. The other scales [out] turn a product into its true value; biases [out].
+    ``norm_scale`` [C] multiplies x̂, the normalised x of both LayerNorms (and what a norm before proj returns), and
+    ``hidden_scale`` [hidden] multiplies act(fc1) (or what a norm before fc2 returns), before they are rounded to e4m3.
+    The other scales [out] turn a product into its true value; biases [out].
     """
 
     norm_scale: torch.Tensor
@@ -183,6 +184,8 @@ def fp8_block(
     gamma2: torch.Tensor | None,
     activation: str,
     *,
+    out_norm: Pair | None = None,
+    inner_norm: Pair | None = None,
     norm: str = "layer",
 ) -> Float8Block:
     """A block, folded and quantised; arguments as in ``prepare_block``.
@@ -191,7 +194,8 @@ def fp8_block(
     attention puts out is a mean of values v; no activation exceeds its argument. e4m3 keeps its relative precision
     over 2^15, so that a scale that lets the bound just reach 448 still rounds everyday values, √C below it, as the
     best scale would, and no value saturates. Channels of v and of the hidden layer have a power of two of their own;
-    the columns of the next weight take it back.
+    the columns of the next weight take it back. Where these are normalised before the next weight, they stay in the
+    dtype of x until then, and the scale is that of a normalised row.
     """
     width = qkv[0].shape[1]
     longest = _SLACK * math.sqrt(width)
@@ -204,24 +208,28 @@ def fp8_block(
         bound = longest * (weight.double() * scale[:, None]).norm(dim=1) + shift.abs()
         return weight, scale / norm_scale, shift, bound
 
-    def before_residual(linear, gamma, scale):
+    def before_residual(linear, gamma, scale, inner):
         """Quantised weight, its scale, the bias, of a layer whose input channels carry ``scale``."""
+        if inner is not None:
+            linear = _without_norm(*linear, inner, norm)
         folded, shift = _without_layer_scale(*linear, gamma)
         return *quantise_rows(folded / scale), shift
 
     qkv_weight, qkv_scale, qkv_bias, bound = after_norm(qkv, norm1)
-    value_scale = power_of_two_scale(bound[2 * width :])
+    value_scale = power_of_two_scale(bound[2 * width :]) if out_norm is None else torch.ones_like(bound[2 * width :])
     channel_scale = torch.cat([torch.ones_like(bound[: 2 * width]), value_scale])
     fc1_weight, fc1_scale, fc1_bias, bound = after_norm(fc1, norm2)
     if activation in GATED:
         gate, value = bound.chunk(2)
         bound = gate * value
     hidden_scale = power_of_two_scale(bound)
+    if inner_norm is not None:
+        hidden_scale = power_of_two_scale(torch.full_like(bound, math.sqrt(len(bound))))
     tensors = (
         norm_scale.expand(width),
         qkv_weight, qkv_scale * channel_scale, qkv_bias * channel_scale,
-        *before_residual(proj, gamma1, value_scale),
+        *before_residual(proj, gamma1, value_scale if out_norm is None else norm_scale, out_norm),
         fc1_weight, fc1_scale, fc1_bias, hidden_scale,
-        *before_residual(fc2, gamma2, hidden_scale),
+        *before_residual(fc2, gamma2, hidden_scale, inner_norm),
     )  # fmt: skip
     return Float8Block._make((t if t.dtype == E4M3 else t.to(torch.float32)).contiguous() for t in tensors)

@@ -17,6 +17,7 @@ no input exceeds), so that nothing saturates, nothing is calibrated, and no imag
     fc1: GEMM, activation, rounded                  rows·C, rows·F
     fc2: GEMM + residual                            rows·(F + 2C), rows·2C
 
+A norm inside a branch (``BlockOptions.out_eps``, ``hidden_eps``) takes a launch more: what it reads stays in 16 bits.
 Unlike in ``prepared_blocks``, LayerNorm is not folded into the products: x would be rounded to e4m3 with its mean still
 in it. Every product errs by about 2^-5 of its spread, ten times as much as in bfloat16; attention and the residual stay
 as they are. Limits: those of the parts; capability 8.9 and later; no dropout, no drop path.
@@ -80,11 +81,19 @@ def _run(
     for b in blocks:
         normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, norm=options.norm, pdl=pdl)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype, pdl=pdl)
-        out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl, **options.of_attention())
+        of_attention = options.of_attention()
+        if options.out_eps is None:
+            out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl, **of_attention)
+        else:
+            out = attn.attention(packed, num_heads, scale, pdl=pdl, **of_attention)
+            out = ln.layer_norm(out, b.norm_scale, None, options.out_eps, E4M3, norm=options.norm, pdl=pdl)
         x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
         normal = ln.layer_norm(x, b.norm_scale, None, eps2, E4M3, norm=options.norm, pdl=pdl)
-        hidden = fp8_linear(
-            normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=b.hidden_scale, out_dtype=E4M3, pdl=pdl
-        )
+        fc1 = (normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation)
+        if options.hidden_eps is None:
+            hidden = fp8_linear(*fc1, out_scale=b.hidden_scale, out_dtype=E4M3, pdl=pdl)
+        else:
+            hidden = fp8_linear(*fc1, out_dtype=x.dtype, pdl=pdl)
+            hidden = ln.layer_norm(hidden, b.hidden_scale, None, options.hidden_eps, E4M3, norm=options.norm, pdl=pdl)
         x = fp8_linear(hidden, b.fc2_weight, b.fc2_scale, b.fc2_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
     return x

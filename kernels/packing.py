@@ -93,6 +93,36 @@ def pack_row(values: torch.Tensor) -> torch.Tensor:
     return _padded(values, 0, PANEL).contiguous()
 
 
+class PackedWeight:
+    """The weight of a linear layer as packed for the CPU library: operations take it in the place of the tensor.
+
+    Attributes:
+        tensors: (weight, bias), int8 (weight, scale, sums, bias); the bias, which comes with each call, is zero.
+        shape: (outputs, inputs). dtype: of the tokens that it takes.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> None:
+        self.tensors, self.shape, self.dtype = tensors, tuple(weight.shape), weight.dtype
+
+    def with_bias(self, bias: torch.Tensor | None) -> list[torch.Tensor]:
+        """The tensors with a bias [out]."""
+        *tensors, zero = self.tensors
+        return [*tensors, zero if bias is None else pack_row(bias.float())]
+
+
+def packed_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in], packed in its dtype."""
+    return PackedWeight((pack(weight), pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32))), weight)
+
+
+def int8_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in], quantised by its rows and packed."""
+    integers, scale = quantise_int8(weight.double())
+    sums = integers.sum(1, dtype=torch.int32)
+    rows = (pack_row(scale.float()), pack_row(sums), pack_row(torch.zeros_like(scale, dtype=torch.float32)))
+    return PackedWeight((pack(integers), *rows), weight)
+
+
 def packed_block(
     norm1: Pair,
     qkv: Pair,

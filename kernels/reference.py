@@ -24,7 +24,7 @@ from torch import Tensor
 from .activation_names import GATED
 from .block_options import PLAIN, BlockOptions
 from .folding import E4M3, Float8Block, FoldedBlock, unflatten
-from .packing import Int8Block, PackedBlock, unpacked_linears
+from .packing import Int8Block, PackedBlock, unpack, unpacked_linears
 from .tracing import is_transformed, known_values, transform_reasons, untraced
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
@@ -939,12 +939,15 @@ def fp8_blocks(
     for b in unflatten(Float8Block, weights):
         normal = _fp8_norm(x, b.norm_scale, eps1, options.norm)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype)
-        out = attention(packed, num_heads, scale, **options.of_attention()).to(E4M3)
+        out = attention(packed, num_heads, scale, **options.of_attention())
+        out = out.to(E4M3) if options.out_eps is None else _fp8_norm(out, b.norm_scale, options.out_eps, options.norm)
         x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x)
-        normal, hidden_scale = _fp8_norm(x, b.norm_scale, eps2, options.norm), b.hidden_scale
-        hidden = fp8_linear(
-            normal, b.fc1_weight, b.fc1_scale, b.fc1_bias, activation, out_scale=hidden_scale, out_dtype=E4M3
-        )
+        fc1 = (_fp8_norm(x, b.norm_scale, eps2, options.norm), b.fc1_weight, b.fc1_scale, b.fc1_bias, activation)
+        if options.hidden_eps is None:
+            hidden = fp8_linear(*fc1, out_scale=b.hidden_scale, out_dtype=E4M3)
+        else:
+            hidden = fp8_linear(*fc1, out_dtype=x.dtype)
+            hidden = _fp8_norm(hidden, b.hidden_scale, options.hidden_eps, options.norm)
         x = fp8_linear(hidden, b.fc2_weight, b.fc2_scale, b.fc2_bias, residual=x)
     return x
 
@@ -1013,6 +1016,34 @@ def int8_blocks(
 
 
 # patch_embed: [B, in, H, W] → [B, K + N, C].
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    features: int,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float | None,
+    norm: str,
+    activation: str | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """act(LN(x) wᵀ + b), or residual + gamma·(x wᵀ + b), of the tensors of a ``packing.PackedWeight``, also in int8; in
+    the dtype of x. No norm where eps is None."""
+    wide = x.to(_stat_dtype(x))
+    normal = wide if eps is None else layer_norm(wide, ln_weight, ln_bias, eps, norm=norm)
+    matrix, *rows = (weight[0], *(row[:features] for row in weight[1:]))
+    matrix = unpack(matrix)[:features, : x.shape[-1]]
+    with torch.autocast(x.device.type, enabled=False):
+        if matrix.dtype == torch.int8:
+            out = int8_linear(normal, matrix, rows[0], rows[2])
+        else:
+            out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), rows[0].to(x.dtype)).to(wide.dtype)
+    out = activate(out, activation)
+    out = out if gamma is None else out * gamma
+    return (out if residual is None else residual + out).to(x.dtype)
 
 
 def normalise_pixels(

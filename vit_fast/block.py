@@ -122,7 +122,7 @@ def latent_attention(
 def project_qkv(x: torch.Tensor, p: BlockParams) -> torch.Tensor:
     """LN1 and the qkv projection: [B, N, C] → [B, N, 3C]."""
     if p.norm1 is None:
-        return F.linear(x.to(p.qkv_weight.dtype), p.qkv_weight, p.qkv_bias)
+        return ops.linear(x.to(p.qkv_weight.dtype), p.qkv_weight, p.qkv_bias)
     return ops.layer_norm_linear(x, *p.norm1, p.qkv_weight, p.qkv_bias, norm=p.norm)
 
 
@@ -171,7 +171,7 @@ def mlp_branch(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
             row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=hidden_drop, out_dropout_p=out_drop,
         )  # fmt: skip
-    hidden = activate(F.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
+    hidden = activate(ops.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
     if hidden_drop:
         hidden = F.dropout(hidden, hidden_drop)
     return ops.linear_residual(

@@ -25,7 +25,7 @@ from .explanation import call, map_tensors, own_input
 from .layer_args import library
 from .parity import Parity, compare
 from .plain import Fusible, why_not_plain
-from .precisions import PRECISIONS, of_operation
+from .precisions import of_operation
 from .prepared import unprepare
 
 _Outputs = dict[str, torch.Tensor]  # of a model or of its layers, by name
@@ -252,7 +252,7 @@ def check(model: nn.Module, example: Any = None) -> Certificate:
             "one to compare"
         )
     used = {operation for operation, *_ in choices}
-    budgets = [p.budget for p in PRECISIONS.values() if p.operation in used and p.budget is not None]
+    budgets = [form.budget for form in map(of_operation, used) if form is not None and form.budget is not None]
     budget = max(budgets, key=lambda budget: budget.roundoff, default=None)  # that of the widest errors
     plain_outputs: _Outputs = {}
     plain_layers: _Outputs = {}

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backends import select
@@ -35,6 +36,7 @@ from .kernels import arguments, reference
 from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
 from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
+from .kernels.packing import PackedWeight
 from .kernels.tracing import autocasts, is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
@@ -468,6 +470,9 @@ def layer_norm_linear(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if isinstance(weight, PackedWeight):
+        ln = (ln_weight, ln_bias, eps)
+        return _packed_linear(x, weight, bias, ln=ln, norm=norm, activation=activation)
     if select.is_direct() and eps >= 0:
         return reference.layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
     arguments.check_layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm)
@@ -544,6 +549,9 @@ def linear_residual(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if isinstance(weight, PackedWeight):
+        x = x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm)
+        return _packed_linear(x, weight, bias, gamma=gamma, residual=residual)
     if select.is_direct():
         return reference.linear_residual(
             x, weight, bias, gamma, residual,
@@ -645,6 +653,9 @@ def layernorm_mlp(
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
     """
+    if isinstance(w1, PackedWeight):
+        hidden = layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm=norm)
+        return linear_residual(hidden, w2, b2, gamma, x, norm=norm, inner_norm=inner_norm)
     if select.is_direct() and eps >= 0:
         return reference.layernorm_mlp(
             x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma,
@@ -989,6 +1000,82 @@ def _register_blocks(precision: Precision) -> None:
 
 for _precision in forms():
     _register_blocks(_precision)
+
+
+# packed_linear, int8_linear: a linear layer of a prepared block that no stack describes
+
+
+def _register_linear(name: str) -> None:
+    """Registers the operator of a linear layer on a packed weight; no gradient."""
+    _library.define(
+        f"{name}(Tensor x, Tensor[] weight, int features, Tensor? ln_weight, Tensor? ln_bias, float? eps, str norm, "
+        "str? activation, Tensor? gamma, Tensor? residual, str backend) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def run(x: torch.Tensor, *values: Any) -> torch.Tensor:
+        *inputs, word = values
+        _refuse_transforms(name, word)
+
+        def run_on(backend: Backend, *inputs: Any) -> torch.Tensor:
+            return backend.forward[name](*inputs).contiguous()
+
+        def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
+            return method(name, *inputs)
+
+        out: torch.Tensor = select.run(name, select.loaded(word, name), x.device, run_on, (x, *inputs), ask)
+        return out
+
+    def fake(x: torch.Tensor, weight: Any, features: int, *_: Any) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], features))
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vit_fast::{name}", fake, lib=_library)
+    register_flop_formula(getattr(torch.ops.vit_fast, name))(
+        lambda x, weight, features, *_, **__: 2 * _rows(x) * x[-1] * features
+    )
+
+
+for _precision in forms():
+    if _precision.linear is not None:
+        _register_linear(_precision.linear)
+
+
+def _packed_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    *,
+    ln: NormParams = _NO_NORM,  # type: ignore[assignment]
+    norm: str = "layer",
+    activation: str | None = None,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(LN(x) Wᵀ + b), or residual + gamma·(x Wᵀ + b), on a packed weight; inference only."""
+    name = "int8_linear" if weight.tensors[0].dtype == torch.int8 else "packed_linear"
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"vit_fast.{name}: x has width {x.shape[-1]}, expected {weight.shape[1]} (as the weight)")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"vit_fast.{name}: x has dtype {x.dtype}, expected {weight.dtype} (as the weight)")
+    after = activation if activation in GATED else None
+    inputs = (
+        x, weight.with_bias(bias), weight.shape[0], *ln, norm, None if after else activation, gamma, residual
+    )  # fmt: skip
+    backend = select.choose(name, x.device, (), *inputs)
+    out: torch.Tensor
+    if backend == "torch":
+        out = reference.packed_linear(*inputs)
+    else:
+        out = getattr(torch.ops.vit_fast, name)(*inputs, backend)
+    return reference.activate(out, after)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b, by PyTorch but for a weight that ``vit_fast.prepare`` has packed."""
+    if isinstance(weight, PackedWeight):
+        return _packed_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def blocks(

@@ -3,11 +3,11 @@
 The weight and bias of a norm are folded into the projection behind it (its statistics are applied in the epilogue of
 that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what else
 is done to the weights. A stack of blocks (``nn.Sequential``, ``nn.ModuleList``) that runs as a whole is folded as a
-whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. The folded
-copies are an attribute of the stack or block that they were made of: no parameter changes, and ``state_dict``,
-``deepcopy`` and pickles leave them out. ``block.run_blocks`` and the blocks check in each call whether they may be
-used; where not, a warning says why, once. They are dropped as soon as anything that the blocks compute with has changed
-(``snapshot``).
+whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. Of a block
+whose form no stack has, on a CPU each linear layer is packed alone (``twin``). The folded copies are an attribute of
+the stack or block that they were made of: no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them
+out. ``block.run_blocks`` and the blocks check in each call whether they may be used; where not, a warning says why,
+once. They are dropped as soon as anything that the blocks compute with has changed (``snapshot``).
 """
 
 import functools
@@ -32,7 +32,9 @@ from .kernels.folding import flatten
 from .kernels.tracing import autocasts
 from .plain import why_not_plain
 from .precisions import PRECISIONS, Precision
+from .remembered import has_hooks
 from .snapshot import HOOKS, Snapshot
+from .twin import linear_weights, twin
 
 _logger = logging.getLogger("vit_fast")
 _GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
@@ -137,14 +139,18 @@ class Prepared(Stale):
                     _release(block)
         self.weights = flatten(self.records)
         self._blocks = None if holder is blocks[0] else tuple(blocks)
-        self._parts = dict(holder.named_modules(prefix=name))
-        if self._blocks is not None:
-            del self._parts[name]  # the stack is only a container: its own forward does not run
         # Before the snapshot, which sees what blocks hold.
         vars(holder)[PREPARED] = self
         for index, block in enumerate(self._blocks or ()):
             if getattr(block, "RUNS_PREPARED", False):
                 vars(block)[PREPARED] = Part(holder, index)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Remembers what the modules are made of, so that a change of it is seen."""
+        self._parts = dict(self.holder.named_modules(prefix=self.name))
+        if self._blocks is not None:
+            del self._parts[self.name]  # the stack is only a container: its own forward does not run
         self._snapshot = Snapshot(self._parts)
         _folded.update(dict.fromkeys(self._snapshot.tensors, True))
         _count_steps()
@@ -195,6 +201,33 @@ class Prepared(Stale):
         """x [B, N, C] through one block; ``options`` are fields of ``BlockOptions`` that differ from call to call."""
         chosen = self.options._replace(**options) if options else self.options
         return ops.blocks(self.form, x, self.records[index], *self.arguments, chosen)
+
+
+class PreparedParts(Prepared):
+    """A block of which no stack of prepared blocks knows the form: each of its linear layers has a packed weight.
+
+    Attributes:
+        twin: the block, with those weights (``twin``).
+    """
+
+    def __init__(
+        self, name: str, holder: nn.Module, blocks: Sequence[nn.Module], precision: Precision, release: bool
+    ) -> None:
+        Stale.__init__(self, name, precision.name, None, released=release)
+        self.holder, self.form, self._blocks = holder, precision, None
+        self.records = []
+        self.device, self.dtype = _kind(holder)
+        with torch.no_grad():
+            self.twin = twin(holder, precision)
+        if release:
+            _release(holder)
+        vars(holder)[PREPARED] = self
+        self._watch()
+
+    def run_block(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:  # type: ignore[override]
+        """The fused form of the block."""
+        out: torch.Tensor = self.twin.fused_parts(*inputs, **options)
+        return out
 
 
 class Part:
@@ -255,12 +288,11 @@ def _emptied(items: list[Any]) -> Iterator[Any]:
 
 
 def _release(block: nn.Module) -> None:
-    """Gives the matrices of a block back to the system: the parameters keep their shapes, on the device meta."""
-    for module in block.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() > 1:
-                empty = torch.empty_like(parameter, device="meta")
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    """Gives the weights of the linear layers of a block back to the system: the parameters keep their shapes, on the
+    device meta."""
+    for module, name, weight in linear_weights(block):
+        empty = torch.empty_like(weight, device="meta")
+        module._parameters[name] = nn.Parameter(empty, requires_grad=weight.requires_grad)
 
 
 @functools.cache
@@ -305,14 +337,48 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
     if any(p.qkv_weight.shape != (3 * p.qkv_weight.shape[1], p.proj_weight.shape[0]) for p in params):
         reasons.append("the heads are not as wide as the tokens in all")
     tensors = [getattr(p, name) for p in params for name in ("qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")]
-    if any(t.device.type == "meta" for t in tensors):
+    reasons += _state_reasons(blocks)
+    return reasons + precision.not_supported_reasons(tensors)
+
+
+def _runs_by_parts(block: Any) -> bool:
+    """Whether the linear layers of a block are prepared one by one, because no stack has its form."""
+    if not getattr(block, "RUNS_PARTS", False) or not block.is_fused():
+        return False
+    if not _can_be_folded(block) or getattr(block, "not_folded", lambda: None)() is not None:
+        return True
+    p = block.params()
+    return p.norm1 is None or p.norm2 is None
+
+
+def _not_by_parts_reasons(blocks: Sequence[Any], precision: Precision) -> list[str]:
+    """Why the linear layers of blocks cannot be prepared one by one."""
+    if precision.linear is None:
+        return [precision.no_linear]
+    if any(why_not_plain(block, (type(block),), block.ignores) for block in blocks):
+        return ["a block carries a hook or has a forward of its own"]
+    linears = [linear for block in blocks for linear in linear_weights(block)]
+    if has_hooks(module for module, *_ in linears):
+        return ["a linear layer carries a hook"]
+    if any(type(weight) is not nn.Parameter for *_, weight in linears):
+        return ["a weight is of another class than nn.Parameter"]
+    return _state_reasons(blocks) or precision.not_supported_reasons([weight for *_, weight in linears])
+
+
+def _state_reasons(blocks: Sequence[Any]) -> list[str]:
+    """Why blocks cannot be prepared in the state that they are in."""
+    if any(module.training for block in blocks for module in block.modules()):
+        return ["a part of the blocks is in training mode"]
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    reasons = []
+    if any(parameter.device.type == "meta" and parameter.dim() > 1 for parameter in parameters):
         reasons.append("the weights are on the device meta")
-    if any(parameter.is_inference() for block in blocks for parameter in block.parameters()):
+    if any(parameter.is_inference() for parameter in parameters):
         reasons.append(
             "the weights are inference tensors, whose changes torch does not count (make, load and move the model "
             "outside of torch.inference_mode())"
         )
-    return reasons + precision.not_supported_reasons(tensors) + precision.options_not_supported_reasons(params[0])
+    return reasons
 
 
 def _not_whole_reasons(blocks: Sequence[Any]) -> list[str]:
@@ -356,7 +422,7 @@ def _units(model: nn.Module) -> Iterator[tuple[_Unit | None, list[_Unit]]]:
         alone = [
             _Unit(f"{name}.{key}".removeprefix("."), block, (block,))
             for key, block in module.named_children()
-            if getattr(block, "RUNS_PREPARED", False) and hasattr(block, "params")
+            if _runs_by_parts(block) or (getattr(block, "RUNS_PREPARED", False) and hasattr(block, "params"))
         ]
         runs_whole = module in whole or not any(isinstance(block, integrations.Fused) for block in blocks)
         stack = _Unit(name, module, blocks)
@@ -387,7 +453,8 @@ def prepare(model: nn.Module, precision: str | None = None, *, release: bool = F
     On a CPU the weights are packed for the C++ library (``vit-fast build``), which takes float32 too, and
     ``precision="int8"`` quantises the weights of the four projections, a scale for each output, and what they multiply,
     a step and a zero point for each token, found as it passes: no data is needed. Attention, residual and statistics
-    stay in float.
+    stay in float. Blocks that are not pre-norm, or have branches, windows or attention of another kind, are prepared
+    there linear layer by linear layer (``packed_linear``, ``int8_linear`` in ``explain``); elsewhere they are refused.
 
     Args:
         model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or
@@ -457,18 +524,20 @@ def _prepare(
         raise TypeError(f"vit_fast.{caller}: model is {type(model).__name__}, expected an nn.Module")
     if model.training:
         raise ValueError(f"vit_fast.{caller}: model is in training mode, expected model.eval()")
-    chosen: list[tuple[_Unit, Precision]] = []
+    chosen: list[tuple[type[Prepared], _Unit, Precision]] = []
     left: dict[str, str] = {}
 
     for stack, alone in _units(model):
-        for unit in alone if stack is None else [stack]:
+        for unit in alone if stack is None or any(map(_runs_by_parts, stack.blocks)) else [stack]:
             precision = _named(caller, precision_of(unit.holder)).form(backends.preferred(*_kind(unit.holder)))
-            if reasons := _not_supported_reasons(unit.blocks, precision):
+            by_parts = unit is not stack and _runs_by_parts(unit.holder)
+            how, refuse = (PreparedParts, _not_by_parts_reasons) if by_parts else (Prepared, _not_supported_reasons)
+            if reasons := refuse(unit.blocks, precision):
                 left[unit.name] = ", ".join(reasons)
             elif unit is not stack or not (reasons := _not_whole_reasons(unit.blocks)):
-                chosen.append((unit, precision))
+                chosen.append((how, unit, precision))
             elif alone:
-                chosen += [(block, precision) for block in alone]
+                chosen += [(Prepared, block, precision) for block in alone]
             else:
                 left[unit.name] = ", ".join(reasons)
     if not (chosen or left):
@@ -482,8 +551,8 @@ def _prepare(
         raise UnsupportedError(f"vit_fast.{caller}: nothing can be prepared: {text}")
     for names, reason in told:
         _logger.info("prepare leaves %s as it is: %s", names, reason)
-    for unit, precision in chosen:
+    for how, unit, precision in chosen:
         for module in unit.holder.modules():
             module.__dict__.pop(PREPARED, None)
-        Prepared(*unit, precision, release)
+        how(*unit, precision, release)
     return model

@@ -13,20 +13,6 @@ namespace {
 
 using vit_fast::Kernels;
 
-template <class F>
-auto with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::float16:
-      return f.template operator()<Type::float16>();
-    case Type::bfloat16:
-      return f.template operator()<Type::bfloat16>();
-    case Type::int8:
-      return f.template operator()<Type::int8>();
-    default:
-      return f.template operator()<Type::float32>();
-  }
-}
-
 int64_t prepared_blocks_workspace(const PreparedBlocks& s) {
   return with_type(s.type, [&]<Type TYPE>() { return Stack<TYPE>(s).bytes; });
 }

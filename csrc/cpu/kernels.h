@@ -161,6 +161,7 @@ struct Linear {
   void* out;
   Pool pool;
   void* workspace;  // linear_workspace bytes, aligned to 64
+  const PackedLinear* packed = nullptr;  // the weight, packed already: then weight has its sizes and its type alone
 };
 
 // images [B, channels, H, W] at any strides; weight [features, channels·P·P']; out [B, prefix + patches, features].

@@ -7,7 +7,8 @@
 // makes of them. No normalised copy of x and no im2col matrix is made. Products are float32, or bfloat16 where weights
 // are bfloat16 and the processor multiplies it; statistics, sums and epilogues are float32.
 //
-// Packing reads and writes the weight once more, which pays from some dozens of rows on.
+// Packing reads and writes the weight once more, which pays from some dozens of rows on. A weight that is packed already
+// (kernels/packing.py) is multiplied as it is, int8 too.
 #pragma once
 
 #include "activations.h"
@@ -102,6 +103,44 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
   });
 }
 
+// A thread's scratch memory for rows of a product with a packed weight: one row, and the rows of a task as words.
+template <Type TYPE>
+struct RowSpace {
+  float* row;
+  Encoded encoded;
+  char* widened;
+
+  RowSpace(Arena& arena, int64_t width) {
+    const int64_t bytes = Stack<TYPE>::row_bytes(width), rows = TASK_ROWS<TYPE>;
+    row = arena.take<float>(width + VL);
+    encoded = {arena.take<char>(rows * bytes), bytes, arena.take<float>(rows), arena.take<int32_t>(rows)};
+    widened = arena.take<char>(Products<TYPE>::WIDENED ? bytes * NR : 0);
+  }
+  static int64_t bytes(int64_t width) {
+    Arena arena{nullptr};
+    RowSpace(arena, width);
+    return arena.used;
+  }
+};
+
+// packed_product with a weight that is packed already.
+template <Type TYPE, class Read, class Write>
+void product_with_packed(const vit_fast::Pool& pool, void* workspace, const PackedLinear& packed, int64_t width,
+                         int64_t rows, const Read& read, const Write& write) {
+  const int64_t tasks = row_tasks(pool, rows, TASK_ROWS<TYPE>), bytes = RowSpace<TYPE>::bytes(width);
+  run_tasks(pool, tasks, [&](int64_t task, int64_t slot) {
+    Arena arena{static_cast<char*>(workspace) + slot * bytes};
+    const RowSpace<TYPE> space(arena, width);
+    const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
+    for (int64_t row = first; row < last; row++) {
+      read(row, space.row);
+      encode_row<TYPE>(space.row, width, round_up(width, stored_group(TYPE)), space.encoded, row - first);
+    }
+    linear<TYPE>(space.encoded, last - first, packed, space.widened,
+                 [&](int64_t row, int64_t n, const vf* values) { write(first + row, n, values); });
+  });
+}
+
 template <class Function>
 void with_product_type(Type weight, const Function& function) {
 #if defined(__AVX512BF16__)
@@ -112,7 +151,10 @@ void with_product_type(Type weight, const Function& function) {
   function.template operator()<Type::float32>();
 }
 
-int64_t linear_workspace(const Linear& l) { return weight_workspace(l.weight, l.pool); }
+int64_t linear_workspace(const Linear& l) {
+  if (!l.packed) return weight_workspace(l.weight, l.pool);
+  return with_type(l.weight.type, [&]<Type TYPE>() { return l.pool.slots * RowSpace<TYPE>::bytes(l.weight.width); });
+}
 
 // Columns n … of a row of float32 values, at most `count` of them, to any dtype.
 VF_INLINE void write_values(void* out, int64_t start, int64_t count, const vf* values, Type type) {
@@ -168,6 +210,10 @@ void linear_layer(const Linear& l) {
     }
     write_values(l.out, row * features + column, count, results, l.out_type);
   };
+  if (l.packed)
+    return with_type(l.weight.type, [&]<Type TYPE>() {
+      product_with_packed<TYPE>(l.pool, l.workspace, *l.packed, width, l.rows, read, write);
+    });
   with_product_type(l.weight.type, [&]<Type TYPE>() {
     packed_product<TYPE>(l.pool, l.workspace, l.weight, gated, l.rows, read, write);
   });

@@ -1,4 +1,4 @@
-// The operator on a stack of packed blocks.
+// The operators on packed weights: a stack of blocks, and one linear layer.
 #include "../torch.h"
 
 namespace vit_fast {
@@ -94,8 +94,44 @@ Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads,
   return out;
 }
 
+// act(LN(x) wᵀ + b), without LN where eps is negative and no gate, or residual + gamma·(x wᵀ + b). x [rows, C] with
+// dense rows; residual [rows, features] contiguous in the dtype of x, as is what is returned.
+Tensor packed_linear_layer(Tensor x, std::vector<Tensor> weight, int64_t features, std::optional<Tensor> ln_weight,
+                           std::optional<Tensor> ln_bias, double eps, bool rms, std::string activation,
+                           std::optional<Tensor> gamma, std::optional<Tensor> residual) {
+  const Type type = type_of(weight.at(0));
+  const bool quantised = type == Type::int8;
+  STD_TORCH_CHECK(weight.size() == (quantised ? 4u : 2u), "the tensors are not those of a packed weight");
+  const PackedLinear packed = packed_linear(weight.data(), quantised);
+  Linear call{};
+  call.activation = activation_of(activation);
+  const int64_t rows = x.size(0), width = x.size(1);
+  STD_TORCH_CHECK(!is_gated(call.activation), "a packed linear layer has no gated activation");
+  check(packed, weight.data(), type, quantised, weight[0].size(3), width, features);
+  Tensor out = empty(x, {rows, features}, x.scalar_type());
+  call.x = x.const_data_ptr();
+  call.type = call.out_type = type_of(x);
+  call.rows = rows, call.stride = x.stride(0);
+  call.normalise = eps >= 0, call.rms = rms;
+  call.ln_weight = floats(ln_weight), call.ln_bias = floats(ln_bias);
+  call.eps = static_cast<float>(eps);
+  call.weight = {nullptr, nullptr, type, features, width, 0};
+  call.gamma = floats(gamma);
+  call.residual = residual ? residual->const_data_ptr() : nullptr;
+  call.out = out.mutable_data_ptr();
+  call.packed = &packed;
+  call.pool = thread_pool();
+  const Workspace workspace(x, kernels().linear_workspace(call));
+  call.workspace = workspace.data();
+  kernels().linear(call);
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpu, CPU, m) { m.impl("prepared_blocks", TORCH_BOX(&prepared_blocks)); }
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpu, CPU, m) {
+  m.impl("prepared_blocks", TORCH_BOX(&prepared_blocks));
+  m.impl("packed_linear", TORCH_BOX(&packed_linear_layer));
+}
 
 }  // namespace vit_fast

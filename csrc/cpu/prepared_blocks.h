@@ -148,6 +148,21 @@ VF_INLINE void widen_panel(const char* panel, int64_t groups, char* to) {
   }
 }
 
+// f<TYPE>() of the type of packed weights.
+template <class F>
+auto with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float16:
+      return f.template operator()<Type::float16>();
+    case Type::bfloat16:
+      return f.template operator()<Type::bfloat16>();
+    case Type::int8:
+      return f.template operator()<Type::int8>();
+    default:
+      return f.template operator()<Type::float32>();
+  }
+}
+
 // Encoded rows times a packed weight: write(row, column, values) for each vector of values x·w + bias.
 template <Type TYPE, class Write>
 VF_INLINE void linear(const Encoded& x, int64_t rows, const PackedLinear& linear, char* widened, const Write& write) {

@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 from support import families, library_models, timm_models
+from support.budget import assert_within_budget
 from support.families import FAMILIES
 from support.library_models import PREPARABLE
 from torch import nn
+from vit_fast.kernels import packing, reference
 
 import vit_fast
 from vit_fast.backends import cpu_choice
@@ -266,3 +268,58 @@ def test_stacks_are_left_to_instructions_that_only_pytorch_uses(dtype, capabilit
             other = vit_fast.prepare(small(dtype))
         assert chosen(other, images(dtype))["packed_blocks"] == "cpu"
         assert chosen(vit_fast.prepare(small()), images())["packed_blocks"] == "cpu"
+
+
+# Blocks of forms that no stack has: each linear layer is prepared alone.
+BY_PARTS = ("ViTamin", "differential", "ResPostBlock", "ParallelScalingBlock", "Sapiens2", "SAM", "Gemma4", "CaiT")
+
+
+@pytest.mark.parametrize("kind", ("float32", "bfloat16", "int8"))
+@pytest.mark.parametrize("name", BY_PARTS)
+def test_blocks_by_parts(name, kind):
+    torch.manual_seed(0)
+    model = library_models.moved(timm_models.build(name), DTYPES[kind])
+    x = images(DTYPES[kind])
+    with torch.no_grad():
+        golden = families.first(copy.deepcopy(model).double()(x.double()))
+        before = families.first(vit_fast.optimize(model)(x))
+        vit_fast.prepare(model, "int8" if kind == "int8" else None)
+        assert chosen(model, x)["int8_linear" if kind == "int8" else "packed_linear"] == "cpu"
+        out = families.first(model(x))
+    if kind == "int8":
+        assert (out.double() - golden).norm() < 0.05 * golden.norm()
+    else:
+        assert_within_budget(out, before, golden, kind="model", replicas=[])
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_packed_linear_layers_at_every_level(kind):
+    """Odd widths, few and many rows, norms, activations, LayerScale and residual, against plain PyTorch."""
+    torch.manual_seed(0)
+    dtype, pack = DTYPES[kind], packing.int8_weight if kind == "int8" else packing.packed_weight
+    before = CPU.version()
+    try:
+        for level in CPU.levels():
+            CPU.use_level(level)
+            for rows, width, features in ((1, 7, 5), (3, 33, 65), (130, 48, 96)):
+                x, weight = torch.randn(rows, width).to(dtype), pack(torch.randn(features, width).to(dtype))
+                bias, gamma, residual = (
+                    torch.randn(features),
+                    torch.randn(features),
+                    torch.randn(rows, features).to(dtype),
+                )
+                ln = torch.randn(width), torch.randn(width), 1e-6
+                for rest in (
+                    (None, None, None, "layer", None, None, None),
+                    (*ln, "layer", "gelu", None, None),
+                    (*ln, "rms", "silu", gamma, residual),
+                    (None, None, None, "layer", None, gamma, residual),
+                ):
+                    inputs = (x[:, :], weight.with_bias(bias), features, *rest)
+                    out, wanted = CPU.forward["int8_linear"](*inputs), reference.packed_linear(*inputs)
+                    scale = wanted.double().abs().amax()
+                    limit = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2, "int8": 2e-2}[kind]
+                    assert out.dtype == dtype and out.shape == wanted.shape
+                    assert (out.double() - wanted.double()).abs().amax() <= limit * scale, (level, rows, rest[3:5])
+    finally:
+        CPU.use_level(before)

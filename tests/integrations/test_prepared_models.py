@@ -9,14 +9,15 @@ import pickle
 
 import pytest
 import torch
-from support import timm_models, transformers_models
+from support import library_models, timm_models, transformers_models
 from support.budget import assert_within_budget
 
 import vit_fast
 from vit_fast.block import PREPARED
 
 # Blocks of branches side by side, post-norm, with attention in windows or of two kinds, with norms of q and k over the
-# whole width, with packed sequences: they stay as they are, and prepare says so.
+# whole width, with packed sequences: their linear layers are packed for the C++ library or for int8; elsewhere they
+# stay as they are, and prepare says so.
 NOT_FOLDED = {
     "ViTamin", "differential", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "Sapiens2",
     "EvaBlockPostNorm", "ResPostRelPosBlock", "SAM", "Gemma4", "CaiT", "SAM HQ", "InternVL", "InternVL with RMSNorm",
@@ -139,6 +140,91 @@ def test_pickles_hold_no_prepared_blocks():
     assert len(pickle.dumps(model)) < 1.1 * before
 
 
+def built(name):
+    """A model of NOT_FOLDED in float32, optimised, with a call of it in any dtype, and its output in float64."""
+    torch.manual_seed(0)
+    if name in timm_models.MODELS and name != "SAM":
+        model, x = perturbed(timm_models.build(name)), torch.randn(2, 3, 32, 32)
+
+        def call(m):
+            return first(m(x.to(next(m.parameters()).dtype)))
+
+    else:
+        case = transformers_models.CASES[name]
+        model, inputs = case.build(), case.inputs(torch.float32)
+
+        def call(m):
+            dtype = next(m.parameters()).dtype
+            cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+            return transformers_models.output(m, cast)
+
+    golden = run(copy.deepcopy(model).double(), call)
+    return vit_fast.optimize(model), call, golden
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("ViTamin", "differential", "EvaBlockPostNorm", "ParallelScalingBlock", "Gemma4", "CaiT"),
+        *("SAM", "InternVL", "Qwen2-VL"),
+    ),
+)
+def test_linear_layers_of_other_blocks_in_int8(name):
+    model, call, golden = built(name)
+    before = run(model, call)
+    vit_fast.prepare(model, "int8")
+    with vit_fast.backends.recording() as choices:
+        out = run(model, call)
+    assert {operation for operation, *_ in choices} >= {"int8_linear"}
+    assert not {"linear_residual", "layernorm_mlp", "layer_norm_linear"} & {operation for operation, *_ in choices}
+    assert 0 < (out.double() - golden).norm() < 0.05 * golden.norm()
+    assert torch.equal(run(vit_fast.refresh(model), call), out)
+    copied = copy.deepcopy(model)
+    assert torch.equal(run(copied, call), before)
+    assert torch.equal(run(vit_fast.unprepare(model), call), before) and not is_prepared(model)
+
+
+def test_changes_drop_packed_linear_layers(caplog):
+    model, call, _ = built("EvaBlockPostNorm")
+    vit_fast.prepare(model, "int8")
+    out, block = run(model, call), model.blocks[0]
+    handle = block.mlp.register_forward_hook(lambda *args: None)
+    assert not torch.equal(run(model, call), out) and "carries a hook" in caplog.text
+    handle.remove()
+    assert torch.equal(run(model, call), out)
+    with torch.no_grad():
+        block.attn.proj.weight.mul_(2)
+    changed = run(model, call)
+    assert "proj.weight changed" in caplog.text and not torch.allclose(changed, out, rtol=0.1)
+    saved = copy.deepcopy(model.state_dict())
+    vit_fast.prepare(model, "int8", release=True)
+    assert block.attn.proj.weight.is_meta and not block.norm1.weight.is_meta
+    torch.testing.assert_close(run(model, call), changed, rtol=0.1, atol=0.1)
+    with pytest.raises(RuntimeError, match="were released; load these again"):
+        call(model)
+    model.load_state_dict(saved, assign=True)
+    assert torch.allclose(run(model, call), changed, rtol=0.1, atol=0.1)
+
+
+def test_post_norm_layers_of_torch_in_int8():
+    torch.manual_seed(0)
+    model, x = library_models.encoder_vit(norm_first=False), torch.randn(2, 3, 32, 32)
+    golden = run(copy.deepcopy(model).double(), lambda m: m(x.double()))
+    vit_fast.prepare(vit_fast.optimize(model), "int8")
+    with vit_fast.backends.recording() as choices:
+        out = run(model, lambda m: m(x))
+    assert [operation for operation, *_ in choices].count("int8_linear") == 8
+    certificate = vit_fast.check(model, x)
+    assert certificate.passed and certificate.operations["torch int8_linear"] == 8, str(certificate)
+    assert (out.double() - golden).norm() < 0.05 * golden.norm()
+
+
+def test_float8_needs_norms_before_its_products():
+    model, *_ = built("EvaBlockPostNorm")
+    with pytest.raises(vit_fast.UnsupportedError, match="no norm right before each product, of which float8 takes"):
+        vit_fast.prepare(model.bfloat16(), "fp8")
+
+
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["EVA-02", "DINOv3", "BEiT", "AIMv2", "BEiT-3"])
 def test_other_precisions(name, precision):
@@ -148,10 +234,6 @@ def test_other_precisions(name, precision):
     with torch.no_grad():
         golden = copy.deepcopy(model).double()(x.double())
     vit_fast.optimize(model)
-    if (name, precision) in (("EVA-02", "fp8"), ("BEiT-3", "fp8")):
-        with pytest.raises(vit_fast.UnsupportedError, match="float8 has no norms inside the branches"):
-            vit_fast.prepare(model, precision)
-        return
     vit_fast.prepare(model, precision)
     with vit_fast.backends.recording() as choices, torch.no_grad():
         out = model(x).double()

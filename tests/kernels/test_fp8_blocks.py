@@ -20,7 +20,7 @@ from support.prepared_blocks import EPS, HEADS, SCALE, block, formula, normalise
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from vit_fast.kernels import activation_names, configs, folding, reference
-from vit_fast.kernels.block_options import PLAIN
+from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
 import vit_fast
 from vit_fast import ops
@@ -391,4 +391,41 @@ def test_gpu_blocks(batch, tokens, width, hidden, dtype):
         assert torch.equal(out, ops.fp8_blocks(x, weights, *words))
     weights_of_blocks = [t.double() for t in folding.flatten(folding.prepare_block(*parts) for parts in blocks)]
     golden = reference.prepared_blocks(x.double(), weights_of_blocks, *words)
+    assert_errs_as(out, reference.fp8_blocks(x, weights, *words), golden)
+
+
+def with_inner_norms(norm, dtype):
+    """x, quantised weights and options of two blocks with norms before proj and fc2, and the blocks in float64."""
+    torch.manual_seed(0)
+    width, hidden = 32, 40
+    chosen = BlockOptions(norm=norm, out_eps=1e-5, hidden_eps=1e-4, hidden_features=hidden)
+    blocks = [block(width, hidden, "gelu") for _ in range(2)]
+    inside = {
+        "out_norm": (1 + 0.3 * torch.randn(width).double(), torch.randn(width).double()),
+        "inner_norm": (1 + 0.3 * torch.randn(hidden).double(), None),
+    }
+    weights = folding.flatten(folding.fp8_block(*parts, "gelu", norm=norm, **inside) for parts in blocks)
+    exact = folding.flatten(folding.prepare_block(*parts, norm=norm, **inside) for parts in blocks)
+    return torch.randn(2, 9, width).to(dtype) + 1, weights, exact, chosen
+
+
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_inner_norms_are_folded(norm):
+    x, weights, exact, chosen = with_inner_norms(norm, torch.float64)
+    words = (HEADS, SCALE, "gelu", *EPS, chosen)
+    golden, out = reference.prepared_blocks(x, exact, *words), reference.fp8_blocks(x.bfloat16(), weights, *words)
+    assert 1e-3 < (out.double() - golden).norm() / (golden - x).norm() < 0.1
+    hidden_scale = weights[folding.Float8Block._fields.index("hidden_scale")]
+    assert (math.sqrt(40) * hidden_scale).max() <= 448 and hidden_scale.unique().numel() == 1
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_kernels_with_inner_norms_err_as_eager(norm, dtype):
+    x, weights, exact, chosen = with_inner_norms(norm, dtype)
+    words = (HEADS, SCALE, "gelu", *EPS, chosen)
+    with vit_fast.backend("triton"):
+        out = ops.fp8_blocks(x, weights, *words)
+    golden = reference.prepared_blocks(x.double(), exact, *words)
     assert_errs_as(out, reference.fp8_blocks(x, weights, *words), golden)

@@ -69,6 +69,8 @@ def test_every_precision_says_what_it_is():
     for precision in forms():
         assert of_operation(precision.operation) is precision
         assert getattr(torch.ops.vit_fast, precision.operation)
+        if precision.linear is not None:
+            assert of_operation(precision.linear) is precision and getattr(torch.ops.vit_fast, precision.linear)
         operations.add(precision.operation)
         variants |= {precision.variant, precision.graphed_variant}
         block = small().blocks[0]

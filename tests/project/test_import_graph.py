@@ -27,6 +27,7 @@ LAYERS = (
         "vit_fast.block",
         "vit_fast.snapshot",
         "vit_fast.structure",
+        "vit_fast.twin",
     ),
     ("vit_fast.checkpoints",),
     ("vit_fast.layers", "vit_fast.vit", "vit_fast.features", "vit_fast.presets"),

@@ -38,6 +38,8 @@ _SCHEMAS = (
     "str norm, float out_eps, float hidden_eps, int hidden_features, Tensor? q_weight, Tensor? q_bias, float q_eps, "
     "Tensor? k_weight, Tensor? k_bias, float k_eps, Tensor? cos, Tensor? sin, str rope_layout, int num_prefix, "
     "Tensor? bias) -> Tensor",
+    "packed_linear(Tensor x, Tensor[] weight, int features, Tensor? ln_weight, Tensor? ln_bias, float eps, bool rms, "
+    "str activation, Tensor? gamma, Tensor? residual) -> Tensor",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps
@@ -334,6 +336,26 @@ def _blocks(
     return out
 
 
+def packed_linear(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    features: int,
+    ln_weight: torch.Tensor | None,
+    ln_bias: torch.Tensor | None,
+    eps: float | None,
+    norm: str,
+    activation: str | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.vit_fast_cpu.packed_linear(
+        _rows(x), list(weight), features, _vector(ln_weight), _vector(ln_bias), -1.0 if eps is None else eps,
+        norm == "rms", activation or "none", _vector(gamma),
+        None if residual is None else _rows(residual.to(x.dtype)).contiguous(),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], features)
+
+
 _PLAIN_VALUES = ("layer", -1.0, -1.0, 0, *(None, None, -1.0) * 2, None, None, "half", 0, None)
 
 
@@ -424,8 +446,8 @@ class Cpu(Backend):
             "linear_residual": lambda x, weight, bias, gamma, residual, **_: _dtype_reasons(x, weight, residual),
             "layernorm_mlp": lambda x, ln_weight, ln_bias, eps, w1, *_, **__: _dtype_reasons(x, w1),
         }
-        stacks = {form.operation: lambda x, *_: _dtype_reasons(x) for form in (PACKED, INT8)}
-        self.not_supported = {**not_supported, **stacks}
+        prepared = [name for form in (PACKED, INT8) for name in (form.operation, form.linear) if name]
+        self.not_supported = {**not_supported, **dict.fromkeys(prepared, lambda x, *_: _dtype_reasons(x))}
         self.inference = {
             "attention": attention,
             "layer_norm": layer_norm,
@@ -447,6 +469,7 @@ class Cpu(Backend):
             "layernorm_mlp": layernorm_mlp_fwd,
         }
         forward = {**forward, **{form.operation: _blocks for form in (PACKED, INT8)}}
+        forward = {**forward, **{form.linear: packed_linear for form in (PACKED, INT8) if form.linear}}
         self._wrong = canary.reasons("cpu", forward, self.remedy)
         self.forward = {} if self._wrong else forward
         return self._wrong

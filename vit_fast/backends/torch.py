@@ -25,7 +25,8 @@ class Torch(Backend):
             "layer_norm_linear": reference.layer_norm_linear_fwd,
             "linear_residual": reference.linear_residual,
             "layernorm_mlp": reference.layernorm_mlp_fwd,
-        } | {precision.operation: precision.reference for precision in forms()}
+        } | {form.operation: form.reference for form in forms()}
+        self.forward |= {form.linear: reference.packed_linear for form in forms() if form.linear}
         self.inference = {
             "attention": reference.attention,
             "layer_norm": reference.layer_norm,

@@ -65,7 +65,13 @@ class Fused(Swapped, Fusible):
 
     RUNS_PREPARED = False  # whether a block looks for prepared weights of its own
     STACKABLE = True  # whether ``params`` is all that a block computes with, so that a stack can be prepared as a whole
+    RUNS_PARTS = False  # whether it runs ``fused_parts`` of its twin where ``prepare`` prepares its linear layers alone
     CALLED: tuple[str, ...] = ()  # paths of sub-modules that the fused form calls, whatever they are
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        """The fused form, in eval mode and without a look at whether it may run: what ``prepare`` calls on the block's
+        twin (``vit_fast.twin``)."""
+        raise NotImplementedError
 
     def not_folded(self) -> str | None:
         """Why ``params`` does not describe the block, so that ``vit_fast.prepare`` leaves it, or None."""

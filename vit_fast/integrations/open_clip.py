@@ -39,6 +39,7 @@ from vit_fast.block import (
     latent_attention,
     mlp_branch,
     pass_over_stack,
+    prepared_for,
     project_qkv,
     run_blocks,
 )
@@ -112,6 +113,7 @@ class FastResidualAttentionBlock(Fused, ResidualAttentionBlock):
 class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
     """open_clip's CustomResidualAttentionBlock as two fused branches: [B, N, C] → [B, N, C]."""
 
+    RUNS_PARTS = True
     SUBMODULES = submodules(
         ln_1=_NORMS,
         attn=(Attention,),
@@ -173,6 +175,16 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
         attn_drop, out_drop = attn.attn_drop.p if attn.training else 0.0, drop_rate(attn.out_drop)
         if reason := not_taken(x, p.qkv_weight, p.gamma1, p.gamma2) or drops_not_covered(attn_drop, out_drop):
             return self.run_library(reason, x, *others, **named)
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x)
+        return self.branches(x, p, attn_drop, out_drop)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.branches(inputs[0], self._weights(), 0.0, 0.0)
+
+    def branches(self, x: torch.Tensor, p: BlockParams, attn_drop: float, out_drop: float) -> torch.Tensor:
+        """Both branches, with the rates of dropout of the probabilities and behind the attention."""
+        attn = self.attn
         y = attend(project_qkv(x, p), p, attn_drop)
         if attn.head_scale is not None:
             y = (y.unflatten(2, (p.num_heads, -1)) * attn.head_scale.flatten(1)).flatten(2)
@@ -182,7 +194,7 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
             )
         else:
             y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
-            y = F.dropout(F.linear(y, p.proj_weight, p.proj_bias), out_drop)
+            y = F.dropout(ops.linear(y, p.proj_weight, p.proj_bias), out_drop)
             y = self.ls_1(ops.layer_norm(y, *Norm.of(self.ln_attn)))
             x = x + y
         return mlp_branch(x, p)

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import attention_branch, drop_rate, drops_not_covered, mlp_branch, pass_over_stack, run_blocks
+from vit_fast.block import (
+    attention_branch,
+    drop_rate,
+    drops_not_covered,
+    mlp_branch,
+    pass_over_stack,
+    prepared_for,
+    run_blocks,
+)
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, TENSORS, Fusible, multihead_submodules, submodules
 
@@ -40,6 +48,7 @@ def _activation(act):
 class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
     """torch's TransformerEncoderLayer as two fused branches: [B, N, C] → [B, N, C], or [N, B, C] → [N, B, C]."""
 
+    RUNS_PARTS = True
     SUBMODULES = submodules(
         norm1=(nn.LayerNorm,),
         **multihead_submodules("self_attn"),
@@ -110,11 +119,30 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         p = self.params()
         x = src if self.self_attn.batch_first else src.transpose(0, 1)
         bias = _bias(x, p.num_heads, *masks)
+        if (prepared := prepared_for(self, x)) is not None:
+            x = prepared.run_block(x, bias=bias)
+        else:
+            x = self.branches(x, p, bias, attn_drop, proj_drop, hidden_drop, out_drop)
+        return x if self.self_attn.batch_first else x.transpose(0, 1)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.branches(inputs[0], self.params(), options["bias"], 0.0, 0.0, 0.0, 0.0)
+
+    def branches(
+        self,
+        x: torch.Tensor,
+        p: BlockParams,
+        bias: Any,
+        attn_drop: float,
+        proj_drop: float,
+        hidden_drop: float,
+        out_drop: float,
+    ) -> torch.Tensor:
+        """Both branches, with their rates of dropout."""
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=proj_drop, bias=bias)
         x = x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm1))
         x = mlp_branch(x, p, hidden_drop=hidden_drop, out_drop=out_drop)
-        x = x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm2))
-        return x if self.self_attn.batch_first else x.transpose(0, 1)
+        return x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm2))
 
 
 def _bias(x, num_heads, src_mask, key_padding_mask):

@@ -30,5 +30,6 @@ def forms() -> list[Precision]:
 
 
 def of_operation(operation: str) -> Precision | None:
-    """The precision whose stacks run as an operation of ``ops``; None for an operation on a model's own weights."""
-    return next((precision for precision in forms() if precision.operation == operation), None)
+    """The precision whose stacks, or linear layers, run as an operation of ``ops``; None for an operation on a model's
+    own weights."""
+    return next((form for form in forms() if operation in (form.operation, form.linear)), None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from vit_fast.block_params import BlockParams
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
+from vit_fast.kernels.packing import PackedWeight
 from vit_fast.parity import Budget
 
 # The module of timm's block that the fields of a record are made of, by the first word of their name. The scale of the
@@ -29,6 +30,8 @@ class Precision:
     Attributes:
         name: the word for ``vit_fast.prepare(model, precision=...)``; None for the dtype of the weights.
         operation: the operation of ``ops`` that runs a stack, and its operator ``torch.ops.vit_fast.<operation>``.
+        linear: the operation of ``ops`` that runs one linear layer of a block which no stack describes; None without,
+            for the reason ``no_linear``.
         record: the named tuple of the tensors of a block (``kernels.folding``).
         weight_dtypes: the dtypes of models that it can prepare.
         products: what the matrix products multiply, in words; None where it is the dtype of the weights.
@@ -38,6 +41,8 @@ class Precision:
 
     name: str | None
     operation: str
+    linear: str | None = None
+    no_linear = "the blocks have a prepared form only on a CPU: with its C++ library (`vit-fast build`), or in int8"
     record: type[Any]
     weight_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     products: str | None = None
@@ -55,6 +60,10 @@ class Precision:
 
     def fold(self, params: BlockParams) -> tuple[torch.Tensor, ...]:
         """The record of a block."""
+        raise NotImplementedError
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """The weight [out, in] of one linear layer, for the operation ``linear``."""
         raise NotImplementedError
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
@@ -104,10 +113,6 @@ class Precision:
             remedy = f"model.to({self.weight_dtypes[-1]})"
             reasons.append(f"the weights are {came}, folding is for {wanted} ({remedy})")
         return reasons + self.device_reasons(weights[0].device)
-
-    def options_not_supported_reasons(self, params: BlockParams) -> list[str]:
-        """Why a block cannot be prepared for what it has beside its four projections; empty where it can."""
-        return []
 
     def modules(self) -> tuple[str, ...]:
         """Which module of a block (timm's names) each tensor of a record is made of; "" for a tensor of none."""

@@ -14,7 +14,7 @@ from vit_fast.kernels import arguments, folding, reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.parity import FLOAT8_BUDGET
 
-from .base import Kernels, Precision, folding_arguments
+from .base import Kernels, Precision, folding_arguments, norms_to_fold
 
 _CAPABILITY = (8, 9)
 
@@ -24,13 +24,14 @@ class Float8(Precision):
 
     name = "fp8"
     operation = "fp8_blocks"
+    no_linear = "the blocks have no norm right before each product, of which float8 takes its scales"
     record = folding.Float8Block
     products = "float8"
     budget = FLOAT8_BUDGET
     variant, graphed_variant = "fp8", "fp8-graphed"
 
     def fold(self, params: BlockParams) -> folding.Float8Block:
-        return folding.fp8_block(*folding_arguments(params), params.activation, norm=params.norm)
+        return folding.fp8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_fp8_blocks(x, weights)
@@ -48,10 +49,6 @@ class Float8(Precision):
     ) -> torch.Tensor:
         out: torch.Tensor = reference.fp8_blocks(x, weights, num_heads, scale, activation, eps1, eps2, options)
         return out
-
-    def options_not_supported_reasons(self, params: BlockParams) -> list[str]:
-        inside = params.out_norm is not None or params.inner_norm is not None
-        return ["float8 has no norms inside the branches (before proj or fc2)"] if inside else []
 
     def kernels(self) -> Kernels:
         from vit_fast.kernels import fp8_blocks

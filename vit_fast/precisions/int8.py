@@ -23,6 +23,7 @@ class Int8(Precision):
 
     name = "int8"
     operation = "int8_blocks"
+    linear = "int8_linear"
     record = packing.Int8Block
     weight_dtypes = (torch.float32, torch.float16, torch.bfloat16)
     products = "int8"
@@ -31,6 +32,9 @@ class Int8(Precision):
 
     def fold(self, params: BlockParams) -> packing.Int8Block:
         return packing.int8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
+
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
+        return packing.int8_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_int8_blocks(x, weights)

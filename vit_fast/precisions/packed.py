@@ -21,12 +21,16 @@ class Packed(Precision):
 
     name = None
     operation = "packed_blocks"
+    linear = "packed_linear"
     record = packing.PackedBlock
     weight_dtypes = (torch.float32, torch.float16, torch.bfloat16)
     variant, graphed_variant = "prepared", "graphed"
 
     def fold(self, params: BlockParams) -> packing.PackedBlock:
         return packing.packed_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
+
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
+        return packing.packed_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_packed_blocks(x, weights)

@@ -9,11 +9,10 @@ from typing import Any
 
 import timm.models.cait as cait
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_rate, drops_not_covered
+from vit_fast.block import drop_rate, drops_not_covered, prepared_for
 from vit_fast.integrations import Fused, given, not_taken
 from vit_fast.plain import LINEAR, submodules
 
@@ -32,6 +31,7 @@ from .parts import (
 
 
 class _CaitBlock(Fused):
+    RUNS_PARTS = True
     attn: Any
     mlp: Any
     norm1: Any
@@ -52,9 +52,21 @@ class _CaitBlock(Fused):
         reason = not_taken(x, attn.proj.weight, self.gamma_1, self.gamma_2)
         if reason := reason or drops_not_covered(path.rate, *drops, *of_mlp):
             return self.run_library(reason, *tokens, **kwargs)
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(*tokens)
+        return self.branches(tokens, path, of_mlp, drops[0])
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.branches(inputs, Path.of(self.drop_path), mlp_drops(self.mlp), 0.0)
+
+    def branches(
+        self, tokens: tuple[torch.Tensor, ...], path: Path, of_mlp: tuple[float, float], proj_drop: float
+    ) -> torch.Tensor:
+        """Both branches, with DropPath and the rates of dropout in the MLP and behind the attention."""
+        x, attn = tokens[-1], self.attn
         y, row_scale = self.attend(*tokens), path.row_scale(x)
         x = ops.linear_residual(
-            y, attn.proj.weight, attn.proj.bias, self.gamma_1, x, row_scale=row_scale, dropout_p=drops[0]
+            y, attn.proj.weight, attn.proj.bias, self.gamma_1, x, row_scale=row_scale, dropout_p=proj_drop
         )
         return mlp_branch(self.mlp, x, self.norm2, self.gamma_2, path, of_mlp)
 
@@ -106,7 +118,7 @@ class FastLayerScaleBlockClassAttn(_CaitBlock, cait.LayerScaleBlockClassAttn):
         attn, (x, x_cls) = self.attn, tokens
         y = normalise(torch.cat((x_cls, x), dim=1), self.norm1)
         q, k, v = (
-            F.linear(part, layer.weight, layer.bias) for part, layer in ((y[:, :1], attn.q), (y, attn.k), (y, attn.v))
+            ops.linear(part, layer.weight, layer.bias) for part, layer in ((y[:, :1], attn.q), (y, attn.k), (y, attn.v))
         )
         scale = (q.shape[-1] // attn.num_heads) ** -0.5 if attn.fused_attn else attn.scale
         return ops.attention(q, attn.num_heads, scale, k=k, v=v, dropout_p=attention_drop(attn))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drops_not_covered
+from vit_fast.block import drops_not_covered, prepared_for
 from vit_fast.block_params import Norm
 from vit_fast.integrations import Fused, given, mask_options, norm_kind, not_taken
 from vit_fast.plain import submodules
@@ -62,6 +62,7 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         norm4=NORMS,
         drop_path=DROP_PATHS,
     )
+    RUNS_PARTS = True
     CALLED = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp")
     attn: Any
     mlp: Any
@@ -76,11 +77,30 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         mask = options.pop("attn_mask", None)
         if reason := given(args[1:], options) or self.not_fused():
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        attn, path = self.attn, Path.of(self.drop_path)
-        drop = attention_drop(attn)
+        drop, path = attention_drop(self.attn), Path.of(self.drop_path)
         reason = not_taken(x, self.norm1.weight) or drops_not_covered(drop, path.rate)
         if reason is not None:
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
+        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x)
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x, rope=(rope_cos, rope_sin), masked=masked)
+        return self.branches(x, rope_cos, rope_sin, masked, drop, path)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        cos, sin = options["rope"]
+        return self.branches(inputs[0], cos, sin, options["masked"], 0.0, Path.of(self.drop_path))
+
+    def branches(
+        self,
+        x: torch.Tensor,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        masked: dict[str, Any],
+        drop: float,
+        path: Path,
+    ) -> torch.Tensor:
+        """Both branches; ``drop`` is the rate of dropout of the probabilities."""
+        attn = self.attn
         y = normalise(x, self.norm1)
         q, k, v = attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)
         v = normalise(v.unflatten(2, (attn.num_kv_heads, -1)), attn.v_norm).flatten(2)
@@ -88,7 +108,6 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
             k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
         q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))
         cos, sin = (_one_rotation(table).unsqueeze(1) for table in (rope_cos, rope_sin))
-        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x)
         y = ops.attention(
             q, attn.num_heads, 1.0, k=k, v=v, **masked, rope=(cos, sin), rope_layout="half",
             q_norm=_head_norm(attn.q_norm), k_norm=_head_norm(attn.k_norm), norm=norm_kind(attn.q_norm), dropout_p=drop,

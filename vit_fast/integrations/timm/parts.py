@@ -140,10 +140,10 @@ def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
         return packed, None, None, None
     x = normalise(x, norm)
     if gate is not None:
-        gate = F.linear(x, gate.weight, gate.bias).sigmoid()
+        gate = ops.linear(x, gate.weight, gate.bias).sigmoid()
     if qkv is not None:
-        return F.linear(x, qkv.weight, qkv_bias(attn)), None, None, gate
-    q, k, v = (F.linear(x, part.weight, part.bias) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return ops.linear(x, qkv.weight, qkv_bias(attn)), None, None, gate
+    q, k, v = (ops.linear(x, part.weight, part.bias) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
     if getattr(attn, "num_kv_groups", 1) > 1:
         k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
     return q, k, v, gate
@@ -198,10 +198,10 @@ def hidden(mlp: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:
         if type(mlp) in GEGLU:
             x = normalise(x, mlp.norm)
         gate, value = (getattr(mlp, name) for name in names[:2])
-        return mlp.act(F.linear(x, gate.weight, gate.bias)) * F.linear(x, value.weight, value.bias)
+        return mlp.act(ops.linear(x, gate.weight, gate.bias)) * ops.linear(x, value.weight, value.bias)
     fc1, word = mlp.fc1, activation(mlp)
     if norm is None:
-        x = F.linear(x, fc1.weight, fc1.bias)
+        x = ops.linear(x, fc1.weight, fc1.bias)
         x = x if word is None else activate(x, word)
     else:
         x = ops.layer_norm_linear(x, *known_norm(norm), fc1.weight, fc1.bias, word, norm=norm_kind(norm))
@@ -341,6 +341,7 @@ class TimmBlock(Fused):
     """
 
     STACKABLE = False
+    RUNS_PARTS = True
     ARGUMENTS: tuple[str, ...] = ("attn_mask", "is_causal")
     BIAS = "attn_mask"
     DIMS = 3  # of x
@@ -376,6 +377,9 @@ class TimmBlock(Fused):
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.fused(inputs[0], self.gammas(), self.settings()._replace(words=None), options)
 
     def settings(self) -> Settings:
         attn, of_mlp = self.attn, mlp_drops(self.mlp)
@@ -510,11 +514,11 @@ class PostNormBlock(TimmBlock):
         attn, mlp, proj, fc2 = self.attn, self.mlp, self.attn.proj, last_layer(self.mlp)
         q, k, v, gate = project(attn, x, None)
         y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))
-        y = F.linear(y if gate is None else y * gate, proj.weight, proj.bias)
+        y = ops.linear(y if gate is None else y * gate, proj.weight, proj.bias)
         x = added(x, normalise(F.dropout(y, drops[1]) if drops[1] else y, self.norm1), paths[0])
         y = hidden(mlp, x, None)
         y = F.dropout(y, hidden_drop) if hidden_drop else y
-        y = F.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
+        y = ops.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
         return added(x, normalise(F.dropout(y, out_drop) if out_drop else y, self.norm2), paths[1])
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import timm.models.vision_transformer_sam as sam
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vit_fast import ops
@@ -86,7 +85,7 @@ class FastSAMBlock(TimmBlock, sam.Block):
         tokens = x.flatten(1, 2)
         if window > 0:
             windows, padded = sam.window_partition(normalise(x, self.norm1), window)
-            qkv = F.linear(windows.flatten(1, 2), attn.qkv.weight, attn.qkv.bias)
+            qkv = ops.linear(windows.flatten(1, 2), attn.qkv.weight, attn.qkv.bias)
         else:
             qkv = project(attn, tokens, self.norm1)[0]
         if attn.use_rel_pos:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vit_fast import ops
-from vit_fast.block import drop_rate, drops_not_covered
+from vit_fast.block import drop_rate, drops_not_covered, prepared_for
 from vit_fast.integrations import Fused, given, norm_kind, not_taken
 from vit_fast.plain import submodules
 
@@ -75,6 +75,7 @@ class FastResPostBlock(PostNormBlock, vit.ResPostBlock):
 class _ParallelScaling(Fused):
     """Attention and MLP read one projection of norm(x), and end in one projection or in one each."""
 
+    RUNS_PARTS = True
     in_norm: Any
     in_proj: Any
     in_split: Any
@@ -102,7 +103,16 @@ class _ParallelScaling(Fused):
         reason = not_taken(x, self.in_proj.weight, gamma) or self.refuses(drop)
         if reason := reason or drops_not_covered(path.rate, drop, drop_rate(self.mlp_drop)):
             return self.run_library(reason, x, *args, **kwargs)
-        norm, proj = self.in_norm, self.in_proj
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x)
+        return self.branches(x, drop, path)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.branches(inputs[0], 0.0, Path.of(self.drop_path))
+
+    def branches(self, x: torch.Tensor, drop: float, path: Path) -> torch.Tensor:
+        """Both branches; ``drop`` is the rate of dropout of the probabilities."""
+        norm, proj, gamma = self.in_norm, self.in_proj, getattr(self.ls, "gamma", None)
         y = ops.layer_norm_linear(x, *known_norm(norm), proj.weight, proj.bias, norm=norm_kind(norm))
         mlp, qkv = y.split((self.in_split[0], sum(self.in_split[1:])), dim=-1)
         mlp = mlp if self.mlp_bias is None else mlp + self.mlp_bias
@@ -168,6 +178,7 @@ def _pair(name: str, prefix: str, parts: dict[str, tuple[type, ...]]) -> dict[st
 class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
     """Two attentions side by side, then two MLPs."""
 
+    RUNS_PARTS = True
     SUBMODULES = submodules(**_pair("attn", "attns", _ATTENTION_PARTS), **_pair("mlp", "ffns", MLP))
     attns: Any
     ffns: Any
@@ -186,7 +197,13 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
             reason = not_taken(x, self.attns[0].attn.qkv.weight, *gammas)
         if reason is not None:
             return self.run_library(reason, x, *args, **kwargs)
-        y = x
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x)
+        return self.fused_parts(x)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        x = y = inputs[0]
+        gammas = [getattr(branch.ls, "gamma", None) for branch in (*self.attns, *self.ffns)]
         for branch, gamma in zip(self.attns, gammas[:2], strict=True):
             y = attention_branch(branch.attn, x, branch.norm, gamma, NO_PATH, 0.0, 0.0, y)
         x = y

@@ -66,7 +66,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 def linear(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     parameters: dict[str, Any] = module._parameters
-    return F.linear(x, parameters["weight"], parameters["bias"])
+    return ops.linear(x, parameters["weight"], parameters["bias"])
 
 
 class Parts(NamedTuple):
@@ -126,6 +126,7 @@ class Layer(Fused):
     """[B, N, C] → [B, N, C]; base of the forms."""
 
     RUNS_PREPARED = True
+    RUNS_PARTS = True
     STACKABLE = False
     MODULES: ClassVar[Modules] = {}  # as for ``plain.submodules``; "{}Name" stands for a family's own class
     ARGUMENTS: tuple[str, ...] = ("attention_mask",)  # what the library's forward takes by position after the input
@@ -269,11 +270,14 @@ class Layer(Fused):
         options = self.attention_options(x, dict(zip(self.ARGUMENTS, args, strict=False)) | dict(named))
         if isinstance(options, str):
             return options
-        if "cu_seqlens" in options:
+        if "cu_seqlens" in options and self.RUNS_PREPARED:
             pass_over_prepared(self, "cu_seqlens is given")
         elif (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **self.with_float_bias(options, x.dtype))
         return backends.run_block(self.add_branches, x, settings.parts, options)
+
+    def fused_parts(self, *inputs: Any, **options: Any) -> Any:
+        return self.add_branches(inputs[0], self.parts(self), options)
 
     def add_branches(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
         """x plus both branches."""

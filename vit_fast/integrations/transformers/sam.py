@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from vit_fast import backends, ops
+from vit_fast.block import prepared_for
 from vit_fast.block_params import Norm
 from vit_fast.integrations import given, not_dense
 from vit_fast.plain import LINEAR
@@ -46,6 +47,8 @@ class SamForm(Layer):
             return reason
         if reason := self._not_taken(x.flatten(1, 2), settings) or given(args, named):
             return reason
+        if (prepared := prepared_for(self, x)) is not None:
+            return prepared.run_block(x)
         return backends.run_block(self.add_branches, x, settings.parts, {})
 
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:

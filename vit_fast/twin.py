@@ -1,0 +1,58 @@
+"""The twin of a block: the same modules, whose linear layers hold packed weights.
+
+A block that no stack of prepared blocks describes (post-norm, parallel branches, windows, attention of other kinds) is
+prepared part by part: its fused form runs on the twin, and the operations (``ops``) take a ``PackedWeight`` in the
+place of a weight. All other tensors are the block's own. A twin is never called, only its ``fused_parts``; it is no
+part of the model, and gone when the block changes (``prepared``).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .precisions import Precision
+
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a packed weight: x [..., in] → [..., out]."""
+
+    def __init__(self, linear: nn.Linear, precision: Precision) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._parameters: dict[str, Any] = {"weight": precision.pack(linear.weight), "bias": linear.bias}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+
+def linear_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, name, weight) of every linear layer in a block; those of an ``nn.MultiheadAttention`` too."""
+    names: dict[type[nn.Module], str] = {nn.MultiheadAttention: "in_proj_weight"}
+    names.update(dict.fromkeys(_LINEAR, "weight"))
+    return [
+        (module, name, weight)
+        for module in block.modules()
+        if (name := names.get(type(module))) and (weight := module._parameters.get(name)) is not None
+    ]
+
+
+def _part(child: nn.Module | None, precision: Precision) -> nn.Module | None:
+    if isinstance(child, nn.Linear) and type(child) in _LINEAR:
+        return PackedLinear(child, precision)
+    return None if child is None else twin(child, precision)
+
+
+def twin(module: nn.Module, precision: Precision) -> Any:
+    """A shallow copy of a module and its parts with packed weights; tensors that are no weights are shared."""
+    copy: Any = object.__new__(type(module))
+    attributes = dict(vars(module))
+    attributes["_parameters"] = dict(module._parameters)
+    if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
+        attributes["_parameters"]["in_proj_weight"] = precision.pack(module.in_proj_weight)
+    attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
+    vars(copy).update(attributes)
+    return copy
