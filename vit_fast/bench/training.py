@@ -3,8 +3,7 @@
 As in ``compare`` parity comes first. Every gradient of ours is compared with float64, as a share of the largest of its
 parameter, and the loss of each baseline with timm's. Then forward+backward and the whole step of every provider are
 timed in the same rounds. A row is one provider at one batch size: ``train_`` stands before the figures of the step,
-as in timm, ``train_fwd_bwd_`` before those of forward and backward, whose FLOP and compulsory traffic
-(``backward_operations``) our rows have too.
+as in timm, ``train_fwd_bwd_`` before those of forward and backward.
 """
 
 import contextlib
@@ -21,7 +20,6 @@ from vit_fast import backends, parity
 
 from . import contest as contests
 from . import measure, peak_rss, speedup, training_step
-from .backward_operations import training_operations
 from .baselines import compiled_model
 from .providers import COMPILE_MODES, PLAIN
 from .results import Row, speedup_column
@@ -144,10 +142,6 @@ def _first_calls(parts, module, expected, pixels, settings):
         row.update({name: value for name, value in verdict.columns().items() if "top1" not in name})
         row["vit_fast_backend"] = "+".join(sorted({chosen for _, chosen, _ in choices})) or "torch"
         row["vit_fast_reasons"] = "; ".join(dict.fromkeys(why for *_, reasons in choices for why in reasons))
-        with training_step.cast(settings):
-            work = [operation for call in training_operations(module, pixels) for operation in call.operations]
-        row["train_fwd_bwd_gflop"] = sum(operation.flop for operation in work) / 1e9
-        row["train_fwd_bwd_gbytes"] = sum(operation.bytes for operation in work) / 1e9
         if not verdict.passed:
             row["status"] = "parity failed"
             return
