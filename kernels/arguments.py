@@ -200,6 +200,7 @@ def check_keep_samples(x: Any, p: Any, seed: Any) -> None:
     _check_seed(op, "seed", seed, "x", x)
 
 
+@untraced
 def check_linear_residual(
     x: Any,
     weight: Any,

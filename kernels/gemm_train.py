@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 from .activation_names import GATED
-from .activations import activate, activate_and_derive
+from .activations import activate_and_derive, activate_to
 from .arguments import check_rows
 from .dropout import dropout_of, dropped
 from .gemm import Residual, Vectors, tile_position
@@ -75,7 +75,7 @@ def _store_forward(
             z_ptrs = z_ptr + (row * out_features * 2)[:, None] + column[None, :]
             tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask)
             tl.store(z_ptrs + out_features, value.to(z_ptr.dtype.element_ty), mask=mask)
-    acc = activate(acc, ACTIVATION, EXACT)
+    acc = activate_to(acc, ACTIVATION, EXACT, out_ptr.dtype.element_ty)
     if value is not None:
         acc *= value
     if dropout is not None:

@@ -18,7 +18,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
 )
 
@@ -26,6 +25,7 @@ from . import backends
 from .backends.base import backward_key
 from .block import PREPARED
 from .class_swap import survey
+from .fake_tensors import fake_mode
 from .input_size import input_size
 from .precisions import of_operation
 
@@ -151,7 +151,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
         model.eval()
         with torch.no_grad():
             try:
-                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                with fake_mode() as mode:
                     rows = _explain(model, map_tensors(mode.from_tensor, example), inference)
             except NEEDS_VALUES:
                 rows = _explain(model, example, inference)

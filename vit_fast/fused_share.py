@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -19,6 +18,7 @@ from . import backends
 from .block import PREPARED
 from .class_swap import survey
 from .explanation import NEEDS_VALUES, NOT_OPTIMISED, call, map_tensors, own_input
+from .fake_tensors import fake_mode
 from .plain import CONVOLUTION, Fusible, why_not_plain
 from .structure import transformer_blocks
 
@@ -161,7 +161,7 @@ def coverage(model: nn.Module, example: Any = None) -> Coverage:
                 rows = _measured(model, counted, map_tensors(lambda tensor: tensor.to("meta"), example))
             else:
                 try:
-                    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    with fake_mode() as mode:
                         rows = _measured(model, counted, map_tensors(mode.from_tensor, example))
                 except NEEDS_VALUES:
                     rows = _measured(model, counted, example)

@@ -354,7 +354,7 @@ def _runs_by_parts(block: Any) -> bool:
 def _not_by_parts_reasons(blocks: Sequence[Any], precision: Precision) -> list[str]:
     """Why the linear layers of blocks cannot be prepared one by one."""
     if precision.linear is None:
-        return [precision.no_linear]
+        return [*_not_supported_reasons(blocks, precision), precision.no_linear]
     if any(why_not_plain(block, (type(block),), block.ignores) for block in blocks):
         return ["a block carries a hook or has a forward of its own"]
     linears = [linear for block in blocks for linear in linear_weights(block)]

@@ -154,7 +154,7 @@ MUTANTS = (
     ("layer_norm.h", "row * n.stride * size", "row * n.width * size"),
     ("attention.h", "row_sum * correction + sum(total)", "row_sum + sum(total)"),
     ("attention.h", "block ? fma(load(out), splat(correction[m]), x) : x", "block ? load(out) + x : x"),
-    ("attention.h", "+ __builtin_logf(space.row_sum[m])", "- __builtin_logf(space.row_sum[m])"),
+    ("attention.h", "+ __builtin_logf(space.row_sum[m] /", "- __builtin_logf(space.row_sum[m] /"),
     ("attention.h", "batch * stride[0] + token * stride[1] + head * D", "batch * stride[0] + token * stride[1] + head"),
     ("attention.h", "last < a.queries ? last : a.queries", "last"),
     ("gemm.h", "a + 4 * k, a_stride, b + 4 * NR * k, count, tile", "a, a_stride, b + 4 * NR * k, count, tile"),

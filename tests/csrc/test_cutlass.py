@@ -455,7 +455,7 @@ def test_prepared_blocks(backend, device, calls, arch, ran):
 def test_statistics_alone(backend):
     for x in (torch.randn(5, 64), torch.randn(5, 60).bfloat16() + 3, torch.randn(3, 3000).half()):
         mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-        torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, x, None, None, 1e-6)
+        torch.ops.vit_fast_cuda.layer_norm(None, mean, rstd, x, None, None, 1e-6, False)
         _, *both = cuda.layer_norm_fwd(x, None, None, 1e-6)
         assert torch.equal(mean, both[0]) and torch.equal(rstd, both[1])
 

@@ -20,6 +20,8 @@ from support.budget import assert_within_budget
 from support.library_models import TRANSFORMERS, Version, fused
 from support.transformers_models import CASES, output
 from torch import nn
+from transformers.models.beit import modeling_beit
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 import vit_fast
 from vit_fast.integrations.transformers import families, register_attention
@@ -59,6 +61,21 @@ def layers(model):
 def same(actual, expected, case=None):
     tolerance = 1e-5 if actual.dtype == torch.float32 or (case and case.float32) else 1e-11
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@each(("Beit", "DINOv3"))
+def test_calls_on_fake_tensors_leave_none_behind(case):
+    """These keep tensors that all models of their class share."""
+    for function in (
+        modeling_beit.BeitRelativePositionBias.generate_relative_position_index,
+        modeling_dinov3_vit.get_patches_center_coordinates,
+    ):
+        for cell in function.__closure__:
+            getattr(cell.cell_contents, "cache_clear", lambda: None)()
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    vit_fast.explain(model, inputs)
+    vit_fast.coverage(model, inputs)
+    assert type(output(model, inputs)) is torch.Tensor
 
 
 @each()

@@ -77,7 +77,8 @@ def test_linear_partials(large_outputs):
     row, weight, bias = torch.randn(1, width).half(), torch.zeros(width, 16).half(), torch.randn(1)
     tiles = configs.LinearConfig(16, 32, 16, 2, 4, 2, False)
     x = torch.zeros(1, 16).half().expand(rows, 16)
-    out, partials = linear.linear_with_partials(x, weight, None, row.expand(rows, width), config=tiles)
+    with sanitizer.only_programs(lambda count: range(count - 4, count)):  # both tiles of the last rows
+        out, partials = linear.linear_with_partials(x, weight, None, row.expand(rows, width), config=tiles)
     values, part = partials
     assert values.shape == (2, 2, rows) and rows * 2 > 2**31 and not values[:, :, 0].any()
     assert torch.equal(out[-1:], row)

@@ -36,6 +36,7 @@ LAYERS = (
     (
         "vit_fast.prepared",
         "vit_fast.class_swap",
+        "vit_fast.fake_tensors",
         "vit_fast.explanation",
         "vit_fast.cuda_graphs",
         "vit_fast.certificate",

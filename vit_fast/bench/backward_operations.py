@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vit_fast.fake_tensors import without_shared_caches
+
 from .operations import Call, Recorder, moved_bytes
 
 _Found = Iterator[tuple[str, torch.Tensor | None, int, int]]
@@ -212,7 +214,7 @@ def training_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
     """
     recorder, fake = _TrainingRecorder(model), FakeTensorMode(allow_non_fake_inputs=True)
     pixels = fake.from_tensor(pixels)
-    with torch.inference_mode(False), torch.enable_grad(), fake, recorder:
+    with torch.inference_mode(False), torch.enable_grad(), without_shared_caches(), fake, recorder:
         logits = model(pixels)
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

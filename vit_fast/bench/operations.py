@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vit_fast.block import PREPARED
+from vit_fast.fake_tensors import without_shared_caches
 from vit_fast.kernels.folding import Float8Block, FoldedBlock, unflatten
 from vit_fast.kernels.packing import Int8Block
 from vit_fast.precisions import PRECISIONS
@@ -330,7 +331,7 @@ def record(model: nn.Module, pixels: torch.Tensor, recorder: Recorder, fake: Fak
     ]
     try:
         # Under inference_mode a dispatch mode sees composite operators such as F.linear, the profiler what they call.
-        with torch.inference_mode(False), torch.no_grad(), fake, recorder:
+        with torch.inference_mode(False), torch.no_grad(), without_shared_caches(), fake, recorder:
             model(pixels)
     finally:
         for handle in handles:
