@@ -8,6 +8,7 @@ Triton's interpreter under the memory sanitizer. The cheapest cases, and those t
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -74,9 +75,35 @@ def arguments():
                 else:
                     raise AssertionError(f"{op} takes {list(changes)}")
     _packed_widths()
+    _block_options()
+    _kept_samples()
     arguments_module.check_rows("linear", 2**31 - 256)
     with pytest.raises(RuntimeError, match=r"vit_fast.linear: 2147483393 rows, expected at most 2147483392"):
         arguments_module.check_rows("linear", 2**31 - 255)
+
+
+def _block_options():
+    """The options of prepared blocks are held to x and named with the operation."""
+    x, bias = torch.zeros(2, 5, 48), torch.zeros(1, 3, 5, 5)
+    check = partial(arguments_module.check_block_options, "prepared_blocks", x, 3)
+    check(PLAIN), check(PLAIN._replace(bias=bias))
+    with pytest.raises(ValueError, match=r"vit_fast.prepared_blocks: bias has shape \[1, 3, 5, 4\]"):
+        check(PLAIN._replace(bias=bias[..., :4]))
+    with pytest.raises(ValueError, match=r"vit_fast.prepared_blocks: key_lengths has 3 elements"):
+        check(PLAIN._replace(key_lengths=torch.ones(3, dtype=torch.int64)))
+
+
+def _kept_samples():
+    check, x, seed = arguments_module.check_keep_samples, torch.zeros(3, 2), torch.tensor([5])
+    check(x, 0.0, None), check(x, 0.5, seed), check(x[0], 0, seed)
+    for wrong, error, text in (
+        ((3, 0.5, seed), TypeError, "x is int"), ((x[0, 0], 0.5, seed), ValueError, "x has 0 dimensions"),
+        ((x, "half", seed), TypeError, "p is str"), ((x, 1.0, seed), ValueError, "p is 1.0"),
+        ((x, -0.1, seed), ValueError, "p is -0.1"), ((x, 0.5, seed.int()), ValueError, "seed has dtype torch.int32"),
+        ((x, 0.5, torch.tensor([5, 6])), ValueError, r"seed has shape \[2\]"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"vit_fast.keep_samples: {text}"):
+            check(*wrong)
 
 
 def _packed_widths():
@@ -362,6 +389,7 @@ def _layer_norm_reasons(kernels):
 def activations():
     kernels, module = linear_kernels, test_linear
     tiny = LinearConfig(16, 32, 16, 2, 4, 2, False)
+    module.test_activation_curves(kernels, "gelu", BFLOAT16)
     for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu"):
         module.test_activation_curves(kernels, activation, FLOAT16)
         for dtype in (FLOAT32, FLOAT64):

@@ -26,6 +26,7 @@ from vit_fast.kernels.configs import LayerNormBwdConfig, LinearConfig
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+CPU = torch.device("cpu")
 SEED = torch.tensor([2**40 + 3])
 
 
@@ -46,6 +47,16 @@ def dropout():
         assert dropout.seed_ptr is SEED and dropout.p == torch.tensor(p).item()
         assert dropout.scale == (1 / (1 - torch.tensor(p))).item()
     assert kernels.dropout_of(0.0, SEED) is None
+    for count in (0, 1, 64, kernels.BLOCK, kernels.BLOCK + 3):
+        for p in (0.3, uniform[5].item()):
+            kept = kernels.keep_mask(SEED, count, p, CPU)
+            assert torch.equal(kept, reference.keep_mask(SEED, count, p, CPU))
+    recorder = Recorder()
+    with mock.patch.object(kernels, "_keep_mask_kernel", recorder):
+        kernels.keep_mask(SEED, kernels.BLOCK + 1, 0.1, torch.device("meta"))
+    (launch,) = recorder.launches
+    assert launch.grid == (2,) and [t.device.type for t in launch.args[:2]] == ["meta", "meta"]
+    assert launch.args[2:] == (kernels.BLOCK + 1, torch.tensor(0.1).item())
 
 
 def column_sums():

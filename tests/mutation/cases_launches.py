@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -48,9 +49,15 @@ def _all_fields(**changes):
 
 def _fields_of_tuned(module):
     assert list(module.FIELDS) == list(PICKED.__dataclass_fields__)
+    checked = partial(module._checked, kinds=module.FIELDS)
+    assert list(module.STACK_FIELDS) == list(configs_module.StackConfig.__dataclass_fields__)
+    for form in configs_module.STATISTICS:
+        assert module._checked({"statistics": form}, module.STACK_FIELDS, True) == {"statistics": form}
+    with pytest.raises(ValueError, match="got statistics 'odd', wanted any of partials, finalised, plain"):
+        module._checked({"statistics": "odd"}, module.STACK_FIELDS, True)
     for right in (_all_fields(), _all_fields(block_m=1, tma=False, maxnreg=1), _all_fields(maxnreg=None)):
-        assert module._checked(right, True) is right and module._checked(right, False) is right
-    assert module._checked({"block_k": 1}, False) == {"block_k": 1} and module._checked({}, False) == {}
+        assert checked(right, every=True) is right and checked(right, every=False) is right
+    assert checked({"block_k": 1}, every=False) == {"block_k": 1} and checked({}, every=False) == {}
     missing = _all_fields()
     del missing["group_m"]
     for every, wrong, text in (
@@ -62,7 +69,7 @@ def _fields_of_tuned(module):
         (False, {"maxnreg": True}, "got maxnreg True"), (False, {"num_warps": None}, "got num_warps None"),
     ):  # fmt: skip
         with pytest.raises(ValueError) as error:
-            module._checked(wrong, every)
+            checked(wrong, every=every)
         assert text in str(error.value)
 
 
@@ -70,7 +77,12 @@ def _files_of_tuned(module, file):
     entry = {"out_features": 3072, "picked": _all_fields(), "use": {"num_warps": 4}}
     right = {"device": "NVIDIA H200", "triton": "3.7.1", "linear": [entry, entry | {"out_features": 768}]}
     table = {(width, *_all_fields().values()): {"num_warps": 4} for width in (3072, 768)}
-    for content, wanted in ((right, table), (right | {"linear": []}, {}), (right | {"triton": "3.6.0"}, {})):
+    stack = [{"width": 1024, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}]
+    of_stacks = {(1024, "partials"): {"statistics": "finalised"}}
+    for content, wanted in (
+        (right, table), (right | {"linear": []}, {}), (right | {"triton": "3.6.0"}, {}),
+        (right | {"stack": stack}, table | of_stacks),
+    ):  # fmt: skip
         file.write_text(json.dumps(content))
         assert module.read(file, "NVIDIA H200", "3.7.1") == wanted
     for content, text in (

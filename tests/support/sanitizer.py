@@ -361,6 +361,10 @@ def install():
         _launch.program = 1 + x + width * (y + height * z)
         shipped_index(self, x, y, z)
 
+    def num_programs(self, axis):
+        picked = _launch is None and axis == 0
+        return handle(np.array([self.programs if picked else self.grid_dim[axis]], np.int32), interpreter.tl.int32)
+
     def implicit_cvt(arg):
         result = shipped_convert(arg)
         if isinstance(arg, torch.Tensor) and _launch is not None:
@@ -374,6 +378,7 @@ def install():
         given = {name: value for name, value in options.items() if name in known}
         if _pick is not None:
             interpreter.interpreter_builder.picked = sorted(_pick(self.grid[0]))
+            interpreter.interpreter_builder.programs = self.grid[0]
             self.grid = (len(interpreter.interpreter_builder.picked),)
             return shipped_call(self, *args, **options)
         outer = _launch
@@ -392,4 +397,5 @@ def install():
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.create_atomic_rmw, builder.create_atomic_cas = atomic_rmw, atomic_cas
     builder.set_grid_idx, interpreter._implicit_cvt = set_grid_idx, implicit_cvt
+    builder.create_get_num_programs = num_programs
     interpreter.GridExecutor.__call__ = call
