@@ -214,5 +214,5 @@ def layer_norm_linear_not_supported_reasons(
     *,
     norm: str = "layer",
 ) -> list[str]:
-    reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps, norm=norm)
+    reasons = ln.not_supported_reasons(x, ln_weight, ln_bias, eps)
     return reasons + [reason for reason in launch.device_reasons(x, weight, bias) if reason not in reasons]
