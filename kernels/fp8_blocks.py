@@ -81,11 +81,9 @@ def _run(
     for b in blocks:
         normal = ln.layer_norm(x, b.norm_scale, None, eps1, E4M3, norm=options.norm, pdl=pdl)
         packed = fp8_linear(normal, b.qkv_weight, b.qkv_scale, b.qkv_bias, out_dtype=x.dtype, pdl=pdl)
-        of_attention = options.of_attention()
-        if options.out_eps is None:
-            out = attn.attention(packed, num_heads, scale, out_dtype=E4M3, pdl=pdl, **of_attention)
-        else:
-            out = attn.attention(packed, num_heads, scale, pdl=pdl, **of_attention)
+        out_dtype = E4M3 if options.out_eps is None else x.dtype
+        out = attn.attention(packed, num_heads, scale, out_dtype=out_dtype, pdl=pdl, **options.of_attention())
+        if options.out_eps is not None:
             out = ln.layer_norm(out, b.norm_scale, None, options.out_eps, E4M3, norm=options.norm, pdl=pdl)
         x = fp8_linear(out, b.proj_weight, b.proj_scale, b.proj_bias, residual=x, semaphore=next(semaphores), pdl=pdl)
         normal = ln.layer_norm(x, b.norm_scale, None, eps2, E4M3, norm=options.norm, pdl=pdl)

@@ -378,11 +378,10 @@ def gemm(
 ) -> tuple[Tensor, RowPartials | None]:
     """(out, its ``RowPartials`` or None): the formula of the head comment for x [B, ..., K] and residual [B, ..., N].
 
-    ``norm``: (RowPartials or RowStatistics of x, eps, column sums of weight) of a folded LayerNorm;
-    ``out_dtype``: that of out without a residual, the weight's by default; ``semaphore``: int32 zeros that only this
-    call uses as counters, allocated
-    where None or too few. Split-K, which makes the bits depend on the number of rows, is allowed where a semaphore is
-    given or partials are requested.
+    ``norm``: (RowPartials or RowStatistics of x, eps, column sums of weight) of a folded LayerNorm; ``out_dtype``: that
+    of out without a residual, the weight's by default; ``semaphore``: int32 zeros that only this call uses as counters,
+    allocated where None or too few; ``reverse_tiles``: whether the last tiles come first. Split-K, which makes the bits
+    depend on the number of rows, is allowed where a semaphore is given or partials are requested.
     """
     gated = activation in GATED
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]

@@ -152,8 +152,8 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
     weights of optimised pre-norm blocks. Text towers are not touched. Pooling by latent queries runs fused as well.
 
-    Call it before FSDP2's ``fully_shard``, which makes classes of its own. The backward of a fused kernel cannot be
-    differentiated again, and ``torch.jit.script`` cannot read the fast classes: restore first.
+    Call it before FSDP2's ``fully_shard``, which makes classes of its own. ``torch.jit.script`` cannot read the fast
+    classes: restore first.
 
     Args:
         model: a model of these libraries, or a module that holds one.

@@ -37,6 +37,7 @@ from .snapshot import HOOKS, Snapshot
 from .twin import linear_weights, twin
 
 _logger = logging.getLogger("vit_fast")
+_TRAINS = "a part of the blocks is in training mode"
 _GRADIENTS = "gradients are enabled; they serve under torch.inference_mode() or torch.no_grad()"
 _folded = WeakTensorKeyDictionary()  # the parameters that weights were folded from
 _COPIED = "a copy or pickle of a model does not hold them; vit_fast.refresh(model) folds anew"
@@ -323,8 +324,8 @@ def _not_supported_reasons(blocks: Sequence[Any], precision: Precision) -> list[
         return ["a block carries a hook, a parametrization or a module of another class"]
     if any(not _runs_its_params(type(b)) or why_not_plain(b, (type(b),), b.ignores) for b in blocks):
         return ["a block carries a hook or has a forward of its own"]
-    if any(module.training for block in blocks for module in block.modules()):
-        return ["a part of the blocks is in training mode"]
+    if _any_trains(blocks):
+        return [_TRAINS]
     told = {getattr(block, "not_folded", lambda: None)() for block in blocks}
     if why := sorted(reason for reason in told if reason is not None):
         return why
@@ -362,13 +363,17 @@ def _not_by_parts_reasons(blocks: Sequence[Any], precision: Precision) -> list[s
         return ["a linear layer carries a hook"]
     if any(type(weight) is not nn.Parameter for *_, weight in linears):
         return ["a weight is of another class than nn.Parameter"]
+    if _any_trains(blocks):
+        return [_TRAINS]
     return _state_reasons(blocks) or precision.not_supported_reasons([weight for *_, weight in linears])
 
 
+def _any_trains(blocks: Sequence[Any]) -> bool:
+    return any(module.training for block in blocks for module in block.modules())
+
+
 def _state_reasons(blocks: Sequence[Any]) -> list[str]:
-    """Why blocks cannot be prepared in the state that they are in."""
-    if any(module.training for block in blocks for module in block.modules()):
-        return ["a part of the blocks is in training mode"]
+    """Why the parameters of blocks cannot be prepared where they are."""
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     reasons = []
     if any(parameter.device.type == "meta" and parameter.dim() > 1 for parameter in parameters):

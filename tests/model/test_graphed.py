@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.graphs import CAPTURES, REPLAYS, OnCpu, Replays, Reruns
+from support.matmul_precision import matmul_precision
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
@@ -533,20 +534,10 @@ def test_activations_of_the_look_at_the_model_are_not_kept():
     assert {storage.data_ptr() for storage in module._captured.kept} == weights
 
 
-@contextlib.contextmanager
-def _precision(word):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(word)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "backend": lambda: vit_fast.backend("torch"),
-    "precision": lambda: _precision("high"),
+    "precision": lambda: matmul_precision("high"),
 }
 
 

@@ -125,9 +125,8 @@ def by_hand(block, x, seeds):
     return x + branch * mask(seeds[3], branch, 0.2)
 
 
-def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
-    """Attention, projection, hidden activations and fc2 drop by the seeds that the operators draw."""
-    block = model(proj_drop_rate=0.2, attn_drop_rate=0.1).blocks[0].double()
+def noted_seeds(monkeypatch):
+    """The seeds that operators draw from here on."""
     seeds, draw = [], ops._seeded
 
     def noted(x, p, seed):
@@ -136,6 +135,13 @@ def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
         return drawn
 
     monkeypatch.setattr(ops, "_seeded", noted)
+    return seeds
+
+
+def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
+    """Attention, projection, hidden activations and fc2 drop by the seeds that the operators draw."""
+    block = model(proj_drop_rate=0.2, attn_drop_rate=0.1).blocks[0].double()
+    seeds = noted_seeds(monkeypatch)
     x = torch.randn(2, 17, 48, dtype=torch.float64, requires_grad=True)
     out = block(x)
     assert len(seeds) == 4 and len({seed.item() for seed in seeds}) == 4
@@ -148,14 +154,7 @@ def test_dropout_of_a_block_is_the_operators(seeded, monkeypatch):
 
 
 def test_drop_path_of_a_block_is_the_mask_of_its_seeds(monkeypatch):
-    block, seeds, draw = model(drop_path_rate=0.5).blocks[-1].double(), [], ops._seeded
-
-    def noted(x, p, seed):
-        drawn = draw(x, p, seed)
-        seeds.extend([drawn[1]] if p else [])
-        return drawn
-
-    monkeypatch.setattr(ops, "_seeded", noted)
+    block, seeds = model(drop_path_rate=0.5).blocks[-1].double(), noted_seeds(monkeypatch)
     x = torch.randn(16, 17, 48, dtype=torch.float64, requires_grad=True)
     out = block(x)
     first, second = (reference.keep_mask(seed, 16, 0.5, x.device).double()[:, None, None] * 2 for seed in seeds)

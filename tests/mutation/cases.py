@@ -28,9 +28,10 @@ import test_prepared_blocks
 import torch
 import triton
 import triton.language as tl
-from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
+from stand_ins import Recorder, device_is_made_current, equal
 from support import packed_blocks, sanitizer
 from support.large_tensors import last_programs_alone, reserved
+from support.matmul_precision import matmul_precision
 from support.prepared_blocks import block as whole_block
 from vit_fast.kernels import activations as activations_module
 from vit_fast.kernels import arguments as arguments_module

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from stand_ins import Recorder, device_is_made_current, equal, matmul_precision
+from stand_ins import Recorder, device_is_made_current, equal
 from support import trained_operations
 from support.large_tensors import last_programs_alone, reserved
+from support.matmul_precision import matmul_precision
 from vit_fast.kernels import column_sums as column_sums_kernels
 from vit_fast.kernels import configs as configs_module
 from vit_fast.kernels import dropout as dropout_kernels

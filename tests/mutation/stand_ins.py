@@ -1,6 +1,5 @@
 """Stand-ins for kernels and devices that kill suites use, and small helpers of theirs."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,16 +16,6 @@ class Recorder:
 
     def __getitem__(self, grid):
         return lambda *args, **options: self.launches.append(SimpleNamespace(grid=grid, args=args, **options))
-
-
-@contextmanager
-def matmul_precision(word):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(word)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def device_is_made_current(kernels, kernel, call):
