@@ -73,6 +73,12 @@ def _refuse_transforms(name: str, backend: str) -> None:
         )
 
 
+def _owned(result: torch.Tensor) -> torch.Tensor:
+    """A result of a backend, contiguous, and no view: autograd forbids to change a view that an operator returns."""
+    result = result.contiguous()
+    return result.detach() if result._is_view() else result
+
+
 def _register(
     name: str,
     signature: str,
@@ -123,10 +129,10 @@ def _register(
 
     def fwd_on(backend: Backend, *inputs: Any) -> Any:
         if not flag:
-            return forward(backend.forward[operation], *inputs[:-1]).contiguous()
+            return _owned(forward(backend.forward[operation], *inputs[:-1]))
         if inputs[-2]:
-            return tuple(t.contiguous() for t in forward(backend.forward[operation], *inputs[:-2]))
-        out, stat = forward(backend.output(operation), *inputs[:-2]).contiguous(), _stat(inputs[0])
+            return tuple(map(_owned, forward(backend.forward[operation], *inputs[:-2])))
+        out, stat = _owned(forward(backend.output(operation), *inputs[:-2])), _stat(inputs[0])
         return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
     def bwd(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
