@@ -150,7 +150,7 @@ def test_a_step_has_the_reference_s_masks_also_when_recomputed(monkeypatch):
         actual = step(model)
         assert {chosen for _, chosen, _ in choices} == {"cpu"}
         assert all(map(torch.equal, step(model, False), actual))
-        # The first forward has no gradients then, and the library applies the activation: other roundings, the same mask.
+        # The first forward has no gradients then, and the library applies the activation: the mask has the same bits.
         torch.testing.assert_close(step(model, True), actual, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(select, "BACKENDS", seeded.BACKENDS)
     for one, other in zip(actual, step(model), strict=True):

@@ -483,7 +483,7 @@ class Cpu(Backend):
         return [] if self.load() else cpu_choice.stack_reasons(dtype, self._capabilities)
 
     def is_slower(self, dtype: torch.dtype) -> bool:
-        return cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
+        return dtype not in _DTYPES or cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         of = _SIZES.get(operation)
