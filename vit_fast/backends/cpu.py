@@ -257,8 +257,8 @@ def linear_residual(
     rows = _rows(x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm))
     per_scale = 1 if row_scale is None else max(rows.shape[0] // max(row_scale.shape[0], 1), 1)
     out = torch.ops.vit_fast_cpu.linear_residual(
-        rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale), per_scale,
-        dropout_p, seed,
+        rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale),
+        per_scale, dropout_p, seed,
     )  # fmt: skip
     return out.view(residual.shape)
 
@@ -483,7 +483,7 @@ class Cpu(Backend):
         return [] if self.load() else cpu_choice.stack_reasons(dtype, self._capabilities)
 
     def is_slower(self, dtype: torch.dtype) -> bool:
-        return cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
+        return dtype not in _DTYPES or cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         of = _SIZES.get(operation)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import timm.layers as layers
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import DropPath, LayerScale, Mlp
 from torch import nn
 
@@ -288,8 +287,7 @@ def mlp_branch(
             x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma,
             row_scale=row_scale, dropout_p=drops[0], out_dropout_p=drops[1], **inner,
         )  # fmt: skip
-    y = hidden(mlp, x, norm)
-    y = F.dropout(y, drops[0]) if drops[0] else y
+    y = ops.dropout(hidden(mlp, x, norm), drops[0])
     residual = x if residual is None else residual
     return ops.linear_residual(
         y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drops[1], **inner
@@ -515,11 +513,10 @@ class PostNormBlock(TimmBlock):
         q, k, v, gate = project(attn, x, None)
         y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))
         y = ops.linear(y if gate is None else y * gate, proj.weight, proj.bias)
-        x = added(x, normalise(F.dropout(y, drops[1]) if drops[1] else y, self.norm1), paths[0])
-        y = hidden(mlp, x, None)
-        y = F.dropout(y, hidden_drop) if hidden_drop else y
+        x = added(x, normalise(ops.dropout(y, drops[1]), self.norm1), paths[0])
+        y = ops.dropout(hidden(mlp, x, None), hidden_drop)
         y = ops.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
-        return added(x, normalise(F.dropout(y, out_drop) if out_drop else y, self.norm2), paths[1])
+        return added(x, normalise(ops.dropout(y, out_drop), self.norm2), paths[1])
 
 
 def added(x: torch.Tensor, y: torch.Tensor, path: Path) -> torch.Tensor:
