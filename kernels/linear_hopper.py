@@ -1,4 +1,4 @@
-"""The linear layers of ``linear`` for Hopper: warp-specialised GEMMs in Gluon, ping-pong or cooperative, for fp16 and bf16.
+"""The linear layers of ``linear`` for Hopper: warp-specialised GEMMs in Gluon, ping-pong or cooperative, fp16 or bf16.
 
     out = residual + act(x Wᵀ + bias)                      every part but x Wᵀ optional
 
@@ -80,10 +80,10 @@ REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.c
 class LinearHopperConfig:
     """A tile of block_m × block_n is one consumer's, or with ``cooperative`` half of its rows are: 64 or 128."""
 
+    block_m: int = 128
     block_n: int = 128
     group_m: int = 8
     num_stages: int = 4
-    block_m: int = 128
     cooperative: bool = False
 
     @property
