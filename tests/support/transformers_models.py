@@ -13,7 +13,7 @@ _FLOAT32 = (
     "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Omni", "GLM-4V", "GLM-4V MoE",
 )  # fmt: skip
 _BLOCKS = {"ViTMAE with its decoder": 3}
-_POOLED = ("Siglip", "Siglip2")
+_POOLED = ("Siglip", "Siglip2", "Phi-4", "Aimv2")
 
 
 class Case(NamedTuple):

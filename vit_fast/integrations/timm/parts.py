@@ -43,6 +43,7 @@ try:
 except ImportError:  # older timm has none
     pass
 _DIFFERENTIAL = _classes("DiffAttention")
+_ADDED = {"bias"}  # an option of attention that PyTorch refuses where its shape is wrong
 
 ACTIVATIONS = {
     layers.GELU: "gelu",
@@ -491,12 +492,14 @@ class PreNormBlock(TimmBlock):
                 parts["norm1"], parts["norm2"], attn._modules["qkv"], attn._modules["proj"], mlp["fc1"], mlp["fc2"]
             )
         )  # fmt: skip
-        run: Any = reference if select.is_direct() else ops
+        direct = select.is_direct()
+        run: Any = reference if direct else ops
+        attend = run.attention if direct and options.keys() <= _ADDED else ops.attention
         bias = qkv_bias(attn) if attn._parameters.get("q_bias") is not None else qkv["bias"]
         y = run.layer_norm_linear(
             x, norm1["weight"], norm1.get("bias"), words.eps1, qkv["weight"], bias, norm=words.norm1
         )
-        y = ops.attention(y, words.num_heads, words.scale, **options)
+        y = attend(y, words.num_heads, words.scale, **options)
         x = run.linear_residual(y, proj["weight"], proj["bias"], gammas[0], x)
         return run.layernorm_mlp(
             x, norm2["weight"], norm2.get("bias"), words.eps2, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],

@@ -103,6 +103,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         Family(pooling.Aimv2Head, "Aimv2AttentionPoolingHead", "Aimv2"),
     ),
     "phi4_multimodal.modeling_phi4_multimodal": (
+        Family(clip.Phi4Form, "Phi4MultimodalVisionEncoderLayer", "Phi4MultimodalVision"),
         Family(pooling.PoolingHead, "Phi4MultimodalVisionMultiheadAttentionPoolingHead", "Phi4MultimodalVision"),
     ),
     "ovis2.modeling_ovis2": (
