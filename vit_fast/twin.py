@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .kernels.packing import PackedWeight
 from .precisions import Precision
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -56,3 +57,13 @@ def twin(module: nn.Module, precision: Precision) -> Any:
     attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
     vars(copy).update(attributes)
     return copy
+
+
+def packed_weights(twin: nn.Module) -> list[tuple[str, PackedWeight]]:
+    """(name of its module, weight) of every prepared weight of a twin."""
+    return [
+        (name, weight)
+        for name, module in twin.named_modules()
+        for weight in module._parameters.values()
+        if isinstance(weight, PackedWeight)
+    ]

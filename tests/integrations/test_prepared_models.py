@@ -12,10 +12,10 @@ import torch
 from support import library_models, timm_models, transformers_models
 from support.budget import assert_within_budget
 from support.graphs import OnCpu, Reruns
-from vit_fast.kernels.packing import PackedWeight
 
 import vit_fast
 from vit_fast.block import PREPARED
+from vit_fast.twin import packed_weights
 
 # Blocks of branches side by side, post-norm, with attention in windows or of two kinds, with norms of q and k over the
 # whole width, with packed sequences: their linear layers are prepared one by one.
@@ -220,9 +220,10 @@ def test_other_blocks_can_be_captured(name, precision, monkeypatch):
     """``graphed`` looks at a model before it captures: no wait of the host, no copy between devices. A change of the
     weights is captured anew. That CUDA captures the launches is shown on a GPU alone."""
     monkeypatch.setattr(OnCpu, "graphs", Reruns)
-    model, call, _ = built(name)
+    model, *_ = built(name)
     module = OnCpu(vit_fast.prepare(model.bfloat16(), precision), (1, 2), torch.zeros(1, 3, 32, 32).bfloat16(), True)
-    held = [t for part in model.modules() if (p := vars(part).get(PREPARED)) for t in tensors_of(p.twin)]
+    twins = [vars(part)[PREPARED].twin for part in model.modules() if PREPARED in vars(part)]
+    held = [tensor for twin in twins for _, weight in packed_weights(twin) for tensor in weight.tensors]
     kept = {storage.data_ptr() for storage in module._captured.kept}
     assert held and {t.untyped_storage().data_ptr() for t in held} <= kept
     x = torch.randn(2, 3, 32, 32).bfloat16()
@@ -230,12 +231,6 @@ def test_other_blocks_can_be_captured(name, precision, monkeypatch):
         assert torch.equal(first(module(x)), first(model(x)))
         vit_fast.unprepare(model)
         assert torch.equal(first(module(x)), first(model(x)))
-
-
-def tensors_of(twin):
-    """The tensors of the prepared weights of a block."""
-    weights = (weight for part in twin.modules() for weight in part._parameters.values())
-    return [tensor for weight in weights if isinstance(weight, PackedWeight) for tensor in weight.tensors]
 
 
 def test_changes_drop_packed_linear_layers(caplog):

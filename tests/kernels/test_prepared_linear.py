@@ -154,7 +154,7 @@ def test_bad_tokens_are_named(fp8):
     weight = PACK[fp8](torch.randn(16, 24))
     with pytest.raises(ValueError, match=r"vit_fast\.(fp8|prepared)_linear: x has width 23, expected 24"):
         ops.linear(torch.randn(2, 23), weight, None)
-    with pytest.raises(ValueError, match="x has dtype torch.bfloat16, expected torch.float32"):
+    with pytest.raises(ValueError, match=r"x has dtype torch\.bfloat16, expected torch\.float32"):
         ops.linear(torch.randn(2, 24).bfloat16(), weight, None)
     with vit_fast.backend("cpu"), pytest.raises(arguments.UnsupportedError, match="was forced and cannot run"):
         ops.linear(torch.randn(2, 24), weight, None)

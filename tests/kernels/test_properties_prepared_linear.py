@@ -1,4 +1,4 @@
-"""Random linear layers on prepared weights: the error against float64 of the same weights, and metamorphic properties."""
+"""Random linear layers on prepared weights: the error against float64 of the same weights, metamorphic properties."""
 
 import pytest
 from hypothesis import strategies as st

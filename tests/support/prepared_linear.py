@@ -95,8 +95,8 @@ class PreparedLinearCase(properties.Case):
 
     def relation_layout(self, inputs, results):
         x, weight, features, *rest, residual = inputs
-        strange = properties.laid_out(x, self.layout), weight, features, *rest, properties.laid_out(residual, self.layout)
-        self.same_bits(self.kernel(*strange), results)
+        x, residual = (properties.laid_out(t, self.layout) for t in (x, residual))
+        self.same_bits(self.kernel(x, weight, features, *rest, residual), results)
 
     def relation_one_image_alone(self, inputs, results):
         x, *rest, residual = inputs

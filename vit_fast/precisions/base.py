@@ -65,7 +65,7 @@ class Precision:
         raise NotImplementedError
 
     def pack(self, weight: torch.Tensor) -> PackedWeight | torch.Tensor:
-        """The weight [out, in] of one linear layer, for the operation ``linear``; as it is where PyTorch shall run it."""
+        """The weight [out, in] of one linear layer for the operation ``linear``, or as it is: then PyTorch runs it."""
         raise NotImplementedError
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:

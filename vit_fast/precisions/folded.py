@@ -35,7 +35,8 @@ class Folded(Precision):
 
     def not_supported_reasons(self, weights: Sequence[torch.Tensor], by_parts: bool = False) -> list[str]:
         reasons = super().not_supported_reasons(weights, by_parts)
-        if reasons and not by_parts and {(weight.device.type, weight.dtype) for weight in weights} == {("cpu", torch.float32)}:
+        kinds = {(weight.device.type, weight.dtype) for weight in weights}
+        if reasons and not by_parts and kinds == {("cpu", torch.float32)}:
             reasons.append("float32 is for a CPU with its C++ library (run `vit-fast build`)")
         return reasons
 
