@@ -1036,11 +1036,11 @@ for _precision in forms():
     _register_blocks(_precision)
 
 
-# packed_linear, int8_linear: a linear layer of a prepared block that no stack describes
+# prepared_linear, packed_linear, fp8_linear, int8_linear: a linear layer of a prepared block that no stack describes
 
 
 def _register_linear(name: str) -> None:
-    """Registers the operator of a linear layer on a packed weight; no gradient."""
+    """Registers the operator of a linear layer on a prepared weight; no gradient."""
     _library.define(
         f"{name}(Tensor x, Tensor[] weight, int features, Tensor? ln_weight, Tensor? ln_bias, float? eps, str norm, "
         "str? activation, Tensor? gamma, Tensor? residual, str backend) -> Tensor",
@@ -1066,7 +1066,9 @@ def _register_linear(name: str) -> None:
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vit_fast::{name}", fake, lib=_library)
     register_flop_formula(getattr(torch.ops.vit_fast, name))(
-        lambda x, weight, features, *_, **__: 2 * _rows(x) * x[-1] * features
+        lambda x, weight, features, *_, **__: (
+            2 * _rows(x) * x[-1] * (weight[0][0] if len(weight[0]) == 2 else features)  # packed ones are padded
+        )
     )
 
 
@@ -1086,16 +1088,19 @@ def _packed_linear(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(LN(x) Wᵀ + b), or residual + gamma·(x Wᵀ + b), on a packed weight; inference only."""
-    name = "int8_linear" if weight.tensors[0].dtype == torch.int8 else "packed_linear"
+    """act(LN(x) Wᵀ + b), or residual + gamma·(x Wᵀ + b), on a prepared weight; inference only."""
+    name, features = weight.operation, weight.shape[0]
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"vit_fast.{name}: x has width {x.shape[-1]}, expected {weight.shape[1]} (as the weight)")
     if x.dtype != weight.dtype:
         raise ValueError(f"vit_fast.{name}: x has dtype {x.dtype}, expected {weight.dtype} (as the weight)")
-    after = activation if activation in GATED else None
-    inputs = (
-        x, weight.with_bias(bias), weight.shape[0], *ln, norm, None if after else activation, gamma, residual
-    )  # fmt: skip
+    after = None
+    if activation in GATED:
+        if weight.in_panels:  # which keep the rows of gates and values apart
+            activation, after = None, activation
+        else:
+            features //= 2
+    inputs = x, weight.with_bias(bias), features, *ln, norm, activation, gamma, residual
     backend = select.choose(name, x.device, (), *inputs)
     out: torch.Tensor
     if backend == "torch":
@@ -1105,11 +1110,13 @@ def _packed_linear(
     return reference.activate(out, after)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b, by PyTorch but for a weight that ``vit_fast.prepare`` has packed."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None, activation: str | None = None
+) -> torch.Tensor:
+    """act(x Wᵀ + b), by PyTorch but for a weight that ``vit_fast.prepare`` has prepared."""
     if isinstance(weight, PackedWeight):
-        return _packed_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return _packed_linear(x, weight, bias, activation=activation)
+    return reference.activate(F.linear(x, weight, bias), activation)
 
 
 def blocks(

@@ -519,6 +519,45 @@ struct Packed {
   }
 };
 
+// A linear layer of a prepared block that no stack describes.
+static void run_packed_linear() {
+  Linear l{};
+  l.type = l.out_type = float_type(), l.pool = pool();
+  const Type type = integer(0, 2) ? l.type : Type::int8;
+  l.rows = odd_size(90), l.normalise = chance(), l.rms = chance(), l.eps = 1e-5f;
+  const int64_t width = 3 + odd_size(100), features = odd_size(90);
+  const bool with_residual = chance(), with_gamma = chance(), affine_norm = chance();
+  l.activation = with_residual ? Activation::none : static_cast<Activation>(integer(0, 5));
+  note("packed_linear", static_cast<int>(l.type), static_cast<int>(type), static_cast<int>(l.activation), l.normalise,
+       with_residual, l.rows, width, features);
+  const Rows x(l.type, l.rows, width);
+  const Packed weight(type, features, width, false);
+  const Array ln_weight = vector(Type::float32, width), ln_bias = vector(Type::float32, width);
+  const Array gamma = vector(Type::float32, features), residual = vector(l.type, l.rows * features);
+  const Array out(l.type, l.rows * features);
+  const PackedLinear packed = weight.view();
+  l.x = x.array.data(), l.stride = x.stride, l.out = out.data();
+  l.weight = {nullptr, nullptr, type, features, width, 0}, l.packed = &packed;
+  if (affine_norm) l.ln_weight = ln_weight.floats(), l.ln_bias = ln_bias.floats();
+  if (with_residual) l.residual = residual.data(), l.gamma = with_gamma ? gamma.floats() : nullptr;
+  const Workspace workspace(table.linear_workspace(l));
+  l.workspace = workspace.data;
+  table.linear(l);
+  Doubles golden;
+  for (int64_t r = 0; r < l.rows; r++) {
+    Doubles row;
+    for (int64_t i = 0; i < width; i++) row.push_back(x.at(r, i));
+    if (l.normalise) {
+      row = normalised(row, l.eps, l.rms);
+      for (int64_t i = 0; affine_norm && i < width; i++) row[i] = row[i] * ln_weight[i] + ln_bias[i];
+    }
+    row = activated(weight(row), l.activation);
+    for (int64_t n = 0; n < features; n++)
+      golden.push_back(with_residual ? residual[r * features + n] + row[n] * (l.gamma ? gamma[n] : 1) : row[n]);
+  }
+  compare("out", values(out, golden.size()), golden, type == Type::int8 ? 0.03 : 2 * tolerance(type));
+}
+
 // A head of q or k, normalised and turned.
 static void prepare_head(const PreparedBlocks& s, double* x, int64_t D, bool is_k, int64_t head, int64_t token) {
   const vit_fast::HeadNorm& norm = is_k ? s.k_norm : s.q_norm;
@@ -637,6 +676,7 @@ int main(int count, char** words) {
                     {"attention", run_attention},
                     {"layer_norm", run_layer_norm},
                     {"linear", run_linear},
+                    {"packed_linear", run_packed_linear},
                     {"patch_embed", run_patch_embed},
                     {"prepared_blocks", run_prepared_blocks}};
   const int cases = atoi(words[2]);
