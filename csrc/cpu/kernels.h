@@ -30,9 +30,10 @@ constexpr Activation of_gate(Activation activation) {
                                                 : activation;
 }
 
-// A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
+// A weight as kernels/packing.py packs it. gain, scale and sums: of int8 weights alone, else null.
 struct PackedLinear {
   const void* weight;   // [panels, groups, NR, 32 bits]
+  const float* gain;    // [groups·4]: of the inputs, before they are quantised
   const float* scale;   // [panels·NR]
   const int32_t* sums;  // [panels·NR]: of the quantised rows
   const float* bias;    // [panels·NR]

@@ -87,7 +87,7 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
       bias[panel * NR + n] = w.bias && unit < (gated ? half : w.features) ? w.bias[row] : 0.0f;
     }
   });
-  const PackedLinear packed{words, nullptr, nullptr, bias, panels, groups};
+  const PackedLinear packed{words, nullptr, nullptr, nullptr, bias, panels, groups};
   const int64_t tasks = row_tasks(pool, rows, TASK);
   run_tasks(pool, tasks, [&](int64_t task, int64_t slot) {
     Arena own{spaces + slot * linear_space(w.width, G)};
@@ -96,7 +96,7 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
     const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
     for (int64_t row = first; row < last; row++) {
       read(row, row_values);
-      encode_row<TYPE>(row_values, w.width, groups * G, encoded, row - first);
+      encode_row<TYPE>(row_values, nullptr, w.width, groups * G, encoded, row - first);
     }
     linear<TYPE>(encoded, last - first, packed, nullptr,
                  [&](int64_t row, int64_t n, const vf* values) { write(first + row, n, values); });
@@ -134,7 +134,7 @@ void product_with_packed(const vit_fast::Pool& pool, void* workspace, const Pack
     const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
     for (int64_t row = first; row < last; row++) {
       read(row, space.row);
-      encode_row<TYPE>(space.row, width, round_up(width, stored_group(TYPE)), space.encoded, row - first);
+      encode_row<TYPE>(space.row, packed.gain, width, round_up(width, stored_group(TYPE)), space.encoded, row - first);
     }
     linear<TYPE>(space.encoded, last - first, packed, space.widened,
                  [&](int64_t row, int64_t n, const vf* values) { write(first + row, n, values); });

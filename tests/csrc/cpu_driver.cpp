@@ -428,18 +428,19 @@ struct Packed {
   int64_t rows, columns, group, panels, groups;
   Type type;
   Doubles plain, bias_values, integers, scales;
-  Array weight, scale, sums, bias;
+  Array weight, gain, scale, sums, bias;
   static int64_t group_of(Type type) { return type == Type::int8 ? 4 : type == Type::bfloat16 ? 2 : 1; }
 
   Packed(Type type, int64_t rows, int64_t columns, bool gated)
       : rows(rows), columns(columns), group(group_of(type)),
         panels(gated ? ceil_div(rows / 2, 16) : ceil_div(rows, 32)), groups(ceil_div(columns, group)), type(type),
-        weight(type, panels * groups * 32 * group), scale(Type::float32, panels * 32),
+        weight(type, panels * groups * 32 * group), gain(Type::float32, groups * group), scale(Type::float32, panels * 32),
         sums(Type::float32, panels * 32), bias(Type::float32, panels * 32) {
     for (int64_t i = 0; i < panels * groups * 32 * group; i++) weight.put(i, 0);
     int32_t* integer_sums = static_cast<int32_t*>(sums.data());
     for (int64_t i = 0; i < panels * 32; i++) scale.put(i, 0), bias.put(i, 0), integer_sums[i] = 0;
     Array rounded(type == Type::int8 ? Type::float32 : type, 1);
+    for (int64_t i = 0; i < groups * group; i++) gain.put(i, i < columns ? std::exp(normal()) : 0);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t half = rows / 2, unit = gated ? r % half : r;
       const int64_t place = gated ? unit / 16 * 32 + unit % 16 + (r < half ? 0 : 16) : r;
@@ -464,11 +465,12 @@ struct Packed {
   }
   PackedLinear view() const {
     const bool quantised = type == Type::int8;
-    return {weight.data(), quantised ? scale.floats() : nullptr,
+    return {weight.data(), quantised ? gain.floats() : nullptr, quantised ? scale.floats() : nullptr,
             quantised ? static_cast<const int32_t*>(sums.data()) : nullptr, bias.floats(), panels, groups};
   }
   Doubles operator()(Doubles x) const {
     if (type == Type::int8) {  // rows as uint8
+      for (int64_t c = 0; c < columns; c++) x[c] *= gain[c];
       double low = 0, high = 0;
       for (double v : x) low = std::fmin(low, v), high = std::fmax(high, v);
       const double step = high > low ? (high - low) / 255 : 1, zero = std::nearbyint(-low / step);
