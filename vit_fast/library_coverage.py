@@ -127,17 +127,18 @@ them anew, and `python -P tests/support/coverage_tables.py timm` writes the file
 
 `vit_fast.prepare` takes every block that runs fused, in the dtype of its weights, in float8 and, on a CPU, in int8:
 
-| blocks | prepared as | operations |
+| blocks | prepared | operations |
 | --- | --- | --- |
-| pre-norm, and the model runs them as one stack | the stack, norms and LayerScale folded | `prepared_blocks`, `packed_blocks`, `fp8_blocks`, `int8_blocks` |
-| pre-norm, and the model loops over them or gives them RoPE, biases or masks | each block, folded likewise | the same |
-| all others | each linear layer, nothing folded | `prepared_linear`, `packed_linear`, `fp8_linear`, `int8_linear` |
+| pre-norm, run by their model as one stack | the stack, norms and LayerScale folded | `prepared_blocks`, … |
+| pre-norm, run one by one or with RoPE, biases, masks | each block, folded likewise | the same |
+| all others | each linear layer, nothing folded | `prepared_linear`, … |
 
-The others are, in timm, ViTamin's GeGLU with a norm of its own, differential attention, parallel, post-norm and SAM's windowed blocks,
-Sapiens2, CaiT and Gemma 4; in transformers SAM-HQ, InternVL, X-CLIP, Qwen2-VL to Qwen3.5 and GLM-4V; in open_clip custom blocks;
-`torch.nn` with `norm_first=False`. float32 is prepared so on every device, folded on a CPU with the C++ library alone. Weights of less than
-16 inputs or outputs (which mix CaiT's heads) stay with PyTorch on a GPU and in float8. `vit_fast.graphed` captures what waits for no result
-on the host; timm's position embedding of Gemma 4 does wait.
+On a CPU with the C++ library the first word is `packed`, by precision `fp8` or `int8`. The others are, in timm, ViTamin's
+GeGLU with a norm of its own, differential attention, parallel, post-norm and SAM's windowed blocks, Sapiens2, CaiT and
+Gemma 4; in transformers SAM-HQ, InternVL, X-CLIP, Qwen2-VL to Qwen3.5 and GLM-4V; in open_clip custom blocks;
+`torch.nn` with `norm_first=False`. float32 is prepared so on every device, and folded on a CPU with the C++ library
+alone. Weights of less than 16 inputs or outputs, as those that mix CaiT's heads, stay with PyTorch on a GPU and in
+float8. `vit_fast.graphed` captures what waits for no result on the host; timm's position embedding of Gemma 4 waits.
 """
 _ABOUT = {
     "timm": """timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one, on
