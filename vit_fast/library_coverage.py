@@ -133,8 +133,9 @@ them anew, and `python -P tests/support/coverage_tables.py timm` writes the file
 | pre-norm, run one by one or with RoPE, biases, masks | each block, folded likewise | the same |
 | all others | each linear layer, nothing folded | `prepared_linear`, … |
 
-On a CPU with the C++ library the first word is `packed`, by precision `fp8` or `int8`. The others are, in timm, ViTamin's
-GeGLU with a norm of its own, differential attention, parallel, post-norm and SAM's windowed blocks, Sapiens2, CaiT and
+On a CPU with the C++ library the first word is `packed`, by precision `fp8` or `int8`. The others are, in timm, the
+blocks of ViTamin (GeGLU with a norm of its own),
+differential attention, parallel, post-norm and SAM's windowed blocks, Sapiens2, CaiT and
 Gemma 4; in transformers SAM-HQ, InternVL, X-CLIP, Qwen2-VL to Qwen3.5 and GLM-4V; in open_clip custom blocks;
 `torch.nn` with `norm_first=False`. float32 is prepared so on every device, and folded on a CPU with the C++ library
 alone. Weights of less than 16 inputs or outputs, as those that mix CaiT's heads, stay with PyTorch on a GPU and in
