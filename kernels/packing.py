@@ -39,22 +39,27 @@ class PackedBlock(NamedTuple):
 
 
 class Int8Block(NamedTuple):
-    """A transformer block with LayerNorm and LayerScale folded in: packed int8 weights; for each output, [panels·32],
-    the scale of its row, the sum of its integers (int32), and the bias; scale and bias float32."""
+    """A transformer block with LayerNorm and LayerScale folded in: packed int8 weights; for each input, [groups·4], its
+    gain before it is quantised; for each output, [panels·32], the scale of its row, the sum of its integers (int32),
+    and the bias; gain, scale and bias float32."""
 
     qkv_weight: torch.Tensor
+    qkv_gain: torch.Tensor
     qkv_scale: torch.Tensor
     qkv_sums: torch.Tensor
     qkv_bias: torch.Tensor
     proj_weight: torch.Tensor
+    proj_gain: torch.Tensor
     proj_scale: torch.Tensor
     proj_sums: torch.Tensor
     proj_bias: torch.Tensor
     fc1_weight: torch.Tensor
+    fc1_gain: torch.Tensor
     fc1_scale: torch.Tensor
     fc1_sums: torch.Tensor
     fc1_bias: torch.Tensor
     fc2_weight: torch.Tensor
+    fc2_gain: torch.Tensor
     fc2_scale: torch.Tensor
     fc2_sums: torch.Tensor
     fc2_bias: torch.Tensor
@@ -99,7 +104,7 @@ class PackedWeight:
 
     Attributes:
         operation: its name: "packed_linear", "int8_linear", "prepared_linear" or "fp8_linear".
-        tensors: (weight,) or, quantised, (weight, scale), int8 (weight, scale, sums); the bias comes with each call.
+        tensors: (weight,), float8 (weight, scale), int8 (weight, gain, scale, sums); the bias comes with each call.
         shape: (outputs, inputs). dtype: of the tokens that it takes.
     """
 
@@ -123,9 +128,8 @@ def packed_weight(weight: torch.Tensor) -> PackedWeight:
 
 def int8_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], quantised by its rows and packed."""
-    integers, scale = quantise_int8(weight.double())
-    sums = integers.sum(1, dtype=torch.int32)
-    return PackedWeight("int8_linear", (pack(integers), pack_row(scale.float()), pack_row(sums)), weight)
+    *tensors, _ = _int8_linear(weight.double(), weight.new_zeros(weight.shape[0]))
+    return PackedWeight("int8_linear", tuple(tensors), weight)
 
 
 def is_tiny(weight: torch.Tensor) -> bool:
@@ -178,11 +182,30 @@ def _as_it_is(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def input_gain(weight: torch.Tensor) -> torch.Tensor:
+    """[in], float32, at most 1: what inputs are multiplied by, and columns divided by, before both are quantised.
+
+    A row has one scale, so that a column far above the others costs these their precision. With a gain of √‖column‖
+    half of that moves into the inputs, whose scale is another (SmoothQuant, Xiao et al. 2023, whose factors need data).
+    """
+    norms = weight.double().norm(dim=0)
+    gain = (norms / norms.amax()).sqrt().float()
+    return torch.where(gain > 0, gain, 1.0)  # a column of zeros, or NaN
+
+
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [out, in], float64 [out]): weight ≈ int8 · scale, symmetric, a scale for each row."""
     largest = weight.abs().amax(1)
     scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
     return (weight / scale[:, None]).round().nan_to_num(0.0).to(torch.int8), scale
+
+
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(weight, gain, scale, sums, bias) of a linear layer, packed."""
+    gain = input_gain(weight)
+    integers, scale = quantise_int8(weight / gain)
+    rows = (scale.float(), integers.sum(1, dtype=torch.int32), bias.float())
+    return pack(integers), _padded(gain, 0, GROUP[torch.int8]).contiguous(), *map(pack_row, rows)
 
 
 def int8_block(
@@ -211,9 +234,7 @@ def int8_block(
     tensors = []
     for weight, bias in linears:
         assert bias is not None
-        integers, scale = quantise_int8(weight)
-        sums = integers.sum(1, dtype=torch.int32)
-        tensors += [pack(integers), pack_row(scale.float()), pack_row(sums), pack_row(bias.float())]
+        tensors += _int8_linear(weight, bias)
     return Int8Block._make(tensors)
 
 
@@ -227,7 +248,8 @@ def _wide(pair: Pair) -> Pair:
 def unpacked_linears(
     block: Sequence[torch.Tensor], width: int, activation: str | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """(weight [out, in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates before values."""
+    """(weight [out, in], int8 its gain [in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates
+    before values."""
     size = len(block) // 4
     hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group
     outputs = (3 * width, width, 2 * hidden if activation in GATED else hidden, width)
@@ -235,11 +257,13 @@ def unpacked_linears(
     linears = []
     for i, (rows, columns) in enumerate(zip(outputs, inputs)):
         weight, *values = block[i * size : (i + 1) * size]
+        gain = [values.pop(0)[:columns]] if weight.dtype == torch.int8 else []
         parts = [unpack(weight)[:, :columns], *values]
         if i == 2 and activation in GATED:
             gates, its = zip(*(deinterleave(part).chunk(2) for part in parts))
             parts = [torch.cat([_to_rows(g, hidden), _to_rows(v, hidden)]) for g, v in zip(gates, its)]
-        linears.append(tuple(_to_rows(part, rows) for part in parts))
+        weight, *values = (_to_rows(part, rows) for part in parts)
+        linears.append((weight, *gain, *values))
     return linears
 
 

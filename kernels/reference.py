@@ -979,9 +979,10 @@ def packed_blocks(
     return x
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """scale · step·(q − zero) weightᵀ + bias: weight int8, q the rows of x as uint8, by a step and a zero point of each
-    row, taken from its smallest and largest value and 0."""
+def int8_linear(x: Tensor, weight: Tensor, gain: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """scale · step·(q − zero) weightᵀ + bias: weight int8, q the rows of x · gain as uint8, by a step and a zero point
+    of each row, taken from its smallest and largest value and 0."""
+    x = x * gain.to(x.dtype)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     step = torch.where(high - low > 1e-30, (high - low) / 255, 1.0)
     zero = (-low / step).round()
@@ -1005,7 +1006,7 @@ def int8_blocks(
     with torch.autocast(x.device.type, enabled=False):  # sums of integers leave the range of float16
         for block in unflatten(Int8Block, weights):
             linears = unpacked_linears(block, x.shape[2], activation)
-            qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
+            qkv, proj, fc1, fc2 = ((weight, *values, bias) for weight, *values, _, bias in linears)
             packed = int8_linear(_bare_norm(wide, eps1, options.norm), *qkv)
             out = attention(packed, num_heads, scale, **options.of_attention())
             wide = wide + int8_linear(_bare_norm(out, options.out_eps, options.norm), *proj)
@@ -1055,11 +1056,14 @@ def packed_linear(
             out = F.linear(tokens.to(wide.dtype), matrix.to(wide.dtype)) * (step * rows[0])
             out = out + rows[1] if len(rows) > 1 else out
         else:
-            matrix, rows = unpack(matrix)[:features, : x.shape[-1]], [row[:features] for row in rows]
+            matrix = unpack(matrix)[:features, : x.shape[-1]]
+            *values, bias = rows
+            bias = bias[:features]
             if matrix.dtype == torch.int8:
-                out = int8_linear(normal, matrix, rows[0], rows[2])
+                gain, scale, _ = values
+                out = int8_linear(normal, matrix, gain[: x.shape[-1]], scale[:features], bias)
             else:
-                out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), rows[0].to(x.dtype)).to(wide.dtype)
+                out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), bias.to(x.dtype)).to(wide.dtype)
     out = activate(out, activation)
     out = out if gamma is None else out * gamma
     return (out if residual is None else residual + out).to(x.dtype)

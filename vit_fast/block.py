@@ -173,7 +173,7 @@ def mlp_branch(
         )  # fmt: skip
     hidden = ops.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias, p.activation)
     if hidden_drop:
-        hidden = F.dropout(hidden, hidden_drop)
+        hidden = ops.dropout(hidden, hidden_drop)
     return ops.linear_residual(
         hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x,
         row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=out_drop,

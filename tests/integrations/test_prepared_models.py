@@ -284,7 +284,7 @@ def test_dtypes_that_linear_layers_are_prepared_in():
         vit_fast.prepare(vit_fast.unprepare(model), "fp8")
     model.blocks[0].attn.proj.bfloat16()
     with pytest.raises(vit_fast.UnsupportedError, match="the weights are bfloat16, float32"):
-        vit_fast.prepare(torch.nn.Sequential(model.blocks[0]).eval())
+        vit_fast.prepare(model.blocks[:1].eval())
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])

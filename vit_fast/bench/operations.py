@@ -212,12 +212,12 @@ def _int8_blocks(a, out):
         hidden = rows * b.fc2_weight.shape[1] * b.fc2_weight.shape[3]
         norm = ("layer_norm", None, 0, wide + narrow)
         yield norm
-        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_scale, b.qkv_sums, b.qkv_bias)
+        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_gain, b.qkv_scale, b.qkv_sums, b.qkv_bias)
         yield "attention", None, 4 * rows * tokens * width, 4 * wide
-        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_scale, b.proj_sums, b.proj_bias)
+        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_gain, b.proj_scale, b.proj_sums, b.proj_bias)
         yield norm
-        yield linear(narrow + hidden, b.fc1_weight, b.fc1_scale, b.fc1_sums, b.fc1_bias)
-        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_sums, b.fc2_bias)
+        yield linear(narrow + hidden, b.fc1_weight, b.fc1_gain, b.fc1_scale, b.fc1_sums, b.fc1_bias)
+        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_gain, b.fc2_scale, b.fc2_sums, b.fc2_bias)
 
 
 def _one_linear(a, out):
