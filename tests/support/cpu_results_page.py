@@ -10,10 +10,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 PAGE = ROOT / "docs" / "cpu_results.md"
 HEAD = """# Speed and errors on a CPU
 
-Written by `tests/support/cpu_results_page.py` from the files of `vit-fast bench` in `benchmarks/results/cpu/`; a row is one of our
-forms in one run. Rates are images per second, ratios are medians over the rounds of that run with their 95 % interval, the error is
-the norm of the errors of the logits against float64 over the norm of the logits. "Busy" runs began with other programs running
-(a load above the number of threads): their ratios hold better than their rates.
+Written by `tests/support/cpu_results_page.py` from the files of `vit-fast bench` in `benchmarks/results/cpu/`; a row
+is one of our forms in one run. Rates are images per second, ratios are medians over the rounds of that run with their
+95 % interval, the error is the norm of the errors of the logits against float64 over the norm of the logits. "Busy"
+runs began with other programs running (a load above the number of threads): their ratios hold better than their rates.
 
 | run | model | batch | threads | weights | form | images/s | × eager | × best other | error |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -22,8 +22,8 @@ TARGET = 0.7  # of the error of int8 over that of OpenVINO's
 INT8 = f"""
 ## Errors of int8 beside OpenVINO's
 
-Both in one run: ours without calibration data, OpenVINO's static int8 by NNCF, calibrated on 300 images. The aim is at most {TARGET} of
-OpenVINO's error.
+Both in one run: ours without calibration data, OpenVINO's static int8 by NNCF, calibrated on 300 images. The aim is at
+most {TARGET} of OpenVINO's error.
 
 | run | commit | model | batch | weights | ours | OpenVINO's | ratio | aim |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
