@@ -531,8 +531,8 @@ def _take_over(leftovers: list[Path], work: Path) -> list[str]:
     for leftover in leftovers:
         with contextlib.suppress(OSError, IndexError):  # no log: nothing is finished
             lines = (leftover / _NINJA_LOG).read_text().splitlines()
-            names = {line.split("\t")[3] for line in lines if not line.startswith("#")}
-            finished[leftover] = sorted(name for name in names if (leftover / name).is_file())
+            logged = {line.split("\t")[3] for line in lines if not line.startswith("#")}
+            finished[leftover] = sorted(name for name in logged if (leftover / name).is_file())
     if not finished:
         return []
     leftover, names = max(finished.items(), key=lambda item: len(item[1]))
