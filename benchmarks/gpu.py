@@ -35,7 +35,6 @@ import child
 import first_look
 from child import Stage, run, triton_error
 
-ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("limits", "check", "tests", "sanitizer", "models", "training", "profile", "tune", "operations", "families")
 VIT_S, VIT_B, VIT_L = (f"vit_{width}_patch16_224" for width in ("small", "base", "large"))
 VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
@@ -311,10 +310,10 @@ def main(
     if rehearse and not (first_look_ or models_table):
         raise typer.BadParameter("got it alone, wanted it with --first-look or --models-table", param_hint="--rehearse")
     known = machine.gpu_facts()
-    folder = ROOT / "out" / "gpu"  # not under results/, as nothing is measured
+    folder = child.ROOT / "out" / "gpu"  # not under results/, as nothing is measured
     if "missing" not in known:
         slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")
-        folder = ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
+        folder = child.ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
     out = (out or folder).resolve()
     if first_look_ or models_table:
         raise typer.Exit(_look(out, minutes, known, models_table, dry_run, rehearse))
@@ -337,8 +336,8 @@ def main(
 
     def save():
         summary["without_figures"] = without_figures(out)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (out / "targets.json").write_text(json.dumps(targets(out), indent=1, ensure_ascii=False) + "\n")
+        child.save(out / "summary.json", summary)
+        child.save(out / "targets.json", targets(out))
 
     save()
     if "missing" in known:

@@ -1,4 +1,5 @@
-"""Weights packed for the CPU extension, and quantised to int8: what ``csrc/cpu/gemm.h`` reads.
+"""Weights packed for the CPU extension, and quantised to int8: what ``csrc/cpu/gemm.h`` reads; and the weight of one
+linear layer as prepared for any backend (``PackedWeight``).
 
 A packed weight [out, in] is [panels, groups, 32, group]: panels of 32 outputs, and for every group of inputs (1 of
 float32 and float16, 2 of bfloat16, 4 of int8), the groups of the panel's outputs side by side. Outputs and
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .activation_names import GATED
-from .folding import Pair, fold_branch_end, fold_norm, prepare_block
+from .folding import Pair, fold_branch_end, fold_norm, prepare_block, quantise_rows
 
 PANEL = 32  # NR of csrc/cpu/gemm.h
 GROUP = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that one instruction takes
@@ -99,30 +100,53 @@ def pack_row(values: torch.Tensor) -> torch.Tensor:
 
 
 class PackedWeight:
-    """The weight of a linear layer as packed for the CPU library: operations take it in the place of the tensor.
+    """The weight of a linear layer as prepared for one operation: those of ``ops`` take it in the place of the tensor.
 
     Attributes:
-        tensors: (weight, bias), int8 (weight, gain, scale, sums, bias); the bias, which comes with each call, is zero.
+        operation: its name: "packed_linear", "int8_linear", "prepared_linear" or "fp8_linear".
+        tensors: (weight,), float8 (weight, scale), int8 (weight, gain, scale, sums); the bias comes with each call.
         shape: (outputs, inputs). dtype: of the tokens that it takes.
     """
 
-    def __init__(self, tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> None:
-        self.tensors, self.shape, self.dtype = tensors, tuple(weight.shape), weight.dtype
+    def __init__(self, operation: str, tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> None:
+        self.operation, self.tensors = operation, tensors
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.in_panels = tensors[0].dim() == 4  # packed for the CPU library, whose rows and biases are padded
+        self._zero = pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32)) if self.in_panels else None
 
     def with_bias(self, bias: torch.Tensor | None) -> list[torch.Tensor]:
-        """The tensors with a bias [out]."""
-        *tensors, zero = self.tensors
-        return [*tensors, zero if bias is None else pack_row(bias.float())]
+        """The tensors, and a bias [out] behind them. Without one, that of the CPU library is zero."""
+        if self.in_panels:
+            bias = self._zero if bias is None else pack_row(bias.float())
+        return [*self.tensors] if bias is None else [*self.tensors, bias]
 
 
 def packed_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], packed in its dtype."""
-    return PackedWeight((pack(weight), pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32))), weight)
+    return PackedWeight("packed_linear", (pack(weight),), weight)
 
 
 def int8_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], quantised by its rows and packed."""
-    return PackedWeight(_int8_linear(weight.double(), weight.new_zeros(weight.shape[0])), weight)
+    *tensors, _ = _int8_linear(weight.double(), weight.new_zeros(weight.shape[0]))
+    return PackedWeight("int8_linear", tuple(tensors), weight)
+
+
+def is_tiny(weight: torch.Tensor) -> bool:
+    """Whether a weight has fewer inputs or outputs than tensor cores multiply at once, as the products of CaiT that mix
+    its heads: they are left to PyTorch."""
+    return min(weight.shape) < 16
+
+
+def prepared_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in] as it is, in rows that follow each other."""
+    return PackedWeight("prepared_linear", (weight.contiguous(),), weight)
+
+
+def fp8_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in] in float8 e4m3, each row by a power of two (``folding.quantise_rows``)."""
+    rows, scale = quantise_rows(weight.double())
+    return PackedWeight("fp8_linear", (rows.contiguous(), scale.float()), weight)
 
 
 def packed_block(

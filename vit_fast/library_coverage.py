@@ -129,13 +129,14 @@ _ABOUT = {
     "timm": """timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one, on
 images of their own size without memory. The last column counts the pretrained tags that `vit_fast.create_model` builds.
 The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
-which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.""",
+which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks. Of
+the hybrids, the convolutional stem stays timm's, and counts as part of the patch embedding.""",
     "transformers": """transformers 5.23.0: a model of two layers, 48 wide, for each family of vision layers that
-`vit_fast` knows; the modules are those of `transformers.models`. Patch embeddings are transformers' own. They weigh
-more in a model so small: of a ViT-B/16 they are 0.7 % of the FLOPs.""",
+`vit_fast` knows; the modules are those of `transformers.models`. Patch embeddings weigh more in a model so small: of a
+ViT-B/16 they are 0.7 % of the FLOPs. Those that are one linear layer stay PyTorch's.""",
     "open_clip": """open_clip_torch 3.3.0: the image towers of its configs that are ViTs, its own and those of timm, on
-images of their own size without memory; ResNet, ConvNeXt, Swin and FastViT towers are none. The patch embedding of its
-own towers is PyTorch's. Tags are pretrained weights.""",
+images of their own size without memory; ResNet, ConvNeXt, Swin and FastViT towers are none. Tags are pretrained
+weights.""",
 }
 
 

@@ -1,6 +1,6 @@
 // Linear layers on weights as nn.Linear holds them, [out, in]: the weight is packed in the call, then multiplied.
 //
-//     act(LN(x) wᵀ + b)       residual + row_scale·gamma·(x wᵀ + b)       patches wᵀ + b + pos_embed
+//     act(LN(x) wᵀ + b)     residual + row_scale·gamma·dropout(x wᵀ + b)     patches wᵀ + b + pos_embed
 //
 // Two parallel regions: panels are packed, each once; then a task takes some rows, encodes them (as they are,
 // normalised, or gathered from the pixels of a patch), multiplies them with every panel and writes what the epilogue
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "activations.h"
+#include "dropout.h"
 #include "gemm.h"
 #include "prepared_blocks.h"
 #include "rows.h"
@@ -203,6 +204,7 @@ void linear_layer(const Linear& l) {
           }
         }
         vf branch = results[i / VL];
+        if (l.dropout.given) branch = dropped(branch, l.dropout, row * features + column + i);
         if (l.gamma) branch = branch * gamma;
         if (l.row_scale) branch = branch * factor;
         results[i / VL] = residual + branch;

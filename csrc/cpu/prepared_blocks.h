@@ -98,16 +98,9 @@ VF_INLINE void encode_row(const float* x, const float* gain, int64_t width, int6
     const float zero = __builtin_rintf(-lowest * inverse);
     to.scale[row] = step + not_finite;
     to.zero[row] = static_cast<int32_t>(zero);
-    for (i = 0; i < padded; i += VL) {
-      vf v;
-      if (i + VL <= width) {
-        v = load(x + i) * load(gain + i);
-      } else {
-        for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] * gain[i + j] : 0.0f;
-      }
+    const auto put = [&](vf v, int64_t count) __attribute__((always_inline)) {
       // Rounding may lead half a step out of the range.
       const vi q = round_to_int(vmin(vmax(fma(v, splat(inverse), splat(zero)), splat(0.0f)), splat(255.0f)));
-      const int64_t count = padded - i < VL ? padded - i : VL;
       if constexpr (Products<TYPE>::GROUP == 4) {
         const vb bytes = low_bytes(q);
         memcpy(words + i, &bytes, count);
@@ -118,6 +111,12 @@ VF_INLINE void encode_row(const float* x, const float* gain, int64_t width, int6
         const vf floats = to_float(q);
         memcpy(words + 4 * i, &floats, 4 * count);
       }
+    };
+    for (i = 0; i + VL <= width; i += VL) put(load(x + i) * load(gain + i), VL);  // a size known to the compiler
+    for (; i < padded; i += VL) {
+      vf v;
+      for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] * gain[i + j] : 0.0f;
+      put(v, padded - i < VL ? padded - i : VL);
     }
   }
 }

@@ -105,6 +105,15 @@ def test_bfloat16_is_within_the_budget_of_a_model(case):
     assert_within_budget(actual, eager, golden, kind="model", replicas=[])
 
 
+@each(("Eomt",))
+def test_a_float32_mask_beside_float64(case):
+    """PyTorch's attention on a CPU reads such a mask wrongly; transformers' eager attention does not."""
+    plain, inputs = case.build(attn_implementation="eager").double(), case.inputs(torch.float64)
+    expected = output(plain, inputs)
+    plain.set_attn_implementation("sdpa")
+    torch.testing.assert_close(output(vit_fast.optimize(plain), inputs), expected, rtol=1e-6, atol=1e-6)
+
+
 def gradients(model, inputs):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(4)

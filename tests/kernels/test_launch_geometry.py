@@ -19,6 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from support import properties
 from support.launch_geometry import (
     DTYPES,
     GRID_LIMIT,
@@ -35,7 +36,7 @@ from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, line
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 
-PROBLEMS = 2000
+PROBLEMS = 2000 if properties.FULL else 600
 
 
 @dataclass

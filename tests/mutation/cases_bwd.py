@@ -58,6 +58,13 @@ def dropout():
     (launch,) = recorder.launches
     assert launch.grid == (2,) and [t.device.type for t in launch.args[:2]] == ["meta", "meta"]
     assert launch.args[2:] == (kernels.BLOCK + 1, torch.tensor(0.1).item())
+    with mock.patch.object(kernels, "_keep_mask_kernel", None):
+        assert kernels.keep_mask(SEED, 0, 0.1, CPU).shape == (0,)
+    count = 2**31 + 5
+    with last_programs_alone():
+        far = kernels.keep_mask(SEED, count, 0.3, CPU)
+    places = torch.arange(count - 5, count)
+    assert torch.equal(far[-5:], reference._uniform(SEED, places) > torch.tensor(0.3)) and not far[:5].any()
 
 
 def column_sums():
@@ -380,11 +387,13 @@ def patch_embed_bwd():
             calls = [len(_called(parts, problem, saved, grad, *wanted)) for wanted in chosen]
             wanted = {"patch_embed": [0, 1, 1, 1, 2], "patch_embed overlapping": [0, 1, 0, 0, 1]}
             assert calls == wanted.get(name, [0, 0, 1, 0, 1])
-            results = trained_operations.backward(problem, saved, grad)
-            assert not {grad.data_ptr()} & {result.data_ptr() for result in results if result is not None}
+            results = [t for t in trained_operations.backward(problem, saved, grad) if t is not None]
+            storages = [t.untyped_storage() for t in results]
+            assert len({grad.data_ptr(), *(s.data_ptr() for s in storages)}) == len(storages) + 1
+            assert [s.nbytes() for s in storages[2:]] == [t.nbytes for t in results[2:]]
             _mixed(problem)
-    places = {result.untyped_storage().data_ptr() for result in results if result is not None}
-    assert len(places) == sum(result is not None for result in results)
+            wide = trained_operations.backward(problem.to(FLOAT16), saved, grad.float())
+            assert all(t is None or t.dtype == FLOAT16 for t in wide)
 
 
 def linear_bwd():
