@@ -467,6 +467,34 @@ def fp8_blocks_cases():
             yield replace(made, archs=(90, 100))
 
 
+def prepared_linear_cases():
+    """Launches the kernel that rounds tokens to float8 e4m3, and the GEMM that scales them back."""
+    from vit_fast.kernels.prepared_linear import fp8_linear
+
+    def call(batch, tokens, width, out, dtype, norm="layer", activation=None, ends=False):
+        rows = 2 * out if activation in GATED else out
+        matrix = torch.empty(rows, width, dtype=torch.float8_e4m3fn)
+        weight = [matrix, torch.empty(rows), torch.empty(rows, dtype=dtype)]
+        x, vector = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        ln = (vector, vector, 1e-6) if norm else (None, None, None)
+        last = (torch.empty(out, dtype=dtype), torch.empty(batch, tokens, out, dtype=dtype)) if ends else (None, None)
+        fp8_linear(x, weight, out, *ln, norm or "layer", activation, *last)
+
+    for dtype in DTYPES[:2]:
+        made = []
+        for name, batch in (("base", 64), ("base", 1), ("so400m", 64)):
+            tokens, width, _, hidden, _ = VITS[name]
+            to_hidden, to_width = (batch, tokens, width, hidden, dtype), (batch, tokens, hidden, width, dtype)
+            made += [
+                case("fp8_linear fc1", name, dtype, call, *to_hidden, activation="gelu"),
+                case("fp8_linear fc2", name, dtype, call, *to_width, norm=None, ends=True),
+            ]
+        base = ("fp8_linear", "base", dtype, call, 64, 197, 768, 3072, dtype)
+        made += [case(*base, activation="swiglu"), case(*base, norm="rms")]
+        for found in made:
+            yield replace(found, archs=(90, 100))
+
+
 def linear_hopper_cases():
     """Gluon's kernel for sm_90, with the tile of its own config and cooperative; other architectures have no case."""
     from vit_fast.kernels.layer_norm import RowPartials
@@ -536,5 +564,5 @@ def linear_hopper_cases():
 OPERATIONS = (
     attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
     linear_train_cases, keep_mask_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
-    fp8_blocks_cases, linear_hopper_cases,
+    fp8_blocks_cases, prepared_linear_cases, linear_hopper_cases,
 )  # fmt: skip

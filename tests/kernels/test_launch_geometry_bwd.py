@@ -24,7 +24,15 @@ from support.launch_geometry import (
     random_width,
     recording,
 )  # fmt: skip
-from vit_fast.kernels import column_sums, gemm_train, layer_norm_bwd, layernorm_mlp_bwd, linear_bwd, patch_embed_bwd
+from vit_fast.kernels import (
+    attention_bwd,
+    column_sums,
+    gemm_train,
+    layer_norm_bwd,
+    layernorm_mlp_bwd,
+    linear_bwd,
+    patch_embed_bwd,
+)  # fmt: skip
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 
 PROBLEMS = 300
@@ -113,7 +121,46 @@ def _linear_train(launch, rows, width):
     return tiles_m * tiles_n, begins
 
 
+def _attention_rows(launch, name, pair, rows):
+    """The first elements of rows of one head, a tile for each head-dim slice; strides are those of the tensor."""
+    if launch.arguments[name] is None:
+        return []
+    image, head = divmod(pair, launch.num_heads)
+    stride_b, stride_n, stride_c = launch.arguments[name].stride()
+    size, slices = (launch.DV, launch.VALUE_SLICES) if name == "dv_ptr" else (launch.D, launch.HEAD_SLICES)
+    return [
+        image * stride_b + row * stride_n + (head * size + column) * stride_c for row in rows for column, _ in slices
+    ]
+
+
+def _attention_by_keys(launch, rows, width):
+    """dk and dv of a block of keys; dq, where the program has all keys, of every block of queries."""
+    blocks = ceiling(launch.num_keys, launch.BLOCK_N)
+    steps = range(0, launch.num_queries, launch.BLOCK_M)
+    steps = steps if len(steps) <= 64 else (steps[0], steps[1], steps[-1])
+
+    def begins(program):
+        pair, block = divmod(program, blocks)
+        firsts = {"dq_ptr": steps, "dk_ptr": [block * launch.BLOCK_N], "dv_ptr": [block * launch.BLOCK_N]}
+        return {name: _attention_rows(launch, name, pair, first) for name, first in firsts.items()}
+
+    assert launch.dq_ptr is None or blocks == 1
+    return launch.lse_ptr.shape[0] * launch.num_heads * blocks, begins
+
+
+def _attention_by_queries(launch, rows, width):
+    blocks = ceiling(launch.num_queries, launch.BLOCK_M)
+
+    def begins(program):
+        pair, block = divmod(program, blocks)
+        return {"dq_ptr": _attention_rows(launch, "dq_ptr", pair, [block * launch.BLOCK_M])}
+
+    return launch.lse_ptr.shape[0] * launch.num_heads * blocks, begins
+
+
 EXPECTED = {
+    "_attention_bwd_kernel": _attention_by_keys,
+    "_attention_bwd_dq_kernel": _attention_by_queries,
     "_column_sums_kernel": _column_sums,
     "_partial_sums_kernel": _partial_sums,
     "_layer_norm_bwd_kernel": _layer_norm,
@@ -182,8 +229,25 @@ def random_layer_scale(batch, tokens):
     return width, bytes_of(product, weight, vector, dweight)
 
 
+def random_attention(batch, tokens):
+    dtype, heads, queries = random.choice(DTYPES), random.choice((1, 3, 6, 12, 16)), random.choice((1, tokens, tokens))
+    size = random.choice((16, 32, 64, 72, 80, 96, 128, 256, random.randint(1, 256)))
+    value_size = random.choice((size, size, random.randint(1, 256)))
+    batch = min(batch, 2**40 // (tokens * heads * max(size, value_size)))  # beyond any GPU, and still few launches
+    if queries == tokens and value_size == size:
+        qkv, k, v = meta(batch, tokens, 3 * heads * size, dtype=dtype), None, None
+    else:
+        sizes = (queries, size), (tokens, size), (tokens, value_size)
+        qkv, k, v = (meta(batch, count, heads * width, dtype=dtype) for count, width in sizes)
+    grad, out = (rows_of(batch, queries, heads * value_size, dtype) for _ in range(2))
+    drop = random.choice(({}, dict(dropout_p=0.1, seed=meta(1, dtype=torch.int64))))
+    lse = meta(batch, heads, queries, dtype=torch.float32)
+    grads = attention_bwd.attention_bwd(grad, qkv, heads, 0.3, k, v, out, lse, **drop)
+    return heads * size, bytes_of(grad, qkv, k, v, out, lse, *grads)
+
+
 BY_GEMM = (random_linear_train, random_pre_activation_gradient)
-KINDS = (random_sums, random_layer_norm, *BY_GEMM, random_layer_scale)
+KINDS = (random_sums, random_layer_norm, *BY_GEMM, random_layer_scale, random_attention)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.removeprefix("random_"))
@@ -301,6 +365,25 @@ def test_empty_batches_launch_little(operation):
         assert len(launches) == 2 and names == {"_column_sums_kernel", "_partial_sums_kernel"}
     else:
         assert names <= {"_layer_scale_bwd_kernel"}
+
+
+@pytest.mark.parametrize("keys", (17, 300))
+def test_attention_cuts_the_batch(keys):
+    """Launches of as many images as a grid holds, in order, over all images once; masks go on where images do."""
+    heads, queries = 12, 197
+    for batch in (2**22, 2**27):
+        q, kv = meta(batch, queries, 16 * heads), meta(batch, keys, 16 * heads)
+        lse, drop = meta(batch, heads, queries), dict(dropout_p=0.1, seed=meta(1, dtype=torch.int64))
+        with recording(90) as launches:
+            dq, *_ = attention_bwd.attention_bwd(q, q, heads, 0.25, kv, kv, q, lse, **drop)
+        assert dq.shape == q.shape
+        for name in ("_attention_bwd_kernel", "_attention_bwd_dq_kernel"):
+            cut = [launch for launch in launches if launch.kernel.fn.__name__ == name]
+            images = [launch.lse_ptr.shape[0] for launch in cut]
+            first = [launch.dropout.first_image for launch in cut]
+            assert sum(images) == (batch if cut else 0) and first == [sum(images[:i]) for i in range(len(images))]
+            assert all(launch.grid[0] <= GRID_LIMIT for launch in cut)
+            assert bool(cut) == (keys == 300 or name == "_attention_bwd_kernel")
 
 
 @pytest.mark.parametrize("rows", (2**31, 2**32 + 1))

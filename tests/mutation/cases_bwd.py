@@ -58,6 +58,13 @@ def dropout():
     (launch,) = recorder.launches
     assert launch.grid == (2,) and [t.device.type for t in launch.args[:2]] == ["meta", "meta"]
     assert launch.args[2:] == (kernels.BLOCK + 1, torch.tensor(0.1).item())
+    with mock.patch.object(kernels, "_keep_mask_kernel", None):
+        assert kernels.keep_mask(SEED, 0, 0.1, CPU).shape == (0,)
+    count = 2**31 + 5
+    with last_programs_alone():
+        far = kernels.keep_mask(SEED, count, 0.3, CPU)
+    places = torch.arange(count - 5, count)
+    assert torch.equal(far[-5:], reference._uniform(SEED, places) > torch.tensor(0.3)) and not far[:5].any()
 
 
 def column_sums():
@@ -111,7 +118,7 @@ def _branch_gradients(kernels):
     assert kernels.column_sums(grad, FLOAT16).dtype == FLOAT16
     for dtype, wanted in ((None, FLOAT32), (FLOAT16, FLOAT16)):
         empty = kernels.column_sums(grad[:0], dtype)
-        assert torch.equal(empty, torch.zeros(20, dtype=wanted))
+        assert empty.dtype == wanted and torch.equal(empty, torch.zeros(20, dtype=wanted))
     for with_sums in (True, False):
         g, sums = kernels.branch_gradient(grad[:0], FLOAT16, row_scale, 0.1, SEED, with_sums)
         assert g.shape == (0, 2, 20) and g.dtype == FLOAT16
@@ -127,7 +134,8 @@ def _column_sum_launches(kernels):
             call = lambda: kernels.add_partials(None, torch.empty(2, 3, device="cuda"), FLOAT32, FLOAT32)  # noqa: E731
             if name == "_column_sums_kernel":
                 call = lambda: kernels._run(torch.empty(2, 3, device="cuda"), None, 0.0, None, None, True)  # noqa: E731
-            device_is_made_current(kernels, name, call)
+            launch = device_is_made_current(kernels, name, call)
+            assert name != "_column_sums_kernel" or launch.args[1] is None
 
 
 def _far_columns(kernels):
@@ -144,6 +152,11 @@ def _far_columns(kernels):
     assert torch.equal(g[-1], x[0, 0].repeat(4)[:64].float()) and not g[0].any()
     partials = reserved(2, 2**31 + 64, dtype=FLOAT32)
     partials[:, -32:] = torch.randn(2, 32)
+    with last_programs_alone():
+        sums, _ = kernels.add_partials(partials, None, FLOAT32, FLOAT32)
+    torch.testing.assert_close(sums[-32:], partials[:, -32:].sum(0))
+    partials = partials.flatten()[: 3 * (2**30 + 64)].view(3, 2**30 + 64)
+    partials[:, -32:] = torch.randn(3, 32)
     with last_programs_alone():
         sums, _ = kernels.add_partials(partials, None, FLOAT32, FLOAT32)
     torch.testing.assert_close(sums[-32:], partials[:, -32:].sum(0))
@@ -380,11 +393,13 @@ def patch_embed_bwd():
             calls = [len(_called(parts, problem, saved, grad, *wanted)) for wanted in chosen]
             wanted = {"patch_embed": [0, 1, 1, 1, 2], "patch_embed overlapping": [0, 1, 0, 0, 1]}
             assert calls == wanted.get(name, [0, 0, 1, 0, 1])
-            results = trained_operations.backward(problem, saved, grad)
-            assert not {grad.data_ptr()} & {result.data_ptr() for result in results if result is not None}
+            results = [t for t in trained_operations.backward(problem, saved, grad) if t is not None]
+            storages = [t.untyped_storage() for t in results]
+            assert len({grad.data_ptr(), *(s.data_ptr() for s in storages)}) == len(storages) + 1
+            assert [s.nbytes() for s in storages[2:]] == [t.nbytes for t in results[2:]]
             _mixed(problem)
-    places = {result.untyped_storage().data_ptr() for result in results if result is not None}
-    assert len(places) == sum(result is not None for result in results)
+            wide = trained_operations.backward(problem.to(FLOAT16), saved, grad.float())
+            assert all(t is None or t.dtype == FLOAT16 for t in wide)
 
 
 def linear_bwd():

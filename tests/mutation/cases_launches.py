@@ -331,14 +331,18 @@ def _places(module):
     ):  # fmt: skip
         made = [module._Storage(0, count, module._ARENA) for count, *_ in storages]
         for storage, (_, first, last) in zip(made, storages):
-            storage.launches = [first, first, last]
+            storage.launches = [first, (first + last + 1) // 2, last]
         assert module._place(made) == size and [storage.offset for storage in made] == offsets
+    memory, storage = torch.zeros(96, dtype=torch.uint8), module._Storage(0, 64, module._ARENA)
+    storage.offset = 16
+    tensor = module._tensor(module._Argument(storage, 8, torch.int32, (2, 3), (1, 2), None), (None, None, memory[4:]))
+    assert (tensor.shape, tensor.stride(), tensor.data_ptr() - memory.data_ptr()) == ((2, 3), (1, 2), 28)
 
 
 def _steps(kernel, x, weights, factor=1.0, descriptor=False):
     """Three launches: intermediates, a semaphore at two, views, and memory that nothing reads."""
     first, spare = torch.empty(x.shape[0] + 1, *x.shape[1:])[1:], torch.empty(7)
-    rooms = torch.zeros(2, 3, dtype=torch.int32).unbind()
+    rooms = torch.zeros(2, 200, dtype=torch.int32).unbind()
     kernel.run(first, x, Pair(weights[0], 2.0), None, 5, grid=(2,), warmup=False)
     second = torch.empty_strided(x.shape, first.stride())
     source = TensorDescriptor(first, list(x.shape), list(first.stride()), [1, 4]) if descriptor else first.view(-1, 4)
@@ -372,7 +376,7 @@ def _repeated(module, kernel):
             kernel.launched = []
             torch.testing.assert_close(plan(other), 2 * other + 4 * weights[0] + 3 * weights[1])
             assert kernel.launched == [((2, 1, 1), 5), ((1, 2, 1), 6), ((1, 2, 3), None)]
-            assert (plan.arena_bytes, plan._zero_bytes) == (512 + 48, 1024)
+            assert (plan.arena_bytes, plan._zero_bytes) == (512 + 48, 2048 + 512)
 
 
 def _not_repeated(module, kernel):
@@ -436,7 +440,7 @@ def _compiled_plans(module, kernel):
             assert isinstance(described, TensorDescriptor) and described.base.data_ptr() == first[0]
             assert (described.base.dtype, described.shape, described.strides) == (torch.float32, [3, 4], [4, 1])
             assert described.block_shape == [1, 4] and third[1] == second[0] == first[0] - 16 + 512
-            assert third[2] == Pair(first[0], 1.0) and third[3] - second[3] == 512 - 12 and third[4] is None
+            assert third[2] == Pair(first[0], 1.0) and third[3] - second[3] == 2048 - 800 and third[4] is None
             assert plan._launches[0][2][2].tensor.tensor is None
     _bound(module, plan, x)
 
@@ -464,6 +468,7 @@ def _planned(module):
     called, repeated, recorded = [], [], []
 
     def function(x, weights, *arguments):
+        assert isinstance(x, torch.Tensor) and isinstance(weights, list)
         called.append(arguments)
         return "computed"
 

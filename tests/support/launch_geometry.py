@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from vit_fast.kernels import (
     attention,
+    attention_bwd,
     column_sums,
     configs,
     gemm,
@@ -32,6 +33,7 @@ INT32 = 2**31
 MEMORY = 141 * 2**30  # bytes of the largest GPU that the kernels are compiled for
 KERNELS = {
     attention: ("_attention_fwd_resident_kernel", "_attention_fwd_streaming_kernel"),
+    attention_bwd: ("_attention_bwd_kernel", "_attention_bwd_dq_kernel"),
     layer_norm: (
         "_layer_norm_fwd_kernel",
         "_layer_norm_wide_fwd_kernel",

@@ -142,10 +142,13 @@ def backward(problem, saved, grad, needs=None, tiles=None, **more):
 def gradients(problem, grad, needs=None, tiles=None, **more):
     """(output, gradients by name) through the kernels' forward and backward."""
     out, saved = forward(problem, tiles)
-    results = backward(problem, saved, grad, needs, tiles, **more)
-    named = zip(NAMES[problem.operation], results, strict=True)
-    present = {name for name, t in problem.tensors.items() if t is not None}
-    return out, {name: result for name, result in named if name in present}
+    return out, named(problem, backward(problem, saved, grad, needs, tiles, **more))
+
+
+def named(problem, results):
+    """The results of a backward by name; those of absent tensors are left out."""
+    found = zip(NAMES[problem.operation], results, strict=True)
+    return {name: result for name, result in found if problem.tensors.get(name) is not None}
 
 
 class Trained(torch.autograd.Function):
