@@ -169,20 +169,17 @@ def _transform(
 @triton.jit
 def _add_columns(mean, m2, value, column, first, width, BEFORE: tl.constexpr):
     """mean and M2 of BEFORE elements of each row and of those of ``value`` together (Chan). value holds the columns
-    ``column``, whose first is ``first``; those from ``width`` on do not count."""
-    mask = (column < width)[None, :]
+    ``column``, whose first is ``first``; it is 0 from ``width`` on, and these do not count."""
     size = tl.minimum(tl.maximum(width - first, 0), value.shape[1])
-    if BEFORE > 0:
-        value -= mean[:, None]
-    value = tl.where(mask, value, 0.0)
-    shift = tl.sum(value, axis=1) / tl.maximum(size, 1).to(tl.float32)
-    value = tl.where(mask, value - shift[:, None], 0.0)
+    own = tl.sum(value, axis=1) / tl.maximum(size, 1).to(tl.float32)
+    value = tl.where((column < width)[None, :], value - own[:, None], 0.0)
     squares = tl.sum(value * value, axis=1)
     if BEFORE > 0:
         share = size.to(tl.float32) / (BEFORE + size).to(tl.float32)
+        shift = own - mean
         squares += m2 + shift * shift * (BEFORE * share)
-        shift = mean + shift * share
-    return shift, squares
+        own = mean + shift * share
+    return own, squares
 
 
 # The partitions

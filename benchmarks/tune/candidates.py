@@ -185,8 +185,8 @@ def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
     from vit_fast.kernels import launch, linear_hopper
 
     shipped, residual = linear_hopper.LinearHopperConfig(), work.batched == 2
-    together = dict(cooperative=True, num_stages=3 if residual else 4)
-    changes = (
+    together: dict[str, Any] = dict(cooperative=True, num_stages=3 if residual else 4)
+    changes: tuple[dict[str, Any], ...] = (
         {}, dict(block_n=256, **together), dict(block_m=256, **together), dict(group_m=4), dict(group_m=16),
         dict(num_stages=6), dict(block_n=64, num_stages=6),
     )  # fmt: skip
