@@ -529,11 +529,11 @@ def _take_over(leftovers: list[Path], work: Path) -> list[str]:
     """
     finished: dict[Path, list[str]] = {}
     for leftover in leftovers:
-        with contextlib.suppress(OSError, IndexError):  # no log: nothing is finished
-            lines = (leftover / _NINJA_LOG).read_text().splitlines()
-            names = {line.split("\t")[3] for line in lines if not line.startswith("#")}
-            finished[leftover] = sorted(name for name in names if (leftover / name).is_file())
-    if not finished:
+        with contextlib.suppress(OSError):  # no log: nothing is finished
+            lines = [line.split("\t") for line in (leftover / _NINJA_LOG).read_text().splitlines()]
+            logged = {line[3] for line in lines if len(line) == 5}  # no head line, no half of one
+            finished[leftover] = sorted(name for name in logged if (leftover / name).is_file())
+    if not any(finished.values()):
         return []
     leftover, names = max(finished.items(), key=lambda item: len(item[1]))
     for name in names:
