@@ -138,7 +138,7 @@ blocks of ViTamin (GeGLU with a norm of its own), differential attention, parall
 Sapiens2, CaiT and Gemma 4; in transformers SAM-HQ, InternVL, X-CLIP, Qwen2-VL to Qwen3.5 and GLM-4V; in open_clip
 custom blocks; `torch.nn` with `norm_first=False`. float32 is prepared so on every device, and folded on a CPU with the
 C++ library alone. Weights of less than 16 inputs or outputs, as those that mix CaiT's heads, stay with PyTorch on a GPU
-and in float8. `vit_fast.graphed` captures what waits for no result on the host; timm's positions of Gemma 4 wait.
+and in float8.
 """
 _ABOUT = {
     "timm": """timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one, on

@@ -16,6 +16,7 @@ from .kernels.packing import PackedWeight
 from .precisions import Precision
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_PACKED = "in_proj_weight"  # of torch's and open_clip's attention
 
 
 class PackedLinear(nn.Module):
@@ -31,13 +32,12 @@ class PackedLinear(nn.Module):
 
 
 def linear_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """(module, name, weight) of every linear layer in a block; those of an ``nn.MultiheadAttention`` too."""
-    names: dict[type[nn.Module], str] = {nn.MultiheadAttention: "in_proj_weight"}
-    names.update(dict.fromkeys(_LINEAR, "weight"))
+    """(module, name, weight) of every linear layer in a block; the packed projection of an attention too."""
     return [
         (module, name, weight)
         for module in block.modules()
-        if (name := names.get(type(module))) and (weight := module._parameters.get(name)) is not None
+        if (name := "weight" if type(module) in _LINEAR else _PACKED) in module._parameters
+        and (weight := module._parameters[name]) is not None
     ]
 
 
@@ -52,8 +52,8 @@ def twin(module: nn.Module, precision: Precision) -> Any:
     copy: Any = object.__new__(type(module))
     attributes = dict(vars(module))
     attributes["_parameters"] = dict(module._parameters)
-    if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
-        attributes["_parameters"]["in_proj_weight"] = precision.pack(module.in_proj_weight)
+    if (weight := module._parameters.get(_PACKED)) is not None:
+        attributes["_parameters"][_PACKED] = precision.pack(weight)
     attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
     vars(copy).update(attributes)
     return copy
