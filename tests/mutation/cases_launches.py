@@ -4,6 +4,7 @@ Kernels and compiled variants are stand-ins here, but where the interpreter runs
 """
 
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -127,6 +128,15 @@ def _overrides(module, file):
         for same in (picking(1, 768, True, 100), picking(1, 1024, True, 90), picking(1, 3072)):
             assert same is PICKED
         assert picked[:2] == [(1, 3072, (True, 90), {}), (1, 3072, (True, 90), {})]
+        text = file.read_text()
+        file.write_text("{")
+        told = pytest.warns(RuntimeWarning, match="cannot be used: .* until")
+        for strict, outcome in (("1", pytest.raises(ValueError)), ("0", told)):
+            with mock.patch.dict(os.environ, VIT_FAST_STRICT=strict), outcome:
+                assert arch_of(CUDA) == 90
+            assert module._tables == {90: {}} and picking(1, 3072, True, 90) is PICKED
+        file.write_text(text)
+        assert arch_of(CUDA) == 90 and picking(1, 3072, True, 90) is not PICKED
         file.unlink()
         assert arch_of(CUDA) == 90 and module._tables == {90: {}} and picking(1, 3072, True, 90) is PICKED
 
