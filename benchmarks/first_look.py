@@ -488,9 +488,12 @@ def tuned(content: dict[str, Any]) -> dict[str, Any] | None:
     return found | {"stack": stack} if stack else found
 
 
-def print_decisions(lines: list[dict[str, Any]]) -> None:
+REHEARSED = ", rehearsed: no figure is of a GPU"
+
+
+def print_decisions(lines: list[dict[str, Any]], rehearsed: bool = False) -> None:
     """The table of decisions."""
-    table = Table("question", "answer", "because", "rule", title="Decisions")
+    table = Table("question", "answer", "because", "rule", title="Decisions" + REHEARSED * rehearsed)
     for line in lines:
         table.add_row(line["question"], line["answer"], line["because"], line["rule"])
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
@@ -529,7 +532,7 @@ def first_look(
         return {"decisions": decisions(content)}
 
     content = run_plan("first_look", plan(), out, minutes, known, conclude, rehearsed, runner)
-    print_decisions(content["decisions"])
+    print_decisions(content["decisions"], rehearsed)
     return _status(content)
 
 
@@ -538,7 +541,8 @@ def table_of_models(
 ) -> int:
     """Runs the model table; returns the exit status."""
     content = run_plan("models_table", models_table(), out, minutes, known, lambda content: {}, rehearsed, runner)
-    table = Table("model", "batch", "provider", "images/s", "× best baseline", "status", title="Models")
+    table = Table("model", "batch", "provider", "images/s", "× best baseline", "status")
+    table.title = "Models" + REHEARSED * rehearsed
     for row in (row for rows in results_of(content).values() for row in rows):
         speed, gain = row["infer_samples_per_sec"], row.get("speedup_vs_best_baseline")
         cells = ("" if speed is None else f"{speed:.0f}", "" if gain is None else f"{gain:.2f}", row["status"])

@@ -260,16 +260,20 @@ def _print_targets(lines):
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
+def _check_writable(out):
+    if reason := child.why_not_writable(out):
+        raise typer.BadParameter(
+            f"got {str(out)!r}, wanted a folder that can be written ({reason})", param_hint="--out"
+        )
+
+
 def _look(out, minutes, known, models_table, dry_run, rehearse):
     """The exit status of --first-look or --models-table."""
     looks = first_look.models_table() if models_table else first_look.plan()
     if dry_run:
         first_look.dry_run(looks, out)
         return 0
-    if reason := child.why_not_writable(out):
-        raise typer.BadParameter(
-            f"got {str(out)!r}, wanted a folder that can be written ({reason})", param_hint="--out"
-        )
+    _check_writable(out)
     title = "models_table" if models_table else "first_look"
     if "missing" in known and not rehearse:
         child.save(out / f"{title}.json", known | {"stages": []})
@@ -325,7 +329,7 @@ def main(
         return
     if known.get("capability", [9, 0]) < [8, 9]:
         plan = [stage for stage in plan if not stage.float8]
-    out.mkdir(parents=True, exist_ok=True)
+    _check_writable(out)
     if "missing" not in known and (error := triton_error()):
         known["triton_error"] = error
         plan = [stage for stage in plan if stage.name == "limits"]
@@ -336,8 +340,11 @@ def main(
 
     def save():
         summary["without_figures"] = without_figures(out)
-        child.save(out / "summary.json", summary)
-        child.save(out / "targets.json", targets(out))
+        try:
+            child.save(out / "summary.json", summary)
+            child.save(out / "targets.json", targets(out))
+        except OSError as error:  # a full disk; what follows may fit again
+            print(f"{out / 'summary.json'} was not written: {error}", flush=True)
 
     save()
     if "missing" in known:
@@ -348,7 +355,12 @@ def main(
     end = time.monotonic() + 60 * minutes
     for stage in plan:
         left = end - time.monotonic()
-        result = run(stage, out, left) if left > 5 else {"stage": stage.name, "verdict": "no time left", "seconds": 0.0}
+        result: dict[str, Any] = {"stage": stage.name, "verdict": "no time left", "seconds": 0.0}
+        if left > 5:
+            try:
+                result = run(stage, out, left)
+            except OSError as error:
+                result["verdict"] = f"not run: {error}"
         results.append(result)
         summary["stages"].append(result)
         save()

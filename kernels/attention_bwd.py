@@ -376,6 +376,7 @@ def attention_bwd(
         _gradients, num_heads=num_heads, scale=scale, config=config, dropout_p=dropout_p, seed=seed,
         key_lengths=launch.vector(options.get("key_lengths")),
     )  # fmt: skip
+    lse = lse.contiguous()  # aten's attention on a CPU gives it transposed
     more: tuple[Tensor | None, ...] = (None,) * 9 if options else ()
     if any(options.get(name) is not None for name in ("rope", "q_norm", "k_norm")):
         more = _through_head_options(kernels, grad, q, k, v, out, lse, num_heads, grads, of_options, **options)

@@ -7,7 +7,8 @@
 dy, x and residual_grad [..., C] with any strides (``launch.row_layout``), weight [C] contiguous or None, mean and rstd
 [rows] float32; dx [..., C] contiguous in x's dtype, dweight and dbias [C] in the dtype of the parameter. float32,
 float16, bfloat16 (float64 interpreted), each tensor of any of them. Everything between load and store is float32.
-x − mean is corrected by its own mean, as in the forward: the saved mean of a row far from zero is rounded.
+x − mean is corrected by its own mean, as in the forward: the saved mean of a row far from zero is rounded. dweight of
+wide rows is not, and errs less than eager's, which takes the saved mean too (docs/measured_facts.md).
 residual_grad, the gradient that reaches x past the norm, is added before dx is rounded.
 
 Rows of at most 8192 elements: a program takes every P-th tile of ROWS rows, P programs in all (at most 512), and holds

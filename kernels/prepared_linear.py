@@ -124,7 +124,7 @@ def prepared_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """out [..., features]; weight: W and, where there is one, the bias; eps None: no norm."""
-    matrix, bias = (*weight, None)[:2]
+    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
     pdl, dtype = _pdl(x), x.dtype
     if eps is not None:
         x = ln.layer_norm(x, ln_weight, ln_bias, eps, norm=norm, pdl=pdl)
@@ -145,7 +145,7 @@ def fp8_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """out [..., features]; weight: W in e4m3, the scale of its rows and, where there is one, the bias."""
-    matrix, scale, bias = (*weight, None)[:3]
+    matrix, scale, bias = weight[0], weight[1], weight[2] if len(weight) > 2 else None
     pdl, dtype = _pdl(x), x.dtype
     tokens, statistics = quantise_tokens(x, ln_weight, ln_bias, eps, norm, pdl)
     residual = None if residual is None else residual.to(dtype)

@@ -234,7 +234,10 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
         "from which batch is an ungraphed prepared model not host-bound?": "45",
         "how right is `vit-fast profile --predict`?": "+2.0 %",
     }
-    assert "Decisions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Decisions" in shown and "rehearsed" not in shown
+    look.print_decisions(content["decisions"], rehearsed=True)
+    assert "Decisions, rehearsed: no figure is of a GPU" in capsys.readouterr().out
     assert (tmp_path / "first_look.log").read_text().count("== ") == 17
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first_look.json", "first_look.log", "tuned.json"]
 
@@ -375,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(gpu, monke
     runner = _pretend(gpu, monkeypatch)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    for words in ({"first_look_": True}, {"models_table": True}):
+    for words in ({"first_look_": True}, {"models_table": True}, {}):
         status, text = _main(gpu, blocked / "results", **words)
         assert status == 2 and "wanted a folder that can be written" in text and runner.ran == []
 

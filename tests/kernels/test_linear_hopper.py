@@ -393,11 +393,12 @@ def test_a_folded_layer_norm(interpreted, activation, dtype):
 @pytest.mark.interp
 @DTYPES
 @pytest.mark.parametrize("mean", (0.0, 30.0, 300.0))
-@pytest.mark.parametrize("width,part", ((768, 64), (1040, 16), (600, 32), (40, 64)))
-def test_folded_rows_far_from_zero(interpreted, width, part, mean, dtype):
+@pytest.mark.parametrize("width,part,tiles", ((768, 64, WIDE), (1040, 16, None), (600, 32, TALL), (40, 64, NARROW)))
+def test_folded_rows_far_from_zero(interpreted, width, part, tiles, mean, dtype):
     """1040 columns in parts of 16 are 65: more than are merged at a time."""
     x = stream((2, 20, width), dtype, mean)[3]
-    check_folded(x, partials_of(x, part), centred(72, width, dtype), torch.randn(72).to(dtype).float())
+    weight, bias = centred(72, width, dtype), torch.randn(72).to(dtype).float()
+    check_folded(x, partials_of(x, part), weight, bias, config=tiles)
 
 
 @pytest.mark.interp

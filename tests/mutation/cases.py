@@ -968,33 +968,98 @@ def _attention_launches(kernels, module):
 
 
 def attention_bwd():
+    """The output and the LSE come from the reference."""
     kernels, module = attention_bwd_kernels, test_attention_bwd
-    whole, looped, tma = module.WHOLE, module.LOOPED, module.tiles(16, 64, True)
-    for config in (whole, looped):
-        for dtype, size in ((FLOAT16, 24), (BFLOAT16, 24), (FLOAT32, 40)):
-            module.check(*module.problem(2, 19, 2, size, dtype), 2, -0.3, config)
-        lengths = dict(key_lengths=torch.tensor([17, 0]))
-        separate = module.problem(2, 5, 2, 40, FLOAT32, 35, 24)
-        module.check(*separate, 2, 0.2, config, expected_zeros=0.8, **lengths)
-        module.check(*separate, 2, 0.2, config, dropout_p=0.25, seed=torch.tensor([2**40 + 3]))
-        module.test_what_lies_behind_the_keys_is_not_read(kernels, config)
+    whole, looped = module.tiles(16, 32), module.tiles(16, 16)
+
+    def forward(qkv, num_heads, scale, *, k, v, config, **options):
+        out, lse = reference.attention_fwd(qkv, num_heads, scale, k=k, v=v, **options)
+        return out, lse.to(launch_kernels.stat_dtype(qkv.dtype))
+
+    with mock.patch.object(attention_kernels, "attention_fwd", forward):
+        for config in (looped, whole):
+            module.check(*module.problem(2, 17, 2, 24, FLOAT32), 2, -0.3, config)
+        _attention_bwd_launches(kernels, module)
         with pytest.MonkeyPatch.context() as patch:
-            module.test_batch_mates_and_program_counts_do_not_change_a_bit(kernels, patch, config)
-        for packed in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                module.test_only_what_is_wanted_is_computed(kernels, patch, config, packed)
-    grad, tensors = module.problem(2, 19, 2, 16, FLOAT16)
-    expected = module.kernel_gradients(grad, tensors, 2, 0.25, tma)[1]
-    shifted = torch.empty(grad.numel() + 1, dtype=FLOAT16)[1:].view(grad.shape).copy_(grad)
-    equal(module.kernel_gradients(shifted, tensors, 2, 0.25, tma)[1], expected)
-    for name in ("nothing_to_do_launches_nothing", "the_mask_of_dropout_is_the_reference_s"):
-        arguments = (7,) if "mask" in name else ()
-        with pytest.MonkeyPatch.context() as patch:
-            getattr(module, f"test_{name}")(kernels, patch, *arguments)
-    module.test_options_before_the_scores(kernels)
-    module.test_reasons(kernels)
-    _attention_bwd_launches(kernels, module)
+            module.test_nothing_to_do_launches_nothing(kernels, patch)
+        module.test_reasons(kernels)
+        for config in (looped, whole):
+            for dtype in (FLOAT16, BFLOAT16):
+                module.check(*module.problem(1, 17, 1, 24, dtype), 1, 0.3, config)
+            _attention_bwd_options(kernels, module, config)
+            _attention_bwd_needs(kernels, module, config)
+        grad, tensors = module.problem(2, 17, 2, 16, FLOAT16)
+        expected = module.kernel_gradients(grad, tensors, 2, 0.25, whole)[1]
+        shifted = torch.empty(grad.numel() + 1, dtype=FLOAT16)[1:].view(grad.shape).copy_(grad)
+        for given in (grad, shifted):
+            equal(module.kernel_gradients(given, tensors, 2, 0.25, module.tiles(16, 32, True))[1], expected)
+        _attention_bwd_head_options(kernels, module)
     _far_attention_bwd(kernels, (whole, looped))
+
+
+def _attention_bwd_options(kernels, module, config):
+    """Lengths of keys, none too, and dropout, also where the batch is cut into launches; heads of v of another size."""
+    grad, (q, k, v) = module.problem(3, 5, 2, 40, FLOAT32, 19, 24)
+    lengths, drop = torch.tensor([17, 0, 19]), dict(dropout_p=0.25, seed=torch.tensor([2**40 + 3]))
+    expected = module.check(grad, (q, k, v), 2, 0.2, config, expected_zeros=0.9, key_lengths=lengths)
+    saved = reference.attention_fwd(q, 2, 0.2, k=k, v=v, key_lengths=lengths)
+    k, v = k.clone(), v.clone()
+    k[0, 17:], v[0, 17:] = math.nan, math.nan
+    equal(kernels.attention_bwd(grad, q, 2, 0.2, k, v, *saved, config=config, key_lengths=lengths)[:3], expected)
+    grad, tensors = module.problem(3, 5, 2, 16, FLOAT32, 19)
+    expected = module.check(grad, tensors, 2, 0.2, config, **drop)
+    drop |= dict(key_lengths=torch.tensor([19, 2, 19]))
+    expected = module.kernel_gradients(grad, tensors, 2, 0.2, config, **drop)[1]
+    blocks = 1 if config.by_keys.block_n > 16 else 2
+    for limit in (1, 4 * blocks + 1):
+        with mock.patch.object(kernels, "_MAX_PROGRAMS", limit):
+            equal(module.kernel_gradients(grad, tensors, 2, 0.2, config, **drop)[1], expected)
+
+
+def _attention_bwd_needs(kernels, module, config):
+    """Each subset of the gradients, and the launches that it takes."""
+    loops = config.by_keys.block_n == 16
+    for keys in (None, 17):
+        grad, (qkv, k, v) = module.problem(1, 17, 1, 16, FLOAT32, keys)
+        out, lse = reference.attention_fwd(qkv, 1, 0.3, k=k, v=v)
+        every = None
+        for q_need, k_need, v_need in itertools.product((True, False), repeat=3):
+            if keys is None and (k_need or v_need):
+                continue
+            launched, needs = [], [q_need, k_need, v_need]
+            names = ("_attention_bwd_kernel", "_attention_bwd_dq_kernel")
+            counted = {name: module._Counted(getattr(kernels, name), launched) for name in names}
+            with mock.patch.multiple(kernels, **counted):
+                grads = kernels.attention_bwd(grad, qkv, 1, 0.3, k, v, out, lse, needs=needs, config=config)
+            every = every or grads
+            for need, one, other in zip(needs, grads, every):
+                assert torch.equal(one, other) if need else one is None
+            of_keys = q_need if keys is None else k_need or v_need
+            assert len(launched) == (of_keys or (q_need and not loops)) + (q_need and loops)
+
+
+def _attention_bwd_head_options(kernels, module):
+    """Norms of heads and rotary embedding against the closed formulas of the reference."""
+    w, b, angle = torch.randn(6).double(), torch.randn(6).double(), torch.randn(4, 6).double()
+    rope = dict(rope=(angle.cos(), angle.sin()), num_prefix=1)
+    norms = dict(q_norm=(w, b, 1e-5), k_norm=(w, None, 1e-6))
+    grad, packed = module.problem(2, 5, 2, 6, FLOAT64)
+    for tensors in (packed, (*packed[0].chunk(3, 2),)):
+        for options in (
+            rope | dict(rope_layout="interleaved"), rope | norms | dict(key_lengths=torch.tensor([4, 5])),
+            norms | dict(norm="rms"), dict(k_norm=norms["k_norm"]),
+        ):  # fmt: skip
+            qkv, k, v = tensors
+            out, lse = reference.attention_fwd(qkv, 2, 0.2, k=k, v=v, **options)
+            expected = reference.attention_bwd(grad, qkv, 2, 0.2, k, v, out, lse, **options)
+            for needs in ([True] * 12, [True] * 3 + [False] * 9, [k is None, *[False] * 5, *[True] * 6]):
+                actual = kernels.attention_bwd(
+                    grad, qkv, 2, 0.2, k, v, out, lse, needs=needs, config=module.tiles(16, 16), **options
+                )
+                for need, one, other in zip(needs, actual, expected, strict=True):
+                    assert (one is None) == (other is None) or not need
+                    if need and one is not None:
+                        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def _attention_bwd_launches(kernels, module):
@@ -1035,18 +1100,19 @@ def _attention_bwd_launches(kernels, module):
 
 def _far_attention_bwd(kernels, configs):
     """Offsets beyond 2³¹ that are products of small numbers, on every axis of every tensor."""
-    inputs = list(torch.randn(5, 3, 5, 48).half())
-    lse = torch.randn(3, 3, 5)
+    inputs = list(torch.randn(5, 3, 17, 48).half())
+    lse = torch.randn(3, 3, 17)
     memory = reserved(48 * (2**27 + 2**24), dtype=FLOAT16)
     for config in configs:
-        expected = [torch.empty(3, 5, 48, dtype=FLOAT16) for _ in range(3)]
-        kernels._launch(expected, [*inputs, lse], 3, 0.25, "ieee", config, None, None)
-        for strides in ((2**30 + 64, 388, 8), (1024, 2**29 + 64, 8), (8, 24, 2**27 + 2**24)):
-            far = [torch.as_strided(memory[i:], (3, 5, 48), strides) for i in range(8)]
-            for tensor, values in zip(far, inputs):
-                tensor.copy_(values)
-            kernels._launch(far[5:], [*far[:5], lse], 3, 0.25, "ieee", config, None, None)
-            equal(far[5:], expected)
+        expected = [torch.zeros(3, 17, 48, dtype=FLOAT16) for _ in range(3)]
+        with sanitizer.only_programs(lambda count: [count - 1]):
+            kernels._launch(expected, [*inputs, lse], 3, 0.25, "ieee", config, None, None)
+            for strides in ((2**30 + 64, 388, 8), (1024, 2**28 + 64, 8), (8, 24, 2**27 + 2**24)):
+                far = [torch.as_strided(memory[i:], (3, 17, 48), strides) for i in range(8)]
+                for tensor, values in zip(far, [*inputs, *(torch.zeros_like(inputs[0]),) * 3]):
+                    tensor.copy_(values)
+                kernels._launch(far[5:], [*far[:5], lse], 3, 0.25, "ieee", config, None, None)
+                equal(far[5:], expected)
 
 
 def _attention_in_float8(kernels, module):

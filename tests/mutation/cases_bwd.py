@@ -118,7 +118,7 @@ def _branch_gradients(kernels):
     assert kernels.column_sums(grad, FLOAT16).dtype == FLOAT16
     for dtype, wanted in ((None, FLOAT32), (FLOAT16, FLOAT16)):
         empty = kernels.column_sums(grad[:0], dtype)
-        assert torch.equal(empty, torch.zeros(20, dtype=wanted))
+        assert empty.dtype == wanted and torch.equal(empty, torch.zeros(20, dtype=wanted))
     for with_sums in (True, False):
         g, sums = kernels.branch_gradient(grad[:0], FLOAT16, row_scale, 0.1, SEED, with_sums)
         assert g.shape == (0, 2, 20) and g.dtype == FLOAT16
@@ -134,7 +134,8 @@ def _column_sum_launches(kernels):
             call = lambda: kernels.add_partials(None, torch.empty(2, 3, device="cuda"), FLOAT32, FLOAT32)  # noqa: E731
             if name == "_column_sums_kernel":
                 call = lambda: kernels._run(torch.empty(2, 3, device="cuda"), None, 0.0, None, None, True)  # noqa: E731
-            device_is_made_current(kernels, name, call)
+            launch = device_is_made_current(kernels, name, call)
+            assert name != "_column_sums_kernel" or launch.args[1] is None
 
 
 def _far_columns(kernels):
@@ -151,6 +152,11 @@ def _far_columns(kernels):
     assert torch.equal(g[-1], x[0, 0].repeat(4)[:64].float()) and not g[0].any()
     partials = reserved(2, 2**31 + 64, dtype=FLOAT32)
     partials[:, -32:] = torch.randn(2, 32)
+    with last_programs_alone():
+        sums, _ = kernels.add_partials(partials, None, FLOAT32, FLOAT32)
+    torch.testing.assert_close(sums[-32:], partials[:, -32:].sum(0))
+    partials = partials.flatten()[: 3 * (2**30 + 64)].view(3, 2**30 + 64)
+    partials[:, -32:] = torch.randn(3, 32)
     with last_programs_alone():
         sums, _ = kernels.add_partials(partials, None, FLOAT32, FLOAT32)
     torch.testing.assert_close(sums[-32:], partials[:, -32:].sum(0))

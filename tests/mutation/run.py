@@ -46,7 +46,7 @@ SUITES = (
     "layernorm_mlp", "attention", "attention_bwd", "patch_embed", "column_sums", "layer_norm_bwd", "patch_embed_bwd",
     "linear_bwd", "layernorm_mlp_bwd", "interception", "launch_plan", "warming", "prepared_blocks", "fp8_blocks",
 )  # fmt: skip
-SLOW = ("attention_bwd",)  # half a minute a mutant: a sample of all files leaves them out
+SLOW = ("attention_bwd",)  # up to ten seconds a mutant: a sample of all files leaves them out
 MEMORY_LIMIT = 80 << 30  # bytes of address space: some suites reserve 60 GB and touch a few pages of them
 
 
@@ -117,35 +117,38 @@ def finish(pid, read):
     return "killed" if os.WEXITSTATUS(status) else "survived", why
 
 
-def clean_seconds(name):
-    """CPU seconds of the kill suite on the unchanged file, which must pass."""
-    run_suite(name)  # once in this process, so that forks need not repeat the one-time setup of torch and Triton
+def first_seconds(name):
+    """CPU seconds of the kill suite on the unchanged file, in this process, so that forks need not repeat the one-time
+    set-up of torch and Triton."""
+    before = time.process_time()
+    run_suite(name)
+    seconds = time.process_time() - before
     for module in [module for module in sys.modules if module.startswith(("cases", "test_", "stand_ins"))]:
         del sys.modules[module]
     gc.collect()
     gc.freeze()  # keeps the collector from writing to pages that the forks share
-    before, child = resource.getrusage(resource.RUSAGE_CHILDREN), start(name, 120)
-    while (ended := finish(*child)) is None:
-        time.sleep(0.01)
-    if ended[0] != "survived":
-        sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds
 
 
 def run_mutants(name, mutants, jobs):
-    """Yields (mutant, verdict, why, seconds)."""
-    limit = math.ceil(3 * clean_seconds(name)) + 1
-    waiting, running = list(reversed(mutants)), []
+    """Yields (mutant, verdict, why, seconds). The file as it is (None) is the first child, and must pass."""
+    limit = math.ceil(3 * first_seconds(name)) + 1
+    waiting, running = [*reversed(mutants), None], []
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            running.append((mutant, time.monotonic(), start(name, limit, mutant.source)))
+            running.append((mutant, time.monotonic(), start(name, limit, mutant and mutant.source)))
         for entry in list(running):
             mutant, began, child = entry
-            if (ended := finish(*child)) is not None:
-                running.remove(entry)
+            if (ended := finish(*child)) is None:
+                continue
+            running.remove(entry)
+            if mutant is not None:
                 yield mutant, *ended, time.monotonic() - began
+            elif ended[0] != "survived":
+                for _, _, (pid, _) in running:
+                    os.kill(pid, signal.SIGKILL)
+                sys.exit(f"kernels/{name}.py as it is fails its kill suite: {ended}")
         time.sleep(0.002)
 
 

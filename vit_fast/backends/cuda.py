@@ -371,7 +371,7 @@ def prepared_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """As ``kernels.prepared_linear.prepared_linear``; an activation or a residual, not both."""
-    matrix, bias = (*weight, None)[:2]
+    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
     y = x if eps is None else layer_norm(x, ln_weight, ln_bias, eps, norm=norm)
     if residual is None:
         return _product(y, matrix, bias, activation)
