@@ -1,7 +1,8 @@
 """Launch configurations that a run on a GPU found better than the rules of ``configs``, read from kernels/tuned/.
 
 A file is for one device and one Triton, and named after the device: ``h200.json`` for "NVIDIA H200". Without one, or
-under another Triton, the rules alone pick; a file that cannot be understood is an error. Its form:
+under another Triton, the rules alone pick; so they do, with one warning, where a file cannot be understood, which is an
+error with VIT_FAST_STRICT=1. Its form:
 
     {"device": "NVIDIA H200", "triton": "3.7.1", "linear": [{"out_features": 3072, "picked": {…}, "use": {…}}],
      "stack": [{"width": 768, "picked": {"statistics": "partials"}, "use": {"statistics": "finalised"}}]}
@@ -15,6 +16,8 @@ one architecture in a process, the one that is asked last counts.
 import functools
 import importlib.metadata
 import json
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -90,7 +93,13 @@ def reads_tables(arch_of: Callable[[torch.device], int]) -> Callable[[torch.devi
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             path = file_of(name)
-            _tables[arch] = read(path, name, importlib.metadata.version("triton")) if path.exists() else {}
+            _tables[arch] = {}
+            try:
+                _tables[arch] = read(path, name, importlib.metadata.version("triton")) if path.exists() else {}
+            except ValueError as error:
+                if os.environ.get("VIT_FAST_STRICT") == "1":
+                    raise
+                warnings.warn(f"{error}. The rules pick until then.", RuntimeWarning, stacklevel=2)
         return arch
 
     return reading

@@ -13,7 +13,8 @@ OutOfResources                  FAULTS
 all configs fail                a rule picks one config and no call tries another: FAULTS (OutOfResources). Of the
                                 tuner: tests/bench/test_tune.py, test_a_rule_whose_config_does_not_run_stands_out
 config table unreadable         test_a_config_table_that_cannot_be_read: configs are a module, kernels/configs.py
-tuned file corrupt              no call reads one; the tuner writes whole files: test_tune.py, test_files_are_whole
+tuned file corrupt              the rules pick: test_tuned.py, test_a_damaged_file_is_told_once and its neighbour; the
+                                tuner writes whole files: test_tune.py, test_files_are_whole
 cache: JSON truncated           Triton's own cache, which raises JSONDecodeError on every start: FAULTS
 cache: JSON empty               the same
 cache: group JSON broken        Triton's own, JSONDecodeError or KeyError: FAULTS
@@ -26,7 +27,8 @@ nvcc absent                     build, test_no_ninja_and_no_nvcc
 ninja or g++ absent             build, test_no_ninja_and_no_nvcc, test_no_compiler
 extension: compile error        build, test_compile_error
 stale build lock                build, test_a_lock_file_without_a_holder_stops_nobody, test_waiting_ends
-builder killed                  build, test_a_killed_builder_is_cleaned_up_after, test_killed_compiler
+builder killed                  build, test_a_killed_builder_is_cleaned_up_after, test_killed_compiler,
+                                test_what_was_compiled_before_a_build_ended_is_kept
 garbage library                 extension, test_damage_is_found_before_dlopen, test_dlopen_in_a_child
 library, undefined symbol       extension, test_dlopen_in_a_child
 NaN or wrong at first use       test_a_library_that_computes_wrong_results, test_the_first_look

@@ -90,9 +90,28 @@ def test_a_file_for_another_triton_changes_nothing(h200):
         (json.dumps(_content(stack=[{"picked": {}, "use": {}}])), "no entry 'width'"),
     ),
 )
-def test_a_damaged_file_is_an_error_that_names_it(h200, text, wanted):
+def test_a_damaged_file_is_told_by_its_name_and_the_rules_pick(h200, text, wanted, monkeypatch):
     file, arch_of = h200
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"h200\.json cannot be used") as error:
+    with pytest.warns(
+        RuntimeWarning, match=r"h200\.json cannot be used: .*; mend it, or delete it to use the ru"
+    ) as told:
+        assert arch_of() == 90
+    assert len(told) == 1 and wanted in str(told[0].message)
+    assert configs.pick_linear_config(*CALL, 90) == configs.pick_linear_config.__wrapped__(*CALL, 90)
+    monkeypatch.setenv("VIT_FAST_STRICT", "1")
+    with pytest.raises(ValueError, match=r"h200\.json cannot be used"):
         arch_of()
-    assert wanted in str(error.value) and "delete it to use the rules" in str(error.value)
+
+
+def test_a_damaged_file_is_told_once(h200, monkeypatch):
+    file, _ = h200
+    file.write_text("{")
+    device = torch.device("cuda", 0)
+    configs.arch_of.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning) as told:
+            assert [configs.arch_of(device) for _ in range(3)] == [90] * 3
+    finally:
+        configs.arch_of.cache_clear()
+    assert len(told) == 1

@@ -4,6 +4,7 @@ Kernels and compiled variants are stand-ins here, but where the interpreter runs
 """
 
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -127,6 +128,19 @@ def _overrides(module, file):
         for same in (picking(1, 768, True, 100), picking(1, 1024, True, 90), picking(1, 3072)):
             assert same is PICKED
         assert picked[:2] == [(1, 3072, (True, 90), {}), (1, 3072, (True, 90), {})]
+        text = file.read_text()
+        file.write_text("{")
+        with mock.patch.dict(os.environ, VIT_FAST_STRICT="1"), pytest.raises(ValueError, match="cannot be used"):
+            arch_of(CUDA)
+        with (
+            mock.patch.dict(os.environ, VIT_FAST_STRICT="0"),
+            pytest.warns(RuntimeWarning, match="used: .* un") as told,
+        ):
+            assert arch_of(CUDA) == 90
+        assert [warning.filename for warning in told] == [__file__]
+        assert module._tables == {90: {}} and picking(1, 3072, True, 90) is PICKED
+        file.write_text(text)
+        assert arch_of(CUDA) == 90 and picking(1, 3072, True, 90) is not PICKED
         file.unlink()
         assert arch_of(CUDA) == 90 and module._tables == {90: {}} and picking(1, 3072, True, 90) is PICKED
 
