@@ -160,7 +160,8 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     own forward in every call that the fused operations do not cover: with a causal mask, with attention weights
     in the output, and where one of its modules carries a hook, a parametrization or an adapter or is of an unexpected
     class. ``explain(model, example)`` shows what runs where, ``restore`` undoes all of it. ``prepare`` folds the
-    weights of optimised pre-norm blocks. Text towers are not touched. Pooling by latent queries runs fused as well.
+    weights of optimised pre-norm blocks. Text towers are not touched. Pooling by latent queries, and the convolution
+    that projects patches, run fused as well.
 
     Call it before FSDP2's ``fully_shard``, which makes classes of its own. ``torch.jit.script`` cannot read the fast
     classes: restore first.

@@ -68,8 +68,9 @@ def _not_taken(conv: Any, x: torch.Tensor) -> str | None:
         return f"the images are {x.dtype}, the weights are {conv.weight.dtype}"
     if x.shape[1] != conv.in_channels:
         return f"the images have {x.shape[1]} channels, not {conv.in_channels}"
-    if any(size < kernel for size, kernel in zip(x.shape[2:], conv.kernel_size, strict=True)):
-        return "the images are smaller than a patch"
+    for size, kernel in zip(x.shape[2:], conv.kernel_size, strict=True):
+        if size < kernel:
+            return "the images are smaller than a patch"
     return None
 
 

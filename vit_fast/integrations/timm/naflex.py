@@ -46,8 +46,9 @@ class FastNaFlexEmbeds(Fused, NaFlexEmbeds):
             return reason
         if autocasts(x.device.type):
             return "autocast is on"
-        if any(size % patch or size < patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)):
-            return f"images of {x.shape[2]}×{x.shape[3]} are no whole number of patches"
+        for size, patch in zip(x.shape[2:], self.patch_size, strict=True):
+            if size % patch or size < patch:
+                return f"images of {x.shape[2]}×{x.shape[3]} are no whole number of patches"
         return None if x.shape[1] == self.in_chans else f"the images have {x.shape[1]} channels, not {self.in_chans}"
 
     def forward(
