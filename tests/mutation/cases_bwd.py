@@ -306,6 +306,7 @@ class Parts:
         return reference.layer_norm(x, weight, bias, eps, norm=norm).to(out_dtype)
 
     def pre_activation_gradient(self, grad, weight, z, activation, *, dropout_p, seed, with_hidden, config):
+        self.config = config
         self.calls.append("dz and h" if with_hidden else "dz")
         hidden = reference.dropout(reference.activate(z, activation), dropout_p, seed)
         dz = reference.activate_bwd(reference.dropout(grad @ weight, dropout_p, seed), z, activation)
@@ -498,6 +499,14 @@ def layernorm_mlp_bwd():
             if name in ("layernorm_mlp dropouts", "layernorm_mlp recompute", "layernorm_mlp inner norm"):
                 _mlp_calls(parts, problem, saved, grad, name.split()[1])
                 _mixed(problem)
+            # What an absent gamma or bias would need is not computed.
+            absent = {"bare": ("b2",), "no biases": ("gamma", "b2"), "swiglu dropouts": ("gamma",)}
+            for one in absent.get(name.removeprefix("layernorm_mlp").strip(), ()):
+                assert _called(parts, problem, saved, grad, one) == ["g"], (name, one)
+            if name == "layernorm_mlp":
+                _mlp_alone(kernels, parts, problem, saved, grad)
+            if name == "layernorm_mlp inner norm":
+                _mlp_again(problem, grad)
 
 
 def _plain_layer_scale(product, weight, bias, gamma, sums, needs):
@@ -506,6 +515,26 @@ def _plain_layer_scale(product, weight, bias, gamma, sums, needs):
     dbias = None if bias is None or sums is None else (gamma.to(wide) * sums).to(bias.dtype)
     results = (gamma.to(wide)[:, None] * product).to(weight.dtype), dbias, dgamma.to(gamma.dtype)
     return tuple(result if need else None for result, need in zip(results, needs))
+
+
+def _mlp_alone(kernels, parts, problem, saved, grad):
+    """Without the words that have defaults; with tiles of the caller."""
+    results = trained_operations.backward(problem, saved, grad, tiles=TILES)
+    assert parts.config is TILES
+    t = problem.tensors
+    before, after = (t[one] for one in ("x", "ln_weight", "ln_bias")), (t[one] for one in ("w1", "b1", "w2", "b2"))
+    alone = kernels.layernorm_mlp_bwd(grad, *before, 1e-6, *after, "gelu", t["gamma"], None, *saved)
+    equal(alone[:8], results[:8])
+
+
+def _mlp_again(problem, grad):
+    """z is computed again for what lies behind it, whatever alone is wanted."""
+    again = trained_operations.Problem(problem.operation, problem.tensors, problem.words | dict(recompute=True))
+    golden, saved = trained_operations.autograd(problem, grad), _saved(again)
+    for one in ("inner_weight", "inner_bias", "row_scale"):
+        needs = [argument == one for argument in trained_operations.NAMES[problem.operation]]
+        found = trained_operations.named(again, trained_operations.backward(again, saved, grad, needs))
+        torch.testing.assert_close(found[one], golden[one], rtol=1e-10, atol=1e-10)
 
 
 def _mlp_calls(parts, problem, saved, grad, kind):
