@@ -478,7 +478,7 @@ struct Packed {
     int32_t* integer_sums = static_cast<int32_t*>(sums.data());
     for (int64_t i = 0; i < panels * 32; i++) scale.put(i, 0), bias.put(i, 0), integer_sums[i] = 0;
     Array rounded(type == Type::int8 ? Type::float32 : type, 1);
-    for (int64_t i = 0; i < groups * group; i++) gain.put(i, i < columns ? std::exp(normal()) : 0);
+    for (int64_t i = 0; i < groups * group; i++) gain.put(i, i < columns ? std::exp(-std::fabs(normal())) : 0);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t half = rows / 2, unit = gated ? r % half : r;
       const int64_t place = gated ? unit / 16 * 32 + unit % 16 + (r < half ? 0 : 16) : r;

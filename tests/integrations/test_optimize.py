@@ -557,13 +557,13 @@ def test_hugging_face_attention_weights_hidden_states_and_masks(name):
     model = vit_fast.optimize(copy.deepcopy(plain))
     one, two = plain(x, output_attentions=True), model(x, output_attentions=True)
     assert len(two.attentions) == 2 and all(torch.equal(a, b) for a, b in zip(one.attentions, two.attentions))
-    assert not operations(model, x, output_attentions=True)[1]
+    assert not in_blocks(operations(model, x, output_attentions=True)[1])
     # The library's recording hooks are there for good now; asleep, they are in nobody's way.
     model.config.output_attentions = True
     assert len(model(x).attentions) == 2
     model.config.output_attentions = False
-    assert operations(model, x)[1] == 2 * SEPARATE
-    assert operations(model, x, output_hidden_states=True)[1] == 2 * SEPARATE
+    assert in_blocks(operations(model, x)[1]) == 2 * SEPARATE
+    assert in_blocks(operations(model, x, output_hidden_states=True)[1]) == 2 * SEPARATE
     one, two = plain(x, output_hidden_states=True), model(x, output_hidden_states=True)
     assert len(two.hidden_states) == 3
     for expected, actual in zip(one.hidden_states, two.hidden_states, strict=True):
@@ -580,7 +580,7 @@ def test_hugging_face_attention_weights_hidden_states_and_masks(name):
         assert unfused(choices) == [("block", "output_attentions is given")]
     same(actual, plain_layers[0](tokens, mask))
     layers[1].get_submodule("mlp").register_forward_hook(doubled)
-    assert operations(model, x)[1] == SEPARATE
+    assert in_blocks(operations(model, x)[1]) == SEPARATE
 
 
 @pytest.mark.parametrize("name", ("CLIPVision", "SiglipVision"))
@@ -614,6 +614,7 @@ def test_hugging_face_checkpointing(reentrant):
     model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
     actual, ran = gradients(model, x)
     assert_same_gradients(actual, expected, 1e-9)
+    ran = in_blocks(ran)
     assert ran[: len(ran) // 2] == 2 * SEPARATE and len(ran) > 2 * len(SEPARATE)  # the backward runs them again
 
 
@@ -632,7 +633,7 @@ def test_hugging_face_text_towers_are_left_alone():
         assert classes(model.text_model) == classes(plain.text_model)
         with vit_fast.backends.recording() as choices:
             result = model(input_ids=words, pixel_values=x)
-        assert fused(choices) == 2 * SEPARATE + (POOLED if hasattr(model.vision_model, "head") else [])
+        assert in_blocks(fused(choices)) == 2 * SEPARATE + (POOLED if hasattr(model.vision_model, "head") else [])
         expected = plain(input_ids=words, pixel_values=x)
         assert torch.equal(result.text_embeds, expected.text_embeds)
         same(result.image_embeds, expected.image_embeds)
@@ -653,7 +654,7 @@ def test_open_clip_text_tower_is_left_alone(peer):
         with vit_fast.backends.recording() as choices:
             assert torch.equal(model.encode_text(words), plain.encode_text(words)) and not choices
             same(model.encode_image(x), plain.encode_image(x))
-        assert fused(choices) == 2 * PACKED
+        assert in_blocks(fused(choices)) == 2 * PACKED
         assert classes(vit_fast.restore(model)) == classes(plain)
 
 
@@ -674,6 +675,7 @@ def test_open_clip_masks_keys_and_checkpointing(peer):
     pixels = images(dtype=torch.float64)
     expected, _ = gradients(plain, pixels)
     actual, ran = gradients(model, pixels)
+    ran = in_blocks(ran)
     assert ran[: 2 * len(PACKED)] == 2 * PACKED and len(ran) > 2 * len(PACKED)  # the backward runs them again
     assert_same_gradients(actual, expected, 1e-9)
 

@@ -304,7 +304,7 @@ def test_adapters(peer):
         actual = peft.get_peft_model(model, config)
         result, ran, reasons = run(actual, inputs)
         same(result, output(expected, inputs))
-        assert not ran and len(reasons) == case.blocks
+        assert set(ran) <= {"patch_embed"} and len(reasons) == case.blocks
         merged, ran, reasons = run(actual.merge_and_unload(), inputs)
         same(merged, result)
         assert ran and not reasons

@@ -91,7 +91,8 @@ class FastPatchConv2d(Fused, nn.Conv2d):
 def _images_of(images, weight, bias, stride):
     """``F.conv2d`` by ``ops.patch_embed``."""
     grid = [(size - kernel) // step + 1 for size, kernel, step in zip(images.shape[2:], weight.shape[2:], stride)]
-    return ops.patch_embed(images, weight, bias, None, None, stride).transpose(1, 2).unflatten(2, grid)
+    tokens = ops.patch_embed(images, weight, bias, None, None, stride)
+    return tokens.transpose(1, 2).reshape(images.shape[0], -1, *grid)  # ONNX takes unflatten's batch for a constant
 
 
 class FastPatchConv3d(Fused, nn.Conv3d):
