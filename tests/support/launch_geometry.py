@@ -42,6 +42,7 @@ KERNELS = {
         "_row_statistics_kernel",
     ),
     gemm: ("_linear_fwd_kernel",),
+    prepared_linear: ("_quantise_tokens_fwd_kernel",),
     patch_embed: ("_patch_embed_fwd_kernel",),
     gemm_train: ("_linear_train_kernel",),
     layer_norm_bwd: ("_layer_norm_bwd_kernel", "_layer_norm_wide_bwd_kernel", "_layer_norm_sums_kernel"),
