@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
