@@ -92,7 +92,8 @@ def _images_of(images, weight, bias, stride):
     """``F.conv2d`` by ``ops.patch_embed``."""
     grid = [(size - kernel) // step + 1 for size, kernel, step in zip(images.shape[2:], weight.shape[2:], stride)]
     tokens = ops.patch_embed(images, weight, bias, None, None, stride)
-    return tokens.transpose(1, 2).reshape(images.shape[0], -1, *grid)  # ONNX takes unflatten's batch for a constant
+    # ONNX takes the batch of unflatten for a constant.
+    return tokens.transpose(1, 2).reshape(images.shape[0], weight.shape[0], *grid)
 
 
 class FastPatchConv3d(Fused, nn.Conv3d):
