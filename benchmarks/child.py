@@ -72,7 +72,8 @@ def under(*tool: str) -> str:
 
 
 def save(path: Path, content: object) -> None:
-    """Writes a JSON file atomically: a killed run leaves the old file or the new one."""
+    """Writes a JSON file atomically: a killed run leaves the old file or the new one. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     part.replace(path)

@@ -290,6 +290,8 @@ def _gemms(results) -> Iterator[dict[str, Any]]:
             for one in row["ranking"]:
                 kernel = one["config"].get("kernel")
                 name = kernel or " ".join(f"{word}={one['config'][word]}" for word in _changed(row, one["config"]))
+                if one["config"].get("cooperative"):
+                    name += f" {one['config']['block_m']} × {one['config']['block_n']}"
                 times[name or "the rule's config"] = min(one["us"], times.get(name) or one["us"])
             for name, us in row["libraries_us"].items():
                 if name == "F.linear, bias alone":
@@ -303,7 +305,8 @@ def _gemms(results) -> Iterator[dict[str, Any]]:
         best = min(times, key=lambda name: times[name])
         because = ", ".join(f"{name} {us:.0f} µs" for name, us in sorted(times.items(), key=lambda pair: pair[1])[:4])
         because += f"; cuBLAS with bias alone {library:.0f} µs" if library else ""
-        slow = library and "linear_hopper" in times and times["linear_hopper"] > library / 0.95
+        hopper = min((us for name, us in times.items() if name.startswith("linear_hopper")), default=None)
+        slow = library and hopper and hopper > library / 0.95
         yield _decision(question, best + ("; cuBLASLt or CUTLASS epilogues to be tried" if slow else ""), because, rule)
 
 
@@ -343,24 +346,24 @@ def _attention(results) -> Iterator[dict[str, Any]]:
         yield _decision(question, ordered[0], ", ".join(f"{name} {times[name]:.0f} µs" for name in ordered), rule)
 
 
+def _either(results, question, on, off, share, names, what):
+    """On or off, two items of replayed stacks: what is faster by a share, "on" where neither is; ``names`` of both."""
+    rule = f"the faster in a replayed stack of {what} by {share:.1%}, else {names[0]}"
+    first, second = (_item(results, "graph", f"^prepared blocks.*{words}$") for words in (on, off))
+    if not (first and second):
+        return _decision(question, None, "", rule)
+    faster = names[0] if first < (1 - share) * second else names[1] if first > (1 + share) * second else None
+    because = f"12 blocks of ViT-B, {what}: {first:.1f} µs {names[0]}, {second:.1f} {names[1]}"
+    return _decision(question, faster or f"no difference: {names[0]}", because, rule)
+
+
 def _pdl(results):
-    rule = "on where a replayed stack of one image is 1 % faster with it, off where it is 1 % slower"
-    off, on = (_item(results, "graph", f"^prepared blocks.*{word}$") for word in ("in turn", "early"))
-    if not (off and on):
-        return _decision("PDL?", None, "", rule)
-    answer = "on" if on < 0.99 * off else "off" if on > 1.01 * off else "no difference: leave it on"
-    return _decision("PDL?", answer, f"12 blocks of ViT-B, one image: {on:.1f} µs with, {off:.1f} without", rule)
+    return _either(results, "PDL?", "early", "in turn", 0.01, ("on", "off"), "one image")
 
 
 def _tile_order(results):
-    rule = "alternate where a replayed stack of many images is 0.5 % faster with it, one order where it is 0.5 % slower"
-    one, other = (_item(results, "graph", f"^prepared blocks.*tiles in {word} order$") for word in ("one", "alternate"))
-    if not (one and other):
-        return _decision("order of tiles?", None, "", rule)
-    answer = "alternate" if other < 0.995 * one else "one order" if other > 1.005 * one else "no difference: alternate"
-    return _decision(
-        "order of tiles?", answer, f"12 blocks of ViT-B: {other:.0f} µs alternate, {one:.0f} in one order", rule
-    )
+    on, off = "tiles in alternate order", "tiles in one order"
+    return _either(results, "order of tiles?", on, off, 0.005, ("alternate", "one order"), "many images")
 
 
 def _stages(results):
@@ -485,9 +488,12 @@ def tuned(content: dict[str, Any]) -> dict[str, Any] | None:
     return found | {"stack": stack} if stack else found
 
 
-def print_decisions(lines: list[dict[str, Any]]) -> None:
+REHEARSED = ", rehearsed: no figure is of a GPU"
+
+
+def print_decisions(lines: list[dict[str, Any]], rehearsed: bool = False) -> None:
     """The table of decisions."""
-    table = Table("question", "answer", "because", "rule", title="Decisions")
+    table = Table("question", "answer", "because", "rule", title="Decisions" + REHEARSED * rehearsed)
     for line in lines:
         table.add_row(line["question"], line["answer"], line["because"], line["rule"])
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
@@ -526,7 +532,7 @@ def first_look(
         return {"decisions": decisions(content)}
 
     content = run_plan("first_look", plan(), out, minutes, known, conclude, rehearsed, runner)
-    print_decisions(content["decisions"])
+    print_decisions(content["decisions"], rehearsed)
     return _status(content)
 
 
@@ -535,7 +541,8 @@ def table_of_models(
 ) -> int:
     """Runs the model table; returns the exit status."""
     content = run_plan("models_table", models_table(), out, minutes, known, lambda content: {}, rehearsed, runner)
-    table = Table("model", "batch", "provider", "images/s", "× best baseline", "status", title="Models")
+    table = Table("model", "batch", "provider", "images/s", "× best baseline", "status")
+    table.title = "Models" + REHEARSED * rehearsed
     for row in (row for rows in results_of(content).values() for row in rows):
         speed, gain = row["infer_samples_per_sec"], row.get("speedup_vs_best_baseline")
         cells = ("" if speed is None else f"{speed:.0f}", "" if gain is None else f"{gain:.2f}", row["status"])

@@ -33,11 +33,12 @@ from vit_fast.bench import gpus, launches, machine, measure
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import child
-from tune.timing import kernel_seconds, median_us
+from tune.problems import partials_of
+from tune.report import one_line
+from tune.timing import kernel_seconds, median_us, out_of_budget
 
 TOKENS, WIDTH, HIDDEN = 197, 768, 3072
 CHECKED = 512  # rows compared with float64
-PARTIAL_WIDTH = 128
 
 
 class Bench:
@@ -64,8 +65,7 @@ class Bench:
             return None
         out = out.flatten(0, -2)[:CHECKED]
         few = [t.flatten(0, -2)[:CHECKED] for t in tensors]
-        verdict = parity.compare(out, eager(*few), eager(*(t.double() for t in few)), out.dtype)
-        return None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+        return out_of_budget(parity.compare(out, eager(*few), eager(*(t.double() for t in few)), out.dtype))
 
 
 @contextlib.contextmanager
@@ -80,26 +80,18 @@ def kernels(bench: Bench) -> Iterator[None]:
         yield
 
 
-def _partials(x):
-    """Row-statistics partials of x, as the GEMM before writes them."""
-    from vit_fast.kernels.layer_norm import RowPartials
-
-    parts = x.float().flatten(0, -2).unflatten(1, (-1, PARTIAL_WIDTH))
-    values = torch.stack([parts.mean(2).t(), (parts.var(2, correction=0) * PARTIAL_WIDTH).t()]).contiguous()
-    return RowPartials(values, PARTIAL_WIDTH)
-
-
 def forms(
     bench: Bench,
 ) -> Iterator[tuple[str, Callable[[], torch.Tensor], Callable[..., torch.Tensor], tuple[Any, ...]]]:
     """(name, call, the same by PyTorch, the tensors that it takes) of fc1 and proj, from bare to as prepared."""
     from vit_fast.kernels import linear
+    from vit_fast.kernels.layer_norm import RowPartials
 
     x, residual = (bench.random(bench.batch, TOKENS, WIDTH) for _ in range(2))
     for layer, features in (("fc1", HIDDEN), ("proj", WIDTH)):
         weight, bias = bench.random(features, WIDTH, scale=WIDTH**-0.5), bench.random(features)
         weight -= weight.float().mean(1, keepdim=True).to(weight.dtype)
-        sums, wide, partials = weight.float().sum(1), bias.float(), _partials(x)
+        sums, wide, partials = weight.float().sum(1), bias.float(), RowPartials(*partials_of(x))
 
         def product(x, weight=weight, bias=bias):
             return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
@@ -142,7 +134,7 @@ def epilogues(bench: Bench, keep: Callable[[Any], None], once: bool = False) -> 
                 if row["fault"] is None and not once:
                     row["us"] = bench.us(call)
             except Exception as error:  # recorded; the next form is tried
-                row["fault"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                row["fault"] = one_line(error)
             rows.append(row)
             keep({"rows": rows})
     return all(row["fault"] is None for row in rows)
@@ -186,14 +178,11 @@ def stacks(bench: Bench, keep: Callable[[Any], None]) -> bool:
                 out = call(x)
                 if not bench.rehearsed:
                     golden = eager(x[:1].double(), [weight.double() for weight in weights])
-                    verdict = parity.compare(out[:1], eager(x[:1], weights), golden, out.dtype)
-                    row["fault"] = (
-                        None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
-                    )
+                    row["fault"] = out_of_budget(parity.compare(out[:1], eager(x[:1], weights), golden, out.dtype))
                 if row["fault"] is None:
                     row["us"] = bench.us(lambda: call(x))
             except Exception as error:  # recorded; the next form is tried
-                row["fault"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                row["fault"] = one_line(error)
             finally:
                 configs.pick_stack_config = shipped
             rows.append(row)
@@ -211,7 +200,7 @@ def tiny(bench: Bench, keep: Callable[[Any], None]) -> bool:
         try:
             fault = bench.fault(call(), eager, *tensors)
         except Exception as error:  # recorded; the next is tried
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            fault = one_line(error)
         rows.append({"name": name, "fault": fault})
         keep({"rows": rows})
 
@@ -222,20 +211,23 @@ def tiny(bench: Bench, keep: Callable[[Any], None]) -> bool:
     def product(x):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
+    def added(x, residual):
+        return residual + product(x)
+
     with kernels(bench):
         for name, pdl in (("split-K", False), ("split-K launched by PDL", True)):
             if pdl and bench.device.type == "cpu":
                 continue  # the interpreter has none
             call = functools.partial(linear.linear_with_partials, x, weight, bias, residual, pdl=pdl)
-            try_(name, lambda call=call: call()[0], lambda x, residual: residual + product(x), x, residual)
+            try_(name, lambda call=call: call()[0], added, x, residual)
         if bench.rehearsed or (on_gpu and torch.cuda.get_device_capability(bench.device) == (9, 0)):
-            from vit_fast.kernels.linear_hopper import linear_hopper
+            from vit_fast.kernels.linear_hopper import LinearHopperConfig, linear_hopper
 
+            wide = LinearHopperConfig(block_n=256, num_stages=3, cooperative=True)
             try_("linear_hopper", lambda: linear_hopper(x, weight, bias)[0], product, x)
-            try_(
-                "linear_hopper launched by PDL", lambda: linear_hopper(x, weight, bias, residual=residual, pdl=True)[0],
-                lambda x, residual: residual + product(x), x, residual,
-            )  # fmt: skip
+            for name, config in (("linear_hopper", None), ("cooperative linear_hopper", wide)):
+                call = functools.partial(linear_hopper, x, weight, bias, residual=residual, pdl=True, config=config)
+                try_(f"{name} launched by PDL", lambda call=call: call()[0], added, x, residual)
     return all(row["fault"] is None for row in rows)
 
 

@@ -35,7 +35,6 @@ import child
 import first_look
 from child import Stage, run, triton_error
 
-ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("limits", "check", "tests", "sanitizer", "models", "training", "profile", "tune", "operations", "families")
 VIT_S, VIT_B, VIT_L = (f"vit_{width}_patch16_224" for width in ("small", "base", "large"))
 VIT_H, SO400M = "vit_huge_patch14_224", "vit_so400m_patch14_siglip_224"
@@ -261,16 +260,20 @@ def _print_targets(lines):
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
+def _check_writable(out):
+    if reason := child.why_not_writable(out):
+        raise typer.BadParameter(
+            f"got {str(out)!r}, wanted a folder that can be written ({reason})", param_hint="--out"
+        )
+
+
 def _look(out, minutes, known, models_table, dry_run, rehearse):
     """The exit status of --first-look or --models-table."""
     looks = first_look.models_table() if models_table else first_look.plan()
     if dry_run:
         first_look.dry_run(looks, out)
         return 0
-    if reason := child.why_not_writable(out):
-        raise typer.BadParameter(
-            f"got {str(out)!r}, wanted a folder that can be written ({reason})", param_hint="--out"
-        )
+    _check_writable(out)
     title = "models_table" if models_table else "first_look"
     if "missing" in known and not rehearse:
         child.save(out / f"{title}.json", known | {"stages": []})
@@ -311,10 +314,10 @@ def main(
     if rehearse and not (first_look_ or models_table):
         raise typer.BadParameter("got it alone, wanted it with --first-look or --models-table", param_hint="--rehearse")
     known = machine.gpu_facts()
-    folder = ROOT / "out" / "gpu"  # not under results/, as nothing is measured
+    folder = child.ROOT / "out" / "gpu"  # not under results/, as nothing is measured
     if "missing" not in known:
         slug = known["gpu"].lower().removeprefix("nvidia ").replace(" ", "-")
-        folder = ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
+        folder = child.ROOT / "benchmarks" / "results" / slug / known["time"][:16].replace(":", "")
     out = (out or folder).resolve()
     if first_look_ or models_table:
         raise typer.Exit(_look(out, minutes, known, models_table, dry_run, rehearse))
@@ -326,7 +329,7 @@ def main(
         return
     if known.get("capability", [9, 0]) < [8, 9]:
         plan = [stage for stage in plan if not stage.float8]
-    out.mkdir(parents=True, exist_ok=True)
+    _check_writable(out)
     if "missing" not in known and (error := triton_error()):
         known["triton_error"] = error
         plan = [stage for stage in plan if stage.name == "limits"]
@@ -337,8 +340,11 @@ def main(
 
     def save():
         summary["without_figures"] = without_figures(out)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (out / "targets.json").write_text(json.dumps(targets(out), indent=1, ensure_ascii=False) + "\n")
+        try:
+            child.save(out / "summary.json", summary)
+            child.save(out / "targets.json", targets(out))
+        except OSError as error:  # a full disk; what follows may fit again
+            print(f"{out / 'summary.json'} was not written: {error}", flush=True)
 
     save()
     if "missing" in known:
@@ -349,7 +355,12 @@ def main(
     end = time.monotonic() + 60 * minutes
     for stage in plan:
         left = end - time.monotonic()
-        result = run(stage, out, left) if left > 5 else {"stage": stage.name, "verdict": "no time left", "seconds": 0.0}
+        result: dict[str, Any] = {"stage": stage.name, "verdict": "no time left", "seconds": 0.0}
+        if left > 5:
+            try:
+                result = run(stage, out, left)
+            except OSError as error:
+                result["verdict"] = f"not run: {error}"
         results.append(result)
         summary["stages"].append(result)
         save()

@@ -4,7 +4,8 @@ Uses the standard library, the headers of the installed torch, a C++ compiler, n
 kernels, nvcc. The products by CUTLASS are a library of their own: they take minutes to compile, and CUTLASS's headers.
 A build writes into a folder of its own inside the cache and renames it when all is done, so that nobody sees half a
 library. ``flock`` on a file beside it makes one of several builders build and the others find the result; the lock dies
-with its process, and the next holder removes what a killed one left.
+with its process. The next holder takes over the steps that a builder had finished when it was killed, interrupted or at
+its limit, and ninja goes on from there.
 """
 
 import contextlib
@@ -87,12 +88,13 @@ _TARGET = f"-DTORCH_TARGET_VERSION=0x{cache.ABI_TARGET[0]:02x}{cache.ABI_TARGET[
 _CXX = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
-LOCK_SECONDS = 15 * 60  # how long a builder waits for another one
-BUILD_SECONDS = 60 * 60  # how long the compilers may take
+# A build may take an hour, or so many times its estimate where that is more; another builder waits for it as long.
+LIMIT_SECONDS, SLOWEST = 60 * 60, 20
 MIB = 2**20
+_NINJA_LOG = ".ninja_log"  # tab-separated: start, end, time, file, hash of the command
 FREE_BYTES = {"cpu": 200 * MIB, "cuda": 1000 * MIB, "cutlass": 1000 * MIB}  # in the cache folder, before a build
 JOB_BYTES = {"cpu": 1024 * MIB, "cuda": 2048 * MIB, "cutlass": 4096 * MIB}  # of memory for each compiler at a time
-STEP_SECONDS = {"cpu": 10, "cuda": 30, "cutlass": 40}  # rough time of one compile, for the estimate
+STEP_SECONDS = {"cpu": 10, "cuda": 30, "cutlass": 100}  # rough time of one compile, for the estimate
 
 INSTALL = {
     "compiler": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
@@ -104,6 +106,10 @@ INSTALL = {
 
 class BuildError(Exception):
     """A library could not be built; the text says why, and what to do."""
+
+
+class EndedEarlyError(BuildError):
+    """The compilers were ended or killed; what they had finished is kept for the next build."""
 
 
 class Tool(NamedTuple):
@@ -401,6 +407,11 @@ class Plan(NamedTuple):
         """Seconds, roughly."""
         return STEP_SECONDS[self.name] * -(-len(self.steps) // self.jobs)
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which the compilers are ended."""
+        return max(LIMIT_SECONDS, SLOWEST * self.estimate)
+
 
 def plan(name: str, sources: Path = cache.SOURCES) -> Plan:
     """How a library will be built here.
@@ -472,10 +483,10 @@ def run(plan: Plan, *, force: bool = False, tell: Callable[[str], None] = print)
         return _found(plan, start)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder / f"{plan.key}.lock", tell) as waited:
-            for leftover in folder.glob(f"{plan.key}.tmp-*"):  # of builders that were killed
-                shutil.rmtree(leftover, ignore_errors=True)
+        with _locked(folder / f"{plan.key}.lock", plan.limit, tell) as waited:
+            leftovers = list(folder.glob(f"{plan.key}.tmp-*"))  # of builders that ended early
             if (waited or not force) and stands(plan):
+                _remove(leftovers)
                 return _found(plan, start)
             free = shutil.disk_usage(folder).free
             if free < FREE_BYTES[plan.name]:
@@ -483,18 +494,53 @@ def run(plan: Plan, *, force: bool = False, tell: Callable[[str], None] = print)
                     f"{free // MIB} MiB are free in {folder}, wanted {FREE_BYTES[plan.name] // MIB}; "
                     "make room, or name another folder in VIT_FAST_EXT_DIR"
                 )
-            work = Path(tempfile.mkdtemp(prefix=f"{plan.key}.tmp-", dir=folder))
+            prefix = f"{plan.key}.tmp-{plan.library.parent.name}-"  # of this toolchain alone
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+            done = [] if force else _take_over([path for path in leftovers if path.name.startswith(prefix)], work)
+            _remove(leftovers)
+            if done:
+                tell(f"going on where an earlier build ended: {len(done)} of {len(plan.steps)} steps are done")
             try:
                 _compile(plan, work, tell)
                 _publish(plan, work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            except (EndedEarlyError, KeyboardInterrupt):
+                raise  # the next build takes over what is done
+            except BaseException:
+                _remove([work])
+                raise
+            _remove([work])
     except OSError as error:
         raise BuildError(
             f"the cache folder {folder} cannot be used ({error.strerror or error}); "
             "make it writable, or name another one in VIT_FAST_EXT_DIR"
         ) from error
     return Result(plan.library, False, time.monotonic() - start)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _take_over(leftovers: list[Path], work: Path) -> list[str]:
+    """Moves what earlier builds finished into a new folder, with ninja's log of it; returns the names of the files.
+
+    A file that stands in the log is whole, and no orphaned compiler writes to it. Of several folders the one with most.
+    """
+    finished: dict[Path, list[str]] = {}
+    for leftover in leftovers:
+        with contextlib.suppress(OSError):  # no log: nothing is finished
+            lines = [line.split("\t") for line in (leftover / _NINJA_LOG).read_text().splitlines()]
+            logged = {line[3] for line in lines if len(line) == 5}  # no head line, no half of one
+            finished[leftover] = sorted(name for name in logged if (leftover / name).is_file())
+    if not any(finished.values()):
+        return []
+    leftover, names = max(finished.items(), key=lambda item: len(item[1]))
+    for name in names:
+        (work / name).parent.mkdir(exist_ok=True)
+        (leftover / name).rename(work / name)
+    (leftover / _NINJA_LOG).rename(work / _NINJA_LOG)
+    return names
 
 
 def _found(plan: Plan, start: float) -> Result:
@@ -512,8 +558,8 @@ def stands(plan: Plan) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, tell: Callable[[str], None]) -> Iterator[bool]:
-    """Holds a lock that dies with the process; gives whether another process had it first."""
+def _locked(path: Path, seconds: float, tell: Callable[[str], None]) -> Iterator[bool]:
+    """Holds a lock that dies with the process, waiting so long for it; gives whether another process had it first."""
     import fcntl  # not on Windows, where this file can be imported all the same
 
     waited, start = False, time.monotonic()
@@ -528,9 +574,9 @@ def _locked(path: Path, tell: Callable[[str], None]) -> Iterator[bool]:
                 if not waited:
                     tell(f"waiting for process {holder}, which is building the same library")
                     waited = True
-                if time.monotonic() - start > LOCK_SECONDS:
+                if time.monotonic() - start > seconds:
                     raise BuildError(
-                        f"process {holder} has been building for {LOCK_SECONDS:.0f} s ({path}); "
+                        f"process {holder} has been building for {seconds:.0f} s ({path}); "
                         "end it if it hangs, then build again"
                     ) from None
                 time.sleep(0.1)
@@ -556,7 +602,7 @@ def _compile(plan: Plan, work: Path, tell: Callable[[str], None]) -> None:
             late.set()
             process.terminate()  # ninja ends its compilers
 
-        watch = threading.Timer(BUILD_SECONDS, stop)
+        watch = threading.Timer(plan.limit, stop)
         watch.start()
         try:
             assert process.stdout is not None
@@ -571,22 +617,26 @@ def _compile(plan: Plan, work: Path, tell: Callable[[str], None]) -> None:
         finally:
             watch.cancel()
     if late.is_set():
-        raise BuildError(f"the compilers took more than {BUILD_SECONDS} s and were ended")
+        raise EndedEarlyError(
+            f"the compilers took more than {plan.limit:.0f} s and were ended; what they had finished is kept: "
+            "build again to go on"
+        )
     if process.returncode:
-        raise BuildError(_failure(plan, work, lines))
+        raise _failure(plan, work, lines)
 
 
-def _failure(plan: Plan, work: Path, lines: list[str]) -> str:
+def _failure(plan: Plan, work: Path, lines: list[str]) -> BuildError:
     """What went wrong, from the output of ninja: the last lines of the compilers."""
     commands = {shlex.join(step.command) for step in plan.steps}
     told = [line for line in lines if line not in commands and not line.startswith("ninja: build stopped")]
     told = [line for line in told if not re.match(r"\[\d+/\d+\] ", line)]
-    why = f"the compiler failed ({plan.toolchain})"
+    why, kind = f"the compiler failed ({plan.toolchain})", BuildError
     if shutil.disk_usage(work).free < MIB or any("No space left on device" in line for line in told):
         why = f"the disk of {work.parent} is full; make room, or name another folder in VIT_FAST_EXT_DIR"
     elif any("Killed" in line for line in told):
-        why += "; a compiler was killed, perhaps for want of memory: try MAX_JOBS=1"
-    return "\n".join([why + ":", *(f"  {line}" for line in told[-15:])])
+        why += "; a compiler was killed, perhaps for want of memory: try MAX_JOBS=1, which goes on where this one ended"
+        kind = EndedEarlyError
+    return kind("\n".join([why + ":", *(f"  {line}" for line in told[-15:])]))
 
 
 def _publish(plan: Plan, work: Path) -> None:

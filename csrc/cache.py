@@ -5,7 +5,7 @@ The builder and the loader share this file, which imports the standard library a
     <key>/<toolchain>/vit_fast_cpu.so     the library
     <key>/<toolchain>/vit_fast_cpu.json   its record: SHA-256, key, what built it
     <key>.lock                            held with flock while a process builds
-    <key>.tmp-*                           a build that is going on, or that was killed
+    <key>.tmp-<toolchain>-*               a build that is going on, or that ended early: the next one goes on from it
 
 The key is made of the library's name, the ABI target, the machine and a hash of the sources and of the builder's flags:
 all that decides whether a library fits, none of which needs a compiler to be known. The torch version is no part of it,

@@ -62,6 +62,9 @@ inline Pool thread_pool() {
           }};
 }
 
+// Dropout with a seed, an int64 tensor of one element; none without.
+Dropout dropout_of(double p, const std::optional<Tensor>& seed);
+
 // An uninitialised tensor like another in device, of its own shape and dtype.
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);

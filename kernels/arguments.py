@@ -200,6 +200,14 @@ def check_keep_samples(x: Any, p: Any, seed: Any) -> None:
     _check_seed(op, "seed", seed, "x", x)
 
 
+def check_dropout(x: Any, p: Any, seed: Any) -> None:
+    _check_tensor("dropout", "x", x)
+    _check_real("dropout", "p", p)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"vit_fast.dropout: p is {p}, expected 0 ≤ p < 1")
+    _check_seed("dropout", "seed", seed, "x", x)
+
+
 @untraced
 def check_linear_residual(
     x: Any,

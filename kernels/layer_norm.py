@@ -80,7 +80,7 @@ def merge_partials(
 
 
 @triton.jit
-def _centre(x, mask, width):
+def centre(x, mask, width):
     """The mean of each row, corrected by the mean of x − mean, and x minus that mean, 0 where masked out."""
     mean = tl.sum(x, axis=1) / width
     centred = tl.where(mask, x - mean[:, None], 0.0)
@@ -121,7 +121,7 @@ def _layer_norm_fwd_kernel(
     if RMS:
         mean, centred = tl.zeros([ROWS], ACC), x
     else:
-        mean, centred = _centre(x, in_width[None, :], width)
+        mean, centred = centre(x, in_width[None, :], width)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=in_rows)
@@ -224,7 +224,7 @@ def _row_partials_kernel(
     mask = in_rows[:, None] & in_width[None, :]
     x_row = launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     x = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
-    mean, centred = _centre(x, in_width[None, :], width)
+    mean, centred = centre(x, in_width[None, :], width)
     tl.store(partials_ptr + row, mean, mask=in_rows)
     tl.store(partials_ptr + rows + row, tl.sum(centred * centred, axis=1), mask=in_rows)
 

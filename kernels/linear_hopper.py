@@ -1,4 +1,4 @@
-"""The linear layers of ``linear`` for Hopper: a warp-specialised ping-pong GEMM in Gluon, for fp16 and bf16.
+"""The linear layers of ``linear`` for Hopper: warp-specialised GEMMs in Gluon, ping-pong or cooperative, fp16 or bf16.
 
     out = residual + act(x Wᵀ + bias)                      every part but x Wᵀ optional
 
@@ -7,25 +7,28 @@
 x [..., K] and weight [N, K] in rows of adjacent elements at one stride, which begin at multiples of 16 bytes, for TMA;
 bias [N] of any float dtype; residual [..., N] contiguous, N then a multiple of 8; out [..., N] contiguous.
 x, weight, residual and out have one dtype; the product is accumulated in float32, and the epilogue is float32.
-act: as in ``gemm``, not gated. Row-statistics partials of x and out as in ``gemm``, those of out one per half
-tile; a folded LayerNorm emits none.
+act: as in ``gemm``, not gated. Row-statistics partials of x and out as in ``gemm``; a folded LayerNorm emits none.
 M, N and K are any: TMA reads zeros beyond the edges, stores are masked.
 
 A program has three partitions. The producer, one warp, fills by TMA a ring of STAGES slots, each a tile of x and one of
-W, BLOCK_K deep. Two consumer warp groups take turns at the tiles of out, BLOCK_M × BLOCK_N: while one multiplies, the
-other runs its epilogue. Programs are persistent: each takes every tile whose number (``gemm.tile_position``) is its own
-modulo the number of programs.
+W, BLOCK_K deep. Two consumer warp groups multiply, each BLOCK_M rows × BLOCK_N columns at a time:
+  ping-pong (PER_TILE = 1)    they take turns at the tiles of out: while one multiplies, the other runs its epilogue.
+  cooperative (PER_TILE = 2)  they share a tile of 2 · BLOCK_M rows, one above the other, and its tile of W: less is
+                              loaded and read from shared memory for each product, but nothing hides an epilogue.
+Programs are persistent: each takes every tile whose number (``gemm.tile_position``) is its own modulo the number of
+programs.
 
 The steps of a program, BLOCK_K of one tile each, are numbered through all its tiles, by producer and consumers alike;
 a step uses the slot step mod STAGES. The partitions wait for each other at mbarriers. A phase of an mbarrier ends with
 one arrival (of ``full``, with the bytes of both tiles); a waiting thread sees only the parity of the phase:
-  full[slot]      producer → consumer: the tiles of the step have been loaded.
-  empty[slot]     consumer → producer: the product that read the slot is done. One product stays in flight, so a slot is
-                  given back a step late; in the first round the producer does not wait.
-  turn[consumer]  other consumer → consumer: the K loop of its tile is done. Without it, a consumer that went ahead
-                  could take an earlier phase, of the same parity, for its own.
-With a residual, the producer loads the residual's tile behind the K loop's of the same tile, in four quarters, into
-memory of the consumer that will add it:
+  full[slot]      producer → consumers: the tiles of the step have been loaded.
+  empty[slot]     consumers → producer: the products that read the slot are done, with an arrival of each consumer of
+                  the tile. One product stays in flight, so a slot is given back a step late; in the first round the
+                  producer does not wait.
+  turn[consumer]  ping-pong, other consumer → consumer: the K loop of its tile is done. Without it, a consumer that
+                  went ahead could take an earlier phase, of the same parity, for its own.
+With a residual, the producer loads the residual's tile behind the K loop's of the same tile, for each of its consumers
+in four pieces of PIECE_M rows, into memory of the consumer that will add it:
   residual_full[consumer]   producer → consumer: its residual has been loaded.
   residual_empty[consumer]  consumer → producer: it has been read.
 The epilogue converts through shared memory from the layout of wgmma to that of 16-byte stores.
@@ -34,9 +37,10 @@ With PDL the program may start while the kernel before still runs (``launch``). 
 tiles of W before it waits for that kernel, which must not write W; everything else is read and written after the wait.
 
 2·rows·N·K FLOP; moves what ``gemm`` moves.
-Shared memory: STAGES · (BLOCK_M + BLOCK_N) · 128 bytes, and 4 · BLOCK_M · BLOCK_N for a residual; at most 227 KiB.
+Shared memory: STAGES · (PER_TILE · BLOCK_M + BLOCK_N) · 128 bytes, and 4 · BLOCK_M · BLOCK_N for a residual; at most
+227 KiB.
 Limits: sm_90 only, no interpreter (it has no Gluon), no gamma, row_scale, gated activations or split-K.
-Source: the ping-pong schedule after Shah et al., "FlashAttention-3" (2024), and CUTLASS.
+Source: the schedules of CUTLASS; ping-pong also after Shah et al., "FlashAttention-3" (2024).
 """
 
 import math
@@ -66,21 +70,35 @@ from .arguments import check_rows
 from .gemm import partials_per_step, tile_position
 from .layer_norm import RowPartials
 
-BLOCK_M, BLOCK_K = 128, 64
+BLOCK_K = 64
+PIECE_M = gl.constexpr(64)  # rows of the four pieces in which a consumer finishes its part of a tile: one of wgmma
 # Registers a thread: 168 in each of the launch's 12 warps, which setmaxnreg then redistributes among the partitions.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.constexpr(24)
 
 
 @dataclass(frozen=True)
 class LinearHopperConfig:
+    """A tile of block_m × block_n: one consumer's, or where ``cooperative`` that of both, 64 or 128 rows each.
+
+    Compiled without spills: 128 × 128, 128 × 64, cooperative 128 × 256 and, for widths of out that are multiples of 16,
+    256 × 128.
+    """
+
+    block_m: int = 128
     block_n: int = 128
     group_m: int = 8
     num_stages: int = 4
+    cooperative: bool = False
+
+    @property
+    def consumer_rows(self) -> int:
+        """Rows of a tile that one consumer computes."""
+        return self.block_m // 2 if self.cooperative else self.block_m
 
     def shared_bytes(self, residual: bool) -> int:
         """Shared memory of a program: the ring, the tiles of a residual, the epilogue's scratch and the barriers."""
-        ring = 2 * self.num_stages * (BLOCK_M + self.block_n) * BLOCK_K
-        return ring + (4 * BLOCK_M * self.block_n if residual else 0) + 16640
+        ring = 2 * self.num_stages * (self.block_m + self.block_n) * BLOCK_K
+        return ring + (4 * self.consumer_rows * self.block_n if residual else 0) + 16640
 
 
 # Parities and the arithmetic of the epilogue: ordinary Triton without layouts, which the interpreter can run
@@ -149,39 +167,45 @@ def _transform(
 
 
 @triton.jit
-def _store_partials(value, means_ptr, m2_ptr, row, column, rows, first, width, PARTIAL_WIDTH: tl.constexpr):
-    """Stores mean and M2 of the columns ``first`` to ``first`` + PARTIAL_WIDTH; value is 0 from ``width`` on."""
-    size = tl.maximum(tl.minimum(width - first, PARTIAL_WIDTH), 1).to(tl.float32)
-    mean = tl.sum(value, axis=1) / size
-    centred = tl.where((column < width)[None, :], value - mean[:, None], 0.0)
-    offset = (first // PARTIAL_WIDTH).to(tl.int64) * rows + row
-    in_matrix = (row < rows) & (first < width)
-    tl.store(means_ptr + offset, mean, mask=in_matrix)
-    tl.store(m2_ptr + offset, tl.sum(centred * centred, axis=1), mask=in_matrix)
+def _add_columns(mean, m2, value, column, first, width, BEFORE: tl.constexpr):
+    """mean and M2 of BEFORE elements of each row and of those of ``value`` together (Chan). value holds the columns
+    ``column``, whose first is ``first``; those from ``width`` on do not count."""
+    mask = (column < width)[None, :]
+    size = tl.minimum(tl.maximum(width - first, 0), value.shape[1])
+    if BEFORE > 0:
+        value -= mean[:, None]
+    value = tl.where(mask, value, 0.0)
+    shift = tl.sum(value, axis=1) / tl.maximum(size, 1).to(tl.float32)
+    value = tl.where(mask, value - shift[:, None], 0.0)
+    squares = tl.sum(value * value, axis=1)
+    if BEFORE > 0:
+        share = size.to(tl.float32) / (BEFORE + size).to(tl.float32)
+        squares += m2 + shift * shift * (BEFORE * share)
+        shift = mean + shift * share
+    return shift, squares
 
 
 # The partitions
 
 
 @gluon.jit
-def _open(x_desc, weight_desc, weight_slots, full, slot, left, k):
+def _open(x_desc, weight_desc, weight_slots, full, slot, left, k, PER_TILE: gl.constexpr):
     """Begins to fill a slot: says how much will come, and asks for the tile of W at (left, k)."""
-    mbarrier.expect(full.index(slot), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+    mbarrier.expect(full.index(slot), PER_TILE * x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(weight_desc, [left, k], full.index(slot), weight_slots.index(slot))
 
 
 @gluon.jit
-def _load_residual(residual_desc, slots, full, consumer, top, left):
-    """Asks for the four quarters of the residual's tile at (top, left)."""
+def _load_residual(residual_desc, slots, full, consumer, top, left, ACROSS: gl.constexpr):
+    """Asks for the four pieces of the residual of a consumer's part of a tile, which begins at (top, left)."""
     HEIGHT: gl.constexpr = residual_desc.block_type.shape[0]
     WIDTH: gl.constexpr = residual_desc.block_type.shape[1]
     mbarrier.expect(full.index(consumer), 4 * residual_desc.block_type.nbytes)
-    for j in gl.static_range(2):
-        for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                residual_desc, [top + i * HEIGHT, left + j * WIDTH], full.index(consumer),
-                slots.index(4 * consumer + 2 * j + i),
-            )  # fmt: skip
+    for piece in gl.static_range(4):
+        tma.async_copy_global_to_shared(
+            residual_desc, [top + piece // ACROSS * HEIGHT, left + piece % ACROSS * WIDTH], full.index(consumer),
+            slots.index(4 * consumer + piece),
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -190,7 +214,8 @@ def _produce(
     residual_empty, tiles_m, tiles_n, depth, GROUP_M: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: fills the slots in the order in which the consumers take them."""
-    STAGES: gl.constexpr = x_slots.shape[0]
+    STAGES: gl.constexpr = weight_slots.shape[0]
+    PER_TILE: gl.constexpr = x_slots.shape[0] // STAGES
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     BLOCK_K: gl.constexpr = x_slots.shape[2]
@@ -199,7 +224,7 @@ def _produce(
         tile_m, tile_n = tile_position(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
         opened = tl.minimum(gl.cdiv(depth, BLOCK_K), STAGES)
         for slot in range(opened):
-            _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, slot * BLOCK_K)
+            _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, slot * BLOCK_K, PER_TILE)
         gdc_wait()
     step, turns = 0, 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -208,29 +233,36 @@ def _produce(
             slot = step % STAGES
             if step >= opened:
                 mbarrier.wait(empty.index(slot), _empty_parity(step, STAGES))
-                _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, k)
-            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k], full.index(slot), x_slots.index(slot))
+                _open(x_desc, weight_desc, weight_slots, full, slot, tile_n * BLOCK_N, k, PER_TILE)
+            for i in gl.static_range(PER_TILE):
+                tma.async_copy_global_to_shared(
+                    x_desc, [(tile_m * PER_TILE + i) * BLOCK_M, k], full.index(slot), x_slots.index(slot * PER_TILE + i)
+                )
             step += 1
         if residual_desc is not None:
-            consumer = turns % 2
-            mbarrier.wait(residual_empty.index(consumer), _residual_parity(turns // 2) ^ 1)
-            _load_residual(
-                residual_desc, residual_slots, residual_full, consumer, tile_m * BLOCK_M, tile_n * BLOCK_N
-            )  # fmt: skip
-            turns += 1
+            for i in gl.static_range(PER_TILE):
+                consumer = turns % 2
+                mbarrier.wait(residual_empty.index(consumer), _residual_parity(turns // 2) ^ 1)
+                _load_residual(
+                    residual_desc, residual_slots, residual_full, consumer, (tile_m * PER_TILE + i) * BLOCK_M,
+                    tile_n * BLOCK_N, 4 * PIECE_M // BLOCK_M,
+                )  # fmt: skip
+                turns += 1
 
 
 @gluon.jit
-def _multiply(x_slots, weight_slots, full, empty, first, steps, LAYOUT: gl.constexpr):
-    """The K loop of one tile, whose first step has the number ``first``."""
-    STAGES: gl.constexpr = x_slots.shape[0]
+def _multiply(x_slots, weight_slots, full, empty, first, steps, PART: gl.constexpr, LAYOUT: gl.constexpr):
+    """The K loop of one tile, whose first step has the number ``first``; PART: which of its parts, from the top."""
+    STAGES: gl.constexpr = weight_slots.shape[0]
+    PER_TILE: gl.constexpr = x_slots.shape[0] // STAGES
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=LAYOUT)
     for step in range(first, first + steps):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), _full_parity(step, STAGES))
-        acc = warpgroup_mma(x_slots.index(slot), weight_slots.index(slot).permute((1, 0)), acc, is_async=True)
+        weight = weight_slots.index(slot).permute((1, 0))
+        acc = warpgroup_mma(x_slots.index(slot * PER_TILE + PART), weight, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         if step > first:
             mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
@@ -252,20 +284,20 @@ def _halves(t, DIM: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    acc, mean, rstd, out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual, top, left, rows, out_features,
+    acc, mean, rstd, out_ptr, column_sum_ptr, bias_ptr, residual, top, left, rows, out_features,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of acc, whose first element is (top, left); residual: the slot of that quarter, or None."""
-    BLOCK_M: gl.constexpr = acc.shape[0]
-    BLOCK_N: gl.constexpr = acc.shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [4, 1], [1, 0])
+    """The epilogue of acc, whose first element is (top, left); residual: the slot of that piece, or None. Returns what
+    it stores, as it stores it."""
+    HEIGHT: gl.constexpr = acc.shape[0]
+    WIDTH: gl.constexpr = acc.shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     OUT: gl.constexpr = out_ptr.dtype.element_ty
     value = gl.convert_layout(acc, MMA, assert_trivial=True)
-    row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, MMA))
-    column = left + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
-    wide_row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, WIDE))
-    wide_column = left + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, WIDE))
+    column = left + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, MMA))
+    wide_row = top + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, WIDE))
+    wide_column = left + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WIDE))
     mask = (wide_row < rows)[:, None] & (wide_column < out_features)[None, :]
     if mean is not None:
         mean = gl.convert_layout(mean, gl.SliceLayout(1, MMA), assert_trivial=True)
@@ -276,11 +308,24 @@ def _finish(
         value += residual.load(MMA).to(gl.float32)
     out = value.to(OUT)
     gl.store(out_ptr + offset, gl.convert_layout(out, WIDE), mask=mask)
-    if partials_out_ptr is not None:
-        m2_ptr = partials_out_ptr + rows.to(gl.int64) * gl.cdiv(out_features, BLOCK_N)
-        _store_partials(
-            out.to(gl.float32), partials_out_ptr, m2_ptr, row, column, rows, left, out_features, BLOCK_N
-        )  # fmt: skip
+    return out
+
+
+@gluon.jit
+def _emit(mean, m2, out, partials_ptr, top, left, rows, out_features, BEFORE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The row statistics of a tile's first columns, of which mean and m2 hold BEFORE and ``out``, a piece whose first
+    element is (top, left), the next; stores them once all BLOCK_N are in."""
+    HEIGHT: gl.constexpr = out.shape[0]
+    WIDTH: gl.constexpr = out.shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    row = top + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, MMA))
+    column = left + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, MMA))
+    mean, m2 = _add_columns(mean, m2, out.to(gl.float32), column, left, out_features, BEFORE)
+    if BEFORE + WIDTH == BLOCK_N:
+        means_ptr = partials_ptr + left // BLOCK_N * rows + row
+        gl.store(means_ptr, mean, mask=row < rows)
+        gl.store(means_ptr + rows.to(gl.int64) * gl.cdiv(out_features, BLOCK_N), m2, mask=row < rows)
+    return mean, m2
 
 
 @gluon.jit
@@ -290,49 +335,69 @@ def _consume(
     CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, ALIGN_N: gl.constexpr, PARTIAL_WIDTH: gl.constexpr,
     PARTIALS_PER_STEP: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warp group: computes every other tile of the program."""
+    """A consumer warp group: computes every other tile of the program, or its part of every tile."""
+    PER_TILE: gl.constexpr = x_slots.shape[0] // weight_slots.shape[0]
     BLOCK_M: gl.constexpr = x_slots.shape[1]
     BLOCK_N: gl.constexpr = weight_slots.shape[1]
     BLOCK_K: gl.constexpr = x_slots.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([PARTIALS_PER_STEP, 1], [1, 32], [1, 4], [1, 0])
+    TURNS: gl.constexpr = 2 // PER_TILE  # consumers that take turns
+    TURN: gl.constexpr = CONSUMER % TURNS
+    PART: gl.constexpr = CONSUMER % PER_TILE
+    PIECES_M: gl.constexpr = BLOCK_M // PIECE_M
+    ACROSS: gl.constexpr = 4 // PIECES_M  # pieces beside each other
+    WIDTH: gl.constexpr = BLOCK_N // ACROSS
     if ALIGN_N > 1 and ALIGN_N < 16:
         out_features = out_features // ALIGN_N * ALIGN_N
     if PDL:
         gdc_wait()
     steps = gl.cdiv(in_features, BLOCK_K)
-    first = CONSUMER * steps
+    first = TURN * steps
     turns = 0
-    for tile in range(gl.program_id(0) + CONSUMER * gl.num_programs(0), tiles_m * tiles_n, 2 * gl.num_programs(0)):
+    for tile in range(gl.program_id(0) + TURN * gl.num_programs(0), tiles_m * tiles_n, TURNS * gl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
-        top, left = tile_m.to(gl.int64) * BLOCK_M, tile_n.to(gl.int64) * BLOCK_N
+        top, left = (tile_m.to(gl.int64) * PER_TILE + PART) * BLOCK_M, tile_n.to(gl.int64) * BLOCK_N
         means, rstds = (None, None), (None, None)
         if partials_ptr is not None:
             row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ROWS))
             lane = gl.arange(0, PARTIALS_PER_STEP, layout=gl.SliceLayout(1, ROWS)).to(gl.int64)
             m2_ptr = partials_ptr + rows.to(gl.int64) * gl.cdiv(in_features, PARTIAL_WIDTH)
             mean, rstd = _row_statistics(partials_ptr, m2_ptr, row, lane, rows, in_features, eps, PARTIAL_WIDTH)
-            means = _halves(gl.convert_layout(mean, gl.SliceLayout(1, LAYOUT)), 0)
-            rstds = _halves(gl.convert_layout(rstd, gl.SliceLayout(1, LAYOUT)), 0)
-        mbarrier.wait(turn.index(CONSUMER), _turn_parity(turns, CONSUMER))
-        acc = _multiply(x_slots, weight_slots, full, empty, first, steps, LAYOUT)
-        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
-        first += 2 * steps
+            mean = gl.convert_layout(mean, gl.SliceLayout(1, LAYOUT))
+            rstd = gl.convert_layout(rstd, gl.SliceLayout(1, LAYOUT))
+            if PIECES_M == 2:
+                means, rstds = _halves(mean, 0), _halves(rstd, 0)
+            else:
+                means, rstds = (mean, mean), (rstd, rstd)
+        if PER_TILE == 1:
+            mbarrier.wait(turn.index(CONSUMER), _turn_parity(turns, CONSUMER))
+        acc = _multiply(x_slots, weight_slots, full, empty, first, steps, PART, LAYOUT)
+        if PER_TILE == 1:
+            mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
+        first += TURNS * steps
         if residual_slots is not None:
             mbarrier.wait(residual_full.index(CONSUMER), _residual_parity(turns))
         turns += 1
-        # In quarters: a residual beside the tile, and the addresses of both, do not fit in the registers of four warps.
-        halves = _halves(acc, 1)
-        for j in gl.static_range(2):
-            quarters = _halves(halves[j], 0)
-            for i in gl.static_range(2):
+        # In pieces: a residual beside the tile, and the addresses of both, do not fit in the registers of four warps.
+        halves = _halves(acc, 2 - PIECES_M)
+        mean_out, m2_out = None, None
+        for i in gl.static_range(2):
+            quarters = _halves(halves[i], 1)
+            for j in gl.static_range(2):
                 residual = None
                 if residual_slots is not None:
-                    residual = residual_slots.index(4 * CONSUMER + 2 * j + i)
-                _finish(
-                    quarters[i], means[i], rstds[i], out_ptr, partials_out_ptr, column_sum_ptr, bias_ptr, residual,
-                    top + i * (BLOCK_M // 2), left + j * (BLOCK_N // 2), rows, out_features, ACTIVATION,
+                    residual = residual_slots.index(4 * CONSUMER + 2 * i + j)
+                piece_top, piece_left = top + (2 * i + j) // ACROSS * PIECE_M, left + (2 * i + j) % ACROSS * WIDTH
+                out = _finish(
+                    quarters[j], means[i], rstds[i], out_ptr, column_sum_ptr, bias_ptr, residual, piece_top, piece_left,
+                    rows, out_features, ACTIVATION,
                 )  # fmt: skip
+                if partials_out_ptr is not None:
+                    mean_out, m2_out = _emit(
+                        mean_out, m2_out, out, partials_out_ptr, piece_top, piece_left, rows, out_features,
+                        (2 * i + j) % ACROSS * WIDTH, BLOCK_N,
+                    )  # fmt: skip
         if residual_slots is not None:
             tl.debug_barrier()  # all threads have read it
             mbarrier.arrive(residual_empty.index(CONSUMER), count=1)
@@ -343,7 +408,7 @@ def _linear_hopper_fwd_kernel(
     out_ptr,  # [rows, out_features] contiguous
     x_desc,  # descriptor of [rows, in_features]
     weight_desc,  # descriptor of [out_features, in_features]
-    residual_desc,  # descriptor of [rows, out_features], a quarter of the tile a block, or None
+    residual_desc,  # descriptor of [rows, out_features], a piece of a consumer's part of a tile a block, or None
     partials_ptr,  # [2, partials of x, rows] contiguous, or None
     partials_out_ptr,  # [2, partials of out, rows] contiguous, or None
     column_sum_ptr,  # vectors contiguous, or None
@@ -358,6 +423,7 @@ def _linear_hopper_fwd_kernel(
     PARTIALS_PER_STEP: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
+    PER_TILE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     if PDL:
@@ -366,28 +432,28 @@ def _linear_hopper_fwd_kernel(
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    x_slots = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    x_slots = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PER_TILE, BLOCK_M, BLOCK_K], x_desc.layout)
     weight_slots = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PER_TILE)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     residual_slots, residual_full, residual_empty = None, None, None
     if residual_desc is not None:
-        residual_slots = gl.allocate_shared_memory(
-            residual_desc.dtype, [8, BLOCK_M // 2, BLOCK_N // 2], residual_desc.layout
-        )
+        HEIGHT: gl.constexpr = residual_desc.block_type.shape[0]
+        WIDTH: gl.constexpr = residual_desc.block_type.shape[1]
+        residual_slots = gl.allocate_shared_memory(residual_desc.dtype, [8, HEIGHT, WIDTH], residual_desc.layout)
         residual_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         residual_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             mbarrier.init(residual_full.index(i), count=1)
             mbarrier.init(residual_empty.index(i), count=1)
     fence_async_shared()  # makes the initialised barriers visible to TMA
-    tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(out_features, BLOCK_N)
+    tiles_m, tiles_n = gl.cdiv(rows, PER_TILE * BLOCK_M), gl.cdiv(out_features, BLOCK_N)
     # Constexprs and None stay constexprs only where they are written in the call itself.
     gl.warp_specialize(
         [
@@ -482,9 +548,9 @@ def linear_hopper(
     out = torch.empty((*x.shape[:-1], out_features), dtype=weight.dtype, device=x.device)
     partials_out = None
     if with_partials:
-        half_tile = config.block_n // 2
-        values = torch.empty(2, configs.cdiv(out_features, half_tile), rows, dtype=torch.float32, device=x.device)
-        partials_out = RowPartials(values, half_tile)
+        parts = configs.cdiv(out_features, config.block_n)
+        values = torch.empty(2, parts, rows, dtype=torch.float32, device=x.device)
+        partials_out = RowPartials(values, config.block_n)
     if rows == 0:
         return out, partials_out
 
@@ -495,13 +561,15 @@ def linear_hopper(
         layout = gl.NVMMASharedLayout.get_default_for(block, element)
         return TensorDescriptor(t, [size, t.shape[-1]], [launch.row_stride(t), 1], block, layout)
 
-    tiles = configs.cdiv(rows, BLOCK_M) * configs.cdiv(out_features, config.block_n)
+    tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(out_features, config.block_n)
+    block_m, piece_m = config.consumer_rows, PIECE_M.value
+    piece = [piece_m, block_m * config.block_n // (4 * piece_m)]
     with launch.device_guard(x):
         _linear_hopper_fwd_kernel[(min(tiles, configs.multiprocessors_of(x.device)),)](
             out,
-            descriptor(x, rows, [BLOCK_M, BLOCK_K]),
+            descriptor(x, rows, [block_m, BLOCK_K]),
             descriptor(weight, out_features, [config.block_n, BLOCK_K]),
-            residual if residual is None else descriptor(residual, rows, [BLOCK_M // 2, config.block_n // 2]),
+            residual if residual is None else descriptor(residual, rows, piece),
             partials, partials_out and partials_out.values, launch.vector(column_sum), launch.vector(bias),
             rows, out_features, in_features, eps,
             ACTIVATION=activation,
@@ -510,6 +578,7 @@ def linear_hopper(
             PARTIALS_PER_STEP=1 if norm is None else partials_per_step(in_features, partial_width),
             GROUP_M=config.group_m,
             STAGES=config.num_stages,
+            PER_TILE=2 if config.cooperative else 1,
             **launch.options(pdl, 4, maxnreg=REGISTERS),
         )  # fmt: skip
     return out, partials_out

@@ -1,4 +1,5 @@
-"""Weights packed for the CPU extension, and quantised to int8: what ``csrc/cpu/gemm.h`` reads.
+"""Weights packed for the CPU extension, and quantised to int8: what ``csrc/cpu/gemm.h`` reads; and the weight of one
+linear layer as prepared for any backend (``PackedWeight``).
 
 A packed weight [out, in] is [panels, groups, 32, group]: panels of 32 outputs, and for every group of inputs (1 of
 float32 and float16, 2 of bfloat16, 4 of int8), the groups of the panel's outputs side by side. Outputs and
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .activation_names import GATED
-from .folding import Pair, fold_branch_end, fold_norm, prepare_block
+from .folding import Pair, fold_branch_end, fold_norm, prepare_block, quantise_rows
 
 PANEL = 32  # NR of csrc/cpu/gemm.h
 GROUP = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that one instruction takes
@@ -38,22 +39,27 @@ class PackedBlock(NamedTuple):
 
 
 class Int8Block(NamedTuple):
-    """A transformer block with LayerNorm and LayerScale folded in: packed int8 weights; for each output, [panels·32],
-    the scale of its row, the sum of its integers (int32), and the bias; scale and bias float32."""
+    """A transformer block with LayerNorm and LayerScale folded in: packed int8 weights; for each input, [groups·4], its
+    gain before it is quantised; for each output, [panels·32], the scale of its row, the sum of its integers (int32),
+    and the bias; gain, scale and bias float32."""
 
     qkv_weight: torch.Tensor
+    qkv_gain: torch.Tensor
     qkv_scale: torch.Tensor
     qkv_sums: torch.Tensor
     qkv_bias: torch.Tensor
     proj_weight: torch.Tensor
+    proj_gain: torch.Tensor
     proj_scale: torch.Tensor
     proj_sums: torch.Tensor
     proj_bias: torch.Tensor
     fc1_weight: torch.Tensor
+    fc1_gain: torch.Tensor
     fc1_scale: torch.Tensor
     fc1_sums: torch.Tensor
     fc1_bias: torch.Tensor
     fc2_weight: torch.Tensor
+    fc2_gain: torch.Tensor
     fc2_scale: torch.Tensor
     fc2_sums: torch.Tensor
     fc2_bias: torch.Tensor
@@ -94,33 +100,53 @@ def pack_row(values: torch.Tensor) -> torch.Tensor:
 
 
 class PackedWeight:
-    """The weight of a linear layer as packed for the CPU library: operations take it in the place of the tensor.
+    """The weight of a linear layer as prepared for one operation: those of ``ops`` take it in the place of the tensor.
 
     Attributes:
-        tensors: (weight, bias), int8 (weight, scale, sums, bias); the bias, which comes with each call, is zero.
+        operation: its name: "packed_linear", "int8_linear", "prepared_linear" or "fp8_linear".
+        tensors: (weight,), float8 (weight, scale), int8 (weight, gain, scale, sums); the bias comes with each call.
         shape: (outputs, inputs). dtype: of the tokens that it takes.
     """
 
-    def __init__(self, tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> None:
-        self.tensors, self.shape, self.dtype = tensors, tuple(weight.shape), weight.dtype
+    def __init__(self, operation: str, tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> None:
+        self.operation, self.tensors = operation, tensors
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.in_panels = tensors[0].dim() == 4  # packed for the CPU library, whose rows and biases are padded
+        self._zero = pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32)) if self.in_panels else None
 
     def with_bias(self, bias: torch.Tensor | None) -> list[torch.Tensor]:
-        """The tensors with a bias [out]."""
-        *tensors, zero = self.tensors
-        return [*tensors, zero if bias is None else pack_row(bias.float())]
+        """The tensors, and a bias [out] behind them. Without one, that of the CPU library is zero."""
+        if self.in_panels:
+            bias = self._zero if bias is None else pack_row(bias.float())
+        return [*self.tensors] if bias is None else [*self.tensors, bias]
 
 
 def packed_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], packed in its dtype."""
-    return PackedWeight((pack(weight), pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32))), weight)
+    return PackedWeight("packed_linear", (pack(weight),), weight)
 
 
 def int8_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], quantised by its rows and packed."""
-    integers, scale = quantise_int8(weight.double())
-    sums = integers.sum(1, dtype=torch.int32)
-    rows = (pack_row(scale.float()), pack_row(sums), pack_row(torch.zeros_like(scale, dtype=torch.float32)))
-    return PackedWeight((pack(integers), *rows), weight)
+    *tensors, _ = _int8_linear(weight.double(), weight.new_zeros(weight.shape[0]))
+    return PackedWeight("int8_linear", tuple(tensors), weight)
+
+
+def is_tiny(weight: torch.Tensor) -> bool:
+    """Whether a weight has fewer inputs or outputs than tensor cores multiply at once, as the products of CaiT that mix
+    its heads: they are left to PyTorch."""
+    return min(weight.shape) < 16
+
+
+def prepared_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in] as it is, in rows that follow each other."""
+    return PackedWeight("prepared_linear", (weight.contiguous(),), weight)
+
+
+def fp8_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in] in float8 e4m3, each row by a power of two (``folding.quantise_rows``)."""
+    rows, scale = quantise_rows(weight.double())
+    return PackedWeight("fp8_linear", (rows.contiguous(), scale.float()), weight)
 
 
 def packed_block(
@@ -156,11 +182,30 @@ def _as_it_is(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def input_gain(weight: torch.Tensor) -> torch.Tensor:
+    """[in], float32, at most 1: what inputs are multiplied by, and columns divided by, before both are quantised.
+
+    A row has one scale, so that a column far above the others costs these their precision. With a gain of √‖column‖
+    half of that moves into the inputs, whose scale is another (SmoothQuant, Xiao et al. 2023, whose factors need data).
+    """
+    norms = weight.double().norm(dim=0)
+    gain = (norms / norms.amax()).sqrt().float()
+    return torch.where(gain > 0, gain, 1.0)  # a column of zeros, or NaN
+
+
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [out, in], float64 [out]): weight ≈ int8 · scale, symmetric, a scale for each row."""
     largest = weight.abs().amax(1)
     scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
     return (weight / scale[:, None]).round().nan_to_num(0.0).to(torch.int8), scale
+
+
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(weight, gain, scale, sums, bias) of a linear layer, packed."""
+    gain = input_gain(weight)
+    integers, scale = quantise_int8(weight / gain)
+    rows = (scale.float(), integers.sum(1, dtype=torch.int32), bias.float())
+    return pack(integers), _padded(gain, 0, GROUP[torch.int8]).contiguous(), *map(pack_row, rows)
 
 
 def int8_block(
@@ -189,9 +234,7 @@ def int8_block(
     tensors = []
     for weight, bias in linears:
         assert bias is not None
-        integers, scale = quantise_int8(weight)
-        sums = integers.sum(1, dtype=torch.int32)
-        tensors += [pack(integers), pack_row(scale.float()), pack_row(sums), pack_row(bias.float())]
+        tensors += _int8_linear(weight, bias)
     return Int8Block._make(tensors)
 
 
@@ -205,7 +248,8 @@ def _wide(pair: Pair) -> Pair:
 def unpacked_linears(
     block: Sequence[torch.Tensor], width: int, activation: str | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """(weight [out, in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates before values."""
+    """(weight [out, in], int8 its gain [in], then values of its rows [out]) of qkv, proj, fc1 and fc2: unpadded, gates
+    before values."""
     size = len(block) // 4
     hidden = block[3 * size].shape[1] * block[3 * size].shape[3]  # the inputs of fc2, padded to a group
     outputs = (3 * width, width, 2 * hidden if activation in GATED else hidden, width)
@@ -213,11 +257,13 @@ def unpacked_linears(
     linears = []
     for i, (rows, columns) in enumerate(zip(outputs, inputs)):
         weight, *values = block[i * size : (i + 1) * size]
+        gain = [values.pop(0)[:columns]] if weight.dtype == torch.int8 else []
         parts = [unpack(weight)[:, :columns], *values]
         if i == 2 and activation in GATED:
             gates, its = zip(*(deinterleave(part).chunk(2) for part in parts))
             parts = [torch.cat([_to_rows(g, hidden), _to_rows(v, hidden)]) for g, v in zip(gates, its)]
-        linears.append(tuple(_to_rows(part, rows) for part in parts))
+        weight, *values = (_to_rows(part, rows) for part in parts)
+        linears.append((weight, *gain, *values))
     return linears
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .activation_names import GATED
 from .block_options import PLAIN, BlockOptions
-from .folding import E4M3, Float8Block, FoldedBlock, unflatten
+from .folding import E4M3, E4M3_MAX, Float8Block, FoldedBlock, unflatten
 from .packing import Int8Block, PackedBlock, unpack, unpacked_linears
 from .tracing import is_transformed, known_values, transform_reasons, untraced
 
@@ -979,9 +979,10 @@ def packed_blocks(
     return x
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """scale · step·(q − zero) weightᵀ + bias: weight int8, q the rows of x as uint8, by a step and a zero point of each
-    row, taken from its smallest and largest value and 0."""
+def int8_linear(x: Tensor, weight: Tensor, gain: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """scale · step·(q − zero) weightᵀ + bias: weight int8, q the rows of x · gain as uint8, by a step and a zero point
+    of each row, taken from its smallest and largest value and 0."""
+    x = x * gain.to(x.dtype)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     step = torch.where(high - low > 1e-30, (high - low) / 255, 1.0)
     zero = (-low / step).round()
@@ -1005,7 +1006,7 @@ def int8_blocks(
     with torch.autocast(x.device.type, enabled=False):  # sums of integers leave the range of float16
         for block in unflatten(Int8Block, weights):
             linears = unpacked_linears(block, x.shape[2], activation)
-            qkv, proj, fc1, fc2 = ((weight, its_scale, bias) for weight, its_scale, _, bias in linears)
+            qkv, proj, fc1, fc2 = ((weight, *values, bias) for weight, *values, _, bias in linears)
             packed = int8_linear(_bare_norm(wide, eps1, options.norm), *qkv)
             out = attention(packed, num_heads, scale, **options.of_attention())
             wide = wide + int8_linear(_bare_norm(out, options.out_eps, options.norm), *proj)
@@ -1016,6 +1017,13 @@ def int8_blocks(
 
 
 # patch_embed: [B, in, H, W] → [B, K + N, C].
+
+
+def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [..., C], step [..., 1]) of x, float32 or wider: x ≈ e4m3 · step, the largest of each row is ±448."""
+    largest = x.abs().amax(-1, keepdim=True)
+    step = torch.where(largest > 1e-30, largest / E4M3_MAX, 1.0)
+    return (x * (1 / step)).to(E4M3), step
 
 
 def packed_linear(
@@ -1030,20 +1038,47 @@ def packed_linear(
     gamma: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """act(LN(x) wᵀ + b), or residual + gamma·(x wᵀ + b), of the tensors of a ``packing.PackedWeight``, also in int8; in
-    the dtype of x. No norm where eps is None."""
+    """act(LN(x) wᵀ + b), or residual + gamma·(x wᵀ + b), of the tensors of a ``packing.PackedWeight``, in the dtype of
+    x. No norm where eps is None; gated activations for weights that are not packed alone.
+
+    In int8 and float8 the weight has a scale for each output and x a step for each token, found here.
+    """
+    matrix, *rows = weight
+    if matrix.dtype == x.dtype and matrix.dim() == 2:
+        return _prepared_linear(
+            x, matrix, rows[0] if rows else None, ln_weight, ln_bias, eps, norm, activation, gamma, residual
+        )
     wide = x.to(_stat_dtype(x))
     normal = wide if eps is None else layer_norm(wide, ln_weight, ln_bias, eps, norm=norm)
-    matrix, *rows = (weight[0], *(row[:features] for row in weight[1:]))
-    matrix = unpack(matrix)[:features, : x.shape[-1]]
     with torch.autocast(x.device.type, enabled=False):
-        if matrix.dtype == torch.int8:
-            out = int8_linear(normal, matrix, rows[0], rows[2])
+        if matrix.dtype == E4M3:
+            tokens, step = quantise_tokens(normal)
+            out = F.linear(tokens.to(wide.dtype), matrix.to(wide.dtype)) * (step * rows[0])
+            out = out + rows[1] if len(rows) > 1 else out
         else:
-            out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), rows[0].to(x.dtype)).to(wide.dtype)
+            matrix = unpack(matrix)[:features, : x.shape[-1]]
+            *values, bias = rows
+            bias = bias[:features]
+            if matrix.dtype == torch.int8:
+                gain, scale, _ = values
+                out = int8_linear(normal, matrix, gain[: x.shape[-1]], scale[:features], bias)
+            else:
+                out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), bias.to(x.dtype)).to(wide.dtype)
     out = activate(out, activation)
     out = out if gamma is None else out * gamma
     return (out if residual is None else residual + out).to(x.dtype)
+
+
+def _prepared_linear(x, weight, bias, ln_weight, ln_bias, eps, norm, activation, gamma, residual):
+    """``packed_linear`` of a weight as it is, as the operations without preparation compute it."""
+    if eps is not None:
+        out = layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
+    elif activation is None and residual is not None:
+        return linear_residual(x, weight, bias, gamma, residual)
+    else:
+        out = activate(F.linear(x, weight, bias), activation)
+    out = out if gamma is None else out * gamma
+    return out if residual is None else residual + out
 
 
 def normalise_pixels(

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import ops
 from .block_params import BlockParams, Norm
-from .kernels.reference import activate, attention_weights, split_heads
+from .kernels.reference import attention_weights, split_heads
 from .kernels.tracing import is_recording
 from .plain import why_not_plain
 
@@ -171,9 +171,9 @@ def mlp_branch(
             x, *p.norm2, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.activation, p.gamma2,
             row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=hidden_drop, out_dropout_p=out_drop,
         )  # fmt: skip
-    hidden = activate(ops.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias), p.activation)
+    hidden = ops.linear(x.to(p.fc1_weight.dtype), p.fc1_weight, p.fc1_bias, p.activation)
     if hidden_drop:
-        hidden = F.dropout(hidden, hidden_drop)
+        hidden = ops.dropout(hidden, hidden_drop)
     return ops.linear_residual(
         hidden, p.fc2_weight, p.fc2_bias, p.gamma2, x,
         row_scale=row_scale, norm=p.norm, inner_norm=p.inner_norm, dropout_p=out_drop,

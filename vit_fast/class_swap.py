@@ -15,6 +15,7 @@ from torch import nn
 
 from . import integrations
 from .block import PREPARED
+from .integrations import patch_projection
 from .kernels.arguments import UnsupportedError
 from .plain import not_fused_reason
 from .structure import transformer_blocks
@@ -80,7 +81,8 @@ class Survey(NamedTuple):
 
 def survey(model: nn.Module) -> Survey:
     """Looks at every transformer block and patch embedding of a model, and changes nothing."""
-    (loaded, unknown), swaps, left, done, own = _integrations(), {}, {}, 0, 0
+    (loaded, unknown), swaps, left, own = _integrations(), {}, {}, 0
+    done: set[str] = set()
     for integration in loaded:
         found: list[integrations.Found] = []
         try:
@@ -90,7 +92,7 @@ def survey(model: nn.Module) -> Survey:
         for name, module, cls in found:
             fast = integration.FAST[cls]
             if isinstance(module, fast):
-                done += 1
+                done.add(name)
             elif reason := _why_not(module, cls, fast):
                 left[name] = fast.OPERATION, reason
             else:
@@ -103,7 +105,15 @@ def survey(model: nn.Module) -> Survey:
             own += 1
         elif not isinstance(block, known) and name not in wrapped:  # else found above, or part of a text tower
             left[name] = "block", f"{cls.__module__}.{cls.__qualname__} is not a class that vit_fast fuses"
-    return Survey(swaps, left, done, own, unknown)
+    if any(fast.OPERATION == "block" for _, fast in swaps.values()) or done:
+        whole = {*swaps, *left, *done}
+        for name, module, cls in patch_projection.find(model):
+            fast = patch_projection.FAST[cls]
+            if isinstance(module, fast):
+                done.add(name)
+            elif whole.isdisjoint(_parents(name)) and _why_not(module, cls, fast) is None:
+                swaps[name] = module, fast
+    return Survey(swaps, left, len(done), own, unknown)
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -214,7 +224,7 @@ def restore(model: nn.Module) -> nn.Module:
     _check("restore", model)
     loaded, _ = _integrations()
     classes = {fast: cls for cls, fast in _stacks(loaded).items()}
-    for integration in loaded:
+    for integration in (*loaded, patch_projection):
         classes |= {fast: cls for cls, fast in integration.FAST.items()}
     for module in model.modules():
         cls: Any = type(module)

@@ -19,6 +19,7 @@ from .block import PREPARED
 from .class_swap import survey
 from .explanation import NEEDS_VALUES, NOT_OPTIMISED, call, map_tensors, own_input
 from .fake_tensors import fake_mode
+from .integrations import Fused, patch_projection
 from .plain import CONVOLUTION, Fusible, why_not_plain
 from .structure import transformer_blocks
 
@@ -29,10 +30,8 @@ _FORMULAS = {
     ],
     **flop_registry,
 }
-_PATCH_EMBED = (
-    "patch_embed", "embeds", "patch_embedding", "patch_embeddings", "patch_conv", "patch_projection",
-    "video_patch_projection", "conv_proj",
-)  # fmt: skip
+
+_BESIDE = "what {} computes beside the projection of patches is not fused"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def _more(names: list[str]) -> str:
 
 
 def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None]]:
-    """(name, module, kind, reason known ahead of the call) of each block and patch embedding."""
+    """(name, module, kind, reason known ahead of the call) of each block and patch embedding, and of the projection
+    inside of a patch embedding whose class is not fused as a whole."""
     swaps, left, *_ = survey(model)
     found: dict[str, tuple[str, str | None]] = {name: ("block", None) for name in transformer_blocks(model)}
     found |= left
@@ -106,31 +106,37 @@ def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None
         if any(name.startswith(f"{other}.") for other in outer):
             continue
         own: tuple[str, str | None] = ("", None)
-        if _embeds_patches(name.rpartition(".")[2], module):
+        if isinstance(module, Fused):
+            own = module.OPERATION, None
+        elif patch_projection.embeds_patches(name, module):
             own = "patch_embed", _why_not_fused(module)
         elif isinstance(module, Fusible):
             own = module.OPERATION, None
         operation, reason = found.get(name, own)
         if operation in ("block", "patch_embed"):
-            yield name, module, operation, reason
+            parts = _projections(name, module, found) if operation == "patch_embed" and reason is not None else []
+            yield name, module, operation, _BESIDE.format(type(module).__qualname__) if parts else reason
+            yield from parts
             outer.append(name)
 
 
-def _embeds_patches(name: str, module: nn.Module) -> bool:
-    """Whether a module of this name is a patch embedding; conv1 may also be a convolution behind the blocks."""
-    if name == "conv1":
-        return isinstance(module, nn.Conv2d) and module.stride[0] > 1
-    return name in _PATCH_EMBED
+def _projections(name: str, module: nn.Module, found: dict[str, Any]) -> list[tuple[str, nn.Module, str, str | None]]:
+    """The rows of the convolutions of a patch embedding that are, or can be, fused by themselves."""
+    inside = {f"{name}.{key}".removeprefix("."): child for key, child in module.named_children()}
+    return [
+        (part, child, "patch_embed", found[part][1] if part in found else None)
+        for part, child in inside.items()
+        if part in found or isinstance(child, Fused)
+    ]
 
 
 def _why_not_fused(module: nn.Module) -> str | None:
     """Why a patch embedding that no integration knows does not run fused, or None for one of vit_fast's own."""
-    cls = type(module)
-    if isinstance(module, Fusible) or cls.__module__.startswith(f"{__package__}."):
+    if isinstance(module, Fusible) or type(module).__module__.startswith(f"{__package__}."):
         conv = module._modules.get("proj")
         reason = why_not_plain(conv, CONVOLUTION) if isinstance(conv, nn.Conv2d) else None
         return f"proj {reason}" if reason else None
-    return f"{cls.__module__}.{cls.__qualname__} is not a class that vit_fast fuses"
+    return patch_projection.why_not(module)
 
 
 def coverage(model: nn.Module, example: Any = None) -> Coverage:
@@ -199,17 +205,22 @@ def _measured(model: nn.Module, counted: dict[nn.Module, Any], example: Any) -> 
     """The rows of one call, in the order of execution."""
     flops: dict[nn.Module, int] = {}
     told: dict[nn.Module, str] = {}
+    running: list[tuple[nn.Module, int]] = []  # the modules whose call has begun, and the count at that time
     counter = _FlopCount()
     with backends.recording() as choices:
 
         def enter(module: nn.Module, inputs: Any) -> None:
             if module in counted:
                 choices.clear()
-                flops[module] = flops.get(module, 0) - counter.total
+                flops.setdefault(module, 0)
+                running.append((module, counter.total))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             if module in counted:
-                flops[module] += counter.total
+                spent = counter.total - running.pop()[1]
+                flops[module] += spent
+                if running:  # each FLOP counts once, with the innermost
+                    flops[running[-1][0]] -= spent
                 for name, backend, reasons in choices:
                     if reasons and (backend == "library" or name == "block"):
                         told[module] = reasons[0]
@@ -228,4 +239,5 @@ def _measured(model: nn.Module, counted: dict[nn.Module, Any], example: Any) -> 
     return tuple(
         CoverageRow(name, kind, flops[module], reason or told.get(module))
         for module, (name, kind, reason) in ((module, counted[module]) for module in flops)
+        if kind == "block" or flops[module]
     )

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import ops, plain
@@ -141,7 +140,7 @@ class Attention(nn.Module):
             q, k, v = qkv.chunk(3, dim=-1)
             qkv, norms = self._norm_heads(q, self.q_norm), dict(k=self._norm_heads(k, self.k_norm), v=v)
         out = ops.attention(qkv, self.num_heads, self.scale, bias=bias, **norms, dropout_p=drop)
-        return F.dropout(self.proj(out), self.proj_drop, self.training)
+        return ops.dropout(self.proj(out), self.proj_drop if self.training else 0.0)
 
 
 class Mlp(nn.Module):
@@ -161,8 +160,8 @@ class Mlp(nn.Module):
             nn.init.normal_(self.fc1.weight[half:], std=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.dropout(activate(self.fc1(x), self.activation), self.drop, self.training)
-        return F.dropout(self.fc2(hidden), self.drop, self.training)
+        drop = self.drop if self.training else 0.0
+        return ops.dropout(self.fc2(ops.dropout(activate(self.fc1(x), self.activation), drop)), drop)
 
 
 class Block(plain.Fusible, nn.Module):

@@ -124,18 +124,34 @@ What of each architecture runs on the fused operations after `vit_fast.optimize`
 one call (`vit_fast.coverage`). Fully fused: every block. Share: of the FLOPs of blocks and patch embedding.
 `docs/coverage/` has a line for each architecture; `vit-fast coverage --library timm` (transformers, open_clip) prints
 them anew, and `python -P tests/support/coverage_tables.py timm` writes the files and this page.
+
+`vit_fast.prepare` takes every block that runs fused, in the dtype of its weights, in float8 and, on a CPU, in int8:
+
+| blocks | prepared | operations |
+| --- | --- | --- |
+| pre-norm, run by their model as one stack | the stack, norms and LayerScale folded | `prepared_blocks`, … |
+| pre-norm, run one by one or with RoPE, biases, masks | each block, folded likewise | the same |
+| all others | each linear layer, nothing folded | `prepared_linear`, … |
+
+On a CPU with the C++ library the first word is `packed`, by precision `fp8` or `int8`. The others are, in timm, the
+blocks of ViTamin (GeGLU with a norm of its own), differential attention, parallel and post-norm blocks, SAM's windows,
+Sapiens2, CaiT and Gemma 4; in transformers SAM-HQ, InternVL, X-CLIP, Qwen2-VL to Qwen3.5 and GLM-4V; in open_clip
+custom blocks; `torch.nn` with `norm_first=False`. float32 is prepared so on every device, and folded on a CPU with the
+C++ library alone. Weights of less than 16 inputs or outputs, as those that mix CaiT's heads, stay with PyTorch on a GPU
+and in float8. `vit_fast.graphed` captures what waits for no result on the host; timm's positions of Gemma 4 wait.
 """
 _ABOUT = {
     "timm": """timm 1.0.31: the modules of `timm.models` named below, without names that stand for another one, on
 images of their own size without memory. The last column counts the pretrained tags that `vit_fast.create_model` builds.
 The attention of CaiT mixes its heads, and runs in plain PyTorch between the fused projections; projections of Gemma 4,
-which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks.""",
+which may clamp, and gate and value of a split SwiGLU or GeGLU are linear layers of PyTorch inside of fused blocks. Of
+the hybrids, the convolutional stem stays timm's, and counts as part of the patch embedding.""",
     "transformers": """transformers 5.23.0: a model of two layers, 48 wide, for each family of vision layers that
-`vit_fast` knows; the modules are those of `transformers.models`. Patch embeddings are transformers' own. They weigh
-more in a model so small: of a ViT-B/16 they are 0.7 % of the FLOPs.""",
+`vit_fast` knows; the modules are those of `transformers.models`. Patch embeddings weigh more in a model so small: of a
+ViT-B/16 they are 0.7 % of the FLOPs. Those that are one linear layer stay PyTorch's.""",
     "open_clip": """open_clip_torch 3.3.0: the image towers of its configs that are ViTs, its own and those of timm, on
-images of their own size without memory; ResNet, ConvNeXt, Swin and FastViT towers are none. The patch embedding of its
-own towers is PyTorch's. Tags are pretrained weights.""",
+images of their own size without memory; ResNet, ConvNeXt, Swin and FastViT towers are none. Tags are pretrained
+weights.""",
 }
 
 

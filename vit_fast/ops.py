@@ -43,6 +43,7 @@ from .precisions import FOLDED, FP8, Precision, forms
 __all__ = [
     "OPERATORS",
     "attention",
+    "dropout",
     "keep_samples",
     "layer_norm",
     "layer_norm_linear",
@@ -71,6 +72,12 @@ def _refuse_transforms(name: str, backend: str) -> None:
             f"vit_fast.{name}: a recorded graph of the {backend} backend cannot run under torch.func's transforms or "
             "forward-mode differentiation; call the model itself, or record it inside `with vit_fast.backend('torch')`"
         )
+
+
+def _owned(result: torch.Tensor) -> torch.Tensor:
+    """A result of a backend, contiguous, and no view: autograd forbids to change a view that an operator returns."""
+    result = result.contiguous()
+    return result.detach() if result._is_view() else result
 
 
 def _register(
@@ -123,10 +130,10 @@ def _register(
 
     def fwd_on(backend: Backend, *inputs: Any) -> Any:
         if not flag:
-            return forward(backend.forward[operation], *inputs[:-1]).contiguous()
+            return _owned(forward(backend.forward[operation], *inputs[:-1]))
         if inputs[-2]:
-            return tuple(t.contiguous() for t in forward(backend.forward[operation], *inputs[:-2]))
-        out, stat = forward(backend.output(operation), *inputs[:-2]).contiguous(), _stat(inputs[0])
+            return tuple(map(_owned, forward(backend.forward[operation], *inputs[:-2])))
+        out, stat = _owned(forward(backend.output(operation), *inputs[:-2])), _stat(inputs[0])
         return out, *[out.new_empty(0, dtype=stat) for _ in range(statistics)]
 
     def bwd(grad: torch.Tensor, *values: Any) -> list[torch.Tensor]:
@@ -302,7 +309,7 @@ def _seeded(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> tuple[float
     return float(p), seed
 
 
-# keep_samples
+# keep_samples and dropout: masks alone
 
 
 def _keep_mask(seed: torch.Tensor, count: int, p: float, backend: str) -> torch.Tensor:
@@ -344,6 +351,33 @@ def keep_samples(x: torch.Tensor, p: float, seed: torch.Tensor | None = None) ->
         return reference.keep_mask(seed, count, p, x.device)
     kept: torch.Tensor = torch.ops.vit_fast.keep_mask(seed, count, p, select.drawing(x.device))
     return kept
+
+
+@torch.fx.wrap
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None = None) -> torch.Tensor:
+    """x · mask / (1 − p), for what no other operation drops: the mask of its seed, the index that of the element in x
+    (``reference.dropout``). The backward keeps the mask, a byte an element.
+
+    Without a seed, the backend ``torch`` leaves it to PyTorch's own dropout, as the other operations do.
+
+    Args:
+        x: any shape, strides and floating dtype.
+        p: 0 ≤ p < 1; with 0 the result is x itself.
+        seed: int64 tensor of one element, or None for torch's generator.
+    Returns:
+        the shape and dtype of x.
+    Raises:
+        TypeError, ValueError: bad arguments, before any launch.
+    Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014.
+    """
+    arguments.check_dropout(x, p, seed)
+    backend = select.drawing(x.device, x.dtype)
+    unseeded = backend == "torch" and seed is None
+    if not p or unseeded or type(x) not in _PLAIN_TENSORS or transform_reasons():
+        return reference.dropout(x, p, seed)
+    p, seed = _seeded(x, p, seed)
+    keep = torch.ops.vit_fast.keep_mask(seed, x.numel(), p, backend).view(x.shape)
+    return torch.where(keep, x, 0.0) * (1 / (1 - p))
 
 
 def _autocast(device_type: str, *tensors: Any) -> tuple[Any, ...]:
@@ -1002,11 +1036,11 @@ for _precision in forms():
     _register_blocks(_precision)
 
 
-# packed_linear, int8_linear: a linear layer of a prepared block that no stack describes
+# prepared_linear, packed_linear, fp8_linear, int8_linear: a linear layer of a prepared block that no stack describes
 
 
 def _register_linear(name: str) -> None:
-    """Registers the operator of a linear layer on a packed weight; no gradient."""
+    """Registers the operator of a linear layer on a prepared weight; no gradient."""
     _library.define(
         f"{name}(Tensor x, Tensor[] weight, int features, Tensor? ln_weight, Tensor? ln_bias, float? eps, str norm, "
         "str? activation, Tensor? gamma, Tensor? residual, str backend) -> Tensor",
@@ -1032,7 +1066,9 @@ def _register_linear(name: str) -> None:
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vit_fast::{name}", fake, lib=_library)
     register_flop_formula(getattr(torch.ops.vit_fast, name))(
-        lambda x, weight, features, *_, **__: 2 * _rows(x) * x[-1] * features
+        lambda x, weight, features, *_, **__: (
+            2 * _rows(x) * x[-1] * (weight[0][0] if len(weight[0]) == 2 else features)  # packed ones are padded
+        )
     )
 
 
@@ -1052,16 +1088,19 @@ def _packed_linear(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(LN(x) Wᵀ + b), or residual + gamma·(x Wᵀ + b), on a packed weight; inference only."""
-    name = "int8_linear" if weight.tensors[0].dtype == torch.int8 else "packed_linear"
+    """act(LN(x) Wᵀ + b), or residual + gamma·(x Wᵀ + b), on a prepared weight; inference only."""
+    name, features = weight.operation, weight.shape[0]
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"vit_fast.{name}: x has width {x.shape[-1]}, expected {weight.shape[1]} (as the weight)")
     if x.dtype != weight.dtype:
         raise ValueError(f"vit_fast.{name}: x has dtype {x.dtype}, expected {weight.dtype} (as the weight)")
-    after = activation if activation in GATED else None
-    inputs = (
-        x, weight.with_bias(bias), weight.shape[0], *ln, norm, None if after else activation, gamma, residual
-    )  # fmt: skip
+    after = None
+    if activation in GATED:
+        if weight.in_panels:  # which keep the rows of gates and values apart
+            activation, after = None, activation
+        else:
+            features //= 2
+    inputs = x, weight.with_bias(bias), features, *ln, norm, activation, gamma, residual
     backend = select.choose(name, x.device, (), *inputs)
     out: torch.Tensor
     if backend == "torch":
@@ -1071,11 +1110,13 @@ def _packed_linear(
     return reference.activate(out, after)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b, by PyTorch but for a weight that ``vit_fast.prepare`` has packed."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None, activation: str | None = None
+) -> torch.Tensor:
+    """act(x Wᵀ + b), by PyTorch but for a weight that ``vit_fast.prepare`` has prepared."""
     if isinstance(weight, PackedWeight):
-        return _packed_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return _packed_linear(x, weight, bias, activation=activation)
+    return reference.activate(F.linear(x, weight, bias), activation)
 
 
 def blocks(

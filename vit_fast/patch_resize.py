@@ -14,7 +14,8 @@ def resize_patch_embed(weight: torch.Tensor, new_size: tuple[int, int]) -> torch
     if old_size == tuple(new_size):
         return weight
     pixels = old_size[0] * old_size[1]
-    basis = torch.eye(pixels, device=weight.device).unflatten(1, (1, *old_size))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    basis = torch.eye(pixels, device=weight.device, dtype=dtype).unflatten(1, (1, *old_size))
     resized = F.interpolate(basis, size=new_size, mode="bicubic", antialias=True, align_corners=False)
     matrix = resized.flatten(1).T  # [new pixels, old pixels]
-    return (weight.flatten(2).float() @ torch.linalg.pinv(matrix)).unflatten(2, new_size).to(weight.dtype)
+    return (weight.flatten(2).to(dtype) @ torch.linalg.pinv(matrix)).unflatten(2, new_size).to(weight.dtype)

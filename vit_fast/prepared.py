@@ -4,7 +4,7 @@ The weight and bias of a norm are folded into the projection behind it (its stat
 that projection), LayerScale into the projection that ends the branch; the precision (``precisions``) decides what else
 is done to the weights. A stack of blocks (``nn.Sequential``, ``nn.ModuleList``) that runs as a whole is folded as a
 whole; where its model loops over the blocks, or gives them position tables, each block is folded alone. Of a block
-whose form no stack has, on a CPU each linear layer is packed alone (``twin``). The folded copies are an attribute of
+whose form no stack has, each linear layer is prepared alone (``twin``). The folded copies are an attribute of
 the stack or block that they were made of: no parameter changes, and ``state_dict``, ``deepcopy`` and pickles leave them
 out. ``block.run_blocks`` and the blocks check in each call whether they may be used; where not, a warning says why,
 once. They are dropped as soon as anything that the blocks compute with has changed (``snapshot``).
@@ -205,7 +205,7 @@ class Prepared(Stale):
 
 
 class PreparedParts(Prepared):
-    """A block of which no stack of prepared blocks knows the form: each of its linear layers has a packed weight.
+    """A block of which no stack of prepared blocks knows the form: each of its linear layers has a prepared weight.
 
     Attributes:
         twin: the block, with those weights (``twin``).
@@ -365,7 +365,7 @@ def _not_by_parts_reasons(blocks: Sequence[Any], precision: Precision) -> list[s
         return ["a weight is of another class than nn.Parameter"]
     if _any_trains(blocks):
         return [_TRAINS]
-    return _state_reasons(blocks) or precision.not_supported_reasons([weight for *_, weight in linears])
+    return _state_reasons(blocks) or precision.not_supported_reasons([weight for *_, weight in linears], by_parts=True)
 
 
 def _any_trains(blocks: Sequence[Any]) -> bool:
@@ -458,8 +458,12 @@ def prepare(model: nn.Module, precision: str | None = None, *, release: bool = F
     On a CPU the weights are packed for the C++ library (``vit-fast build``), which takes float32 too, and
     ``precision="int8"`` quantises the weights of the four projections, a scale for each output, and what they multiply,
     a step and a zero point for each token, found as it passes: no data is needed. Attention, residual and statistics
-    stay in float. Blocks that are not pre-norm, or have branches, windows or attention of another kind, are prepared
-    there linear layer by linear layer (``packed_linear``, ``int8_linear`` in ``explain``); elsewhere they are refused.
+    stay in float.
+
+    Blocks that are not pre-norm, or have branches, windows or attention of another kind, are prepared linear layer by
+    linear layer, on every device and in every precision: ``explain`` shows ``prepared_linear``, on a CPU with the C++
+    library ``packed_linear``, by precision ``fp8_linear`` (a step for each token, found as it passes) or
+    ``int8_linear``. Nothing is folded there, and without a precision float32 is taken on a GPU too.
 
     Args:
         model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or

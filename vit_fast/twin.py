@@ -1,4 +1,4 @@
-"""The twin of a block: the same modules, whose linear layers hold packed weights.
+"""The twin of a block: the same modules, whose linear layers hold prepared weights.
 
 A block that no stack of prepared blocks describes (post-norm, parallel branches, windows, attention of other kinds) is
 prepared part by part: its fused form runs on the twin, and the operations (``ops``) take a ``PackedWeight`` in the
@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from . import ops
+from .kernels.packing import PackedWeight
 from .precisions import Precision
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on a packed weight: x [..., in] → [..., out]."""
+    """A linear layer on a prepared weight: x [..., in] → [..., out]."""
 
     def __init__(self, linear: nn.Linear, precision: Precision) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ def _part(child: nn.Module | None, precision: Precision) -> nn.Module | None:
 
 
 def twin(module: nn.Module, precision: Precision) -> Any:
-    """A shallow copy of a module and its parts with packed weights; tensors that are no weights are shared."""
+    """A shallow copy of a module and its parts with prepared weights; tensors that are no weights are shared."""
     copy: Any = object.__new__(type(module))
     attributes = dict(vars(module))
     attributes["_parameters"] = dict(module._parameters)
@@ -56,3 +57,13 @@ def twin(module: nn.Module, precision: Precision) -> Any:
     attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
     vars(copy).update(attributes)
     return copy
+
+
+def packed_weights(twin: nn.Module) -> list[tuple[str, PackedWeight]]:
+    """(name of its module, weight) of every prepared weight of a twin."""
+    return [
+        (name, weight)
+        for name, module in twin.named_modules()
+        for weight in module._parameters.values()
+        if isinstance(weight, PackedWeight)
+    ]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import plain
+from . import ops, plain
 from .block import call_blocks, run_blocks
 from .kernels.tracing import is_fx_symbolic_tracing, untraced
 from .layer_args import activation_of, library, norm_maker
@@ -438,7 +438,7 @@ class VisionTransformer(nn.Module):
         if table is not None and prefix is not None and self._pos_prefix:
             prefix, table = prefix + table[:, : self._pos_prefix], table[:, self._pos_prefix :]
         x = plain.patch_embed(self.patch_embed, images, table, prefix, mean, std, cls=PatchEmbed)
-        x = F.dropout(x, self.pos_drop_rate, self.training)
+        x = ops.dropout(x, self.pos_drop_rate if self.training else 0.0)
         if self.training and self.patch_drop_rate:
             x = self._drop_patches(x)
         return plain.layer_norm(self.norm_pre, x)
@@ -511,7 +511,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Normalised tokens → logits [B, num_classes], or the features before the head."""
         x = plain.layer_norm(self.fc_norm, self.pool(x))
-        x = F.dropout(x, self.drop_rate, self.training)
+        x = ops.dropout(x, self.drop_rate if self.training else 0.0)
         return x if pre_logits else self.head(x)
 
     def forward(

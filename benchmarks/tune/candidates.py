@@ -184,10 +184,14 @@ def hopper_candidates(work: Work, chip: Chip) -> list[Any]:
         return []
     from vit_fast.kernels import launch, linear_hopper
 
-    shipped = linear_hopper.LinearHopperConfig()
-    changes = ({}, dict(group_m=4), dict(group_m=16), dict(num_stages=6), dict(block_n=64, num_stages=6))
+    shipped, residual = linear_hopper.LinearHopperConfig(), work.batched == 2
+    together = dict(cooperative=True, num_stages=3 if residual else 4)
+    changes = (
+        {}, dict(block_n=256, **together), dict(block_m=256, **together), dict(group_m=4), dict(group_m=16),
+        dict(num_stages=6), dict(block_n=64, num_stages=6),
+    )  # fmt: skip
     found = [] if launch.INTERPRETED else [replace(shipped, **change) for change in changes]
-    return [config for config in found if config.shared_bytes(residual=work.batched == 2) <= 232448]
+    return [config for config in found if config.shared_bytes(residual) <= chip.shared]
 
 
 def cutlass_candidates(problem: Problem, work: Work, chip: Chip) -> list[Any]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import child
 import torch
 import typer
 from rich.console import Console
@@ -18,7 +19,7 @@ from .compilers import Compilers
 from .guarded import Guarded
 from .problems import BATCHES, OPERATIONS, VITS, Maker, Problem, problems
 from .ranking import run
-from .report import config_dict, one_line, save, table
+from .report import config_dict, one_line, table
 from .timing import NO_TIME, kernel_seconds
 
 
@@ -87,12 +88,12 @@ def main(
             for problem in wanted:
                 compilers.submit(problem, plan(problem, chip, kind))
             refused, taken = compile_only(wanted, chip, compilers, end, kind)
-        save(out, {"arch": arch, "torch": torch.__version__, "compiled": taken, "refused": refused})
+        child.save(out, {"arch": arch, "torch": torch.__version__, "compiled": taken, "refused": refused})
         print(f"{taken} candidates compile for sm_{arch}, {len(refused)} do not; {out} names these")
         return
     known = machine.gpu_facts()
     if "missing" in known:
-        save(out, known | {"rows": []})
+        child.save(out, known | {"rows": []})
         print(f"not measured: {known['missing']}; {out} says so")
         raise typer.Exit(1)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -101,7 +102,7 @@ def main(
 
     def keep(rows, errors, not_reached):
         content.update(rows=list(rows), errors=list(errors), not_reached=list(map(str, not_reached)))
-        save(out, content)
+        child.save(out, content)
 
     with Compilers(jobs, chip) as compilers, Guarded(device, make.dtype) as guarded:
         for problem in wanted:
@@ -111,7 +112,7 @@ def main(
             run(wanted, chip, make, compilers, kernel_seconds, end, keep, guarded, kind)
         except Exception as error:  # the device is lost; times measured before are kept
             content["lost"] = one_line(error)
-            save(out, content)
+            child.save(out, content)
     rows = content["rows"]
     title = f"{known['gpu']}, bfloat16, {len(rows)} of {len(wanted)} problems, in {out}"
     Console(width=None if sys.stdout.isatty() else 160).print(table(rows, title))

@@ -92,7 +92,7 @@ def linear_sizes(name: str, vit: Vit) -> tuple[int, int, str | None, bool]:
     }[PREPARED.get(name, name)]
 
 
-def _partials(x, filled):
+def partials_of(x: torch.Tensor, filled: bool = True) -> tuple[torch.Tensor, int]:
     """(row-statistics partials of x (mean, M2), as the epilogue of the GEMM before writes them: [2, partials, rows],
     the width of one)."""
     part = min(PARTIAL_WIDTH, x.shape[-1])
@@ -139,7 +139,7 @@ def linear_work(problem: Problem, vit: Vit, new: Maker) -> Work:
     residual = new(problem.batch, vit.tokens, features) if ends else None
     libraries = {"F.linear, bias alone": lambda: F.linear(x, weight, bias)}
     if problem.name in PREPARED and not ends:
-        partials = layer_norm.RowPartials(*_partials(x, new.filled))
+        partials = layer_norm.RowPartials(*partials_of(x, new.filled))
         sums = torch.empty(features, device=new.device)
         if new.filled:
             weight -= weight.float().mean(1, keepdim=True).to(weight.dtype)

@@ -1,8 +1,6 @@
-"""The results as a table and as a file."""
+"""The results as a table, and as dicts for a file."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -46,11 +44,3 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
             difference(row),
         )
     return result
-
-
-def save(path: Path, content: object) -> None:
-    """Writes a JSON file atomically: a killed run leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)

@@ -30,6 +30,11 @@ def few_images(tensors: tuple[Any, ...], batched: int) -> tuple[tuple[Any, ...],
     return tuple(t[images] if i < batched else t for i, t in enumerate(tensors)), images
 
 
+def out_of_budget(verdict: parity.Parity) -> str | None:
+    """The error of a result beside the one allowed, where it is larger."""
+    return None if verdict.passed else f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+
+
 def median_us(call: Callable[[], Any], steps: int, device: torch.device, timer: Timer) -> float:
     """Median microseconds of a step."""
     return 1e6 * statistics.median(timer(call, steps, device))
@@ -65,6 +70,6 @@ def check_and_time(
         measure.synchronize(device)
         verdict = parity.compare(out[reference.images], reference.eager, reference.golden, dtype)
         del out
-        if not verdict.passed:
-            return None, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+        if fault := out_of_budget(verdict):
+            return None, fault
         return median_us(call, steps, device, timer), None

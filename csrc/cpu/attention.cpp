@@ -6,7 +6,7 @@ namespace {
 
 // (out [B, Nq, C], lse [B, H, Nq] float32, empty unless asked for). The last axis of every tensor is contiguous.
 std::tuple<Tensor, Tensor> attention(Tensor qkv, std::optional<Tensor> k, std::optional<Tensor> v, int64_t num_heads,
-                                     double scale, bool with_lse) {
+                                     double scale, bool with_lse, double dropout_p, std::optional<Tensor> seed) {
   const int64_t batch = qkv.size(0), queries = qkv.size(1), width = k ? qkv.size(2) : qkv.size(2) / 3;
   const int64_t keys = k ? k->size(1) : queries, bytes = static_cast<int64_t>(qkv.element_size());
   const char* packed = static_cast<const char*>(qkv.const_data_ptr());
@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor> attention(Tensor qkv, std::optional<Tensor> k, std::o
     call.v_stride[i] = v ? v->stride(i) : qkv.stride(i);
   }
   call.scale = static_cast<float>(scale);
+  call.dropout = dropout_of(dropout_p, seed);
   call.pool = thread_pool();
   const Workspace workspace(qkv, kernels().attention_workspace(call));
   call.workspace = workspace.data();
@@ -40,7 +41,8 @@ void take_strides(int64_t* to, const Tensor& t) { to[0] = t.stride(0), to[1] = t
 // (dq, dk, dv) of the dtype of q; of packed input they are the thirds of one tensor [B, N, 3C], which comes alone. The
 // last axis of every tensor is contiguous.
 std::vector<Tensor> attention_bwd(Tensor grad, Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> k,
-                                  std::optional<Tensor> v, Tensor out, Tensor lse) {
+                                  std::optional<Tensor> v, Tensor out, Tensor lse, double dropout_p,
+                                  std::optional<Tensor> seed) {
   AttentionBackward call{};
   const int64_t width = k ? qkv.size(2) : qkv.size(2) / 3, bytes = static_cast<int64_t>(qkv.element_size());
   std::vector<Tensor> grads{empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2)}, qkv.scalar_type())};
@@ -67,6 +69,7 @@ std::vector<Tensor> attention_bwd(Tensor grad, Tensor qkv, int64_t num_heads, do
   call.batch = qkv.size(0), call.num_heads = num_heads, call.head_size = width / num_heads;
   call.queries = qkv.size(1), call.keys = separate[1].size(1);
   call.scale = static_cast<float>(scale);
+  call.dropout = dropout_of(dropout_p, seed);
   call.pool = thread_pool();
   const Workspace workspace(qkv, kernels().attention_bwd_workspace(call));
   call.workspace = workspace.data();

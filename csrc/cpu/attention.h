@@ -2,7 +2,8 @@
 //
 // k and v of a head are packed as the products read them, k transposed. A tile of MR queries then takes its scores with
 // BLOCK keys, their exponentials, and the product with v; with more keys than that, a running maximum and sum (m_i, l_i)
-// rescale what was added before (online softmax). Scores, exponentials and sums are float32, and so are the products,
+// rescale what was added before (online softmax). Dropout takes exponentials out of the product with v, not out of the
+// sum. Scores, exponentials and sums are float32, and so are the products,
 // except for two words of two elements:
 //   BFloat16   bfloat16 on a processor that multiplies it: q, k, v and the exponentials
 //   Pair       int16, between int8 products on a processor with VNNI: q and k with a scale for each token, v with one for
@@ -12,6 +13,7 @@
 // Source: Dao et al., "FlashAttention", 2022.
 #pragma once
 
+#include "dropout.h"
 #include "gemm.h"
 #include "rows.h"
 #include "tasks.h"
@@ -220,6 +222,21 @@ VF_INLINE float softmax_row(float* s, char* weights, int64_t count, vf top, floa
   return correction;
 }
 
+// Takes out the words of a row's exponentials that dropout does not keep; `first` is the index of the first.
+template <class Word>
+VF_INLINE void drop_weights(const Dropout& drop, char* weights, int64_t count, int64_t first) {
+  for (int64_t i = 0; i < count; i += VL) {
+    const vi keep = kept(drop, first + i);
+    if constexpr (GROUP<Word> == 1) {
+      vi* words = reinterpret_cast<vi*>(weights + 4 * i);
+      *words = *words & keep;
+    } else {
+      vh* halves = reinterpret_cast<vh*>(weights + 2 * i);
+      *halves = *halves & __builtin_convertvector(keep, vh);
+    }
+  }
+}
+
 // The biases of VL keys from `key` on; 0 behind the last key.
 VF_INLINE vf biases(const Attention& a, int64_t batch, int64_t head, int64_t query, int64_t key) {
   const int64_t* stride = a.bias.stride;
@@ -273,6 +290,9 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
       for (int m = 0; m < rows; m++)
         correction[m] = softmax_row<Word>(space.scores + m * space.SCORES, space.weights + m * space.SCORES * 4, count,
                                           top[m], space.row_max[m], space.row_sum[m]);
+      for (int m = 0; a.dropout.given && m < rows; m++)
+        drop_weights<Word>(a.dropout, space.weights + m * space.SCORES * 4, count,
+                           ((batch * a.num_heads + head) * a.queries + start + m) * a.keys + block);
       for (int64_t panel = 0; panel < space.head_panels; panel++) {
         const char* words = space.values + (panel * space.key_groups + block / GROUP<Word>) * NR * 4;
         panel_product<Word>(rows, space.weights, space.SCORES * 4, words, ceil_div(count, GROUP<Word>), tile);
@@ -288,7 +308,8 @@ void attend(const Attention& a, AttentionSpace<Word>& space, int64_t batch, int6
     for (int m = 0; m < rows; m++) {
       float* out = space.out + m * width;
       // A row whose keys are all masked has no sum, and gives zeros.
-      const float inverse = space.row_sum[m] == 0 ? 0.0f : 1.0f / space.row_sum[m];
+      const float scale = a.dropout.given ? a.dropout.scale : 1.0f;
+      const float inverse = space.row_sum[m] == 0 ? 0.0f : scale / space.row_sum[m];
       for (int64_t d = 0; d < width; d += VL) store(out + d, load(out + d) * inverse);
       const int64_t token = batch * a.queries + start + m;
       narrow_row(out, D, static_cast<char*>(a.out) + (token * a.num_heads * D + head * D) * size, a.type);

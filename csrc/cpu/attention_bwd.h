@@ -3,6 +3,8 @@
 //     p  = exp(scale·q kᵀ − lse)         dv = pᵀ do
 //     ds = scale·p·(do vᵀ − delta)       dq = ds k,  dk = dsᵀ q          delta = Σ_d do·o
 //
+// With dropout, whose mask is drawn again: dv = (p·mask)ᵀ do, and (do vᵀ)·mask in the place of do vᵀ.
+//
 // Two sweeps: one over tiles of queries for dq, one over tiles of keys, where scores are computed transposed, for dk and
 // dv. Nothing is added from two tasks, so that the gradients have the same bits with any number of threads. All float32.
 //
@@ -53,9 +55,10 @@ void pack_operand(BackwardSpace& space, const Operand& x, Type type, int64_t siz
 }
 
 // One tile of rows against all columns. Of queries: a = q, b = do; columns k and v; out1 = dq. Of keys: a = k, b = v;
-// columns q and do; out1 = dk, out2 = dv. lse and delta belong to queries: the rows, or the columns.
+// columns q and do; out1 = dk, out2 = dv. lse and delta belong to queries: the rows, or the columns. plane: of the head.
 template <bool KEYS>
-void sweep_tile(const AttentionBackward& g, BackwardSpace& space, int rows, int64_t first, const Operand& columns,
+void sweep_tile(const AttentionBackward& g, BackwardSpace& space, int64_t plane, int rows, int64_t first,
+                const Operand& columns,
                 const char* other_transposed, const char* other_natural) {
   const int64_t D = g.head_size, stride = D + 16, width = round_up(D, NR), score_stride = BLOCK + 16;
   alignas(64) float tile[MR * NR], other[MR * NR];
@@ -73,8 +76,14 @@ void sweep_tile(const AttentionBackward& g, BackwardSpace& space, int rows, int6
           vf p = exp_of(load(tile + m * NR + n) * g.scale - lse);
           for (int64_t j = 0; j < VL; j++)
             if (column + j >= columns.count) p[j] = 0;
-          const vf ds = p * (load(other + m * NR + n) - delta) * g.scale;
-          store(space.p + m * score_stride + panel * NR + n, p);
+          vf dp = load(other + m * NR + n), weights = p;
+          if (g.dropout.given) {
+            const int64_t row = first + m, query = KEYS ? column : row, key = KEYS ? row : column;
+            const vi keep = kept(g.dropout, (plane * g.queries + query) * g.keys + key, KEYS ? g.keys : 1);
+            dp = select(keep, dp * g.dropout.scale, vf{}), weights = select(keep, p * g.dropout.scale, vf{});
+          }
+          const vf ds = p * (dp - delta) * g.scale;
+          store(space.p + m * score_stride + panel * NR + n, weights);
           store(space.ds + m * score_stride + panel * NR + n, ds);
         }
     }
@@ -130,7 +139,7 @@ void attention_head_bwd(const AttentionBackward& g, BackwardSpace& space, int64_
         widen_row(a.rows + (first + m) * a.stride, g.type, D, space.a1 + m * (D + 16));
         widen_row(b.rows + (first + m) * b.stride, g.type, D, space.a2 + m * (D + 16));
       }
-      sweep_tile<KEYS>(g, space, rows, first, columns, other.transposed, other.natural);
+      sweep_tile<KEYS>(g, space, batch * g.num_heads + head, rows, first, columns, other.transposed, other.natural);
       for (int m = 0; m < rows; m++) {
         write(space.out1 + m * width, KEYS ? g.dk : g.dq, KEYS ? g.dk_stride : g.dq_stride, first + m);
         if (KEYS) write(space.out2 + m * width, g.dv, g.dv_stride, first + m);

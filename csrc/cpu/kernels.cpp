@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_bwd.h"
+#include "dropout.h"
 #include "layer_norm.h"
 #include "layer_norm_bwd.h"
 #include "linear.h"
@@ -49,6 +50,7 @@ const Kernels VF_TABLE(VF_LEVEL) = {
     VF_STRING(VF_LEVEL),
     prepared_blocks_workspace,
     prepared_blocks,
+    keep_mask,
     attention_workspace,
     attention,
     layer_norm,

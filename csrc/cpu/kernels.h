@@ -30,9 +30,10 @@ constexpr Activation of_gate(Activation activation) {
                                                 : activation;
 }
 
-// A weight as kernels/packing.py packs it. scale and sums: of int8 weights alone, else null.
+// A weight as kernels/packing.py packs it. gain, scale and sums: of int8 weights alone, else null.
 struct PackedLinear {
   const void* weight;   // [panels, groups, NR, 32 bits]
+  const float* gain;    // [groups·4]: of the inputs, before they are quantised
   const float* scale;   // [panels·NR]
   const int32_t* sums;  // [panels·NR]: of the quantised rows
   const float* bias;    // [panels·NR]
@@ -81,6 +82,21 @@ struct PreparedBlocks {
   void* workspace;  // prepared_blocks_workspace bytes, aligned to 64
 };
 
+// Dropout of a tensor whose elements are numbered by their linear index: the mask of `seed`, the factor of what is kept.
+struct Dropout {
+  int64_t seed;
+  float p, scale;
+  bool given;
+};
+
+// The mask alone: keep[i] is 1 or 0.
+struct KeepMask {
+  Dropout dropout;
+  int64_t count;
+  uint8_t* keep;
+  Pool pool;
+};
+
 // softmax(scale · q kᵀ) v of every head; strides of batch, token and head. lse: natural log, [B, H, N], or null.
 struct Attention {
   const void *q, *k, *v;
@@ -93,6 +109,7 @@ struct Attention {
   Pool pool;
   void* workspace;  // attention_workspace bytes, aligned to 64
   ScoreBias bias = {};
+  Dropout dropout = {};  // of the probabilities [B, H, Nq, Nk]
 };
 
 // Rows [rows, width] at a stride; weight and bias float32 [width] or null; mean and rstd [rows] or null. rms: RMSNorm.
@@ -120,6 +137,7 @@ struct AttentionBackward {
   float scale;
   Pool pool;
   void* workspace;  // attention_bwd_workspace bytes, aligned to 64
+  Dropout dropout = {};
 };
 
 // Gradients of LayerNorm: dx [rows, width] of the dtype of x; dweight and dbias float32 [width].
@@ -143,7 +161,7 @@ struct Weight {
   int64_t features, width, stride;
 };
 
-// act(LN(x) wᵀ + b), or residual + row_scale·gamma·(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
+// act(LN(x) wᵀ + b), or residual + row_scale·gamma·dropout(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
 // and out [rows, features] (half the features of a gated activation). All vectors float32, or null.
 struct Linear {
   const void* x;
@@ -162,6 +180,7 @@ struct Linear {
   Pool pool;
   void* workspace;  // linear_workspace bytes, aligned to 64
   const PackedLinear* packed = nullptr;  // the weight, packed already: then weight has its sizes and its type alone
+  Dropout dropout = {};                  // of the branch [rows, features], where there is a residual
 };
 
 // images [B, channels, H, W] at any strides; weight [features, channels·P·P']; out [B, prefix + patches, features].
@@ -183,6 +202,7 @@ struct Kernels {
   const char* level;
   int64_t (*prepared_blocks_workspace)(const PreparedBlocks&);
   void (*prepared_blocks)(const PreparedBlocks&);
+  void (*keep_mask)(const KeepMask&);
   int64_t (*attention_workspace)(const Attention&);
   void (*attention)(const Attention&);
   void (*layer_norm)(const LayerNorm&);

@@ -45,9 +45,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Ten
   return {out, mean, rstd};
 }
 
-// residual + row_scale·gamma·(x wᵀ + b). x [rows, K], residual [rows, C] contiguous; row_scale [rows / rows_per_scale].
+// residual + row_scale·gamma·dropout(x wᵀ + b). x [rows, K], residual [rows, C] contiguous; row_scale [rows / rows_per_scale].
 Tensor linear_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
-                       Tensor residual, std::optional<Tensor> row_scale, int64_t rows_per_scale) {
+                       Tensor residual, std::optional<Tensor> row_scale, int64_t rows_per_scale,
+                       double dropout_p, std::optional<Tensor> seed) {
   Linear call{};
   Tensor out = empty(residual, {x.size(0), weight.size(0)}, residual.scalar_type());
   call.x = x.const_data_ptr();
@@ -57,6 +58,7 @@ Tensor linear_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, std:
   call.gamma = floats(gamma), call.row_scale = floats(row_scale);
   call.rows_per_scale = rows_per_scale;
   call.residual = residual.const_data_ptr();
+  call.dropout = dropout_of(dropout_p, seed);
   call.out = out.mutable_data_ptr();
   run(call, x);
   return out;

@@ -1,6 +1,6 @@
 // Linear layers on weights as nn.Linear holds them, [out, in]: the weight is packed in the call, then multiplied.
 //
-//     act(LN(x) wᵀ + b)       residual + row_scale·gamma·(x wᵀ + b)       patches wᵀ + b + pos_embed
+//     act(LN(x) wᵀ + b)     residual + row_scale·gamma·dropout(x wᵀ + b)     patches wᵀ + b + pos_embed
 //
 // Two parallel regions: panels are packed, each once; then a task takes some rows, encodes them (as they are,
 // normalised, or gathered from the pixels of a patch), multiplies them with every panel and writes what the epilogue
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "activations.h"
+#include "dropout.h"
 #include "gemm.h"
 #include "prepared_blocks.h"
 #include "rows.h"
@@ -87,7 +88,7 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
       bias[panel * NR + n] = w.bias && unit < (gated ? half : w.features) ? w.bias[row] : 0.0f;
     }
   });
-  const PackedLinear packed{words, nullptr, nullptr, bias, panels, groups};
+  const PackedLinear packed{words, nullptr, nullptr, nullptr, bias, panels, groups};
   const int64_t tasks = row_tasks(pool, rows, TASK);
   run_tasks(pool, tasks, [&](int64_t task, int64_t slot) {
     Arena own{spaces + slot * linear_space(w.width, G)};
@@ -96,7 +97,7 @@ void packed_product(const vit_fast::Pool& pool, void* workspace, const Weight& w
     const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
     for (int64_t row = first; row < last; row++) {
       read(row, row_values);
-      encode_row<TYPE>(row_values, w.width, groups * G, encoded, row - first);
+      encode_row<TYPE>(row_values, nullptr, w.width, groups * G, encoded, row - first);
     }
     linear<TYPE>(encoded, last - first, packed, nullptr,
                  [&](int64_t row, int64_t n, const vf* values) { write(first + row, n, values); });
@@ -134,7 +135,7 @@ void product_with_packed(const vit_fast::Pool& pool, void* workspace, const Pack
     const int64_t first = task * rows / tasks, last = (task + 1) * rows / tasks;
     for (int64_t row = first; row < last; row++) {
       read(row, space.row);
-      encode_row<TYPE>(space.row, width, round_up(width, stored_group(TYPE)), space.encoded, row - first);
+      encode_row<TYPE>(space.row, packed.gain, width, round_up(width, stored_group(TYPE)), space.encoded, row - first);
     }
     linear<TYPE>(space.encoded, last - first, packed, space.widened,
                  [&](int64_t row, int64_t n, const vf* values) { write(first + row, n, values); });
@@ -203,6 +204,7 @@ void linear_layer(const Linear& l) {
           }
         }
         vf branch = results[i / VL];
+        if (l.dropout.given) branch = dropped(branch, l.dropout, row * features + column + i);
         if (l.gamma) branch = branch * gamma;
         if (l.row_scale) branch = branch * factor;
         results[i / VL] = residual + branch;

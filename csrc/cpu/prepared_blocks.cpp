@@ -9,8 +9,9 @@ PackedLinear packed_linear(const Tensor* tensors, bool quantised) {
   return {
       weight.const_data_ptr(),
       quantised ? static_cast<const float*>(tensors[1].const_data_ptr()) : nullptr,
-      quantised ? static_cast<const int32_t*>(tensors[2].const_data_ptr()) : nullptr,
-      static_cast<const float*>(tensors[quantised ? 3 : 1].const_data_ptr()),
+      quantised ? static_cast<const float*>(tensors[2].const_data_ptr()) : nullptr,
+      quantised ? static_cast<const int32_t*>(tensors[3].const_data_ptr()) : nullptr,
+      static_cast<const float*>(tensors[quantised ? 4 : 1].const_data_ptr()),
       weight.size(0),
       weight.size(1),
   };
@@ -24,9 +25,9 @@ void check(const PackedLinear& linear, const Tensor* tensors, Type type, bool qu
   bool fits = weight.dim() == 4 && weight.size(2) == 32 && weight.size(3) == group && type_of(weight) == type &&
               weight.is_contiguous() && linear.groups * group >= inputs && linear.groups * group < inputs + group &&
               linear.panels * 32 >= outputs && linear.panels * 32 < outputs + 32;
-  for (int i = 1; i < (quantised ? 4 : 2); i++)
-    fits = fits && tensors[i].numel() == linear.panels * 32 && tensors[i].element_size() == 4 &&
-           tensors[i].is_contiguous();
+  for (int i = 1; i < (quantised ? 5 : 2); i++)
+    fits = fits && tensors[i].numel() == (quantised && i == 1 ? linear.groups * group : linear.panels * 32) &&
+           tensors[i].element_size() == 4 && tensors[i].is_contiguous();
   STD_TORCH_CHECK(fits, "a packed weight does not have the sizes of ", inputs, " inputs and ", outputs, " outputs");
 }
 
@@ -39,7 +40,7 @@ HeadNorm head_norm(const std::optional<Tensor>& weight, const std::optional<Tens
 }
 
 // x [B, N, C] → [B, N, C] in its dtype. weights: of each block qkv, proj, fc1, fc2, each (weight, bias), or (weight,
-// scale, sums, bias) where the weights are int8.
+// gain, scale, sums, bias) where the weights are int8.
 // norm: "layer" or "rms". out_eps, hidden_eps, q_eps, k_eps: of norms that there need not be, negative without one.
 // Vectors and tables are float32; cos and sin [B, H, N', D], bias [B, H, N, N], broadcast by strides of 0, rows dense.
 Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads, double scale, std::string activation,
@@ -50,7 +51,7 @@ Tensor prepared_blocks(Tensor x, std::vector<Tensor> weights, int64_t num_heads,
                        int64_t num_prefix, std::optional<Tensor> bias) {
   const Type type = type_of(weights.at(0));
   const bool quantised = type == Type::int8;
-  const size_t size = quantised ? 4 : 2;
+  const size_t size = quantised ? 5 : 2;
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), rows = batch * tokens;
   STD_TORCH_CHECK(weights.size() % (4 * size) == 0, "the tensors are no whole number of blocks");
   STD_TORCH_CHECK(num_heads > 0 && width % num_heads == 0, "the width is no multiple of the heads");
@@ -101,7 +102,7 @@ Tensor packed_linear_layer(Tensor x, std::vector<Tensor> weight, int64_t feature
                            std::optional<Tensor> gamma, std::optional<Tensor> residual) {
   const Type type = type_of(weight.at(0));
   const bool quantised = type == Type::int8;
-  STD_TORCH_CHECK(weight.size() == (quantised ? 4u : 2u), "the tensors are not those of a packed weight");
+  STD_TORCH_CHECK(weight.size() == (quantised ? 5u : 2u), "the tensors are not those of a packed weight");
   const PackedLinear packed = packed_linear(weight.data(), quantised);
   Linear call{};
   call.activation = activation_of(activation);

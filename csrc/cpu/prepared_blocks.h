@@ -8,9 +8,10 @@
 // are float32. Everything but attention works on rows alone: a task takes a few rows from the end of attention through
 // proj, LN2, fc1, fc2, the next block's LN1 and qkv, so that a block has two parallel regions. What a product reads is
 // encoded as its words: float32 or bfloat16 rows; for int8 weights, uint8 with a scale and a zero point for each row,
-// taken from its smallest and largest value (asymmetric, dynamic):
+// taken from its smallest and largest value (asymmetric, dynamic), after each channel has got the gain g whose inverse
+// is in the weight's column (packing.input_gain):
 //
-//     x ≈ s·(q − z),  x·w ≈ s·s_w·(q·w_q − z·Σ w_q)
+//     g·x ≈ s·(q − z),  x·w ≈ s·s_w·(q·w_q − z·Σ w_q)
 //
 // Weights: read once for each task. FLOPs: 2·rows·(4C² + 2·C·F) and attention's 4·B·N·N·C a block.
 #pragma once
@@ -70,9 +71,10 @@ struct Products<Type::int8> {
 // Elements of a group of a packed weight (kernels/packing.py); float16 is always widened, and so has no pairs.
 constexpr int stored_group(Type type) { return type == Type::int8 ? 4 : type == Type::bfloat16 ? 2 : 1; }
 
-// A row of float32 as words; `padded`: elements that a product reads, the last of them 0.
+// A row of float32 as words; `gain`: of int8 words; `padded`: elements that a product reads, the last of them 0.
 template <Type TYPE>
-VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const Encoded& to, int64_t row) {
+VF_INLINE void encode_row(const float* x, const float* gain, int64_t width, int64_t padded, const Encoded& to,
+                          int64_t row) {
   char* words = to.words + row * to.stride;
   if constexpr (TYPE != Type::int8) {
     constexpr Type as = Products<TYPE>::GROUP == 2 ? Type::bfloat16 : Type::float32;
@@ -83,11 +85,12 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
     int64_t i = 0;
     float lowest = 0, highest = 0, not_finite = 0;
     for (; i + VL <= width; i += VL) {
-      const vf v = load(x + i);
+      const vf v = load(x + i) * load(gain + i);
       low = vmin(v, low), high = vmax(v, high), finite += v * splat(0.0f);
     }
     for (; i < width; i++) {
-      lowest = x[i] < lowest ? x[i] : lowest, highest = x[i] > highest ? x[i] : highest, not_finite += x[i] * 0.0f;
+      const float v = x[i] * gain[i];
+      lowest = v < lowest ? v : lowest, highest = v > highest ? v : highest, not_finite += v * 0.0f;
     }
     lowest = smallest(vmin(low, splat(lowest))), highest = largest(vmax(high, splat(highest)));
     not_finite += sum(finite);  // NaN makes the scale, and with it the whole row of the product, NaN
@@ -95,16 +98,9 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
     const float zero = __builtin_rintf(-lowest * inverse);
     to.scale[row] = step + not_finite;
     to.zero[row] = static_cast<int32_t>(zero);
-    for (i = 0; i < padded; i += VL) {
-      vf v;
-      if (i + VL <= width) {
-        v = load(x + i);
-      } else {
-        for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] : 0.0f;
-      }
+    const auto put = [&](vf v, int64_t count) __attribute__((always_inline)) {
       // Rounding may lead half a step out of the range.
       const vi q = round_to_int(vmin(vmax(fma(v, splat(inverse), splat(zero)), splat(0.0f)), splat(255.0f)));
-      const int64_t count = padded - i < VL ? padded - i : VL;
       if constexpr (Products<TYPE>::GROUP == 4) {
         const vb bytes = low_bytes(q);
         memcpy(words + i, &bytes, count);
@@ -115,6 +111,12 @@ VF_INLINE void encode_row(const float* x, int64_t width, int64_t padded, const E
         const vf floats = to_float(q);
         memcpy(words + 4 * i, &floats, 4 * count);
       }
+    };
+    for (i = 0; i + VL <= width; i += VL) put(load(x + i) * load(gain + i), VL);  // a size known to the compiler
+    for (; i < padded; i += VL) {
+      vf v;
+      for (int j = 0; j < VL; j++) v[j] = i + j < width ? x[i + j] * gain[i + j] : 0.0f;
+      put(v, padded - i < VL ? padded - i : VL);
     }
   }
 }
@@ -314,19 +316,20 @@ struct Stack {
   }
 
   // A norm without parameters of rows of x, encoded.
-  void normalise(int64_t first, int64_t last, float eps, BlockSpace<TYPE>& space) const {
+  void normalise(int64_t first, int64_t last, float eps, const float* gain, BlockSpace<TYPE>& space) const {
     for (int64_t row = first; row < last; row++)
-      encode_narrow(s.x + row * s.width, eps, space, row - first);
+      encode_narrow(s.x + row * s.width, eps, gain, space, row - first);
   }
 
   // A row of width C, normalised unless eps is negative, encoded.
-  VF_INLINE void encode_narrow(const float* x, float eps, BlockSpace<TYPE>& space, int64_t row) const {
+  VF_INLINE void encode_narrow(const float* x, float eps, const float* gain, BlockSpace<TYPE>& space,
+                               int64_t row) const {
     if (eps >= 0) {
       normalise_row(x, Type::float32, s.width, moments_of(x, s.width, eps), nullptr, nullptr, space.normal, 0,
                     Type::float32);
       x = space.normal;
     }
-    encode_row<TYPE>(x, s.width, round_up(s.width, stored_group(TYPE)), space.narrow, row);
+    encode_row<TYPE>(x, gain, s.width, round_up(s.width, stored_group(TYPE)), space.narrow, row);
   }
 
   // q and k of rows, normalised and turned in place.
@@ -352,7 +355,7 @@ struct Stack {
   }
 
   void project_qkv(const PackedBlock& block, int64_t first, int64_t last, BlockSpace<TYPE>& space) const {
-    normalise(first, last, s.eps1, space);
+    normalise(first, last, s.eps1, block.qkv.gain, space);
     const int64_t columns = 3 * s.width;
     linear<TYPE>(space.narrow, last - first, block.qkv, space.widened, [&](int64_t row, int64_t n, const vf* values) {
       store_columns(qkv + (first + row) * qkv_stride, n, columns, values);
@@ -385,9 +388,9 @@ struct Stack {
   void finish_block(const PackedBlock& block, int64_t first, int64_t last, BlockSpace<TYPE>& space) const {
     const int64_t count = last - first;
     for (int64_t row = 0; row < count; row++)
-      encode_narrow(attended + (first + row) * s.width, s.out_eps, space, row);
+      encode_narrow(attended + (first + row) * s.width, s.out_eps, block.proj.gain, space, row);
     add_linear(space.narrow, block.proj, first, last, space.widened);
-    normalise(first, last, s.eps2, space);
+    normalise(first, last, s.eps2, block.fc1.gain, space);
     const int64_t stride = BlockSpace<TYPE>::hidden_stride(s.hidden);
     const bool gated = vit_fast::is_gated(s.activation);
     const Activation activation = vit_fast::of_gate(s.activation);
@@ -407,7 +410,7 @@ struct Stack {
       if (s.hidden_eps >= 0)
         normalise_row(hidden, Type::float32, s.hidden_features, moments_of(hidden, s.hidden_features, s.hidden_eps),
                       nullptr, nullptr, hidden, 0, Type::float32);
-      encode_row<TYPE>(hidden, s.hidden, hidden_padded, space.wide, row);
+      encode_row<TYPE>(hidden, block.fc2.gain, s.hidden, hidden_padded, space.wide, row);
     }
     add_linear(space.wide, block.fc2, first, last, space.widened);
   }

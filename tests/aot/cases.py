@@ -467,22 +467,54 @@ def fp8_blocks_cases():
             yield replace(made, archs=(90, 100))
 
 
+def prepared_linear_cases():
+    """Launches the kernel that rounds tokens to float8 e4m3, and the GEMM that scales them back."""
+    from vit_fast.kernels.prepared_linear import fp8_linear
+
+    def call(batch, tokens, width, out, dtype, norm="layer", activation=None, ends=False):
+        rows = 2 * out if activation in GATED else out
+        matrix = torch.empty(rows, width, dtype=torch.float8_e4m3fn)
+        weight = [matrix, torch.empty(rows), torch.empty(rows, dtype=dtype)]
+        x, vector = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        ln = (vector, vector, 1e-6) if norm else (None, None, None)
+        last = (torch.empty(out, dtype=dtype), torch.empty(batch, tokens, out, dtype=dtype)) if ends else (None, None)
+        fp8_linear(x, weight, out, *ln, norm or "layer", activation, *last)
+
+    for dtype in DTYPES[:2]:
+        made = []
+        for name, batch in (("base", 64), ("base", 1), ("so400m", 64)):
+            tokens, width, _, hidden, _ = VITS[name]
+            to_hidden, to_width = (batch, tokens, width, hidden, dtype), (batch, tokens, hidden, width, dtype)
+            made += [
+                case("fp8_linear fc1", name, dtype, call, *to_hidden, activation="gelu"),
+                case("fp8_linear fc2", name, dtype, call, *to_width, norm=None, ends=True),
+            ]
+        base = ("fp8_linear", "base", dtype, call, 64, 197, 768, 3072, dtype)
+        made += [case(*base, activation="swiglu"), case(*base, norm="rms")]
+        for found in made:
+            yield replace(found, archs=(90, 100))
+
+
 def linear_hopper_cases():
-    """Gluon's kernel for sm_90, with the tile of its own config; other architectures have no case."""
+    """Gluon's kernel for sm_90, with the tile of its own config and cooperative; other architectures have no case."""
     from vit_fast.kernels.layer_norm import RowPartials
-    from vit_fast.kernels.linear_hopper import linear_hopper
+    from vit_fast.kernels.linear_hopper import LinearHopperConfig, linear_hopper
 
     def call(
-        batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False, pdl=False
-    ):
+        batch, tokens, width, out, dtype, activation=None, part=None, bias=True, ends=False, partials=False, pdl=False,
+        tile=None,
+    ):  # fmt: skip
         x, weight = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(out, width, dtype=dtype)
-        norm = None
+        norm, config = None, None
         if part is not None:
             norm = RowPartials(torch.empty(2, -(-width // part), batch * tokens), part), 1e-6, torch.empty(out)
         residual = torch.empty(batch, tokens, out, dtype=dtype) if ends else None
+        if tile is not None:
+            stages = 3 if ends else 4
+            config = LinearHopperConfig(block_m=tile[0], block_n=tile[1], num_stages=stages, cooperative=True)
         linear_hopper(
             x, weight, torch.empty(out) if bias else None, activation,
-            residual=residual, norm=norm, with_partials=partials, pdl=pdl,
+            residual=residual, norm=norm, with_partials=partials, pdl=pdl, config=config,
         )  # fmt: skip
 
     for dtype in DTYPES[:2]:
@@ -490,13 +522,13 @@ def linear_hopper_cases():
         for name, (tokens, width, _, hidden, _) in VITS.items():
             to_hidden, to_width = (64, tokens, width, hidden, dtype), (64, tokens, hidden, width, dtype)
             made += [
-                case("hopper folded qkv", name, dtype, call, 64, tokens, width, 3 * width, dtype, part=64),
-                case("hopper folded fc1", name, dtype, call, *to_hidden, activation="gelu", part=64),
+                case("hopper folded qkv", name, dtype, call, 64, tokens, width, 3 * width, dtype, part=128),
+                case("hopper folded fc1", name, dtype, call, *to_hidden, activation="gelu", part=128),
                 case("hopper fc2", name, dtype, call, *to_width, ends=True, partials=True),
             ]
         base = ("base", dtype, call, 64, 197, 768, 3072, dtype)
         for activation in ("gelu_tanh", "quick_gelu", "relu"):
-            made.append(case("hopper folded fc1", *base, activation=activation, part=64))
+            made.append(case("hopper folded fc1", *base, activation=activation, part=128))
         made += [
             case("hopper folded fc1, partials of whole rows", *base, activation="gelu", part=1024),
             case("hopper fc1", *base, activation="gelu"),
@@ -508,6 +540,23 @@ def linear_hopper_cases():
             case("hopper head, odd width", "base", dtype, call, 64, 1, 768, 1001, dtype, activation="gelu", part=64),
             case("hopper fc2, odd width", "base", dtype, call, 64, 1, 768, 1000, dtype, ends=True, partials=True),
         ]
+        for tile in ((128, 256), (256, 128)):
+            made += [
+                case("hopper folded fc1", *base, activation="gelu", part=tile[1], tile=tile),
+                case("hopper folded fc1", *base, activation="gelu", part=128, pdl=True, tile=tile),
+                case("hopper folded qkv", "base", dtype, call, 64, 197, 768, 2304, dtype, part=tile[1], tile=tile),
+                case("hopper fc1", *base, activation="gelu", tile=tile),
+                case("hopper fc1 with partials", *base, partials=True, tile=tile),
+                case(
+                    "hopper fc2", "base", dtype, call, 64, 197, 3072, 768, dtype, ends=True, partials=True, pdl=True,
+                    tile=tile,
+                ),
+            ]  # fmt: skip
+        odd = ("base", dtype, call, 64, 1, 768)  # of 256 × 128 these spill
+        made += [
+            case("hopper head, odd width", *odd, 1001, dtype, activation="gelu", part=64, tile=(128, 256)),
+            case("hopper fc2, odd width", *odd, 1000, dtype, ends=True, partials=True, tile=(128, 256)),
+        ]
         for found in made:
             yield replace(found, archs=(90,))
 
@@ -515,5 +564,5 @@ def linear_hopper_cases():
 OPERATIONS = (
     attention_cases, attention_options_cases, attention_bwd_cases, layer_norm_cases, layer_norm_bwd_cases, linear_cases,
     linear_train_cases, keep_mask_cases, layernorm_mlp_cases, patch_embed_cases, prepared_blocks_cases,
-    fp8_blocks_cases, linear_hopper_cases,
+    fp8_blocks_cases, prepared_linear_cases, linear_hopper_cases,
 )  # fmt: skip

@@ -113,6 +113,18 @@ def test_a_frozen_parameter_costs_nothing(monkeypatch):
     assert product.flop == counted == 2 * B * N * HIDDEN * C
 
 
+def test_products_of_pytorch_s_backward_count_as_pytorch_counts():
+    """Where the backend ``torch`` runs the reference: a convolution, attention, and linear layers."""
+    model = vit_fast.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10).train()
+    pixels = torch.randn(2, 3, 32, 32)
+    kinds = backward_operations.by_kind(training_operations(model, pixels))
+    with vit_fast.backend("torch"), FlopCounterMode(display=False) as counter:
+        model(pixels).sum().backward()
+    attention = (4 + 10) * 2 * 5 * 5 * 192  # which PyTorch does not count on a CPU
+    assert sum(flop for _, flop, _ in kinds.values()) == counter.get_total_flops() + attention
+    assert kinds["attention"][1] == attention and next(iter(kinds)) == "linear"
+
+
 def test_a_training_step(monkeypatch):
     """Twice the forward's products in the backward, but for the pixels' gradient, and scores computed again."""
     monkeypatch.setattr(select, "choose", lambda *call, **options: "triton")

@@ -133,8 +133,10 @@ def _figures():
     fold += [_problem(n, 0.93 * us, [(warps, us)], {"F.linear, bias alone": 200.0}.items()) for n, us in folded.items()]
     fold += [_problem("layer_norm", 38.0, operation="layer_norm", picked={"rows": 4})]
     hopper = [_problem(f"prepared {n}", us) for n, us in folded.items()]
+    together = {"block_m": 128, "block_n": 256, "cooperative": True}
     for row in hopper:
-        row["ranking"].insert(0, {"us": 250.0, "config": {"kernel": "linear_hopper", "block_n": 128}})
+        row["ranking"].insert(0, {"us": 250.0, "config": {"kernel": "linear_hopper"} | together})
+        row["ranking"].insert(0, {"us": 255.0, "config": {"kernel": "linear_hopper", "block_n": 128}})
         row["libraries_us"] = {"F.linear, bias alone": 200.0}
     small = PICKED | {"block_m": 64, "block_n": 64, "num_stages": 4}
     stages = [_problem(f"prepared {n}", 5.0, [({"num_stages": 7}, 4.0)], picked=small) for n in folded]
@@ -215,10 +217,10 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
     assert _answers(content) == {
         "is anything wrong on this chip?": "nothing seen",
         "fold LayerNorm into the products?": "finalised",
-        "which GEMM for qkv?": "linear_hopper; cuBLASLt or CUTLASS epilogues to be tried",
+        "which GEMM for qkv?": "linear_hopper 128 × 256; cuBLASLt or CUTLASS epilogues to be tried",
         "which GEMM for proj?": "num_warps=8; cuBLASLt or CUTLASS epilogues to be tried",
-        "which GEMM for fc1?": "linear_hopper; cuBLASLt or CUTLASS epilogues to be tried",
-        "which GEMM for fc2?": "linear_hopper; cuBLASLt or CUTLASS epilogues to be tried",
+        "which GEMM for fc1?": "linear_hopper 128 × 256; cuBLASLt or CUTLASS epilogues to be tried",
+        "which GEMM for fc2?": "linear_hopper 128 × 256; cuBLASLt or CUTLASS epilogues to be tried",
         "leave tiles of 128 × 128?": "not measured",
         "which attention for 197 tokens of 64?": "resident",
         "which attention for 256 tokens of 72?": "resident",
@@ -232,7 +234,10 @@ def test_a_whole_run(look, tools, tmp_path, capsys):
         "from which batch is an ungraphed prepared model not host-bound?": "45",
         "how right is `vit-fast profile --predict`?": "+2.0 %",
     }
-    assert "Decisions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Decisions" in shown and "rehearsed" not in shown
+    look.print_decisions(content["decisions"], rehearsed=True)
+    assert "Decisions, rehearsed: no figure is of a GPU" in capsys.readouterr().out
     assert (tmp_path / "first_look.log").read_text().count("== ") == 17
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first_look.json", "first_look.log", "tuned.json"]
 
@@ -373,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(gpu, monke
     runner = _pretend(gpu, monkeypatch)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    for words in ({"first_look_": True}, {"models_table": True}):
+    for words in ({"first_look_": True}, {"models_table": True}, {}):
         status, text = _main(gpu, blocked / "results", **words)
         assert status == 2 and "wanted a folder that can be written" in text and runner.ran == []
 

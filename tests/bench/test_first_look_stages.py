@@ -42,6 +42,7 @@ def test_rehearsed_without_a_gpu(stages, name):
             "split-K launched by PDL",
             "linear_hopper",
             "linear_hopper launched by PDL",
+            "cooperative linear_hopper launched by PDL",
         ]
 
 

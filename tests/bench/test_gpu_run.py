@@ -157,6 +157,34 @@ def test_a_gpu_on_which_triton_does_not_run_gives_its_limits_alone(gpu, machine,
     assert "ptxas fatal: no such chip" in capsys.readouterr().out
 
 
+def test_a_full_disk_is_said_and_the_rest_goes_on(gpu, machine, tmp_path, capsys, monkeypatch):
+    ran, _ = machine
+    full = OSError(28, "No space left on device")
+
+    def run(stage, out, seconds):
+        ran.append(stage.name)
+        if stage.name == "tests":
+            raise full  # its log cannot be made
+        return {"stage": stage.name, "verdict": "passed", "seconds": 1.0}
+
+    save, saved = gpu.child.save, []
+
+    def once(path, content):
+        saved.append(path)
+        if len(saved) == 3:
+            raise full
+        save(path, content)
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.child, "save", once)
+    with pytest.raises(typer.Exit) as end:
+        gpu.main(tmp_path, 60.0, "limits,tests,tune")
+    assert end.value.exit_code == 1 and ran == ["limits", "tests", "tune"]
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [stage["verdict"] for stage in stages] == ["passed", f"not run: {full}", "passed"]
+    assert "summary.json was not written: [Errno 28] No space left" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("capability,float8", (([8, 0], False), ([8, 9], True), ([10, 0], True)))
 def test_what_needs_float8_is_left_out_where_there_is_none(gpu, machine, tmp_path, monkeypatch, capability, float8):
     ran, _ = machine

@@ -56,6 +56,14 @@ def test_rows_have_both_parts_and_a_verdict(tmp_path, monkeypatch, capsys):
         for prefix in training.PREFIXES.values():
             assert row[f"{prefix}samples_per_sec"] == pytest.approx(2000 / row[f"{prefix}step_time"])
             assert row[f"{prefix}speedup_vs_eager"] > 0
+            flop = row["operations_step_gflop"] * 1e9
+            assert row[f"{prefix}achieved_tflops"] == pytest.approx(flop / row[f"{prefix}step_time"] * 1e-9)
+            assert row[f"{prefix}percent_of_peak"] == pytest.approx(400 * row[f"{prefix}achieved_tflops"])
+        kinds = {name: values for name, *values in training.operations_of(row)}
+        assert sum(gflop for _, gflop, _ in kinds.values()) == pytest.approx(row["operations_step_gflop"])
+        # Each product once forward and twice backward; no gradient of the pixels, and attention's scores once more.
+        images = 2 * 2 * row["train_gmacs"]
+        assert 2.7 * images < row["operations_step_gflop"] < 3.1 * images and kinds["linear"][2] > 0
         # Weights, their gradients, and two moments of AdamW.
         assert row["peak_memory_mib"] > 3 * 4 * row["param_count"] * 1e6 / 2**20 and row["peak_rss_mib"] == 4321.0
     ours = rows[0]
@@ -67,6 +75,7 @@ def test_rows_have_both_parts_and_a_verdict(tmp_path, monkeypatch, capsys):
         low, middle, high = (ours[f"{prefix}paired_speedup_vs_eager{end}"] for end in ("_low", "", "_high"))
         assert 0 < low <= middle <= high
     shown = capsys.readouterr().out
+    assert "Operations of forward and backward" in shown and "TFLOP/s" in shown
     assert "Batch 2, step: vit_fast is" in shown and "Batch 2, forward+backward: vit_fast is" in shown
     assert "gradients, each as a share of the largest of its parameter" in shown and plot.stat().st_size > 5000
 

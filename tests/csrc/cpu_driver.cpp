@@ -230,7 +230,40 @@ static Doubles activated(const Doubles& z, Activation activation) {
   return out;
 }
 
+// Philox4x32-10, one counter at a time: 1/(1 − p) where an element is kept, else 0.
+static double mask_of(const Dropout& drop, int64_t index) {
+  if (!drop.given) return 1;
+  uint32_t c[4] = {static_cast<uint32_t>(index), static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32), 0, 0};
+  uint32_t k[2] = {static_cast<uint32_t>(drop.seed), static_cast<uint32_t>(static_cast<uint64_t>(drop.seed) >> 32)};
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = uint64_t(0xD2511F53) * c[0], b = uint64_t(0xCD9E8D57) * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(b),
+                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(a)};
+    memcpy(c, next, sizeof(c));
+    k[0] += 0x9E3779B9, k[1] += 0xBB67AE85;
+  }
+  const int32_t word = static_cast<int32_t>(c[0]);
+  const float uniform = static_cast<float>(word < 0 ? -word - 1 : word) * 4.6566127342e-10f;
+  return uniform > drop.p ? 1 / (1 - static_cast<double>(drop.p)) : 0;
+}
+
+static Dropout dropout() {
+  const float p = one_of<float>({0.1f, 0.5f, 0.9f});
+  return {integer(-(int64_t(1) << 50), int64_t(1) << 50), p, 1 / (1 - p), true};
+}
+
 // The operations.
+
+static void run_keep_mask() {
+  KeepMask m{dropout(), integer(0, 9) ? integer(0, 70) : one_of<int64_t>({16383, 16384, 16385, 40000}), nullptr, pool()};
+  note("keep_mask", m.count);
+  Array keep(Type::uint8, m.count, integer(0, 1));
+  m.keep = static_cast<uint8_t*>(keep.data());
+  table.keep_mask(m);
+  Doubles golden;
+  for (int64_t i = 0; i < m.count; i++) golden.push_back(mask_of(m.dropout, i) > 0);
+  compare("keep", values(keep, m.count), golden, 0);
+}
 
 static void run_attention() {
   const bool packed = chance();
@@ -240,7 +273,9 @@ static void run_attention() {
   a.queries = packed ? a.keys : odd_size(40);
   a.num_heads = integer(1, 3), a.head_size = odd_size(70), a.batch = integer(1, 2);
   a.scale = one_of<float>({0.5f, -0.3f, 0.0f, 1.0f}) / std::sqrt(static_cast<float>(a.head_size));
-  note("attention", static_cast<int>(a.type), packed, a.batch, a.num_heads, a.queries, a.keys, a.head_size);
+  if (chance()) a.dropout = dropout();
+  note("attention", static_cast<int>(a.type), packed, a.batch, a.num_heads, a.queries, a.keys, a.head_size,
+       a.dropout.given);
   const int64_t width = a.num_heads * a.head_size;
   const double spread = one_of<double>({1, 4});
   Rows q(a.type, a.batch * a.queries, packed ? 3 * width : width, spread), k(a.type, a.batch * a.keys, width, spread),
@@ -275,12 +310,14 @@ static void run_attention() {
           top = std::fmax(top, weights[j]);
         }
         for (double& w : weights) total += w = std::exp(w - top);
+        const int64_t row = (b * a.num_heads + h) * a.queries + i;
+        for (int64_t j = 0; j < a.keys; j++) weights[j] *= mask_of(a.dropout, row * a.keys + j);
         for (int64_t d = 0; d < a.head_size; d++) {
           double& o = golden[(b * a.queries + i) * width + h * a.head_size + d];
           for (int64_t j = 0; j < a.keys; j++)
             o += weights[j] / total * rows_v.at(b * a.keys + j, v_first + h * a.head_size + d);
         }
-        golden_lse[(b * a.num_heads + h) * a.queries + i] = top + std::log(total);
+        golden_lse[row] = top + std::log(total);
       }
   compare("out", values(out, golden.size()), golden, 2 * tolerance(a.type));
   if (a.lse) compare("lse", values(lse, golden_lse.size()), golden_lse, 1e-5);
@@ -341,6 +378,7 @@ static void run_linear() {
   if (with_stats) l.mean = mean.floats(), l.rstd = rstd.floats();
   if (with_residual) {
     l.residual = residual.data();
+    if (chance()) l.dropout = dropout();
     l.gamma = with_gamma ? gamma.floats() : nullptr, l.row_scale = with_scale ? row_scale.floats() : nullptr;
   }
   Workspace workspace(table.linear_workspace(l));
@@ -358,7 +396,7 @@ static void run_linear() {
                  [&](int64_t n) { return with_bias ? bias[n] : 0; });
     row = activated(row, l.activation);
     for (int64_t n = 0; n < features; n++) {
-      double value = row[n];
+      double value = row[n] * mask_of(l.dropout, r * features + n);
       if (l.gamma) value *= gamma[n];
       if (l.row_scale) value *= row_scale[r / l.rows_per_scale];
       golden.push_back(with_residual ? residual[r * features + n] + value : value);
@@ -428,18 +466,19 @@ struct Packed {
   int64_t rows, columns, group, panels, groups;
   Type type;
   Doubles plain, bias_values, integers, scales;
-  Array weight, scale, sums, bias;
+  Array weight, gain, scale, sums, bias;
   static int64_t group_of(Type type) { return type == Type::int8 ? 4 : type == Type::bfloat16 ? 2 : 1; }
 
   Packed(Type type, int64_t rows, int64_t columns, bool gated)
       : rows(rows), columns(columns), group(group_of(type)),
         panels(gated ? ceil_div(rows / 2, 16) : ceil_div(rows, 32)), groups(ceil_div(columns, group)), type(type),
-        weight(type, panels * groups * 32 * group), scale(Type::float32, panels * 32),
+        weight(type, panels * groups * 32 * group), gain(Type::float32, groups * group), scale(Type::float32, panels * 32),
         sums(Type::float32, panels * 32), bias(Type::float32, panels * 32) {
     for (int64_t i = 0; i < panels * groups * 32 * group; i++) weight.put(i, 0);
     int32_t* integer_sums = static_cast<int32_t*>(sums.data());
     for (int64_t i = 0; i < panels * 32; i++) scale.put(i, 0), bias.put(i, 0), integer_sums[i] = 0;
     Array rounded(type == Type::int8 ? Type::float32 : type, 1);
+    for (int64_t i = 0; i < groups * group; i++) gain.put(i, i < columns ? std::exp(normal()) : 0);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t half = rows / 2, unit = gated ? r % half : r;
       const int64_t place = gated ? unit / 16 * 32 + unit % 16 + (r < half ? 0 : 16) : r;
@@ -464,11 +503,12 @@ struct Packed {
   }
   PackedLinear view() const {
     const bool quantised = type == Type::int8;
-    return {weight.data(), quantised ? scale.floats() : nullptr,
+    return {weight.data(), quantised ? gain.floats() : nullptr, quantised ? scale.floats() : nullptr,
             quantised ? static_cast<const int32_t*>(sums.data()) : nullptr, bias.floats(), panels, groups};
   }
   Doubles operator()(Doubles x) const {
     if (type == Type::int8) {  // rows as uint8
+      for (int64_t c = 0; c < columns; c++) x[c] *= gain[c];
       double low = 0, high = 0;
       for (double v : x) low = std::fmin(low, v), high = std::fmax(high, v);
       const double step = high > low ? (high - low) / 255 : 1, zero = std::nearbyint(-low / step);
@@ -478,6 +518,45 @@ struct Packed {
                   [&](int64_t n) { return bias_values[n]; });
   }
 };
+
+// A linear layer of a prepared block that no stack describes.
+static void run_packed_linear() {
+  Linear l{};
+  l.type = l.out_type = float_type(), l.pool = pool();
+  const Type type = integer(0, 2) ? l.type : Type::int8;
+  l.rows = odd_size(90), l.normalise = chance(), l.rms = chance(), l.eps = 1e-5f;
+  const int64_t width = 3 + odd_size(100), features = odd_size(90);
+  const bool with_residual = chance(), with_gamma = chance(), affine_norm = chance();
+  l.activation = with_residual ? Activation::none : static_cast<Activation>(integer(0, 5));
+  note("packed_linear", static_cast<int>(l.type), static_cast<int>(type), static_cast<int>(l.activation), l.normalise,
+       with_residual, l.rows, width, features);
+  const Rows x(l.type, l.rows, width);
+  const Packed weight(type, features, width, false);
+  const Array ln_weight = vector(Type::float32, width), ln_bias = vector(Type::float32, width);
+  const Array gamma = vector(Type::float32, features), residual = vector(l.type, l.rows * features);
+  const Array out(l.type, l.rows * features);
+  const PackedLinear packed = weight.view();
+  l.x = x.array.data(), l.stride = x.stride, l.out = out.data();
+  l.weight = {nullptr, nullptr, type, features, width, 0}, l.packed = &packed;
+  if (affine_norm) l.ln_weight = ln_weight.floats(), l.ln_bias = ln_bias.floats();
+  if (with_residual) l.residual = residual.data(), l.gamma = with_gamma ? gamma.floats() : nullptr;
+  const Workspace workspace(table.linear_workspace(l));
+  l.workspace = workspace.data;
+  table.linear(l);
+  Doubles golden;
+  for (int64_t r = 0; r < l.rows; r++) {
+    Doubles row;
+    for (int64_t i = 0; i < width; i++) row.push_back(x.at(r, i));
+    if (l.normalise) {
+      row = normalised(row, l.eps, l.rms);
+      for (int64_t i = 0; affine_norm && i < width; i++) row[i] = row[i] * ln_weight[i] + ln_bias[i];
+    }
+    row = activated(weight(row), l.activation);
+    for (int64_t n = 0; n < features; n++)
+      golden.push_back(with_residual ? residual[r * features + n] + row[n] * (l.gamma ? gamma[n] : 1) : row[n]);
+  }
+  compare("out", values(out, golden.size()), golden, type == Type::int8 ? 0.03 : 2 * tolerance(type));
+}
 
 // A head of q or k, normalised and turned.
 static void prepare_head(const PreparedBlocks& s, double* x, int64_t D, bool is_k, int64_t head, int64_t token) {
@@ -593,9 +672,11 @@ int main(int count, char** words) {
   const struct {
     const char* name;
     void (*run)();
-  } operations[] = {{"attention", run_attention},
+  } operations[] = {{"keep_mask", run_keep_mask},
+                    {"attention", run_attention},
                     {"layer_norm", run_layer_norm},
                     {"linear", run_linear},
+                    {"packed_linear", run_packed_linear},
                     {"patch_embed", run_patch_embed},
                     {"prepared_blocks", run_prepared_blocks}};
   const int cases = atoi(words[2]);

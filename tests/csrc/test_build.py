@@ -458,7 +458,7 @@ def test_a_lock_file_without_a_holder_stops_nobody(sources, cache_folder):
 
 @pytest.mark.usefixtures("compiler")
 def test_waiting_ends(sources, cache_folder, monkeypatch):
-    monkeypatch.setattr(build, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(build.Plan, "limit", 0.3)
     cache_folder.mkdir()
     lines = []
     with (cache_folder / f"{cache.key('cpu', sources)}.lock").open("w") as file:
@@ -471,15 +471,27 @@ def test_waiting_ends(sources, cache_folder, monkeypatch):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_compiler_that_hangs_is_ended(sources, cache_folder, monkeypatch, wrapper, tmp_path):
+def test_a_compiler_that_hangs_is_ended(sources, monkeypatch, wrapper, tmp_path):
     wrapper(f"echo $$ > {tmp_path / 'pid'}; exec sleep 20")
-    monkeypatch.setattr(build, "BUILD_SECONDS", 1)
+    monkeypatch.setattr(build.Plan, "limit", 1)
     start = time.monotonic()
-    with pytest.raises(build.BuildError, match="took more than 1 s"):
+    with pytest.raises(build.BuildError, match=r"took more than 1 s and were ended; .* is kept: build again to go on"):
         build.build("cpu", sources=sources)
     assert time.monotonic() - start < 15
     wait_for(lambda: has_ended(int((tmp_path / "pid").read_text())))
-    assert not leftovers(cache_folder)
+
+
+def test_the_limit_follows_the_steps(sources, cutlass, monkeypatch):
+    cutlass("4.2", "13.0.88")
+    plans = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("MAX_JOBS", number)
+        monkeypatch.setattr(build, "_free_memory", lambda: 2**40)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+        plans.append(build.plan("cutlass", sources))
+    one, four = plans
+    assert one.limit == len(one.steps) * build.STEP_SECONDS["cutlass"] * build.SLOWEST > 3 * four.limit > 3 * 3600
+    assert build.plan("cpu", sources).limit == 3600
 
 
 @pytest.mark.usefixtures("compiler")
@@ -507,6 +519,70 @@ def test_a_killed_builder_is_cleaned_up_after(sources, cache_folder, wrapper, mo
     monkeypatch.delenv("CXX")
     assert not build.build("cpu", sources=sources).found
     assert not leftovers(cache_folder)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("how", ["killed", "limit", "memory", "interrupted", "error"])
+def test_what_was_compiled_before_a_build_ended_is_kept(how, sources, cache_folder, wrapper, monkeypatch, tmp_path):
+    """Three sources one after another; the build ends while the second compiles, and the next one compiles two."""
+    for name in ("b", "c"):
+        (sources / "cpu" / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    ill, pid = tmp_path / "ill", tmp_path / "pid"
+    ill.touch()
+    stop = {"memory": "echo 'Killed signal' >&2; exit 1", "error": "echo 'no good' >&2; exit 1"}
+    hang = f"echo $$ > {pid}; exec sleep 20"
+    log = wrapper(f'case "$*" in *-o\\ b.o) echo half > b.o; [ ! -e {ill} ] || {{ {stop.get(how, hang)}; }} ;; esac')
+    lines = []
+    if how == "killed":
+        process = child(sources)
+        wait_for(pid.exists)
+        process.kill()
+        process.communicate(timeout=30)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    else:
+        if how == "limit":
+            monkeypatch.setattr(build.Plan, "limit", 2)
+        tell = raise_(KeyboardInterrupt) if how == "interrupted" else lines.append
+        with pytest.raises(KeyboardInterrupt if how == "interrupted" else build.BuildError):
+            build.build("cpu", sources=sources, tell=tell)
+        monkeypatch.setattr(build.Plan, "limit", 60)
+    assert len(leftovers(cache_folder)) == (how != "error")
+    kept = [*cache_folder.glob("*.tmp-*/answer.o")]
+    assert len(kept) == (how != "error")
+    log.write_text("")
+    ill.unlink()
+    assert not build.build("cpu", sources=sources, tell=lines.append).found and not leftovers(cache_folder)
+    going_on = [line for line in lines if line.startswith("going on")]
+    assert going_on == ["going on where an earlier build ended: 1 of 4 steps are done"] * (how != "error")
+    assert log.read_text().split() == ["x"] * (4 if how == "error" else 3)  # with the link
+
+
+@pytest.mark.usefixtures("compiler")
+def test_what_is_not_taken_over(sources, cache_folder):
+    """Of another toolchain, without a log, with a log of files that are gone; none with ``force``."""
+    plan = build.plan("cpu", sources)
+    entry = "0\t1\t2\tanswer.o\tabc\n"
+    folders = {
+        "another": ("0" * 12, {"answer.o": "object", ".ninja_log": f"# ninja log v6\n{entry}"}),
+        "no log": (plan.library.parent.name, {"answer.o": "half an object"}),
+        "cut short": (plan.library.parent.name, {"answer.o": "half an object", ".ninja_log": "0\t1"}),
+        "gone": (plan.library.parent.name, {".ninja_log": entry}),
+    }
+    for number, (toolchain, files) in enumerate(folders.values()):
+        folder = cache_folder / f"{plan.key}.tmp-{toolchain}-{number}"
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    lines = []
+    library = build.build("cpu", sources=sources, tell=lines.append).library
+    assert not leftovers(cache_folder) and not [line for line in lines if line.startswith("going on")]
+    folder = cache_folder / f"{plan.key}.tmp-{plan.library.parent.name}-9"
+    folder.mkdir()
+    (folder / "answer.o").write_text("object")
+    (folder / ".ninja_log").write_text(entry)
+    assert not build.build("cpu", sources=sources, force=True, tell=lines.append).found and library.exists()
+    assert not leftovers(cache_folder) and not [line for line in lines if line.startswith("going on")]
 
 
 @pytest.mark.usefixtures("compiler")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import cpu_cases, packed_blocks, properties
 from support.attention import formula as attention_formula
 from support.cpu_cases import (
+    EPSILON,
     CpuAttentionCase,
     CpuInt8BlocksCase,
     CpuLayerNormCase,
@@ -249,13 +250,11 @@ def test_kept_cases(text, count):
         properties.run_case(replace(case, level=level))
 
 
-@pytest.fixture(params=("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"))
+@pytest.fixture(params=cpu_cases.LEVELS)
 def level(request):
     """Runs the test at a level; one that the processor has not got is run as the highest that it has."""
-    before, here = CPU.version(), CPU.levels()
-    CPU.use_level(request.param if request.param in here else here[-1])
-    yield CPU.version()
-    CPU.use_level(before)
+    with cpu_cases.at_level(request.param) as level:
+        yield level
 
 
 def linear_problem(rows, inputs, outputs, dtype):
@@ -269,8 +268,6 @@ def near(actual, golden, tolerance):
     assert (actual.double() - golden).abs().max() <= tolerance * (1 + golden.abs().max())
 
 
-# Of a result's largest value: float32 sums in any order; one rounding and the attention's exponentials in 16 bits.
-EPSILON = {torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 each_dtype = pytest.mark.parametrize("dtype", EPSILON, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

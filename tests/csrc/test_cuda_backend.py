@@ -17,6 +17,8 @@ from support.layer_norm import formula as layer_norm_formula
 from support.linear import formula as linear_formula
 from support.linear import wide
 from support.patch_embed import golden as patch_embed_golden
+from support.prepared_linear import formula as prepared_formula
+from support.prepared_linear import problem
 from vit_fast.kernels import reference
 from vit_fast.kernels.activation_names import ACTIVATIONS
 from vit_fast.kernels.block_options import BlockOptions
@@ -152,6 +154,16 @@ def test_prepared_blocks(backend, dtype, norms):
     out = backend.forward["prepared_blocks"](*arguments)
     assert_within_budget(out, eager, golden, kind="model", order=1e-5)
     assert backend.reasons("prepared_blocks", x, weights, 2, *arguments[7:]) == []
+
+
+@pytest.mark.parametrize("dtype", FLOAT, ids=str)
+@pytest.mark.parametrize("options", (dict(activation="gelu", norm="rms"), dict(activation="swiglu"), dict(ends=True)))
+def test_prepared_linear(backend, dtype, options):
+    arguments = problem((2, 7, 32), 48, dtype, False, **options)
+    out, eager = backend.forward["prepared_linear"](*arguments), reference.packed_linear(*arguments)
+    assert_within_budget(out, eager, prepared_formula(*arguments), order=1e-5)
+    assert backend.reasons("prepared_linear", *arguments) == []
+    assert backend.reasons("prepared_linear", arguments[0].double(), *arguments[1:])
 
 
 def test_stacks_with_options_of_attention_are_left_to_the_next_backend(backend):

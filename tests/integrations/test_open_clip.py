@@ -96,10 +96,15 @@ def test_scaled_cosine_attention_stays_as_it_is():
         vit_fast.optimize(open_clip_tower(scaled_cosine_attn=True))
 
 
-def test_custom_blocks_are_not_prepared():
-    model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"]))
-    with pytest.raises(vit_fast.UnsupportedError, match=r"blocks of class FastCustom\w+ are not folded"):
-        vit_fast.prepare(model)
+def test_custom_blocks_are_prepared_by_parts():
+    model = vit_fast.optimize(open_clip_tower(**OPTIONS["qk_norm"])).eval().bfloat16()
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    with torch.no_grad():
+        before = model(x)
+        with vit_fast.backends.recording() as choices:
+            after = vit_fast.prepare(model)(x)
+    assert [operation for operation, *_ in choices].count("prepared_linear") == 8
+    torch.testing.assert_close(after, before, rtol=0.02, atol=0.02)
 
 
 NO_VITS = ("RN", "convnext", "swin", "fastvit")

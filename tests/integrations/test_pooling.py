@@ -121,7 +121,7 @@ def test_a_whole_model_explains_its_pooling():
     assert vit_fast.coverage(model).blocks == 1 and vit_fast.coverage(model).fully_fused
 
 
-@pytest.mark.parametrize("name", ("Siglip", "Siglip2"))
+@pytest.mark.parametrize("name", ("Siglip", "Siglip2", "Phi-4"))
 def test_heads_of_transformers(name):
     case = CASES[name]
     plain = case.build().double()
@@ -143,6 +143,20 @@ def test_heads_of_transformers(name):
         eager = bf16(**inputs).pooler_output
         actual = vit_fast.optimize(bf16)(**inputs).pooler_output
     assert_within_budget(actual, eager, golden, kind="model", replicas=[])
+
+
+def test_the_head_of_aimv2():
+    plain, x = CASES["Aimv2"].build().head, torch.randn(2, 7, 48)
+    holder = vit_fast.optimize(CASES["Aimv2"].build(), strict=True)
+    model = holder.head
+    model.load_state_dict(plain.state_dict())
+    actual, ran, reasons = run(model, x)
+    torch.testing.assert_close(actual, plain(x), rtol=1e-5, atol=5e-6)
+    assert ran == ["attention"] and not reasons
+    assert_same_gradients(plain.double(), model.double(), lambda one: one(x.double()))
+    model.k_proj.register_forward_hook(lambda module, args, result: 2 * result)
+    assert run(model, x.double())[2] == ["k_proj carries a hook"]
+    assert type(vit_fast.restore(holder).head) is type(plain)
 
 
 def open_clip_tower(library, output_dim, **kwargs):

@@ -237,16 +237,6 @@ def test_other_dtypes_and_shapes_fail_or_run_as_in_timm(block):
     assert in_library(choices) == [("block", "the input is torch.bfloat16, the weights are torch.float32")]
 
 
-def test_prepare_says_why_it_leaves_blocks():
-    for name, why in (
-        ("ViTamin", "the blocks have a GeGluMlp"),
-        ("differential", "the blocks have a DiffAttention"),
-    ):
-        model = vit_fast.optimize(moved(build(name))).eval().bfloat16()
-        with pytest.raises(vit_fast.UnsupportedError, match=why):
-            vit_fast.prepare(model)
-
-
 def test_operations_of_an_unchanged_block_are_those_of_the_vit():
     model, x = moved(build("BEiT-3")), images()
     assert operations(vit_fast.optimize(model), x)[1] == ["patch_embed", *2 * MODELS["BEiT-3"][1]]

@@ -105,6 +105,15 @@ def test_bfloat16_is_within_the_budget_of_a_model(case):
     assert_within_budget(actual, eager, golden, kind="model", replicas=[])
 
 
+@each(("Eomt",))
+def test_a_float32_mask_beside_float64(case):
+    """PyTorch's attention on a CPU reads such a mask wrongly; transformers' eager attention does not."""
+    plain, inputs = case.build(attn_implementation="eager").double(), case.inputs(torch.float64)
+    expected = output(plain, inputs)
+    plain.set_attn_implementation("sdpa")
+    torch.testing.assert_close(output(vit_fast.optimize(plain), inputs), expected, rtol=1e-6, atol=1e-6)
+
+
 def gradients(model, inputs):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(4)
@@ -166,6 +175,42 @@ def test_hidden_states_and_attentions(case):
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
     assert run(model, inputs)[1] and not run(model, inputs)[2]
+
+
+@each(("ViT", "Dinov2 giant", "Siglip2", "Beit"))
+def test_hidden_states_and_attentions_keep_gradients(case):
+    plain, inputs, gradients = case.build(attn_implementation="eager"), case.inputs(torch.float32), []
+    for model in (plain, vit_fast.optimize(copy.deepcopy(plain))):
+        result = model(**inputs, output_hidden_states=True, output_attentions=True)
+        kept = [*result.hidden_states, *result.attentions]
+        for tensor in kept:
+            tensor.retain_grad()
+        result[0].square().sum().backward()
+        gradients.append([tensor.grad for tensor in kept])
+    assert [grad is None for grad in gradients[0]] == [grad is None for grad in gradients[1]]
+    for actual, expected in zip(gradients[1], gradients[0], strict=True):
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@each(("ViT", "DINOv3", "AltCLIP", "Aimv2"))
+def test_saved_loaded_and_called_as_a_user_may(case, tmp_path):
+    """Files of an optimised model, outputs as a tuple, another attention chosen, as transformers' own suite does it."""
+    plain, inputs = case.build(), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys() and not layers(loaded)
+    expected = output(plain, inputs)
+    for one in (loaded, vit_fast.optimize(loaded)):
+        same(output(one, inputs), expected)
+    with_names, without = model(**inputs), model(**inputs, return_dict=False)
+    assert torch.equal(without[0], with_names[0])
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        actual, ran, reasons = run(model, inputs)
+        same(actual, expected)
+        assert ran.count("attention") == case.attentions and not reasons
 
 
 @each()

@@ -39,6 +39,17 @@ def test_layer_norm_output(large_outputs, block):
     torch.testing.assert_close(rstd[-1:], expected_rstd)
 
 
+def test_quantised_tokens(large_outputs):
+    from vit_fast.kernels import prepared_linear
+
+    x = reserved(LARGE // 64, 64, dtype=torch.float16)
+    x[-1].copy_(torch.randn(64))
+    tokens, statistics = prepared_linear.quantise_tokens(x, config=configs.LayerNormConfig(1, 64, 4))
+    expected, step = reference.quantise_tokens(x[-1:].float())
+    assert tokens.numel() > 2**31
+    assert torch.equal(tokens[-1:].float(), expected.float()) and torch.equal(statistics.values[1, -1:], step[0])
+
+
 @pytest.mark.parametrize("tma", (False, True), ids=("pointers", "tma"))
 def test_linear_output_and_residual(large_outputs, tma):
     from vit_fast.kernels import linear

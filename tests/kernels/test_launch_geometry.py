@@ -32,7 +32,16 @@ from support.launch_geometry import (
     random_width,
     recording,
 )  # fmt: skip
-from vit_fast.kernels import attention, configs, layer_norm, layernorm_mlp, linear, patch_embed, prepared_blocks
+from vit_fast.kernels import (
+    attention,
+    configs,
+    layer_norm,
+    layernorm_mlp,
+    linear,
+    patch_embed,
+    prepared_blocks,
+    prepared_linear,
+)
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
 
@@ -556,6 +565,22 @@ def test_stacks_of_short_kernels_are_launched_early(stack, arch, rows, pdl):
     assert [launch.arguments.get("launch_pdl", False) for launch in launches] == [pdl] * len(launches)
 
 
+def one_linear(operation, batch):
+    weight = [meta(3072, 768), meta(3072)]
+    if operation is prepared_linear.fp8_linear:
+        weight = [meta(3072, 768, dtype=torch.float8_e4m3fn), meta(3072, dtype=torch.float32), meta(3072)]
+    ln = meta(768), meta(768), 1e-6
+    return operation(meta(batch, 197, 768), weight, 3072, *ln, "layer", "gelu", None, None)
+
+
+@pytest.mark.parametrize("arch,batch,pdl", ((80, 1, False), (90, 1, True), (90, 2**13, False)))
+@pytest.mark.parametrize("operation", ("prepared_linear", "fp8_linear"))
+def test_one_linear_layer_is_two_launches(operation, arch, batch, pdl):
+    with recording(arch) as launches:
+        one_linear(getattr(prepared_linear, operation), batch)
+    assert [launch.PDL for launch in launches] == [pdl, pdl]
+
+
 EMPTY = {
     "layer_norm": lambda: layer_norm.layer_norm(meta(0, 197, 768), None, None, 1e-6),
     "layer_norm no tokens": lambda: layer_norm.layer_norm(meta(8, 0, 768), None, None, 1e-6),
@@ -574,6 +599,8 @@ EMPTY = {
     "fp8_blocks": lambda: fp8_blocks_kernels.fp8_blocks(
         meta(0, 197, 768), fp8_weights(2, 768, 3072), 12, 0.125, "gelu", 1e-6, 1e-6
     ),
+    "prepared_linear": lambda: one_linear(prepared_linear.prepared_linear, 0),
+    "fp8_linear": lambda: one_linear(prepared_linear.fp8_linear, 0),
     "patch_embed": lambda: patch_embed.patch_embed(
         meta(0, 3, 224, 224), meta(768, 3, 16, 16), None, None, None, (16, 16)
     ),

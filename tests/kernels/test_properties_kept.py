@@ -21,11 +21,12 @@ from support.layernorm_mlp import LayerNormMlpCase
 from support.linear import FoldedCase, LinearCase
 from support.patch_embed import PatchEmbedCase
 from support.prepared_blocks import PreparedBlocksCase
+from support.prepared_linear import PreparedLinearCase
 
 CASES = (
     AttentionBwdCase, AttentionCase, AttentionOptionsCase, FoldedCase, Fp8BlocksCase, LayerNormBwdCase, LayerNormCase,
     LayerNormLinearBwdCase, LayerNormMlpBwdCase, LayerNormMlpCase, LinearCase, LinearResidualBwdCase,
-    PatchEmbedBwdCase, PatchEmbedCase, PreparedBlocksCase,
+    PatchEmbedBwdCase, PatchEmbedCase, PreparedBlocksCase, PreparedLinearCase,
 )  # fmt: skip
 LINES = Path(__file__).with_name("kept_cases.txt").read_text().splitlines()
 TEXTS = [line for line in LINES if line and not line.startswith("#")]

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support.models import SMALL, assert_equal, images_for, perturb
 from torch import nn
 
@@ -211,6 +212,14 @@ def test_masks_run_in_the_kernel():
 
 
 # set_input_size
+
+
+def test_a_float64_projection_is_resized_in_float64():
+    weight = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    one = torch.eye(16, dtype=torch.float64).unflatten(1, (1, 4, 4))
+    matrix = F.interpolate(one, size=(8, 8), mode="bicubic", antialias=True).flatten(1).T
+    wanted = weight.flatten(2) @ torch.linalg.pinv(matrix)
+    torch.testing.assert_close(resize_patch_embed(weight, (8, 8)).flatten(2), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

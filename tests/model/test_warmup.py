@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.graphs import CAPTURES, OnCpu
+from support.library_models import encoder_vit
 from support.stand_in_driver import COMPILED, FAILS, LAUNCHED, in_child, pretend
 from torch import nn
 
@@ -55,6 +56,17 @@ def child_calls_compile_nothing_more():
         compiled, _ = run(model, 1024)  # 17,408 rows: other tiles, no PDL
         assert "_linear_fwd_kernel" in compiled
         COMPILED.clear()
+
+
+def child_blocks_by_parts():
+    """Post-norm blocks, whose linear layers are prepared one by one: all that a call launches was compiled."""
+    pretend()
+    for precision in (None, "fp8"):
+        model = vit_fast.optimize(encoder_vit(norm_first=False).bfloat16().eval())
+        record = vit_fast.warmup(vit_fast.prepare(model, precision), (2,), [32])
+        assert ("_quantise_tokens_fwd_kernel" in record.kernels) == (precision == "fp8")
+        compiled, launched = run(model, 2)
+        assert not compiled and launched >= 2 * (8 if precision else 4)
 
 
 def child_thresholds_are_found():

@@ -4,6 +4,7 @@ What holds for Triton's kernels up to rounding holds here bit for bit: no result
 beside it.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import ClassVar
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import torch
 from support import linear, properties
 from support.attention import AttentionCase
+from support.attention_bwd import AttentionBwdCase
 from support.layer_norm import LayerNormCase
 from support.layer_norm import formula as normalised
 from support.layernorm_mlp import LayerNormMlpCase
@@ -23,7 +25,21 @@ from vit_fast.kernels.activation_names import GATED
 from vit_fast.backends.cpu import CPU
 
 THREADS = (1, 2, 3)
+LEVELS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+# Of a result's largest value: float32 sums in any order; one rounding and the attention's exponentials in 16 bits.
+EPSILON = {torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 reference_attention = reference.attention
+
+
+@contextlib.contextmanager
+def at_level(name):
+    """Runs the kernels of a level, or of the highest that the processor has; yields which."""
+    before, here = CPU.version(), CPU.levels()
+    CPU.use_level(name if name in here else here[-1])
+    try:
+        yield CPU.version()
+    finally:
+        CPU.use_level(before)
 
 
 def with_threads(number, function):
@@ -45,12 +61,8 @@ class OnCpu(properties.Case):
     )
 
     def check(self):
-        before = CPU.version()
-        CPU.use_level(self.level)
-        try:
+        with at_level(self.level):
             super().check()
-        finally:
-            CPU.use_level(before)
 
     def same_but_for_order(self, inputs, actual, expected):
         self.same_bits(actual, expected)
@@ -88,6 +100,21 @@ class CpuAttentionCase(OnCpu, AttentionCase):
         q, k, v = self.separate(inputs)
         order = properties.permutation(q.shape[1], self.seed)
         self.same_bits(self.kernel(q[:, order], k, v), (results[0][:, order], results[1][:, :, order]))
+
+
+@dataclass(frozen=True)
+class CpuAttentionBwdCase(OnCpu, AttentionBwdCase):
+    """Gradients of attention, with dropout too; no lengths of keys, and v has q's head size."""
+
+    level: str = "generic"
+
+    def kernel(self, grad, q, k, v, lengths):
+        drop = self.options(lengths)
+        out, lse = CPU.forward["attention"](q, self.num_heads, self.scale, k=k, v=v, **drop)
+        grads = CPU.backward["attention"](grad, q, self.num_heads, self.scale, k, v, out, lse, **drop)
+        return list(grads[: 1 if k is None else 3])
+
+    relation_key_blocks = relation_all_keys = relation_what_lies_behind_the_keys = relation_zero_channels = None
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Barrier:
 
 class Slot:
     def __init__(self):
-        self.data, self.copies, self.products, self.unread = None, 0, 0, False
+        self.data, self.copies, self.products, self.unread = None, 0, 0, 0
 
     def permute(self, order):
         assert order == (1, 0)
@@ -82,13 +82,13 @@ class Ring:
 
 
 class Matrix:
-    """A tensor descriptor of a matrix in tiles of ``shape``; reads zeros beyond the edges."""
+    """A tensor descriptor of a matrix in tiles of ``shape``, each read by so many; reads zeros beyond the edges."""
 
     dtype, layout = "elements", None
 
-    def __init__(self, values, shape, constant=False):
+    def __init__(self, values, shape, constant=False, readers=1):
         self.values, self.block_type = values, types.SimpleNamespace(shape=shape, nbytes=2 * shape[0] * shape[1])
-        self.constant = constant
+        self.constant, self.readers = constant, readers
 
     def tile(self, coordinates):
         (i, k), (height, width) = coordinates, self.block_type.shape
@@ -171,7 +171,7 @@ class Machine:
     def _copy(self, copy):
         self.copies.remove(copy)
         source, coordinates, barrier, slot = copy
-        slot.data, slot.unread = source.tile(coordinates), True
+        slot.data, slot.unread = source.tile(coordinates), source.readers
         slot.copies -= 1
         barrier.take(source.block_type.nbytes)
 
@@ -184,7 +184,7 @@ class Machine:
         acc += a.data @ b.data.T
         for slot in (a, b):
             slot.products -= 1
-            slot.unread = False
+            slot.unread -= 1
 
 
 def _machine():
@@ -293,7 +293,7 @@ def _halves(t, dim):
     return np.split(t, 2, axis=dim)
 
 
-def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, left, rows, columns, activation):
+def _finish(acc, mean, rstd, out, column_sum, bias, residual, top, left, rows, columns, activation):
     """An epilogue that pauses and then only adds the residual and stores the sums."""
     if residual is not None:
         if residual.copies or residual.data is None:
@@ -303,7 +303,7 @@ def _finish(acc, mean, rstd, out, partials, column_sum, bias, residual, top, lef
     _touch_memory()
     if residual is not None:
         residual.products -= 1
-        residual.unread = False
+        residual.unread -= 1
         acc = acc + residual.data
     height, width = (max(0, min(size, most)) for size, most in zip(acc.shape, (rows - top, columns - left)))
     part = out[top : top + height, left : left + width]
@@ -328,5 +328,6 @@ def functions(module, changed=("", "", "")):
                 source = source.replace(old, new)
             exec(compile(source, module.__file__, "exec"), space)
     place = space["tile_position"]
-    space.update(_halves=_halves, _finish=_finish, tile_position=lambda *a: tuple(Int(number) for number in place(*a)))
+    space.update(PIECE_M=2, _halves=_halves, _finish=_finish)
+    space["tile_position"] = lambda *a: tuple(Int(number) for number in place(*a))
     return space

@@ -40,7 +40,10 @@ def unrounded(x, weights, num_heads, scale, activation, eps1, eps2, record):
     for block in folding.unflatten(record, weights):
         parts = packing.unpacked_linears(block, x.shape[2], activation)
         if record is packing.Int8Block:
-            parts = [(weight.double() * its_scale.double()[:, None], bias) for weight, its_scale, _, bias in parts]
+            parts = [
+                (weight.double() * its_scale.double()[:, None] * gain.double(), bias)
+                for weight, gain, its_scale, _, bias in parts
+            ]
         linears.append([(weight.double(), bias.double()) for weight, bias in parts])
     return stacked(x, linears, num_heads, scale, activation, eps1, eps2)
 

@@ -10,7 +10,7 @@ class Seeded(Backend):
     def __init__(self):
         super().__init__()
         self.forward, self.inference, self.backward = TORCH.forward, TORCH.inference, TORCH.backward
-        self.dropout = frozenset(TORCH.backward)
+        self.dropout, self.keep_mask = frozenset(TORCH.backward), TORCH.keep_mask
 
 
 BACKENDS = {"seeded": Seeded(), "torch": TORCH}

@@ -13,7 +13,7 @@ _FLOAT32 = (
     "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Omni", "GLM-4V", "GLM-4V MoE",
 )  # fmt: skip
 _BLOCKS = {"ViTMAE with its decoder": 3}
-_POOLED = ("Siglip", "Siglip2")
+_POOLED = ("Siglip", "Siglip2", "Phi-4", "Aimv2")
 
 
 class Case(NamedTuple):
@@ -43,8 +43,10 @@ CASES = {name: _case(name) for name in SMALL_MODELS}
 
 
 def output(model, inputs, **options):
-    """The main output of a model."""
+    """The main output of a model, without tokens of padding."""
     result = model(**inputs, **options)
     if "logits" in result:
         return result.logits
-    return result[0] if torch.is_tensor(result[0]) else result[0][-1]  # a backbone's feature maps
+    out = result[0] if torch.is_tensor(result[0]) else result[0][-1]  # a backbone's feature maps
+    mask = inputs.get("patch_attention_mask")
+    return out if mask is None else out[mask.flatten(1)]

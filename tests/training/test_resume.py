@@ -101,10 +101,14 @@ def test_going_on_leaves_out_what_is_not_the_same_run(data, tmp_path):
             run(settings(data, one.output, **dict(epochs=2) | changes), resume=one.output)
     saved = torch.load(path, weights_only=True)
     for changed, told in (
-        (saved | {"version": 99}, "has version 99 of a state, expected 1"),
+        (saved | {"version": 99}, "has version 99 of a state, expected 2"),
         (saved | {"format": "another"}, "holds no state of a run; --initial-checkpoint takes files of weights"),
         (saved | {"state_dict": {"head.weight": torch.zeros(2, 2)}}, "the state is of another model"),
         (saved | {"random": saved["random"] * 2}, "is of 2 processes, expected as many as now: 1"),
+        ({k: v for k, v in saved.items() if k not in ("random", "torch")}, r"is damaged: it lacks random, torch"),
+        ({"format": saved["format"]}, "has version None of a state, expected 2"),
+        (saved | {"classes": ["along", "across"]}, "the classes are across, along, expected along, across as in"),
+        (saved | {"images": [31, 9]}, "it has 32 images to train on and 8 to validate on, expected 31 and 9 as in"),
     ):
         torch.save(changed, tmp_path / "changed.pth")
         with pytest.raises(TrainingError, match=told):

@@ -73,7 +73,8 @@ class Backend:
         backward: the gradients; where an operation is missing, the reference's backward runs.
         dropout: the operations whose ``forward`` and ``inference`` take ``dropout_p`` and ``seed`` (and the second
             pair of ``layernorm_mlp``); the others refuse a call that drops.
-        keep_mask: draws the mask of drop path, as ``reference.keep_mask``; None leaves it to the reference.
+        keep_mask: draws the masks of drop path and of ``ops.dropout``, as ``reference.keep_mask``; None leaves them to
+            the reference.
         not_supported: why the forward cannot run a call, a list of reasons; operations without limits have no entry.
         backward_not_supported: why the backward cannot follow a call, of the same arguments, also those of dropout;
             then the reference's runs.
@@ -136,7 +137,7 @@ class Backend:
         return []
 
     def is_slower(self, dtype: torch.dtype) -> bool:
-        """Whether ``slower_reasons`` are given for every operation but stacks of blocks, whatever the sizes."""
+        """Whether every operation on a dtype but stacks of blocks is left to the next, whatever the sizes."""
         return False
 
     def slower_stack_reasons(self, dtype: torch.dtype) -> list[str]:

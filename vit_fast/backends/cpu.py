@@ -23,15 +23,17 @@ _SCHEMAS = (
     "use_level(str name) -> ()",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, bool with_stats) "
     "-> (Tensor, Tensor, Tensor)",
-    "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse) -> (Tensor, Tensor)",
-    "attention_bwd(Tensor grad, Tensor qkv, int num_heads, float scale, Tensor? k, Tensor? v, Tensor out, Tensor lse) "
-    "-> Tensor[]",
+    "keep_mask(Tensor seed, int count, float p) -> Tensor",
+    "attention(Tensor qkv, Tensor? k, Tensor? v, int num_heads, float scale, bool with_lse, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor)",
+    "attention_bwd(Tensor grad, Tensor qkv, int num_heads, float scale, Tensor? k, Tensor? v, Tensor out, Tensor lse, "
+    "float dropout_p, Tensor? seed) -> Tensor[]",
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool rms) "
     "-> (Tensor, Tensor, Tensor)",
     "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
     "str activation, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "
-    "int rows_per_scale) -> Tensor",
+    "int rows_per_scale, float dropout_p, Tensor? seed) -> Tensor",
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[] step, "
     "Tensor? mean, Tensor? std) -> Tensor",
     "prepared_blocks(Tensor x, Tensor[] weights, int num_heads, float scale, str activation, float eps1, float eps2, "
@@ -70,6 +72,19 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return _dense(x.reshape(-1, x.shape[-1]))
 
 
+def keep_mask(seed: torch.Tensor, count: int, p: float, device: torch.device) -> torch.Tensor:
+    """``reference.keep_mask``."""
+    keep: torch.Tensor = torch.ops.vit_fast_cpu.keep_mask(seed.to(device), count, p)
+    return keep
+
+
+def _dropped(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """x · mask / (1 − p) in place; x is dense."""
+    if seed is None:
+        return x
+    return x.masked_fill_(~keep_mask(seed, x.numel(), p, x.device).view(x.shape), 0.0).mul_(1 / (1 - p))
+
+
 def _attention(
     qkv: torch.Tensor,
     num_heads: int,
@@ -77,10 +92,12 @@ def _attention(
     k: torch.Tensor | None,
     v: torch.Tensor | None,
     with_lse: bool,
+    dropout_p: float,
+    seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = (t if t is None else _dense(t) for t in (k, v))
     out: tuple[torch.Tensor, torch.Tensor]
-    out = torch.ops.vit_fast_cpu.attention(_dense(qkv), k, v, num_heads, scale, with_lse)
+    out = torch.ops.vit_fast_cpu.attention(_dense(qkv), k, v, num_heads, scale, with_lse, dropout_p, seed)
     return out
 
 
@@ -91,10 +108,12 @@ def attention(
     *,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     **norms: Any,
 ) -> torch.Tensor:
     qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
-    return _attention(qkv, num_heads, scale, k, v, False)[0]
+    return _attention(qkv, num_heads, scale, k, v, False, dropout_p, seed)[0]
 
 
 def attention_fwd(
@@ -104,10 +123,12 @@ def attention_fwd(
     *,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     **norms: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     qkv, k, v = normalised_heads(layer_norm, qkv, num_heads, k, v, **norms)
-    return _attention(qkv, num_heads, scale, k, v, True)
+    return _attention(qkv, num_heads, scale, k, v, True, dropout_p, seed)
 
 
 def attention_bwd(
@@ -120,12 +141,14 @@ def attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     grad = _dense(grad.to(qkv.dtype))
     k, v = (t if t is None else _dense(t) for t in (k, v))
     grads = torch.ops.vit_fast_cpu.attention_bwd(
-        grad, _dense(qkv), num_heads, scale, k, v, _dense(out), lse.contiguous()
+        grad, _dense(qkv), num_heads, scale, k, v, _dense(out), lse.contiguous(), dropout_p, seed
     )
     return (*grads, None, None)[:3]
 
@@ -228,12 +251,15 @@ def linear_residual(
     row_scale: torch.Tensor | None = None,
     norm: str = "layer",
     inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = _rows(x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm))
     per_scale = 1 if row_scale is None else max(rows.shape[0] // max(row_scale.shape[0], 1), 1)
     out = torch.ops.vit_fast_cpu.linear_residual(
-        rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale), per_scale
-    )
+        rows, _dense(weight), _vector(bias), _vector(gamma), _rows(residual).contiguous(), _vector(row_scale),
+        per_scale, dropout_p, seed,
+    )  # fmt: skip
     return out.view(residual.shape)
 
 
@@ -248,58 +274,35 @@ def _layernorm_mlp(
     b2: torch.Tensor | None,
     activation: str | None,
     gamma: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    norm: str,
-    inner_norm: Norm | None,
-    with_stats: bool,
-    with_z: bool,
+    *,
+    row_scale: torch.Tensor | None = None,
+    norm: str = "layer",
+    inner_norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    out_dropout_p: float = 0.0,
+    out_seed: torch.Tensor | None = None,
+    with_stats: bool = False,
+    with_z: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     first = None if with_z else activation
     hidden, mean, rstd = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, first, norm, with_stats)
     z, hidden = (hidden, reference.activate(hidden, activation)) if with_z else (hidden.new_empty(0), hidden)
-    out = linear_residual(hidden, w2, b2, gamma, x, row_scale=row_scale, norm=norm, inner_norm=inner_norm)
+    out = linear_residual(
+        _dropped(hidden, dropout_p, seed), w2, b2, gamma, x,
+        row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=out_dropout_p, seed=out_seed,
+    )  # fmt: skip
     return out, mean, rstd, z
 
 
-def layernorm_mlp(
-    x: torch.Tensor,
-    ln_weight: torch.Tensor | None,
-    ln_bias: torch.Tensor | None,
-    eps: float,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    activation: str | None,
-    gamma: torch.Tensor | None,
-    *,
-    row_scale: torch.Tensor | None = None,
-    norm: str = "layer",
-    inner_norm: Norm | None = None,
-) -> torch.Tensor:
-    inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
-    return _layernorm_mlp(*inputs, norm, inner_norm, False, False)[0]
+def layernorm_mlp(*inputs: Any, **options: Any) -> torch.Tensor:
+    return _layernorm_mlp(*inputs, **options)[0]
 
 
 def layernorm_mlp_fwd(
-    x: torch.Tensor,
-    ln_weight: torch.Tensor | None,
-    ln_bias: torch.Tensor | None,
-    eps: float,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    activation: str | None,
-    gamma: torch.Tensor | None,
-    *,
-    row_scale: torch.Tensor | None = None,
-    norm: str = "layer",
-    inner_norm: Norm | None = None,
-    recompute: bool = False,
+    *inputs: Any, recompute: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = x, ln_weight, ln_bias, eps, w1, b1, w2, b2, activation, gamma, row_scale
-    return _layernorm_mlp(*inputs, norm, inner_norm, True, not recompute)
+    return _layernorm_mlp(*inputs, **options, with_stats=True, with_z=not recompute)
 
 
 def patch_embed(
@@ -455,6 +458,7 @@ class Cpu(Backend):
             "layernorm_mlp": layernorm_mlp,
         }
         self.backward = {"attention": attention_bwd, "layer_norm": layer_norm_bwd}
+        self.dropout = frozenset({"attention", "linear_residual", "layernorm_mlp"})
         self.backward_not_supported = {
             "attention": lambda qkv, num_heads, k=None, v=None, **options: [
                 f"attention has no {name} in the backward here" for name in ("q_norm", "k_norm") if name in options
@@ -471,14 +475,15 @@ class Cpu(Backend):
         forward = {**forward, **{form.operation: _blocks for form in (PACKED, INT8)}}
         forward = {**forward, **{form.linear: packed_linear for form in (PACKED, INT8) if form.linear}}
         self._wrong = canary.reasons("cpu", forward, self.remedy)
-        self.forward = {} if self._wrong else forward
+        if not self._wrong:
+            self.forward, self.keep_mask = forward, keep_mask
         return self._wrong
 
     def slower_stack_reasons(self, dtype: torch.dtype) -> list[str]:
         return [] if self.load() else cpu_choice.stack_reasons(dtype, self._capabilities)
 
     def is_slower(self, dtype: torch.dtype) -> bool:
-        return cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
+        return dtype not in _DTYPES or cpu_choice.is_never_chosen(dtype, self._level, self._capabilities)
 
     def slower_reasons(self, operation: str, *arguments: Any, **options: Any) -> list[str]:
         of = _SIZES.get(operation)

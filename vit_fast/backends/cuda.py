@@ -358,6 +358,26 @@ def prepared_blocks(
     return x
 
 
+def prepared_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    features: int,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float | None,
+    norm: str,
+    activation: str | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """As ``kernels.prepared_linear.prepared_linear``; an activation or a residual, not both."""
+    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
+    y = x if eps is None else layer_norm(x, ln_weight, ln_bias, eps, norm=norm)
+    if residual is None:
+        return _product(y, matrix, bias, activation)
+    return linear_residual(y, matrix, bias, gamma, residual).to(x.dtype)
+
+
 # Why the kernels cannot take a call; empty where they can. The batch size plays no part.
 
 
@@ -509,6 +529,25 @@ def prepared_blocks_reasons(
     return reasons + attention_reasons(packed, num_heads, **options.of_attention())
 
 
+def prepared_linear_reasons(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    features: int,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float | None,
+    norm: str,
+    activation: str | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+) -> list[str]:
+    """Of prepared_linear."""
+    reasons = _dtype_reasons(_FLOAT, x=x) if eps is None else layer_norm_reasons(x, ln_weight, ln_bias, eps)
+    if residual is not None:
+        reasons += _dtype_reasons((x.dtype, torch.float32), residual=residual, gamma=gamma)
+    return reasons
+
+
 class Cuda(Backend):
     name = "cuda"
     device_types = ("cuda",)
@@ -533,6 +572,7 @@ class Cuda(Backend):
             "linear_residual": linear_residual_reasons,
             "layernorm_mlp": layernorm_mlp_reasons,
             "prepared_blocks": prepared_blocks_reasons,
+            "prepared_linear": prepared_linear_reasons,
         }
         self.inference = {
             "attention": attention,
@@ -548,6 +588,7 @@ class Cuda(Backend):
             "linear_residual": linear_residual,
             "layernorm_mlp": layernorm_mlp_fwd,
             "prepared_blocks": prepared_blocks,
+            "prepared_linear": prepared_linear,
         }
 
     def version(self) -> str | None:

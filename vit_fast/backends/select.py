@@ -185,12 +185,15 @@ def choose(operation: str, device: torch.device, not_fused: Sequence[str], *argu
     return "torch"
 
 
-def drawing(device: torch.device) -> str:
-    """The name of the backend that draws the masks of drop path: the requested one, or the first of the order, where it
-    has that; else the reference's, whose bits are the same."""
+def drawing(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend that draws masks: the requested one, or the first of the order, where it has that; else
+    the reference's, whose bits are the same. ``dtype``: of elements that are dropped; a backend that leaves all
+    operations on it to the next one leaves their masks too."""
     word = requested()
     for name in BACKENDS if word == "auto" else (word,):
         backend = BACKENDS[name]
+        if word == "auto" and dtype is not None and backend.is_slower(dtype):
+            continue
         if not unavailable(name, device) and backend.keep_mask and KEEP_MASK not in backend.quarantined:
             return name
     return TORCH.name

@@ -67,6 +67,7 @@ class Triton(Backend):
             linear_bwd,
             patch_embed,
             patch_embed_bwd,
+            prepared_linear,
         )
 
         stacks = {p.operation: kernels for p in forms() if (kernels := p.kernels())}
@@ -77,6 +78,8 @@ class Triton(Backend):
             "layer_norm_linear": linear.layer_norm_linear_not_supported_reasons,
             "linear_residual": linear.linear_residual_not_supported_reasons,
             "layernorm_mlp": layernorm_mlp.not_supported_reasons,
+            "prepared_linear": prepared_linear.prepared_linear_not_supported_reasons,
+            "fp8_linear": prepared_linear.fp8_linear_not_supported_reasons,
         } | {operation: kernels.not_supported_reasons for operation, kernels in stacks.items()}
         self.inference = {
             "attention": attention.attention,
@@ -91,6 +94,8 @@ class Triton(Backend):
             "layer_norm_linear": linear.layer_norm_linear_fwd,
             "linear_residual": linear.linear_residual,
             "layernorm_mlp": layernorm_mlp.layernorm_mlp_fwd,
+            "prepared_linear": prepared_linear.prepared_linear,
+            "fp8_linear": prepared_linear.fp8_linear,
         } | {operation: kernels.run for operation, kernels in stacks.items()}
         self.dropout = frozenset({"attention", "linear_residual", "layernorm_mlp"})
         self.keep_mask = dropout.keep_mask

@@ -28,7 +28,7 @@ _FAMILIES = (
     ("linear", r"^triton_tem_.*mm"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("patch_embed", r"patch_embed|fprop|conv(?!ert)"),
-    ("layer_norm", r"layer_?norm"),
+    ("layer_norm", r"layer_?norm|quantise_tokens"),
     ("linear", r"_linear_|gemm|nvjet|cutlass|cublas"),
 )
 _FAMILY_OF_OPERATION = {"convolution": "patch_embed"}

@@ -8,7 +8,8 @@ nothing, and what only it needs is not counted. "column_sums" are sums over rows
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -202,8 +203,24 @@ _BACKWARD = {
 }
 
 
+def _of_aten(operator, arguments, inputs):
+    """(FLOP, bytes of the results behind the first) of a backward of PyTorch that multiplies; None of another call."""
+    if "scaled_dot_product" in operator and operator.endswith("_backward"):
+        q, k, v = inputs[1:4]
+        return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1]), moved_bytes(k, v)
+    if operator == "aten::convolution_backward":
+        grad, _, weight = inputs[:3]
+        return 2 * grad.numel() * weight[0].numel() * sum(arguments["output_mask"][:2]), 0
+    return None
+
+
 class _TrainingRecorder(Recorder):
     table = Recorder.table | {name: lambda a, _, tell=tell: tell(a) for name, tell in _BACKWARD.items()}
+
+    def _operations(self, operator, arguments, inputs, out, named):
+        found = _of_aten(operator, arguments, inputs)
+        for operation in super()._operations(operator, arguments, inputs, out, named):
+            yield replace(operation, flop=found[0], bytes=operation.bytes + found[1]) if found else operation
 
 
 def training_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
@@ -219,3 +236,12 @@ def training_operations(model: nn.Module, pixels: torch.Tensor) -> list[Call]:
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return recorder.calls
+
+
+def by_kind(calls: Iterable[Call]) -> dict[str, tuple[int, int, int]]:
+    """{kind of operation: (how many, FLOP, bytes)}, the most FLOP first, then the most bytes."""
+    kinds: dict[str, tuple[int, int, int]] = {}
+    for operation in (operation for call in calls for operation in call.operations):
+        count, flop, moved = kinds.get(operation.name, (0, 0, 0))
+        kinds[operation.name] = count + 1, flop + operation.flop, moved + operation.bytes
+    return dict(sorted(kinds.items(), key=lambda item: item[1][1:], reverse=True))

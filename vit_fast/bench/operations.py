@@ -24,6 +24,7 @@ from vit_fast.fake_tensors import without_shared_caches
 from vit_fast.kernels.folding import Float8Block, FoldedBlock, unflatten
 from vit_fast.kernels.packing import Int8Block
 from vit_fast.precisions import PRECISIONS
+from vit_fast.twin import packed_weights
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _NAMES = {"mm": "linear", "addmm": "linear", "native_layer_norm": "layer_norm"}
@@ -211,12 +212,24 @@ def _int8_blocks(a, out):
         hidden = rows * b.fc2_weight.shape[1] * b.fc2_weight.shape[3]
         norm = ("layer_norm", None, 0, wide + narrow)
         yield norm
-        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_scale, b.qkv_sums, b.qkv_bias)
+        yield linear(narrow + 3 * wide, b.qkv_weight, b.qkv_gain, b.qkv_scale, b.qkv_sums, b.qkv_bias)
         yield "attention", None, 4 * rows * tokens * width, 4 * wide
-        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_scale, b.proj_sums, b.proj_bias)
+        yield linear(narrow + 2 * wide, b.proj_weight, b.proj_gain, b.proj_scale, b.proj_sums, b.proj_bias)
         yield norm
-        yield linear(narrow + hidden, b.fc1_weight, b.fc1_scale, b.fc1_sums, b.fc1_bias)
-        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_scale, b.fc2_sums, b.fc2_bias)
+        yield linear(narrow + hidden, b.fc1_weight, b.fc1_gain, b.fc1_scale, b.fc1_sums, b.fc1_bias)
+        yield linear(hidden + 2 * wide, b.fc2_weight, b.fc2_gain, b.fc2_scale, b.fc2_sums, b.fc2_bias)
+
+
+def _one_linear(a, out):
+    """One linear layer on a prepared weight, which may be narrower than what it multiplies: an element of a token takes
+    as many bytes as one of the weight. In float8 and int8 tokens are rounded by a launch of their own, norm or not."""
+    x, weight = a["x"], a["weight"]
+    rows, size = x.numel() // x.shape[-1], weight[0].element_size()
+    if a["eps"] is not None or size == 1:
+        yield "layer_norm", weight[0], 0, moved_bytes(x, a["ln_weight"], a["ln_bias"]) + x.numel() * size
+    outputs = weight[0].shape[0] if weight[0].dim() == 2 else a["features"]
+    moved = x.numel() * size + moved_bytes(*weight, a["gamma"], a["residual"], out)
+    yield "linear", weight[0], 2 * rows * x.shape[-1] * outputs, moved
 
 
 # Each function yields (name, a parameter or None, FLOP, bytes) of the kernels that an operator launches, in order.
@@ -231,6 +244,10 @@ _VIT_FAST = {
     "vit_fast::prepared_blocks": _prepared_blocks,
     "vit_fast::fp8_blocks": _fp8_blocks,
     "vit_fast::int8_blocks": _int8_blocks,
+    "vit_fast::prepared_linear": _one_linear,
+    "vit_fast::packed_linear": _one_linear,
+    "vit_fast::fp8_linear": _one_linear,
+    "vit_fast::int8_linear": _one_linear,
 }
 
 
@@ -244,6 +261,8 @@ def _prepared_names(model):
     names, blocks = {}, {}
     for name, module in model.named_modules():
         prepared = module.__dict__.get(PREPARED)
+        for part, weight in packed_weights(prepared.twin) if hasattr(prepared, "twin") else ():
+            names |= {id(tensor): _label(f"{name}.{part}") for tensor in weight.tensors}
         records = getattr(prepared, "records", ())
         block = "*" if isinstance(module, nn.Sequential | nn.ModuleList) else ""  # a stack, or a block alone
         for record in records:

@@ -3,7 +3,8 @@
 As in ``compare`` parity comes first. Every gradient of ours is compared with float64, as a share of the largest of its
 parameter, and the loss of each baseline with timm's. Then forward+backward and the whole step of every provider are
 timed in the same rounds. A row is one provider at one batch size: ``train_`` stands before the figures of the step,
-as in timm, ``train_fwd_bwd_`` before those of forward and backward.
+as in timm, ``train_fwd_bwd_`` before those of forward and backward. FLOP and bytes are those of the operations of our
+forward and backward (``backward_operations``), for every provider; the update of the weights has no products.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ import torch
 import vit_fast
 from vit_fast import backends, parity
 
+from . import backward_operations, measure, peak_rss, speedup, training_step
 from . import contest as contests
-from . import measure, peak_rss, speedup, training_step
 from .baselines import compiled_model
 from .providers import COMPILE_MODES, PLAIN
 from .results import Row, speedup_column
@@ -80,6 +81,10 @@ def _bench_batch(settings, contest, batch, budget, seconds, tell):
         for row in rows.values():
             row["status"] = outcome(error)
         return list(rows.values())
+    tell("operations", 0.0)
+    operations = _operations(contest.ours[PLAIN], pixels, settings)
+    for row in rows.values():
+        row.update(operations)
     for index, name in enumerate(names):
         if rows[name]["status"] != "ok":
             continue
@@ -118,6 +123,17 @@ def _expected(reference, pixels, settings):
     eager = training_step.gradients(module, few, settings)
     with torch.no_grad():
         return golden, eager, training_step.loss_of(module, pixels, settings).item()
+
+
+def _operations(module, pixels, settings):
+    """Columns: GFLOP of a step, and GFLOP and MiB of each kind of operation in its forward and backward."""
+    with training_step.autocast_of(settings):
+        calls = backward_operations.training_operations(copy.deepcopy(module).train(), pixels)
+    kinds = backward_operations.by_kind(calls)
+    columns = {"step_gflop": sum(flop for _, flop, _ in kinds.values()) / 1e9}
+    for name, (count, flop, moved) in kinds.items():
+        columns |= {f"{name}_calls": count, f"{name}_gflop": flop / 1e9, f"{name}_mib": moved / 2**20}
+    return {f"operations_{name}": value for name, value in columns.items()}
 
 
 def _flat(gradients, golden):
@@ -173,6 +189,10 @@ def _fill_in(timed, batch):
             provider.row.update({key.replace("infer_", prefix): value for key, value in figures.items()})
             provider.row[f"{prefix}drift"] = drift
             provider.row["num_bench_iter"] = len(provider.steps)
+            achieved = provider.row["operations_step_gflop"] / provider.row[f"{prefix}step_time"]
+            peak = provider.row["matmul_peak_tflops"]
+            provider.row[f"{prefix}achieved_tflops"] = achieved
+            provider.row[f"{prefix}percent_of_peak"] = peak and 100 * achieved / peak
         speed = f"{prefix}samples_per_sec"
         baselines = [provider for name, provider in group.items() if name != PLAIN]
         for provider in group.values():
@@ -192,6 +212,12 @@ def _fill_in(timed, batch):
             column = f"paired_{speedup_column(baseline.name)}"
             figures |= {column: pair.ratio, f"{column}_low": pair.low, f"{column}_high": pair.high}
         ours.row.update({f"{prefix}{key}": value for key, value in figures.items()})
+
+
+def operations_of(row: Row) -> list[tuple[str, int, float, float]]:
+    """(kind, calls, GFLOP, MiB) of the operations of a row's forward and backward, the most FLOP first."""
+    names = [key.removeprefix("operations_").removesuffix("_calls") for key in row if key.endswith("_calls")]
+    return [(name, *(row[f"operations_{name}_{of}"] for of in ("calls", "gflop", "mib"))) for name in names]
 
 
 def part_of(row: Row, part: str) -> Row:

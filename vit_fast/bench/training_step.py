@@ -26,12 +26,16 @@ def labels_for(logits: torch.Tensor) -> torch.Tensor:
     return torch.randint(logits.shape[1], logits.shape[:1], generator=draw).to(logits.device)
 
 
+def autocast_of(settings: Settings) -> AbstractContextManager[Any]:
+    """The autocast of the settings; nothing without one."""
+    if settings.amp_dtype:
+        return torch.autocast(settings.device.type, settings.compute_dtype)
+    return contextlib.nullcontext()
+
+
 def loss_of(model: Callable[..., Any], pixels: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The loss under the autocast of the settings, in float32 or more."""
-    cast: AbstractContextManager[Any] = contextlib.nullcontext()
-    if settings.amp_dtype:
-        cast = torch.autocast(settings.device.type, settings.compute_dtype)
-    with cast:
+    with autocast_of(settings):
         logits = model(pixels)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, labels_for(logits))

@@ -45,6 +45,9 @@ def progress() -> Iterator[Any]:
         yield tell
 
 
+_SHOWN = 12  # kinds of operations in a table
+
+
 def _number(row, key, form):
     value = row.get(key)
     return "" if value is None else format(value, form)
@@ -255,12 +258,20 @@ def _sentences(rows, settings, seconds):
 
 
 def print_training_batch(rows: list[dict[str, Any]], settings: Settings) -> None:
-    """``print_batch`` of each part of a step of training."""
-    from vit_fast.bench.training import PREFIXES, part_of
+    """``print_batch`` of each part of a step of training, and what its operations compute and move."""
+    from vit_fast.bench.training import PREFIXES, operations_of, part_of
 
     for part in PREFIXES:
         say(f"{part}:")
         print_batch([part_of(row, part) for row in rows], settings)
+    if operations := operations_of(rows[0]):
+        say("Operations of forward and backward, bytes read and written once:")
+        say()
+        cells = [(name, str(count), f"{gflop:.4g}", f"{mib:.4g}") for name, count, gflop, mib in operations[:_SHOWN]]
+        show_table(["operation", "calls", "GFLOP", "MiB"], cells)
+        if rest := operations[_SHOWN:]:
+            say(f"and {len(rest)} kinds more, {sum(mib for *_, mib in rest):.4g} MiB")
+        say()
 
 
 def print_training_report(rows: list[dict[str, Any]], settings: Settings, seconds: float) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import (
     Attention,
     AttentionalPooler,
@@ -194,7 +193,7 @@ class FastCustomResidualAttentionBlock(Fused, CustomResidualAttentionBlock):
             )
         else:
             y = y if p.out_norm is None else ops.layer_norm(y, *p.out_norm)
-            y = F.dropout(ops.linear(y, p.proj_weight, p.proj_bias), out_drop)
+            y = ops.dropout(ops.linear(y, p.proj_weight, p.proj_bias), out_drop)
             y = self.ls_1(ops.layer_norm(y, *Norm.of(self.ln_attn)))
             x = x + y
         return mlp_branch(x, p)

@@ -33,7 +33,8 @@ class Precision:
         linear: the operation of ``ops`` that runs one linear layer of a block which no stack describes; None without,
             for the reason ``no_linear``.
         record: the named tuple of the tensors of a block (``kernels.folding``).
-        weight_dtypes: the dtypes of models that it can prepare.
+        weight_dtypes: the dtypes of models that it can prepare; linear_dtypes: of blocks that ``linear`` runs, where
+            these are others.
         products: what the matrix products multiply, in words; None where it is the dtype of the weights.
         budget: how far the outputs may be from float64; None where they are held to eager PyTorch (``parity``).
         variant, graphed_variant: its names on the command line, alone and as CUDA graphs (None where no GPU runs it).
@@ -42,9 +43,10 @@ class Precision:
     name: str | None
     operation: str
     linear: str | None = None
-    no_linear = "the blocks have a prepared form only on a CPU: with its C++ library (`vit-fast build`), or in int8"
+    no_linear = "the precision has no form for single linear layers"
     record: type[Any]
     weight_dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    linear_dtypes: tuple[torch.dtype, ...] | None = None
     products: str | None = None
     budget: Budget | None = None
     variant: str
@@ -62,8 +64,8 @@ class Precision:
         """The record of a block."""
         raise NotImplementedError
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
-        """The weight [out, in] of one linear layer, for the operation ``linear``."""
+    def pack(self, weight: torch.Tensor) -> PackedWeight | torch.Tensor:
+        """The weight [out, in] of one linear layer for the operation ``linear``, or as it is: then PyTorch runs it."""
         raise NotImplementedError
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
@@ -104,13 +106,15 @@ class Precision:
         """Why the operation cannot run on a device at all; empty where it can."""
         return []
 
-    def not_supported_reasons(self, weights: Sequence[torch.Tensor]) -> list[str]:
-        """Why blocks with these weights of their projections cannot be prepared; empty where they can."""
+    def not_supported_reasons(self, weights: Sequence[torch.Tensor], by_parts: bool = False) -> list[str]:
+        """Why blocks with these weights of their projections cannot be prepared; empty where they can. ``by_parts``:
+        each linear layer alone."""
         reasons, dtypes = [], {weight.dtype for weight in weights}
-        if dtypes - set(self.weight_dtypes) or len(dtypes) > 1:
+        able = self.linear_dtypes if by_parts and self.linear_dtypes else self.weight_dtypes
+        if dtypes - set(able) or len(dtypes) > 1:
             came = ", ".join(sorted(map(_dtype_name, dtypes)))
-            wanted = " or ".join(f"all {_dtype_name(dtype)}" for dtype in self.weight_dtypes)
-            remedy = f"model.to({self.weight_dtypes[-1]})"
+            wanted = " or ".join(f"all {_dtype_name(dtype)}" for dtype in able)
+            remedy = f"model.to({able[-1]})"
             reasons.append(f"the weights are {came}, folding is for {wanted} ({remedy})")
         return reasons + self.device_reasons(weights[0].device)
 

@@ -1,7 +1,8 @@
 """The dtype of the weights: LayerNorm and LayerScale are folded into the projections, and nothing is quantised.
 
 Five launches a block (``kernels/prepared_blocks.py``). Outputs differ from the unprepared model's by the rounding of
-the folded weights, and are held to the same budget.
+the folded weights, and are held to the same budget. A block that no stack describes runs linear layer by linear layer
+(``kernels/prepared_linear.py``), in float32 too; nothing is folded there.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from vit_fast.block_params import BlockParams
-from vit_fast.kernels import arguments, folding, reference
+from vit_fast.kernels import arguments, folding, packing, reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 
 from .base import Kernels, Precision, folding_arguments, norms_to_fold
@@ -21,6 +22,8 @@ class Folded(Precision):
 
     name = None
     operation = "prepared_blocks"
+    linear = "prepared_linear"
+    linear_dtypes = (torch.float32, torch.float16, torch.bfloat16)
     record = folding.FoldedBlock
     variant, graphed_variant = "prepared", "graphed"
 
@@ -30,14 +33,18 @@ class Folded(Precision):
     def forms(self) -> tuple[Precision, ...]:
         return self, PACKED
 
-    def not_supported_reasons(self, weights: Sequence[torch.Tensor]) -> list[str]:
-        reasons = super().not_supported_reasons(weights)
-        if reasons and {(weight.device.type, weight.dtype) for weight in weights} == {("cpu", torch.float32)}:
+    def not_supported_reasons(self, weights: Sequence[torch.Tensor], by_parts: bool = False) -> list[str]:
+        reasons = super().not_supported_reasons(weights, by_parts)
+        kinds = {(weight.device.type, weight.dtype) for weight in weights}
+        if reasons and not by_parts and kinds == {("cpu", torch.float32)}:
             reasons.append("float32 is for a CPU with its C++ library (run `vit-fast build`)")
         return reasons
 
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
         return folding.prepare_block(*folding_arguments(params), **norms_to_fold(params))
+
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight | torch.Tensor:
+        return weight.detach() if packing.is_tiny(weight) else packing.prepared_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_prepared_blocks(x, weights)

@@ -1,7 +1,9 @@
 """float8 e4m3: what the four projections of a block multiply; attention and the residual keep the weights' dtype.
 
 Seven launches a block (``kernels/fp8_blocks.py``). Every scale follows from the weights: no data is needed. A CPU
-emulates the products, a GPU needs capability 8.9. Each product errs by some 5 % of its spread.
+emulates the products, a GPU needs capability 8.9. Each product errs by some 5 % of its spread. A block that no stack
+describes runs linear layer by linear layer, with a step for each token that is found as it passes
+(``kernels/prepared_linear.py``).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ from functools import partial
 import torch
 
 from vit_fast.block_params import BlockParams
-from vit_fast.kernels import arguments, folding, reference
+from vit_fast.kernels import arguments, folding, packing, reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.parity import FLOAT8_BUDGET
 
@@ -24,7 +26,7 @@ class Float8(Precision):
 
     name = "fp8"
     operation = "fp8_blocks"
-    no_linear = "the blocks have no norm right before each product, of which float8 takes its scales"
+    linear = "fp8_linear"
     record = folding.Float8Block
     products = "float8"
     budget = FLOAT8_BUDGET
@@ -32,6 +34,9 @@ class Float8(Precision):
 
     def fold(self, params: BlockParams) -> folding.Float8Block:
         return folding.fp8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
+
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight | torch.Tensor:
+        return weight.detach() if packing.is_tiny(weight) else packing.fp8_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_fp8_blocks(x, weights)

@@ -1,9 +1,10 @@
 """int8: what the four projections of a block multiply on a CPU; the residual and statistics stay in float, and so does
 attention, which the CPU extension multiplies in bfloat16 where the processor can, and in int16 where it has VNNI alone.
 
-Weights have a scale for each output, activations a step and a zero point for each token, found as they pass: no data is
-needed. The CPU extension runs a stack of blocks in one call (``csrc/cpu/prepared_blocks.h``); without it plain PyTorch
-computes the same, slowly.
+Weights have a scale for each output, activations a step and a zero point for each token, found as they pass; before
+that each input gets a gain, whose inverse is in the weight (``packing.input_gain``). No data is needed. The CPU
+extension runs a stack of blocks in one call (``csrc/cpu/prepared_blocks.h``); without it plain PyTorch computes the
+same, slowly.
 """
 
 from collections.abc import Sequence

@@ -84,6 +84,9 @@ class Run:
                 warn(f"the state was written by torch {saved['torch']}: with {torch.__version__} bits may differ")
         in_chans = models.check(settings)
         self.data = datasets.load(settings, in_chans)
+        self.images = [len(part.labels) for part in (self.data.train, self.data.val)]
+        if saved is not None:
+            state.check_data(saved, self.data.classes, self.images, path)
         self.classes = settings.num_classes or len(self.data.classes)
         torch.manual_seed(settings.seed)
         begin = settings if saved is None else replace(settings, pretrained=False, initial_checkpoint=None)
@@ -309,6 +312,7 @@ class Run:
             "torch": str(torch.__version__),
             "settings": own.as_dict(),
             "classes": list(self.data.classes),
+            "images": self.images,
             "progress": vars(done),
             "state_dict": weights,
             "optimizer": adapted,

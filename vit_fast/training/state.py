@@ -6,6 +6,7 @@ file as it is. Reading it runs no code (``weights_only``).
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from torch import nn
 from .errors import TrainingError
 from .run_folder import STATE
 
-FORMAT, VERSION = "vit_fast training state", 1
+FORMAT, VERSION = "vit_fast training state", 2
+_CONTENT = (
+    *("settings", "classes", "images", "progress", "state_dict", "optimizer", "scheduler", "random"),
+    *("vit_fast", "torch"),
+)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -67,12 +72,29 @@ def read(path: Path) -> dict[str, Any]:
         raise TrainingError(
             f"--resume: {str(path)!r} holds no state of a run; --initial-checkpoint takes files of weights"
         )
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise TrainingError(
-            f"--resume: {str(path)!r} has version {state['version']} of a state, expected {VERSION}: it was written by "
-            f"vit_fast {state['vit_fast']}"
+            f"--resume: {str(path)!r} has version {state.get('version')} of a state, expected {VERSION}: it was "
+            f"written by vit_fast {state.get('vit_fast')}"
         )
+    if missing := [name for name in _CONTENT if name not in state]:
+        raise TrainingError(f"--resume: {str(path)!r} is damaged: it lacks {', '.join(missing)}")
     return state
+
+
+def check_data(state: dict[str, Any], classes: Sequence[str], images: Sequence[int], path: Path) -> None:
+    """Refuses to go on with other classes, or with other numbers of images to train on and to validate on."""
+    if list(classes) != state["classes"]:
+        raise TrainingError(
+            f"--data-dir: the classes are {', '.join(classes)}, expected {', '.join(state['classes'])} as in "
+            f"{str(path)!r}"
+        )
+    if list(images) != state["images"]:
+        (train, val), (its_train, its_val) = images, state["images"]
+        raise TrainingError(
+            f"--data-dir: it has {train} images to train on and {val} to validate on, expected {its_train} and "
+            f"{its_val} as in {str(path)!r}; begin a new run from its weights with --initial-checkpoint"
+        )
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer, fsdp: bool) -> tuple[dict, dict]:

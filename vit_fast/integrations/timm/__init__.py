@@ -7,6 +7,7 @@
     sam.py            windows and decomposed relative position: VisionTransformerSAM
     gemma.py cait.py  Gemma4, CaiT
     patch_embed.py    PatchEmbed
+    naflex.py         the patch embedding of NaFlexVit
     pool.py           AttentionPoolLatent
 
 ``FAMILY`` has timm's modules whose models are its ViT family, in ``vit_fast.coverage`` too.
@@ -24,11 +25,11 @@ FAST: dict[type[nn.Module], type[Fused]] = {
     **vit.FAST, **eva.FAST, **beit.FAST, **sam.FAST, **cait.FAST, **patch_embed.FAST, **pool.FAST
 }  # fmt: skip
 try:
-    from . import gemma
+    from . import gemma, naflex
 except ImportError:  # older timm has none
     pass
 else:
-    FAST |= gemma.FAST
+    FAST |= gemma.FAST | naflex.FAST
 
 FAMILY = (
     "vision_transformer",

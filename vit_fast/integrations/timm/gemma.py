@@ -1,11 +1,12 @@
-"""timm's Gemma4 encoder: blocks with a normalisation before and behind each branch.
+"""timm's Gemma4 encoder: blocks with a normalisation before and behind each branch, and its patch embedding.
 
     x = x + drop_path(norm2(o_proj(attention(q_norm(q), k_norm(k), v_norm(v)))))    q, k, v of norm1(x), scale 1
     x = x + drop_path(norm4(down_proj(act(gate_proj(h)) · up_proj(h))))             h = norm3(x)
 
 RoPE turns the two halves of a head, one for each axis of the image, by themselves. With the quarters of a head in the
 order 0, 2, 1, 3, for q and k alike, that is one rotation of halves, and the scores stay what they are.
-The projections, which may clamp what they read and write, are called as modules.
+The projections, which may clamp what they read and write, are called as modules. The position of a patch is the sum of
+two rows of a table, which timm picks by a product with zeros and ones.
 Source: timm/models/gemma4_vit.py.
 """
 
@@ -19,7 +20,8 @@ from vit_fast import ops
 from vit_fast.block import drops_not_covered, prepared_for
 from vit_fast.block_params import Norm
 from vit_fast.integrations import Fused, given, mask_options, norm_kind, not_taken
-from vit_fast.plain import submodules
+from vit_fast.kernels.tracing import autocasts
+from vit_fast.plain import LINEAR, submodules
 
 from .parts import (
     DROP_PATHS,
@@ -116,4 +118,40 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         return added(x, normalise(self.mlp(normalise(x, self.norm3)), self.norm4), path)
 
 
-FAST: dict[type[nn.Module], type[Fused]] = {gemma.Gemma4Block: FastGemma4Block}
+class FastGemma4PatchEmbed(Fused, gemma.Gemma4PatchEmbed):
+    """[B, in_chans, H, W], pixels 0…1 → ([B, N, C], places (x, y) [B, N, 2], None)."""
+
+    OPERATION = "patch_embed"
+    SUBMODULES = submodules(input_proj=LINEAR)
+
+    def _not_taken(self, x: Any, patch_coord: Any, patch_valid: Any) -> str | None:
+        """Why these are no images that one operation projects, or None."""
+        if isinstance(x, dict) or patch_coord is not None or patch_valid is not None:
+            return "the patches are given, and their projection is a linear layer of PyTorch"
+        if reason := not_taken(x, self.input_proj.weight, dims=4):
+            return reason
+        if autocasts(x.device.type):
+            return "autocast is on"
+        for size, patch in zip(x.shape[2:], self.patch_size, strict=True):
+            if size % patch or not 0 < size // patch <= self.position_embedding_size:
+                return f"images of {x.shape[2]}×{x.shape[3]} are no whole number of patches, or too many"
+        channels = self.input_proj.in_features // (self.patch_size[0] * self.patch_size[1])
+        return None if x.shape[1] == channels else f"the images have {x.shape[1]} channels, not {channels}"
+
+    def forward(self, x: Any, patch_coord: Any = None, patch_valid: Any = None) -> Any:
+        if reason := self.not_fused() or self._not_taken(x, patch_coord, patch_valid):
+            return self.run_library(reason, x, patch_coord, patch_valid)
+        (batch, channels), (height, width) = x.shape[:2], self.patch_size
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        by_column, by_row = self.position_embedding_table
+        places = (by_column[:columns] + by_row[:rows, None]).flatten(0, 1)[None]
+        weight = self.input_proj.weight.unflatten(1, (channels, height, width))
+        half = (0.5,) * channels  # (x − 0.5)/0.5: pixels become −1…1
+        tokens = ops.patch_embed(x, weight, None, places, None, (height, width), half, half)
+        return tokens, self._default_patch_coord(batch, rows, columns, x.device)[0].flip(-1), None
+
+
+FAST: dict[type[nn.Module], type[Fused]] = {
+    gemma.Gemma4Block: FastGemma4Block,
+    gemma.Gemma4PatchEmbed: FastGemma4PatchEmbed,
+}

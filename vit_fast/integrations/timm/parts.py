@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import timm.layers as layers
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import DropPath, LayerScale, Mlp
 from torch import nn
 
@@ -44,6 +43,7 @@ try:
 except ImportError:  # older timm has none
     pass
 _DIFFERENTIAL = _classes("DiffAttention")
+_ADDED = {"bias"}  # an option of attention that PyTorch refuses where its shape is wrong
 
 ACTIVATIONS = {
     layers.GELU: "gelu",
@@ -288,8 +288,7 @@ def mlp_branch(
             x, *known_norm(norm), fc1.weight, fc1.bias, fc2.weight, fc2.bias, word, gamma,
             row_scale=row_scale, dropout_p=drops[0], out_dropout_p=drops[1], **inner,
         )  # fmt: skip
-    y = hidden(mlp, x, norm)
-    y = F.dropout(y, drops[0]) if drops[0] else y
+    y = ops.dropout(hidden(mlp, x, norm), drops[0])
     residual = x if residual is None else residual
     return ops.linear_residual(
         y, fc2.weight, fc2.bias, gamma, residual, row_scale=row_scale, dropout_p=drops[1], **inner
@@ -493,12 +492,14 @@ class PreNormBlock(TimmBlock):
                 parts["norm1"], parts["norm2"], attn._modules["qkv"], attn._modules["proj"], mlp["fc1"], mlp["fc2"]
             )
         )  # fmt: skip
-        run: Any = reference if select.is_direct() else ops
+        direct = select.is_direct()
+        run: Any = reference if direct else ops
+        attend = run.attention if direct and options.keys() <= _ADDED else ops.attention
         bias = qkv_bias(attn) if attn._parameters.get("q_bias") is not None else qkv["bias"]
         y = run.layer_norm_linear(
             x, norm1["weight"], norm1.get("bias"), words.eps1, qkv["weight"], bias, norm=words.norm1
         )
-        y = ops.attention(y, words.num_heads, words.scale, **options)
+        y = attend(y, words.num_heads, words.scale, **options)
         x = run.linear_residual(y, proj["weight"], proj["bias"], gammas[0], x)
         return run.layernorm_mlp(
             x, norm2["weight"], norm2.get("bias"), words.eps2, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"],
@@ -515,11 +516,10 @@ class PostNormBlock(TimmBlock):
         q, k, v, gate = project(attn, x, None)
         y = normalise(attend(attn, q, k, v, drops[0], **options), getattr(attn, "norm", None))
         y = ops.linear(y if gate is None else y * gate, proj.weight, proj.bias)
-        x = added(x, normalise(F.dropout(y, drops[1]) if drops[1] else y, self.norm1), paths[0])
-        y = hidden(mlp, x, None)
-        y = F.dropout(y, hidden_drop) if hidden_drop else y
+        x = added(x, normalise(ops.dropout(y, drops[1]), self.norm1), paths[0])
+        y = ops.dropout(hidden(mlp, x, None), hidden_drop)
         y = ops.linear(y if type(mlp) in GEGLU else normalise(y, mlp.norm), fc2.weight, fc2.bias)
-        return added(x, normalise(F.dropout(y, out_drop) if out_drop else y, self.norm2), paths[1])
+        return added(x, normalise(ops.dropout(y, out_drop), self.norm2), paths[1])
 
 
 def added(x: torch.Tensor, y: torch.Tensor, path: Path) -> torch.Tensor:

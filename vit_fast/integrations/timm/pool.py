@@ -58,7 +58,7 @@ class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
         q = _linear(self.latent, self.q).to(k.dtype).expand(x.shape[0], -1, -1)
         scale = self.head_dim**-0.5 if self.fused_attn else self.scale
         y = _linear(ops.attention(q, self.num_heads, scale, k=k, v=v, **masked, **head_norms(self)), self.proj)
-        y = F.dropout(y, proj_drop) if proj_drop else y
+        y = ops.dropout(y, proj_drop)
         if self.mlp is not None:
             norm = None if isinstance(self.norm, nn.Identity) else self.norm
             y = mlp_branch(self.mlp, y, norm, None, NO_PATH, of_mlp, y if norm is None else None)

@@ -41,6 +41,13 @@ class CLIPStackForm(CLIPForm):
     STACKABLE = True
 
 
+class Phi4Form(CLIPForm):
+    """The vision layer of Phi-4, whose attention is causal where transformers drops a mask without padding."""
+
+    SCALE, DROPOUT = "scaling", "attention_dropout"
+    CAUSAL_UNMASKED = True
+
+
 class XCLIPVisionForm(CLIPForm):
     """X-CLIP's vision layer: CLIP's, whose attention has a token with a message of the other frames in addition."""
 

@@ -17,7 +17,7 @@ from vit_fast.plain import submodules
 from . import clip, dino, multimodal, pooling, sam, vit
 from .layer import Layer
 
-Form = Layer | pooling.PoolingHead
+Form = Layer | pooling.PoolingHead | pooling.Aimv2Head
 
 
 class Family(NamedTuple):
@@ -98,7 +98,14 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "beit.modeling_beit": (Family(vit.BeitForm, "BeitLayer", "Beit"),),
     "data2vec.modeling_data2vec_vision": (Family(vit.Data2VecForm, "Data2VecVisionLayer", "Data2VecVision"),),
     "internvl.modeling_internvl": (Family(vit.InternVLForm, "InternVLVisionLayer", "InternVLVision"),),
-    "aimv2.modeling_aimv2": (Family(multimodal.Aimv2Form, "Aimv2EncoderLayer", "Aimv2"),),
+    "aimv2.modeling_aimv2": (
+        Family(multimodal.Aimv2Form, "Aimv2EncoderLayer", "Aimv2"),
+        Family(pooling.Aimv2Head, "Aimv2AttentionPoolingHead", "Aimv2"),
+    ),
+    "phi4_multimodal.modeling_phi4_multimodal": (
+        Family(clip.Phi4Form, "Phi4MultimodalVisionEncoderLayer", "Phi4MultimodalVision"),
+        Family(pooling.PoolingHead, "Phi4MultimodalVisionMultiheadAttentionPoolingHead", "Phi4MultimodalVision"),
+    ),
     "ovis2.modeling_ovis2": (
         Family(
             multimodal.Aimv2Form, "Ovis2VisionEncoderLayer", "Ovis2", names={"Ovis2Attention": "Ovis2VisionAttention"}

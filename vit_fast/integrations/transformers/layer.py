@@ -132,6 +132,7 @@ class Layer(Fused):
     ARGUMENTS: tuple[str, ...] = ("attention_mask",)  # what the library's forward takes by position after the input
     READS: tuple[str, ...] = ("attention_mask",)  # the arguments that the fused forward takes too
     HEADS, SCALE, DROPOUT = "num_attention_heads", "scaling", "attention_dropout"
+    CAUSAL_UNMASKED = False  # whether its attention is causal in calls without a mask, and in those alone
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -156,7 +157,7 @@ class Layer(Fused):
     def not_covered(cls, self: Any) -> str | None:  # type: ignore[override]
         parts = cls.parts(self)
         attention = parts.attention
-        if getattr(attention, "is_causal", False):
+        if getattr(attention, "is_causal", False) and not cls.CAUSAL_UNMASKED:
             return "its attention is causal"
         if reason := _other_attention(attention):
             return reason
@@ -221,6 +222,8 @@ class Layer(Fused):
     def attention_options(self, x: torch.Tensor, named: Mapping[str, Any]) -> dict[str, Any] | str:
         """The options of ``ops.attention`` for what a call gives beside the input, or why there are none."""
         options: dict[str, Any] = {}
+        if self.CAUSAL_UNMASKED and named.get("attention_mask") is None:
+            return "its attention is causal where no mask is given"
         for name, value in named.items():
             if value is None or value is False or name in _IGNORED:
                 continue

@@ -60,6 +60,11 @@ def _frames(dtype: torch.dtype) -> dict[str, Any]:
     return {"pixel_values": images(dtype, 2, 4)}
 
 
+def _rows(*rows: int) -> torch.Tensor:
+    """Which of the 4×4 patches of each image are no padding: the first rows."""
+    return (torch.arange(4)[:, None] < torch.tensor(rows)[:, None, None]).repeat(1, 1, 4)
+
+
 def _naflex(dtype: torch.dtype) -> dict[str, Any]:
     mask = torch.arange(16)[None] < torch.tensor([[16], [12]])
     return dict(
@@ -207,6 +212,11 @@ SMALL_MODELS |= {
     ),
     "Idefics3": SmallModel("Idefics3VisionTransformer", "Idefics3VisionConfig", {}),
     "SmolVLM": SmallModel("SmolVLMVisionTransformer", "SmolVLMVisionConfig", {}),
+    "Phi-4": SmallModel(
+        "phi4_multimodal.modeling_phi4_multimodal:Phi4MultimodalVisionModel",
+        "phi4_multimodal.configuration_phi4_multimodal:Phi4MultimodalVisionConfig", dict(crop_size=32),
+        inputs=lambda dtype: dict(pixel_values=images(dtype), patch_attention_mask=_rows(4, 2)),
+    ),
     "DPT": _model("DPT"),
     "Kosmos2": SmallModel(
         "kosmos2.modeling_kosmos2:Kosmos2VisionModel", "kosmos2.configuration_kosmos2:Kosmos2VisionConfig", {}
