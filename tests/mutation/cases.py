@@ -76,11 +76,23 @@ def arguments():
                 else:
                     raise AssertionError(f"{op} takes {list(changes)}")
     _packed_widths()
+    _wrong_tables()
     _block_options()
     _kept_samples()
     arguments_module.check_rows("linear", 2**31 - 256)
     with pytest.raises(RuntimeError, match=r"vit_fast.linear: 2147483393 rows, expected at most 2147483392"):
         arguments_module.check_rows("linear", 2**31 - 255)
+
+
+def _wrong_tables():
+    """Bounds of sequences that do not rise to the tokens, and tables of rotary embedding with an axis too many."""
+    check, ones = arguments_module.check_attention, torch.ones
+    for bounds in ([1, 5], [0, 4], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match="cu_seqlens does not rise from 0 to 5"):
+            check(ones(1, 5, 24), 2, 0.5, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    for shape in ((4,), (1, 1, 1, 5, 4)):
+        with pytest.raises(ValueError, match="rope cos has shape"):
+            check(ones(2, 5, 24), 2, 0.5, rope=(ones(shape), ones(5, 4)))
 
 
 def _block_options():
@@ -116,6 +128,8 @@ def _packed_widths():
     for name, tensors in weights.items():
         check = getattr(arguments_module, f"check_{name}")
         check(torch.zeros(1, 2, 48), tensors)
+        with pytest.raises(ValueError, match=f"vit_fast.{name}: x is on meta, expected cpu"):
+            check(torch.zeros(1, 2, 48, device="meta"), tensors)
         for width in (16, 44, 52):
             with pytest.raises(ValueError, match=f"vit_fast.{name}: x has width {width}"):
                 check(torch.zeros(1, 2, width), tensors)
@@ -138,9 +152,12 @@ def _right_arguments():
         dict(rope=(ones(2, 4, 4), ones(2, 2, 4, 4)), num_prefix=1), some | dict(num_prefix=5),
         dict(rel_pos=(ones(2, 2, 5, 5), ones(2, 2, 5, 1))), dict(key_lengths=torch.tensor([0, 9], dtype=torch.int32)),
         dict(qkv=ones(1, 5, 24), cu_seqlens=torch.tensor([0, 0, 5], dtype=torch.int32)),
+        dict(qkv=ones(1, 5, 24), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)),
+        dict(qkv=ones(2, 6, 24), rel_pos=(ones(2, 2, 6, 2), ones(2, 2, 6, 3))),
     ):  # fmt: skip
         yield "attention", changes
     yield "layer_norm", dict(x=ones(1, 1), weight=ones(1), bias=ones(1), eps=0.0)
+    yield "layer_norm", dict(norm="rms")
     for activation, rows in (("swiglu", 8), ("swiglu", 2), ("gelu", 7), (None, 7)):
         yield "layer_norm_linear", dict(weight=ones(rows, 4), bias=ones(rows), activation=activation)
     yield "linear_residual", dict(x=ones(2, 4), residual=ones(2, 8), row_scale=None)
