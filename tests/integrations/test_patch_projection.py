@@ -115,6 +115,15 @@ def test_hooks_restore_and_a_second_time(name):
     assert type(getattr(model, name)) is nn.Conv2d and torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("name", ("patches", "tubelets"))
+def test_compiles_in_one_graph(name):
+    build, shape = CASES[name]
+    model, x = swapped(build()), torch.randn(shape)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_stays():
     for conv, reason in (
         (nn.Conv2d(3, 8, 4, 4, padding=2), "its convolution stays: it is padded"),

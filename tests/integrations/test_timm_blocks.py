@@ -115,9 +115,8 @@ def test_naflex_masks_run_fused(name):
     model, expected = vit_fast.optimize(copy.deepcopy(plain)), plain(x)
     with vit_fast.backends.recording() as choices:
         actual = model(x)
-    (stays,) = in_library(choices)
-    assert stays[0] == "patch_embed" and "a linear layer of PyTorch" in stays[1]
-    assert len(fused(choices)) == 2 * len(MODELS[name][1])
+    given = "the patches are given, and their projection is a linear layer of PyTorch"
+    assert in_library(choices) == [("patch_embed", given)] and len(fused(choices)) == 2 * len(MODELS[name][1])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
     other = {key: value.clone() for key, value in x.items()}
     other["patches"][1, 7:] += 1  # padding

@@ -400,7 +400,7 @@ def _count(x: torch.Tensor) -> int:
 # Operation → what decides whether the extension is the faster: rows (tokens of attention), and the dtype multiplied.
 _SIZES: dict[str, Callable[..., tuple[int, torch.dtype]]] = {
     "patch_embed": lambda images, weight, *_: (
-        images.shape[0] * math.prod(images.shape[2 + i] // weight.shape[2 + i] for i in range(2)), weight.dtype
+        images.shape[0] * (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3]), weight.dtype
     ),
     "attention": lambda qkv, *_: (qkv.shape[1], qkv.dtype),
     "layer_norm": lambda x, *_, **__: (_count(x), x.dtype),
