@@ -48,7 +48,6 @@ KERNELS = {
     layer_norm_bwd: ("_layer_norm_bwd_kernel", "_layer_norm_wide_bwd_kernel", "_layer_norm_sums_kernel"),
     linear_bwd: ("_layer_scale_bwd_kernel",),
     column_sums: ("_column_sums_kernel", "_partial_sums_kernel"),
-    prepared_linear: ("_quantise_tokens_fwd_kernel",),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
