@@ -80,8 +80,8 @@ REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, gl.constexpr(240), gl.c
 class LinearHopperConfig:
     """A tile of block_m × block_n: one consumer's, or where ``cooperative`` that of both, 64 or 128 rows each.
 
-    Compiled without spills: 128 × 128, 128 × 64, cooperative 128 × 256 and, for widths of out that are multiples of 16,
-    256 × 128.
+    Compiled without spills: 128 × 128, 128 × 64 and, for widths of out that are multiples of 16, cooperative 128 × 256
+    and 256 × 128.
     """
 
     block_m: int = 128
