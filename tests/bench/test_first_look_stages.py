@@ -75,8 +75,9 @@ def test_a_wrong_result_is_not_timed(stages):
 @pytest.mark.interp
 @pytest.mark.parametrize("name", ("stacks", "epilogues", "tiny"))
 def test_checks_on_small_interpreted_kernels(stages, monkeypatch, name):
-    for size, value in (("TOKENS", 5), ("WIDTH", 64), ("HIDDEN", 128), ("PARTIAL_WIDTH", 32)):
+    for size, value in (("TOKENS", 5), ("WIDTH", 64), ("HIDDEN", 128)):
         monkeypatch.setattr(stages, size, value)
+    monkeypatch.setitem(stages.partials_of.__globals__, "PARTIAL_WIDTH", 32)
     monkeypatch.setattr(stages.Bench, "us", lambda bench, call: 2.0)
     torch.manual_seed(0)
     passed, kept = _run(stages, name, stages.Bench(torch.device("cpu"), 3))
