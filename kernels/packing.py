@@ -133,8 +133,8 @@ def int8_weight(weight: torch.Tensor) -> PackedWeight:
 
 
 def is_tiny(weight: torch.Tensor) -> bool:
-    """Whether a weight has fewer inputs or outputs than tensor cores multiply at once, as the products of CaiT that mix
-    its heads: they are left to PyTorch."""
+    """Whether a weight has fewer inputs or outputs than a tile of any kernel, as those of CaiT that mix heads: PyTorch
+    multiplies it."""
     return min(weight.shape) < 16
 
 

@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from . import ops
-from .kernels.packing import PackedWeight
+from .kernels.packing import PackedWeight, is_tiny
 from .precisions import Precision
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _PACKED = "in_proj_weight"  # of torch's and open_clip's attention
+
+
+def _prepared(weight: torch.Tensor, precision: Precision) -> PackedWeight | torch.Tensor:
+    """A weight for the operation of the precision, or as it is where PyTorch runs it."""
+    return weight.detach() if is_tiny(weight) else precision.pack(weight)
 
 
 class PackedLinear(nn.Module):
@@ -25,7 +30,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, precision: Precision) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._parameters: dict[str, Any] = {"weight": precision.pack(linear.weight), "bias": linear.bias}
+        self._parameters: dict[str, Any] = {"weight": _prepared(linear.weight, precision), "bias": linear.bias}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
@@ -53,7 +58,7 @@ def twin(module: nn.Module, precision: Precision) -> Any:
     attributes = dict(vars(module))
     attributes["_parameters"] = dict(module._parameters)
     if (weight := module._parameters.get(_PACKED)) is not None:
-        attributes["_parameters"][_PACKED] = precision.pack(weight)
+        attributes["_parameters"][_PACKED] = _prepared(weight, precision)
     attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
     vars(copy).update(attributes)
     return copy

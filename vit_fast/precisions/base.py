@@ -64,8 +64,8 @@ class Precision:
         """The record of a block."""
         raise NotImplementedError
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight | torch.Tensor:
-        """The weight [out, in] of one linear layer for the operation ``linear``, or as it is: then PyTorch runs it."""
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """The weight [out, in] of one linear layer for the operation ``linear``."""
         raise NotImplementedError
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:

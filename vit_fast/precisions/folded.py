@@ -43,8 +43,8 @@ class Folded(Precision):
     def fold(self, params: BlockParams) -> folding.FoldedBlock:
         return folding.prepare_block(*folding_arguments(params), **norms_to_fold(params))
 
-    def pack(self, weight: torch.Tensor) -> packing.PackedWeight | torch.Tensor:
-        return weight.detach() if packing.is_tiny(weight) else packing.prepared_weight(weight.detach())
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
+        return packing.prepared_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_prepared_blocks(x, weights)

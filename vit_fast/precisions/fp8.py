@@ -35,8 +35,8 @@ class Float8(Precision):
     def fold(self, params: BlockParams) -> folding.Float8Block:
         return folding.fp8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
-    def pack(self, weight: torch.Tensor) -> packing.PackedWeight | torch.Tensor:
-        return weight.detach() if packing.is_tiny(weight) else packing.fp8_weight(weight.detach())
+    def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
+        return packing.fp8_weight(weight.detach())
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_fp8_blocks(x, weights)
