@@ -277,6 +277,7 @@ def _run(settings: Settings, device: Any, resume: Path | None) -> None:
             f"Best top-1 accuracy {best['eval_top1']:.2f} % after epoch {best['epoch'] + 1}. Weights, table and plot: "
             f"{settings.output}"
         )
+    parallel.end(processes)
 
 
 def _title(settings: Settings) -> str:
