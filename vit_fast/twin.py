@@ -21,7 +21,8 @@ _PACKED = "in_proj_weight"  # of torch's and open_clip's attention
 
 def _prepared(weight: torch.Tensor, precision: Precision) -> PackedWeight | torch.Tensor:
     """A weight for the operation of the precision, or as it is where PyTorch runs it."""
-    return weight.detach() if is_tiny(weight) else precision.pack(weight)
+    weight = weight.detach()
+    return weight if is_tiny(weight) else precision.pack(weight)
 
 
 class PackedLinear(nn.Module):

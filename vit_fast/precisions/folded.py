@@ -44,7 +44,7 @@ class Folded(Precision):
         return folding.prepare_block(*folding_arguments(params), **norms_to_fold(params))
 
     def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
-        return packing.prepared_weight(weight.detach())
+        return packing.prepared_weight(weight)
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_prepared_blocks(x, weights)

@@ -36,7 +36,7 @@ class Float8(Precision):
         return folding.fp8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
-        return packing.fp8_weight(weight.detach())
+        return packing.fp8_weight(weight)
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_fp8_blocks(x, weights)

@@ -35,7 +35,7 @@ class Int8(Precision):
         return packing.int8_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
-        return packing.int8_weight(weight.detach())
+        return packing.int8_weight(weight)
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_int8_blocks(x, weights)

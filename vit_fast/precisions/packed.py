@@ -30,7 +30,7 @@ class Packed(Precision):
         return packing.packed_block(*folding_arguments(params), params.activation, **norms_to_fold(params))
 
     def pack(self, weight: torch.Tensor) -> packing.PackedWeight:
-        return packing.packed_weight(weight.detach())
+        return packing.packed_weight(weight)
 
     def check(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         arguments.check_packed_blocks(x, weights)
