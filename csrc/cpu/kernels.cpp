@@ -15,11 +15,15 @@ namespace {
 using vit_fast::Kernels;
 
 int64_t prepared_blocks_workspace(const PreparedBlocks& s) {
-  return with_type(s.type, [&]<Type TYPE>() { return Stack<TYPE>(s).bytes; });
+  return with_type(s.type, [&]<Type TYPE>() { return Stack<TYPE>(images_of(s, 0, images_at_a_time<TYPE>(s))).bytes; });
 }
 
 void prepared_blocks(const PreparedBlocks& s) {
-  with_type(s.type, [&]<Type TYPE>() { Stack<TYPE>(s).run(); });
+  with_type(s.type, [&]<Type TYPE>() {
+    const int64_t groups = ceil_div(s.batch, images_at_a_time<TYPE>(s));
+    for (int64_t i = 0; i < groups; i++)
+      Stack<TYPE>(images_of(s, i * s.batch / groups, (i + 1) * s.batch / groups)).run();
+  });
 }
 
 int64_t attention_workspace(const Attention& a) {

@@ -4,12 +4,13 @@
 //     x = x + fc2(act(fc1(LN2(x))))
 //
 // The parameters of the norms (LayerNorm or RMSNorm, also before proj and fc2) and LayerScale are folded into the
-// weights; q and k may be normalised and turned (rotary embedding) where they are projected. x, the sums, the statistics, q, k, v and the scores
-// are float32. Everything but attention works on rows alone: a task takes a few rows from the end of attention through
-// proj, LN2, fc1, fc2, the next block's LN1 and qkv, so that a block has two parallel regions. What a product reads is
-// encoded as its words: float32 or bfloat16 rows; for int8 weights, uint8 with a scale and a zero point for each row,
-// taken from its smallest and largest value (asymmetric, dynamic), after each channel has got the gain g whose inverse
-// is in the weight's column (packing.input_gain):
+// weights; q and k may be normalised and turned (rotary embedding) where they are projected. x, the sums, the
+// statistics, q, k, v and the scores are float32. Everything but attention works on rows alone: a task takes a few rows
+// from the end of attention through proj, LN2, fc1, fc2, the next block's LN1 and qkv, so that a block has two parallel
+// regions. A few images go through the whole stack, then the next ones: what is kept between two regions stays small
+// enough for the caches. What a product reads is encoded as its words: float32 or bfloat16 rows; for int8 weights, uint8
+// with a scale and a zero point for each row, taken from its smallest and largest value (asymmetric, dynamic), after
+// each channel has got the gain g whose inverse is in the weight's column (packing.input_gain):
 //
 //     g·x ≈ s·(q − z),  x·w ≈ s·s_w·(q·w_q − z·Σ w_q)
 //
@@ -267,7 +268,7 @@ struct Choose<false, A, B> {
 
 template <Type TYPE>
 struct Stack {
-  const PreparedBlocks& s;
+  const PreparedBlocks s;
   int64_t rows, qkv_stride, narrow_bytes, wide_bytes, space_bytes;
   float *qkv, *attended;
   char* spaces;
@@ -429,5 +430,21 @@ struct Stack {
     }
   }
 };
+
+// How many images go through the stack at a time: enough that each thread gets two tasks of rows in a region.
+template <Type TYPE>
+int64_t images_at_a_time(const PreparedBlocks& s) {
+  const int64_t images = s.tokens ? ceil_div(2 * s.pool.slots * TASK_ROWS<TYPE>, s.tokens) : s.batch;
+  return images < s.batch ? images : s.batch;
+}
+
+// The same stack on images first … last − 1.
+inline PreparedBlocks images_of(PreparedBlocks s, int64_t first, int64_t last) {
+  s.x += first * s.tokens * s.width;
+  s.batch = last - first;
+  if (s.rope.cos) s.rope.cos += first * s.rope.stride[0], s.rope.sin += first * s.rope.stride[0];
+  if (s.bias.data) s.bias.data += first * s.bias.stride[0];
+  return s;
+}
 
 }  // namespace

@@ -323,3 +323,27 @@ def test_packed_linear_layers_at_every_level(kind):
                     assert (out.double() - wanted.double()).abs().amax() <= limit * scale, (level, rows, rest[3:5])
     finally:
         CPU.use_level(before)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_every_image_of_a_batch_as_alone(kind):
+    """A stack takes a few images at a time; each image keeps its own rotary table and its own bias."""
+    model, _ = prepared(small(DTYPES[kind]), kind)
+    stack = vars(model.blocks)[PREPARED]
+    tokens, head_size, images = 150, 16, 5  # two images and more fill the tasks of every thread
+    x = torch.randn(images, tokens, 48).to(DTYPES[kind])
+    rope = torch.rand(2, images, 1, tokens - 1, head_size)
+    bias = torch.randn(images, 3, tokens, tokens)
+
+    def run(chosen):
+        stack.options = stack.options._replace(rope=tuple(rope[:, chosen]), num_prefix=1, bias=bias[chosen])
+        with torch.inference_mode(), vit_fast.backend("cpu"):
+            return stack.run(x[chosen])
+
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.equal(run(slice(None)), torch.cat([run(slice(i, i + 1)) for i in range(images)]))
+    finally:
+        torch.set_num_threads(threads)
