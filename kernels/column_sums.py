@@ -1,6 +1,6 @@
 """Sums over the rows of a matrix in two stages, without atomics: the gradients of biases and position embeddings.
 
-    sums[c] = Σ_r g[r, c]        g = row_scale[b] · mask[r, c] / (1 − p) · x[r, c]        every part but x optional
+    sums[c] = Σ_r g[r, c]        g = row_scale[b] · gamma[c] · mask[r, c] / (1 − p) · x[r, c]      all but x optional
 
 x [B, ..., C] with any strides (``launch.row_layout``), float32, float16, bfloat16 (float64 interpreted). g can be
 stored on the way, [rows, C] in a dtype asked for: the gradient of a branch behind dropout and drop path, which the
@@ -31,6 +31,7 @@ def _column_sums_kernel(
     scaled_ptr,  # [rows, width] contiguous, or None
     x_ptr,  # rows at one or two strides
     row_scale_ptr,  # [rows / rows_per_sample] contiguous, or None
+    gamma_ptr,  # [width] contiguous, or None
     dropout,  # Dropout, or None
     rows,
     width,
@@ -51,6 +52,8 @@ def _column_sums_kernel(
     column = (program % column_tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     in_width = column < width
     total = tl.zeros([ROWS, COLUMNS], ACC)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
     for start in range(0, CHUNK, ROWS):
         row = chunk * CHUNK + start + tl.arange(0, ROWS)
         in_rows = row < rows
@@ -61,6 +64,8 @@ def _column_sums_kernel(
             value = dropped(value, dropout, (row * width)[:, None] + column[None, :])
         if row_scale_ptr is not None:
             value *= tl.load(row_scale_ptr + row // rows_per_sample, mask=in_rows, other=0.0).to(ACC)[:, None]
+        if gamma_ptr is not None:
+            value *= gamma
         if scaled_ptr is not None:
             scaled_ptrs = scaled_ptr + (row * width)[:, None] + column[None, :]
             tl.store(scaled_ptrs, value.to(scaled_ptr.dtype.element_ty), mask=mask)
@@ -114,7 +119,7 @@ def add_partials(
     return one, two
 
 
-def _run(x, row_scale, dropout_p, seed, scaled_dtype, with_sums):
+def _run(x, row_scale, gamma, dropout_p, seed, scaled_dtype, with_sums):
     """(partials or None, g or None)"""
     width = x.shape[-1]
     rows = x.numel() // width
@@ -126,7 +131,7 @@ def _run(x, row_scale, dropout_p, seed, scaled_dtype, with_sums):
     x, two_strides, inner, stride_xo, stride_xi = launch.row_layout(x)
     with launch.device_guard(x):
         _column_sums_kernel[(chunks * configs.cdiv(width, COLUMNS),)](
-            partials, scaled, x, launch.vector(row_scale), dropout_of(dropout_p, seed),
+            partials, scaled, x, launch.vector(row_scale), launch.vector(gamma), dropout_of(dropout_p, seed),
             rows, width, inner, rows // len(x), stride_xo, stride_xi, x.stride(-1),
             TWO_STRIDES=two_strides, ACC=acc, CHUNK=CHUNK, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
@@ -138,7 +143,7 @@ def column_sums(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or launch.stat_dtype(x.dtype)
     if x.numel() == 0:
         return torch.zeros(x.shape[-1], dtype=dtype, device=x.device)
-    partials, _ = _run(x, None, 0.0, None, None, with_sums=True)
+    partials, _ = _run(x, None, None, 0.0, None, None, with_sums=True)
     sums, _ = add_partials(partials, None, dtype, dtype)
     assert sums is not None
     return sums
@@ -151,13 +156,14 @@ def branch_gradient(
     dropout_p: float,
     seed: Tensor | None,
     with_sums: bool,
+    gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(g [B, ..., C] in ``dtype``, its column sums [C] in float32 where asked for): the gradient behind drop path and
-    dropout. A gradient that neither changes is not copied."""
+    dropout, and behind LayerScale where gamma is given. A gradient that none of them changes is not copied."""
     if grad.numel() == 0:
         return grad.to(dtype), column_sums(grad) if with_sums else None
-    if row_scale is None and dropout_p == 0.0 and grad.dtype == dtype:
+    if row_scale is None and gamma is None and dropout_p == 0.0 and grad.dtype == dtype:
         return grad, column_sums(grad) if with_sums else None
-    partials, scaled = _run(grad, row_scale, dropout_p, seed, dtype, with_sums)
+    partials, scaled = _run(grad, row_scale, gamma, dropout_p, seed, dtype, with_sums)
     stat = launch.stat_dtype(grad.dtype)
     return scaled, add_partials(partials, None, stat, stat)[0]

@@ -3,7 +3,7 @@
 From the saved pre-activation z of fc1, or from z computed again where none was saved, with g the incoming gradient
 behind drop path and the output's dropout:
 
-    dz = (g (gamma ∘ W2)) · mask / (1 − p) · act′(z) and h again      one product with both in its epilogue
+    dz = ((g ∘ gamma) W2) · mask / (1 − p) · act′(z) and h again      one product with both in its epilogue
     dw2, db2, dgamma of g and h; dw1 = dzᵀ LN(x), db1 = colsum(dz); dx = LN backward of dz W1, and the incoming gradient
 
 Seven launches of Triton's (``gemm_train``, ``layer_norm``, ``layer_norm_bwd``, ``column_sums``, ``linear_bwd``) and
@@ -23,7 +23,7 @@ from .column_sums import branch_gradient
 from .gemm_train import pre_activation_gradient
 from .layer_norm_bwd import layer_norm_bwd
 from .linear import Norm, linear
-from .linear_bwd import layer_norm_product_bwd, parameter_gradients, row_scale_gradient, scaled_rows
+from .linear_bwd import layer_norm_product_bwd, parameter_gradients, product_gradient, row_scale_gradient
 
 
 def layernorm_mlp_bwd(
@@ -69,18 +69,21 @@ def layernorm_mlp_bwd(
     if missing:
         assert normal is not None
         z = linear(normal, w1, b1)
+    dproduct = g
+    if needs_dz or any(of_inner):
+        dproduct = product_gradient(g, grad, gamma, row_scale, out_dropout_p, out_seed)
     if inner_norm is None:
         dz, hidden, dinner = None, None, (None, None)
         if needs_dz:
             dz, hidden = pre_activation_gradient(
-                g, scaled_rows(w2, gamma), z, activation,
+                dproduct, w2, z, activation,
                 dropout_p=dropout_p, seed=seed, with_hidden=needs_hidden, config=config,
             )  # fmt: skip
         elif needs_hidden:
             hidden = reference.dropout(reference.activate(z, activation), dropout_p, seed)
     else:
         dz, hidden, dinner = _through_inner_norm(
-            g, z, w2, activation, gamma, inner_norm, norm, dropout_p, seed, needs_dz, of_inner
+            dproduct, z, w2, activation, inner_norm, norm, dropout_p, seed, needs_dz, of_inner
         )
     of_fc2 = parameter_gradients(g, sums, hidden, w2, b2, gamma, (needs_dw2, needs_db2, needs_dgamma))
     drow_scale = None
@@ -95,7 +98,7 @@ def layernorm_mlp_bwd(
     return *dfc1, *of_fc2, drow_scale, *dinner
 
 
-def _through_inner_norm(g, z, w2, activation, gamma, inner_norm, norm, dropout_p, seed, needs_dz, of_inner):
+def _through_inner_norm(dproduct, z, w2, activation, inner_norm, norm, dropout_p, seed, needs_dz, of_inner):
     """(dz or None, LN(h), (dinner_weight, dinner_bias)) where fc2 multiplies LN(h)."""
     weight, bias, eps = inner_norm
     activated = reference.dropout(reference.activate(z, activation), dropout_p, seed)
@@ -103,7 +106,7 @@ def _through_inner_norm(g, z, w2, activation, gamma, inner_norm, norm, dropout_p
     if not (needs_dz or any(of_inner)):
         return None, hidden, (None, None)
     dhidden, *dinner = layer_norm_bwd(
-        g @ scaled_rows(w2, gamma), activated, weight, bias, *statistics, norm=norm, needs=(needs_dz, *of_inner)
+        dproduct @ w2, activated, weight, bias, *statistics, norm=norm, needs=(needs_dz, *of_inner)
     )
     dz = reference.activate_bwd(reference.dropout(dhidden, dropout_p, seed), z, activation) if needs_dz else None
     return dz, hidden, dinner

@@ -3,14 +3,16 @@
 For y = residual + row_scale[b] · gamma · mask / (1 − p) · (h Wᵀ + bias), with the gradient g of (h Wᵀ + bias) · gamma,
 that is the incoming one behind drop path and dropout (``column_sums.branch_gradient``):
 
-    dh = g (gamma ∘ W)    dW = gamma ∘ dW′    dbias = gamma ∘ colsum(g)    dgamma = rowsum(W ∘ dW′) + bias ∘ colsum(g)
+    dh = (g ∘ gamma) W    dW = gamma ∘ dW′    dbias = gamma ∘ colsum(g)    dgamma = rowsum(W ∘ dW′) + bias ∘ colsum(g)
 
-with dW′ = gᵀ h and gamma along the rows of W, so that neither the branch's output nor gᵀ scaled by gamma is needed.
+with dW′ = gᵀ h and gamma along the rows of W, so that the branch's output is not needed. g ∘ gamma is rounded once,
+from the incoming gradient: gamma ∘ W in 16 bits would err alike in every row, and sums over rows behind it too.
 Products are PyTorch's (cuBLAS); with a gamma dW′ is float32, and one small kernel makes dW, dgamma and dbias of it.
 drow_scale, which trainable drop path alone wants, computes the branch again.
 
 LayerNorm + linear: LN(x) is computed again; with an activation z too. Then the products, then ``layer_norm_bwd``.
-Moves, beside the products, rows·N for colsum(g), and 2·rows·N where g is not the incoming gradient.
+Moves, beside the products, rows·N for colsum(g), and 2·rows·N each for g ∘ gamma and a g that is not the incoming
+gradient.
 Limits: those of ``layer_norm_bwd`` and ``column_sums``.
 """
 
@@ -112,9 +114,13 @@ def wide_product(dz: Tensor, x: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def scaled_rows(weight: Tensor, gamma: Tensor | None) -> Tensor:
-    """gamma ∘ W in W's dtype."""
-    return weight if gamma is None else (weight * gamma[:, None]).to(weight.dtype)
+def product_gradient(
+    g: Tensor, grad: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """The gradient of h Wᵀ + bias, gamma ∘ g in the dtype of g, from the incoming one."""
+    if gamma is None:
+        return g
+    return branch_gradient(grad, g.dtype, row_scale, dropout_p, seed, False, gamma)[0]
 
 
 def parameter_gradients(
@@ -175,7 +181,7 @@ def linear_residual_bwd(
     if needs_drow_scale and row_scale is not None:
         drow_scale = row_scale_gradient(grad, linear(normal, weight, bias), gamma, row_scale, dropout_p, seed)
     dinner: tuple[Any, Any] = (None, None)
-    dx = g @ scaled_rows(weight, gamma) if needs_dnormal else None
+    dx = product_gradient(g, grad, gamma, row_scale, dropout_p, seed) @ weight if needs_dnormal else None
     if inner_norm is not None and dx is not None:
         dx, *dinner = layer_norm_bwd(dx, x, *inner_norm[:2], *statistics, norm=norm, needs=(needs_dx, *needs_inner))
     return None if dx is None else dx.to(x.dtype), dweight, dbias, dgamma, drow_scale, *dinner

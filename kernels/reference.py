@@ -394,6 +394,7 @@ def linear_residual_bwd(
 
     With g = grad · row_scale · dropout mask and dW' = gᵀ LN(x): dgamma = rowsum(W · dW') + b · colsum(g),
     dweight = gamma · dW', dbias = gamma · colsum(g), so that the branch itself is not needed.
+    The product's own gradient is rounded once, gamma · g: gamma · W would err alike in every row.
     """
     inner = inner_norm or (None, None, None)
     arguments = x, weight, bias, gamma, row_scale, *inner[:2]
@@ -402,9 +403,9 @@ def linear_residual_bwd(
     normal = x
     if of_weight or of_gamma or of_scale:
         normal = (x if inner_norm is None else layer_norm(x, *inner_norm, norm=norm)).to(weight.dtype)
-    g, drow_scale = grad.to(weight.dtype), None
-    if dropout_p:
-        g = g * dropout_mask(seed, g.shape, dropout_p, g.device).to(g.dtype)
+    drow_scale = None
+    keeps = dropout_mask(seed, grad.shape, dropout_p, grad.device).to(weight.dtype) if dropout_p else None
+    g = grad.to(weight.dtype) if keeps is None else grad.to(weight.dtype) * keeps
     if of_scale:
         branch = F.linear(normal, weight, bias)
         branch = branch if gamma is None else branch * gamma.to(branch.dtype)
@@ -417,8 +418,11 @@ def linear_residual_bwd(
     else:
         stat = _stat_dtype(g)
         scale, of_sums = gamma.to(stat), of_bias or (of_gamma and bias is not None)
-        scaled = (weight * scale[:, None]).to(weight.dtype) if of_product else weight
-        dx = g @ scaled if of_product else None
+        dx = None
+        if of_product:
+            dproduct = grad * scale if row_scale is None else grad * scale * _per_sample(row_scale, grad)
+            dproduct = dproduct.to(weight.dtype)
+            dx = (dproduct if keeps is None else dproduct * keeps) @ weight
         dweight = _wide_product(g, normal) if of_weight or of_gamma else None
         sums = _column_sums(g.reshape(-1, g.shape[-1]), stat) if of_sums else None
         dgamma = dbias = None

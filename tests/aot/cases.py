@@ -328,6 +328,7 @@ def linear_train_cases():
         column_sums(grad)
         branch_gradient(grad, dtype, torch.empty(batch), 0.1, seed, True)
         wide, vector = torch.empty(width, hidden), torch.empty(width, dtype=dtype)
+        branch_gradient(grad, dtype, torch.empty(batch), 0.1, seed, False, vector)
         layer_scale_bwd(wide, torch.empty(width, hidden, dtype=dtype), vector, vector, torch.empty(width))
 
     for dtype in DTYPES:

@@ -95,7 +95,8 @@ def test_bytes_by_hand(monkeypatch):
     assert [(o.name, o.bytes) for o in found] == [
         ("column_sums", x + 4 * C),
         ("layer_norm", x + 8 * C + x),
-        ("linear", x + weight + 4 * C + 3 * hidden),  # dz and h from g, W2 and z
+        ("column_sums", 2 * x + 4 * C),  # gamma ∘ g
+        ("linear", x + weight + 3 * hidden),  # dz and h from it, W2 and z
         ("linear", x + hidden + weight),  # dW′ of fc2
         ("layer_scale", 2 * weight + 4 * C + weight + 8 * C),
         ("linear", hidden + weight + x),  # the gradient of LN(x)

@@ -36,21 +36,71 @@ def sides(name, seed, dtype):
     return trained_operations.autograd(problem.to(dtype), grad.to(dtype)), trained_operations.autograd(problem, grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_budget(name, dtype):
-    problem, grad = drawn(name, 0, dtype)
-    _, actual = trained_operations.gradients(problem.to(dtype), grad.to(dtype))
+def in_budget(name, dtype, sides, problem, actual):
     eager, golden = sides(name, 0, dtype)
     others = [sides(name, seed, dtype) for seed in range(1, REPLICAS)]
     assert actual.keys() == golden.keys()
     for argument, g in golden.items():
         replicas = [(eagers[argument], goldens[argument]) for eagers, goldens in others]
-        assert actual[argument].dtype == dtype
+        assert actual[argument].dtype == problem.tensors[argument].dtype
         assert_within_budget(
             actual[argument], eager[argument], g, kind="gradient", repro=f"{name} {dtype}, {argument}",
             expected_zeros=0.6, replicas=replicas,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_budget(name, dtype):
+    problem, grad = drawn(name, 0, dtype)
+    problem = problem.to(dtype)
+    in_budget(name, dtype, sides, problem, trained_operations.gradients(problem, grad.to(dtype))[1])
+
+
+def mixed(name, seed, dtype, **sizes):
+    """(problem, incoming gradient): weights and biases of products in a 16-bit dtype, all else in float32."""
+    problem, grad = drawn(name, seed, torch.float32, **sizes)
+    tensors = {
+        argument: t if t is None else t.to(dtype if argument in NARROW else torch.float32)
+        for argument, t in problem.tensors.items()
+    }
+    return trained_operations.Problem(problem.operation, tensors, problem.words), grad.float()
+
+
+def mixed_sides(name, seed, dtype):
+    problem, grad = mixed(name, seed, dtype)
+    wide = trained_operations.autograd(problem.to(torch.float64), grad.double())
+    return trained_operations.autograd(problem, grad), wide
+
+
+NARROW = ("weight", "bias", "w1", "b1", "w2", "b2")
+LAYER_SCALED = ("linear_residual", "linear_residual dropout", "layernorm_mlp", "layernorm_mlp inner norm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=DTYPE_IDS[:2])
+@pytest.mark.parametrize("name", LAYER_SCALED)
+def test_budget_beside_a_wider_stream(name, dtype):
+    """LayerScale between a float32 stream and 16-bit weights: its product with either is rounded to 16 bits."""
+    problem, grad = mixed(name, 0, dtype)
+    in_budget(name, dtype, mixed_sides, problem, trained_operations.gradients(problem, grad)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=DTYPE_IDS[:2])
+@pytest.mark.parametrize(
+    "name, argument",
+    (("layernorm_mlp", "b1"), ("layernorm_mlp inner norm", "b1"), ("linear_residual inner norm", "inner_bias")),
+)
+def test_layer_scale_is_not_rounded_away(name, argument, dtype):
+    """A gamma so close to 1 that gamma ∘ W in 16 bits is W: over many rows, sums of gradients would show it."""
+    problem, grad = mixed(name, 0, dtype, tokens=150)
+    problem.tensors["gamma"] = torch.full_like(problem.tensors["gamma"], 1 + torch.finfo(dtype).eps / 5)
+    grad = grad.abs()
+    golden = trained_operations.autograd(problem.to(torch.float64), grad.double())[argument]
+    errors = [
+        (found[argument].double() - golden).norm()
+        for found in (trained_operations.gradients(problem, grad)[1], trained_operations.autograd(problem, grad))
+    ]
+    assert errors[0] <= 1.25 * errors[1]
 
 
 @pytest.mark.parametrize("name", NAMES if properties.FULL else trained_operations.NAMES)

@@ -239,8 +239,9 @@ def test_branch_gradient(large_outputs):
     rows, width, seed = LARGE // 4096 + 1, 4096, torch.tensor([7])
     grad = reserved(rows, width, dtype=torch.float16)
     grad[-1].copy_(torch.randn(width))
-    g, sums = column_sums.branch_gradient(grad, torch.float32, None, 0.5, seed, True)
-    expected = (grad[-1:].float() * last_mask(rows, width, seed))[:, -64:]  # the columns of the last program
+    gamma = torch.rand(width) + 0.5
+    g, sums = column_sums.branch_gradient(grad, torch.float32, None, 0.5, seed, True, gamma)
+    expected = (grad[-1:].float() * last_mask(rows, width, seed) * gamma)[:, -64:]  # the columns of the last program
     assert g.numel() > 2**31 and not g[0].any()
     torch.testing.assert_close(g[-1:, -64:], expected)
     torch.testing.assert_close(sums[-32:], expected[0, -32:])

@@ -182,7 +182,8 @@ def random_sums(batch, tokens):
     grad = rows_of(batch, tokens, width, dtype)
     seed, p = meta(1, dtype=torch.int64), random.choice((0.0, 0.3))
     row_scale = meta(batch) if random.random() < 0.5 else None
-    g, _ = column_sums.branch_gradient(grad, random.choice(DTYPES), row_scale, p, seed, True)
+    gamma = meta(width) if random.random() < 0.5 else None
+    g, _ = column_sums.branch_gradient(grad, random.choice(DTYPES), row_scale, p, seed, True, gamma)
     return width, bytes_of(grad, g)
 
 

@@ -106,6 +106,13 @@ def _branch_gradients(kernels):
             wanted = wanted * scale.to(acc)[:, None, None]
         g, sums = kernels.branch_gradient(grad, out_dtype, scale, p, SEED, with_sums)
         assert torch.equal(g, wanted.to(out_dtype)) and (sums is not None) == with_sums
+        gamma = torch.randn(20, 2, dtype=dtype)[:, 0]
+        behind, total = kernels.branch_gradient(grad, out_dtype, scale, p, SEED, with_sums, gamma)
+        torch.testing.assert_close(
+            behind, (wanted * gamma.to(acc)).to(out_dtype), rtol=1e-3 if out_dtype == FLOAT16 else 1e-6, atol=1e-6
+        )
+        if with_sums:
+            torch.testing.assert_close(total.double(), sums.double() * gamma.double(), rtol=1e-5, atol=1e-5)
         if with_sums:
             wide = FLOAT64 if dtype == FLOAT64 else FLOAT32
             allowed = 1e-12 if dtype == FLOAT64 else 1e-6
@@ -115,6 +122,8 @@ def _branch_gradients(kernels):
     assert g is grad
     torch.testing.assert_close(sums, grad.sum((0, 1)), rtol=1e-6, atol=1e-6)
     assert kernels.branch_gradient(grad, FLOAT32, None, 0.0, None, False) == (grad, None)
+    doubled, _ = kernels.branch_gradient(grad, FLOAT32, None, 0.0, None, False, torch.full((20,), 2.0))
+    assert torch.equal(doubled, grad * 2)
     assert kernels.column_sums(grad, FLOAT16).dtype == FLOAT16
     for dtype, wanted in ((None, FLOAT32), (FLOAT16, FLOAT16)):
         empty = kernels.column_sums(grad[:0], dtype)
@@ -133,7 +142,7 @@ def _column_sum_launches(kernels):
         with mock.patch.multiple(kernels, **{other: Recorder() for other in others}):
             call = lambda: kernels.add_partials(None, torch.empty(2, 3, device="cuda"), FLOAT32, FLOAT32)  # noqa: E731
             if name == "_column_sums_kernel":
-                call = lambda: kernels._run(torch.empty(2, 3, device="cuda"), None, 0.0, None, None, True)  # noqa: E731
+                call = lambda: kernels._run(torch.empty(2, 3, device="cuda"), None, None, 0.0, None, None, True)  # noqa: E731
             launch = device_is_made_current(kernels, name, call)
             assert name != "_column_sums_kernel" or launch.args[1] is None
 
@@ -282,8 +291,9 @@ class Parts:
         self.calls.append("sums")
         return x.flatten(0, -2).sum(0).to(dtype or launch_kernels.stat_dtype(x.dtype))
 
-    def branch_gradient(self, grad, dtype, row_scale, dropout_p, seed, with_sums):
-        self.calls.append("g and sums" if with_sums else "g")
+    def branch_gradient(self, grad, dtype, row_scale, dropout_p, seed, with_sums, gamma=None):
+        self.calls.append("gamma g" if gamma is not None else "g and sums" if with_sums else "g")
+        grad = grad if gamma is None else grad * gamma.to(grad.dtype)
         g = grad if row_scale is None else grad * row_scale[:, None, None].to(grad.dtype)
         g = reference.dropout(g, dropout_p, seed)
         return g.to(dtype), self.column_sums(g) if with_sums else None
@@ -438,7 +448,7 @@ def _linear_calls(parts, problem, saved, grad):
     forward, product = ["g", "statistics"], ["g and sums"]
     for wanted, calls in (
         (("bias",), product), (("weight",), forward), (("gamma",), ["g and sums", "statistics"]),
-        (("x",), [*forward, "norm 100"]), (("inner_bias",), [*forward, "norm 001"]), ((), ["g"]),
+        (("x",), [*forward, "gamma g", "norm 100"]), (("inner_bias",), [*forward, "gamma g", "norm 001"]), ((), ["g"]),
         (("row_scale",), [*forward, "linear", "g"]),
     ):  # fmt: skip
         assert [call for call in _called(parts, problem, saved, grad, *wanted) if call != "sums"] == calls, wanted
@@ -540,7 +550,7 @@ def _mlp_again(problem, grad):
 def _mlp_calls(parts, problem, saved, grad, kind):
     again = ["normal", "linear"] if kind == "recompute" else []
     inner = ["statistics"] if kind == "inner" else []
-    through = ["statistics", "norm 100"] if kind == "inner" else ["dz"]
+    through = ["gamma g", *(["statistics", "norm 100"] if kind == "inner" else ["dz"])]
     for wanted, calls in (
         ((), ["g"]), (("b2",), ["g and sums"]), (("w2",), ["g", *again, *inner]),
         (("gamma",), ["g and sums", *again, *inner]), (("b1",), ["g", *again, *through]),

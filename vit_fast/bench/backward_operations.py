@@ -94,6 +94,13 @@ def _branch(a, wanted, weight, bias, dropout_p):
         yield "column_sums", a[bias], 0, moved_bytes(grad, a["row_scale"]) + written + (4 * grad.shape[-1] * sums)
 
 
+def _behind_gamma(a, weight):
+    """The gradient of a product behind LayerScale."""
+    if a["gamma"] is not None:
+        written = a["grad"].numel() * a[weight].element_size()
+        yield "column_sums", a["gamma"], 0, moved_bytes(a["grad"], a["row_scale"], a["gamma"]) + written
+
+
 def _parameters(a, wanted, weight, bias, g, hidden):
     """dweight, dbias and dgamma of gamma ∘ (hidden Wᵀ + b), from g and hidden of so many bytes."""
     w, gamma = a[weight], a["gamma"]
@@ -119,7 +126,8 @@ def _linear_residual(a: dict[str, Any]) -> _Found:
         yield "linear", weight, flop, normal + moved_bytes(weight, a["bias"], a["grad"]) + wanted.bytes("row_scale")
     if of_inner:
         written = normal if inner else wanted.bytes("x")
-        yield "linear", weight, flop, g + moved_bytes(weight, a["gamma"]) + written
+        yield from _behind_gamma(a, "weight")
+        yield "linear", weight, flop, g + moved_bytes(weight) + written
         if inner:
             yield from _norm_bwd(a, wanted, "x", "inner_weight", "inner_bias", normal, 4 * rows)
 
@@ -143,7 +151,8 @@ def _layernorm_mlp(a: dict[str, Any]) -> _Found:
         yield "activation", None, 0, z + hidden
         yield _norm_again_of_hidden(a, hidden)
     if of_fc1 or of_inner:
-        read = g + moved_bytes(w2, a["gamma"])
+        yield from _behind_gamma(a, "w2")
+        read = g + moved_bytes(w2)
         if inner:
             yield "linear", w2, 2 * rows * w2.numel(), read + hidden
             moved = 2 * hidden + moved_bytes(a["inner_weight"]) + 8 * rows + wanted.bytes("inner_weight", "inner_bias")
