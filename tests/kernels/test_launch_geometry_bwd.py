@@ -310,15 +310,17 @@ def test_every_tile_is_written_once(kind):
 
 LAUNCHED = {
     "layernorm_mlp": (
-        "_layer_norm_fwd_kernel", "_column_sums_kernel", "_partial_sums_kernel", "_linear_train_kernel",
-        "_layer_scale_bwd_kernel", "_layer_norm_bwd_kernel", "_partial_sums_kernel", "_column_sums_kernel",
-        "_partial_sums_kernel",
+        "_column_sums_kernel", "_partial_sums_kernel", "_layer_norm_fwd_kernel", "_column_sums_kernel",
+        "_linear_train_kernel", "_layer_scale_bwd_kernel", "_layer_norm_bwd_kernel", "_partial_sums_kernel",
+        "_column_sums_kernel", "_partial_sums_kernel",
     ),
     "layer_norm_linear": (
         "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_partial_sums_kernel", "_column_sums_kernel",
         "_partial_sums_kernel",
     ),
-    "linear_residual": ("_column_sums_kernel", "_partial_sums_kernel", "_layer_scale_bwd_kernel"),
+    "linear_residual": (
+        "_column_sums_kernel", "_partial_sums_kernel", "_layer_scale_bwd_kernel", "_column_sums_kernel",
+    ),
     "patch_embed": ("_column_sums_kernel", "_partial_sums_kernel", "_column_sums_kernel", "_partial_sums_kernel"),
 }  # fmt: skip
 
