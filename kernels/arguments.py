@@ -69,6 +69,13 @@ def _check_int(op, name, value, minimum=1):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected an int")
     if value < minimum:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected {minimum} or more")
+    _check_bits(op, name, value)
+
+
+def _check_bits(op, name, value):
+    """PyTorch's schemas and scalars take no larger int."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a number of 64 bits")
 
 
 def _check_size(op, came, size):
@@ -81,6 +88,7 @@ def _check_real(op, name, value):
         raise TypeError(f"vit_fast.{op}: {name} is {type(value).__name__}, expected a float")
     if not -math.inf < value < math.inf:
         raise ValueError(f"vit_fast.{op}: {name} is {value}, expected a finite number")
+    _check_bits(op, name, value)
 
 
 def _check_eps(op, name, eps):

@@ -225,17 +225,14 @@ def int8_block(
 ) -> Int8Block:
     """A block, folded, quantised and packed; arguments as in ``folding.prepare_block``. No data is needed."""
     order = interleave if activation in GATED else _as_it_is
-    linears = [
-        fold_norm(_wide(qkv), norm1, norm)[::2],
-        fold_branch_end(_wide(proj), gamma1, out_norm, norm),
-        tuple(map(order, fold_norm(_wide(fc1), norm2, norm)[::2])),
-        fold_branch_end(_wide(fc2), gamma2, inner_norm, norm),
-    ]
-    tensors = []
-    for weight, bias in linears:
-        assert bias is not None
-        tensors += _int8_linear(weight, bias)
-    return Int8Block._make(tensors)
+    # One after the other: in float64 a linear layer takes twice the memory of its weight.
+    block = Int8Block(
+        *_int8_linear(*fold_norm(_wide(qkv), norm1, norm)[::2]),
+        *_int8_linear(*fold_branch_end(_wide(proj), gamma1, out_norm, norm)),
+        *_int8_linear(*map(order, fold_norm(_wide(fc1), norm2, norm)[::2])),
+        *_int8_linear(*fold_branch_end(_wide(fc2), gamma2, inner_norm, norm)),
+    )
+    return Int8Block._make(t.clone() for t in block)
 
 
 def _wide(pair: Pair) -> Pair:

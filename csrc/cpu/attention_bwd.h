@@ -73,9 +73,7 @@ void sweep_tile(const AttentionBackward& g, BackwardSpace& space, int64_t plane,
           const int64_t column = block + panel * NR + n;
           const vf lse = KEYS ? load(space.lse + column) : splat(space.lse[first + m]);
           const vf delta = KEYS ? load(space.delta + column) : splat(space.delta[first + m]);
-          vf p = exp_of(load(tile + m * NR + n) * g.scale - lse);
-          for (int64_t j = 0; j < VL; j++)
-            if (column + j >= columns.count) p[j] = 0;
+          const vf p = exp_of(load(tile + m * NR + n) * g.scale - lse);  // nothing reads behind the last column
           vf dp = load(other + m * NR + n), weights = p;
           if (g.dropout.given) {
             const int64_t row = first + m, query = KEYS ? column : row, key = KEYS ? row : column;

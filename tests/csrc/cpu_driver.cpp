@@ -153,8 +153,9 @@ static double tolerance(Type type) {
   return type == Type::float32 ? 1e-5 : type == Type::float16 ? 2e-3 : 1.5e-2;
 }
 
-static void compare(const char* what, const Doubles& actual, const Doubles& golden, double allowed) {
-  double largest = 1e-3;
+// `largest`: of the terms that cancel, where they are larger than every value.
+static void compare(const char* what, const Doubles& actual, const Doubles& golden, double allowed,
+                    double largest = 1e-3) {
   for (double g : golden) largest = std::fmax(largest, std::fabs(g));
   for (size_t i = 0; i < golden.size(); i++)
     if (!(std::fabs(actual[i] - golden[i]) <= allowed * largest)) {
@@ -171,6 +172,7 @@ static Doubles values(const Array& array, int64_t count) {
 
 static Type float_type() { return one_of<Type>({Type::float32, Type::float16, Type::bfloat16}); }
 static int64_t odd_size(int64_t last) { return integer(1, chance() ? last : 9); }
+static int64_t head_size() { return integer(0, 4) ? odd_size(70) : one_of<int64_t>({32, 64, 80, 96, 127, 128, 257}); }
 
 template <class... T>
 static void note(const char* operation, T... numbers) {
@@ -265,62 +267,156 @@ static void run_keep_mask() {
   compare("keep", values(keep, m.count), golden, 0);
 }
 
-static void run_attention() {
-  const bool packed = chance();
-  Attention a{};
-  a.type = float_type(), a.pool = pool();
-  a.keys = integer(0, 9) ? odd_size(70) : one_of<int64_t>({511, 512, 513, 1025});
-  a.queries = packed ? a.keys : odd_size(40);
-  a.num_heads = integer(1, 3), a.head_size = odd_size(70), a.batch = integer(1, 2);
-  a.scale = one_of<float>({0.5f, -0.3f, 0.0f, 1.0f}) / std::sqrt(static_cast<float>(a.head_size));
-  if (chance()) a.dropout = dropout();
-  note("attention", static_cast<int>(a.type), packed, a.batch, a.num_heads, a.queries, a.keys, a.head_size,
-       a.dropout.given);
-  const int64_t width = a.num_heads * a.head_size;
-  const double spread = one_of<double>({1, 4});
-  Rows q(a.type, a.batch * a.queries, packed ? 3 * width : width, spread), k(a.type, a.batch * a.keys, width, spread),
-      v(a.type, a.batch * a.keys, width);
-  const int64_t bytes = size_of(a.type);
-  const Rows &rows_k = packed ? q : k, &rows_v = packed ? q : v;
-  const int64_t k_first = packed ? width : 0, v_first = packed ? 2 * width : 0;
-  a.q = q.array.data();
-  a.k = static_cast<char*>(rows_k.array.data()) + k_first * bytes;
-  a.v = static_cast<char*>(rows_v.array.data()) + v_first * bytes;
-  const Rows* of[] = {&q, &rows_k, &rows_v};
-  int64_t* strides[] = {a.q_stride, a.k_stride, a.v_stride};
-  for (int i = 0; i < 3; i++) {
-    strides[i][0] = (i ? a.keys : a.queries) * of[i]->stride;
-    strides[i][1] = of[i]->stride;
+// q, k and v of attention: each of its own, or the thirds of one tensor.
+struct AttentionInputs {
+  Type type;
+  bool packed, many;  // many: more keys than a block of them
+  int64_t batch, num_heads, queries, keys, size, width;
+  float scale;
+  Rows q, k, v;
+  Doubles plain[3];  // [tokens, width] of each
+
+  explicit AttentionInputs(int64_t most_queries)
+      : type(float_type()), packed(chance()), many(integer(0, 9) == 0), batch(many ? 1 : integer(1, 2)),
+        num_heads(many ? 1 : integer(1, 3)), queries(odd_size(most_queries)),
+        keys(many ? one_of<int64_t>({511, 512, 513, 1025}) : odd_size(70)), size(many ? odd_size(40) : head_size()),
+        width(num_heads * size),
+        scale(one_of<float>({0.5f, -0.3f, 0.0f, 1.0f}) / std::sqrt(static_cast<float>(size))),
+        q(type, batch * tokens(0), packed ? 3 * width : width, one_of<double>({1, 4})),
+        k(type, packed ? 0 : batch * keys, width, one_of<double>({1, 4})), v(type, packed ? 0 : batch * keys, width) {
+    if (packed) queries = keys;
+    for (int i = 0; i < 3; i++)
+      for (int64_t row = 0; row < batch * tokens(i); row++)
+        for (int64_t column = 0; column < width; column++) plain[i].push_back(rows(i).at(row, first(i) + column));
   }
-  Array out(a.type, a.batch * a.queries * width), lse(Type::float32, a.batch * a.num_heads * a.queries);
+
+  int64_t tokens(int which) const { return which || packed ? keys : queries; }
+  const Rows& rows(int which) const { return packed || which == 0 ? q : which == 1 ? k : v; }
+  int64_t first(int which) const { return packed ? which * width : 0; }
+  double at(int which, int64_t b, int64_t token, int64_t column) const {
+    return plain[which][(b * tokens(which) + token) * width + column];
+  }
+  template <class Call>
+  void give(Call& a) {
+    a.type = type, a.pool = pool(), a.scale = scale;
+    a.batch = batch, a.num_heads = num_heads, a.queries = queries, a.keys = keys, a.head_size = size;
+    const void** data[] = {&a.q, &a.k, &a.v};
+    int64_t* strides[] = {a.q_stride, a.k_stride, a.v_stride};
+    for (int i = 0; i < 3; i++) {
+      *data[i] = static_cast<char*>(rows(i).array.data()) + first(i) * size_of(type);
+      strides[i][0] = tokens(i) * rows(i).stride, strides[i][1] = rows(i).stride;
+    }
+  }
+  // The probabilities of a query, and the logarithm of their sum before they are divided by it.
+  Doubles softmax(int64_t b, int64_t head, int64_t query, double& lse) const {
+    Doubles weights(keys);
+    double top = -INFINITY, total = 0;
+    for (int64_t j = 0; j < keys; j++) {
+      for (int64_t d = head * size; d < (head + 1) * size; d++) weights[j] += scale * at(0, b, query, d) * at(1, b, j, d);
+      top = std::fmax(top, weights[j]);
+    }
+    for (double& w : weights) total += w = std::exp(w - top);
+    for (double& w : weights) w /= total;
+    lse = top + std::log(total);
+    return weights;
+  }
+};
+
+static void run_attention() {
+  AttentionInputs in(40);
+  Attention a{};
+  in.give(a);
+  if (chance()) a.dropout = dropout();
+  note("attention", static_cast<int>(a.type), in.packed, a.batch, a.num_heads, a.queries, a.keys, a.head_size,
+       a.dropout.given);
+  Array out(a.type, a.batch * a.queries * in.width), lse(Type::float32, a.batch * a.num_heads * a.queries);
   a.out = out.data(), a.lse = chance() ? lse.floats() : nullptr;
   Workspace workspace(table.attention_workspace(a));
   a.workspace = workspace.data;
   table.attention(a);
-  Doubles golden(a.batch * a.queries * width), golden_lse(a.batch * a.num_heads * a.queries);
+  Doubles golden(a.batch * a.queries * in.width), golden_lse(a.batch * a.num_heads * a.queries);
   for (int64_t b = 0; b < a.batch; b++)
     for (int64_t h = 0; h < a.num_heads; h++)
       for (int64_t i = 0; i < a.queries; i++) {
-        Doubles weights(a.keys);
-        double top = -INFINITY, total = 0;
-        for (int64_t j = 0; j < a.keys; j++) {
-          for (int64_t d = 0; d < a.head_size; d++)
-            weights[j] += a.scale * q.at(b * a.queries + i, h * a.head_size + d) *
-                          rows_k.at(b * a.keys + j, k_first + h * a.head_size + d);
-          top = std::fmax(top, weights[j]);
-        }
-        for (double& w : weights) total += w = std::exp(w - top);
         const int64_t row = (b * a.num_heads + h) * a.queries + i;
-        for (int64_t j = 0; j < a.keys; j++) weights[j] *= mask_of(a.dropout, row * a.keys + j);
-        for (int64_t d = 0; d < a.head_size; d++) {
-          double& o = golden[(b * a.queries + i) * width + h * a.head_size + d];
+        const Doubles weights = in.softmax(b, h, i, golden_lse[row]);
+        for (int64_t d = h * a.head_size; d < (h + 1) * a.head_size; d++)
           for (int64_t j = 0; j < a.keys; j++)
-            o += weights[j] / total * rows_v.at(b * a.keys + j, v_first + h * a.head_size + d);
-        }
-        golden_lse[row] = top + std::log(total);
+            golden[(b * a.queries + i) * in.width + d] +=
+                weights[j] * mask_of(a.dropout, row * a.keys + j) * in.at(2, b, j, d);
       }
   compare("out", values(out, golden.size()), golden, 2 * tolerance(a.type));
   if (a.lse) compare("lse", values(lse, golden_lse.size()), golden_lse, 1e-5);
+}
+
+static void run_attention_bwd() {
+  AttentionInputs in(70);
+  AttentionBackward g{};
+  in.give(g);
+  if (chance()) g.dropout = dropout();
+  note("attention_bwd", static_cast<int>(g.type), in.packed, g.batch, g.num_heads, g.queries, g.keys, g.head_size,
+       g.dropout.given);
+  const int64_t rows = g.batch * g.queries;
+  Rows out(g.type, rows, in.width), grad(g.type, rows, in.width);
+  Array lse(Type::float32, g.batch * g.num_heads * g.queries, integer(0, 1));
+  // dq, dk and dv as the inputs are: each of its own, or the thirds of one tensor.
+  Array separate[] = {Array(g.type, g.batch * in.tokens(0) * in.q.stride, integer(0, 1)),
+                      Array(g.type, in.packed ? 0 : g.batch * g.keys * in.k.stride, integer(0, 1)),
+                      Array(g.type, in.packed ? 0 : g.batch * g.keys * in.v.stride, integer(0, 1))};
+  void** grads[] = {&g.dq, &g.dk, &g.dv};
+  int64_t* strides[] = {g.dq_stride, g.dk_stride, g.dv_stride};
+  for (int i = 0; i < 3; i++) {
+    *grads[i] = static_cast<char*>(separate[in.packed ? 0 : i].data()) + in.first(i) * size_of(g.type);
+    strides[i][0] = in.tokens(i) * in.rows(i).stride, strides[i][1] = in.rows(i).stride;
+  }
+  Doubles golden[3];
+  double largest[] = {1e-3, 1e-3, 1e-3};
+  for (int i = 0; i < 3; i++) golden[i].resize(g.batch * in.tokens(i) * in.width);
+  for (int64_t b = 0; b < g.batch; b++)
+    for (int64_t h = 0; h < g.num_heads; h++)
+      for (int64_t i = 0; i < g.queries; i++) {
+        const int64_t row = (b * g.num_heads + h) * g.queries + i, first = h * g.head_size, last = first + g.head_size;
+        double log_sum, delta = 0;
+        const Doubles weights = in.softmax(b, h, i, log_sum);
+        Doubles masked(g.keys), product(g.keys);  // of the probabilities; of grad and v
+        lse.put(row, log_sum);
+        for (int64_t j = 0; j < g.keys; j++) masked[j] = mask_of(g.dropout, row * g.keys + j);
+        for (int64_t d = first; d < last; d++) {
+          double value = 0;
+          const double dout = grad.at(b * g.queries + i, d);
+          for (int64_t j = 0; j < g.keys; j++) {
+            value += weights[j] * masked[j] * in.at(2, b, j, d);
+            product[j] += dout * in.at(2, b, j, d) * masked[j];
+            golden[2][(b * g.keys + j) * in.width + d] += weights[j] * masked[j] * dout;
+          }
+          out.array.put((b * g.queries + i) * out.stride + d, value);
+          delta += dout * value;
+        }
+        for (int64_t j = 0; j < g.keys; j++) {
+          const double score = g.scale * weights[j] * (product[j] - delta);
+          const double terms = std::fabs(g.scale * weights[j]) * (std::fabs(product[j]) + std::fabs(delta));
+          for (int64_t d = first; d < last; d++) {
+            largest[0] = std::fmax(largest[0], terms * std::fabs(in.at(1, b, j, d)));
+            largest[1] = std::fmax(largest[1], terms * std::fabs(in.at(0, b, i, d)));
+            golden[0][(b * g.queries + i) * in.width + d] += score * in.at(1, b, j, d);
+            golden[1][(b * g.keys + j) * in.width + d] += score * in.at(0, b, i, d);
+          }
+        }
+      }
+  g.out = out.array.data(), g.grad = grad.array.data(), g.lse = lse.floats();
+  g.out_stride[0] = g.queries * out.stride, g.out_stride[1] = out.stride;
+  g.grad_stride[0] = g.queries * grad.stride, g.grad_stride[1] = grad.stride;
+  Workspace workspace(table.attention_bwd_workspace(g));
+  g.workspace = workspace.data;
+  table.attention_bwd(g);
+  const char* names[] = {"dq", "dk", "dv"};
+  for (int i = 0; i < 3; i++) {
+    Doubles actual;
+    for (int64_t r = 0; r < g.batch * in.tokens(i); r++)
+      for (int64_t c = 0; c < in.width; c++)
+        actual.push_back(separate[in.packed ? 0 : i][r * in.rows(i).stride + in.first(i) + c]);
+    compare(names[i], actual, golden[i], 4 * tolerance(g.type), largest[i]);
+  }
 }
 
 static void run_layer_norm() {
@@ -347,6 +443,43 @@ static void run_layer_norm() {
   }
   compare("out", values(out, golden.size()), golden, tolerance(n.out_type));
   if (with_stats) compare("mean", values(mean, n.rows), means, 1e-5), compare("rstd", values(rstd, n.rows), rstds, 1e-5);
+}
+
+static void run_layer_norm_bwd() {
+  LayerNormBackward n{};
+  n.type = float_type(), n.pool = pool(), n.rms = chance();
+  n.rows = integer(0, 3) ? odd_size(70) : integer(200, 400), n.width = 3 + odd_size(200);
+  note("layer_norm_bwd", static_cast<int>(n.type), n.rms, n.rows, n.width);
+  const Rows x(n.type, n.rows, n.width, 1, one_of<double>({0, 3})), grad(n.type, n.rows, n.width);
+  const Array weight = vector(Type::float32, n.width);
+  Array mean(Type::float32, n.rows, integer(0, 1)), rstd(Type::float32, n.rows, integer(0, 1));
+  const Array dx(n.type, n.rows * n.width, integer(0, 1)), dweight(Type::float32, n.width, integer(0, 1));
+  const Array dbias(Type::float32, n.width, integer(0, 1));
+  const bool with_weight = chance();
+  Doubles golden, dweights(n.width), dbiases(n.width);
+  for (int64_t r = 0; r < n.rows; r++) {
+    Doubles row, dn;
+    double row_mean, row_rstd, total = 0, projected = 0;
+    for (int64_t i = 0; i < n.width; i++) row.push_back(x.at(r, i));
+    row = normalised(row, 1e-6, n.rms, &row_mean, &row_rstd);
+    mean.put(r, row_mean), rstd.put(r, row_rstd);
+    for (int64_t i = 0; i < n.width; i++) {
+      const double dy = grad.at(r, i);
+      dweights[i] += dy * row[i], dbiases[i] += dy;
+      dn.push_back(with_weight ? dy * weight[i] : dy);
+      total += n.rms ? 0 : dn[i] / n.width, projected += dn[i] * row[i] / n.width;
+    }
+    for (int64_t i = 0; i < n.width; i++) golden.push_back(row_rstd * (dn[i] - total - row[i] * projected));
+  }
+  n.x = x.array.data(), n.stride = x.stride, n.grad = grad.array.data(), n.grad_stride = grad.stride;
+  n.weight = with_weight ? weight.floats() : nullptr, n.mean = mean.floats(), n.rstd = rstd.floats();
+  n.dx = dx.data(), n.dweight = dweight.floats(), n.dbias = dbias.floats();
+  const Workspace workspace(table.layer_norm_bwd_workspace(n));
+  n.workspace = workspace.data;
+  table.layer_norm_bwd(n);
+  compare("dx", values(dx, golden.size()), golden, 2 * tolerance(n.type));
+  compare("dweight", values(dweight, n.width), dweights, 1e-5);
+  compare("dbias", values(dbias, n.width), dbiases, 1e-5);
 }
 
 static void run_linear() {
@@ -581,8 +714,10 @@ static void run_prepared_blocks() {
   s.type = one_of<Type>({Type::float32, Type::float16, Type::bfloat16, Type::int8, Type::int8}), s.pool = pool();
   s.activation = static_cast<Activation>(integer(1, 8));
   const bool gated = vit_fast::is_gated(s.activation);
-  s.depth = integer(1, 2), s.batch = integer(1, 2), s.tokens = odd_size(60), s.num_heads = integer(1, 3);
-  const int64_t D = 3 + odd_size(20), C = s.num_heads * D, hidden = 3 + odd_size(80), rows = s.batch * s.tokens;
+  const bool long_rows = integer(0, 19) == 0;  // more keys than attention takes at a time
+  s.depth = integer(1, 2), s.batch = long_rows ? 1 : integer(1, 2), s.num_heads = long_rows ? 1 : integer(1, 3);
+  s.tokens = long_rows ? one_of<int64_t>({512, 513, 545}) : odd_size(60);
+  const int64_t D = integer(0, 3) ? 3 + odd_size(20) : one_of<int64_t>({32, 33, 64, 80}), C = s.num_heads * D, hidden = 3 + odd_size(80), rows = s.batch * s.tokens;
   s.width = C, s.scale = 1 / std::sqrt(static_cast<float>(D)), s.eps1 = 1e-6f, s.eps2 = 1e-5f;
   s.hidden = ceil_div(hidden, Packed::group_of(s.type)) * Packed::group_of(s.type);
   note("prepared_blocks", static_cast<int>(s.type), static_cast<int>(s.activation), s.depth, s.batch, s.tokens,
@@ -674,7 +809,9 @@ int main(int count, char** words) {
     void (*run)();
   } operations[] = {{"keep_mask", run_keep_mask},
                     {"attention", run_attention},
+                    {"attention_bwd", run_attention_bwd},
                     {"layer_norm", run_layer_norm},
+                    {"layer_norm_bwd", run_layer_norm_bwd},
                     {"linear", run_linear},
                     {"packed_linear", run_packed_linear},
                     {"patch_embed", run_patch_embed},

@@ -78,7 +78,7 @@ def run(folder, driver, level, flags=(), sources=SOURCES, cases=CASES, operation
 
 def green(done, cases=CASES):
     told = (done.stdout + done.stderr)[-3000:]
-    assert done.returncode == 0 and done.stderr == "" and f"{7 * cases} cases" in done.stdout, told
+    assert done.returncode == 0 and done.stderr == "" and f"{9 * cases} cases" in done.stdout, told
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -117,6 +117,22 @@ FAULTS = {
     "a workspace without slots": (
         "attention.h", "static_cast<char*>(a.workspace) + slot * bytes", "static_cast<char*>(a.workspace) + 0 * slot",
         THREAD, "attention", "data race",
+    ),
+    "a copy of a head without the padding of its width": (
+        "attention_bwd.h", "arena.take<char>(longest * width * 4)", "arena.take<char>(longest * size * 4)",
+        ADDRESS, "attention_bwd", "AddressSanitizer",
+    ),
+    "gradients of heads in one workspace": (
+        "attention_bwd.h", "(g.workspace) + slot * bytes", "(g.workspace) + 0 * slot",
+        THREAD, "attention_bwd", "data race",
+    ),
+    "a gradient row that is one too long": (
+        "layer_norm_bwd.h", "for (i = 0; i < width; i++) dy[i] =", "for (i = 0; i <= n.rows * width; i++) dy[i] =",
+        ADDRESS, "layer_norm_bwd", "AddressSanitizer",
+    ),
+    "sums of a parameter in one row": (
+        "layer_norm_bwd.h", "dweights + part * padded, *dbias", "dweights, *dbias",
+        THREAD, "layer_norm_bwd", "data race",
     ),
     "tasks counted without an atomic": (
         "tasks.h", "__atomic_fetch_add(&context.next, 1, __ATOMIC_RELAXED)", "context.next++",
@@ -159,6 +175,27 @@ MUTANTS = (
     ("attention.h", "last < a.queries ? last : a.queries", "last"),
     ("attention.h", "scale / space.row_sum[m]", "1.0f / space.row_sum[m]"),
     ("attention.h", "+ start + m) * a.keys + block", "+ start + m) * a.keys"),
+    ("attention_bwd.h", "p * (dp - delta) * g.scale", "p * dp * g.scale"),
+    ("attention_bwd.h", "p * (dp - delta) * g.scale", "p * (dp - delta)"),
+    ("attention_bwd.h", "delta += a[d] * b[d];", "delta = a[d] * b[d];"),
+    ("attention_bwd.h", "(plane * g.queries + query) * g.keys", "query * g.keys"),
+    ("attention_bwd.h", "key, KEYS ? g.keys : 1)", "key)"),
+    ("attention_bwd.h", "select(keep, dp * g.dropout.scale", "select(keep, dp"),
+    ("attention_bwd.h", "select(keep, p * g.dropout.scale, vf{})", "p"),
+    ("attention_bwd.h", "block ? load(to) + load(tile + m * NR + n) : load", "false ? load(to) : load"),
+    ("attention_bwd.h", "(block / NR + panel) * D * NR * 4", "panel * D * NR * 4"),
+    ("attention_bwd.h", "(panel * columns.count + block) * NR * 4", "panel * columns.count * NR * 4"),
+    ("attention_bwd.h", "KEYS ? g.dk_stride : g.dq_stride", "g.dq_stride"),
+    ("attention_bwd.h", "(batch * g.num_heads + head) * g.queries;", "head * g.queries;"),
+    ("attention_bwd.h", "rows_of(g.grad, g.grad_stride, g.queries)", "rows_of(g.grad, g.out_stride, g.queries)"),
+    ("layer_norm_bwd.h", "dbias[i] += dy[i];", "dbias[i] = dy[i];"),
+    ("layer_norm_bwd.h", "n.weight ? dy[i] * n.weight[i] : dy[i]", "dy[i]"),
+    ("layer_norm_bwd.h", "n.rms ? 0.0f : (total", "(total"),
+    ("layer_norm_bwd.h", "total += dy[i], projected += dy[i] * x[i];", "projected += dy[i] * x[i];"),
+    ("layer_norm_bwd.h", "totals += load(dy + i);", "totals = load(dy + i);"),
+    ("layer_norm_bwd.h", "- x[i] * projected) * rstd", "- x[i] * projected)"),
+    ("layer_norm_bwd.h", "row * n.grad_stride", "row * n.stride"),
+    ("layer_norm_bwd.h", "dweight += dweights[part * padded + i]", "dweight = dweights[part * padded + i]"),
     ("dropout.h", "word ^ (word >> 31)", "word"),
     ("dropout.h", "round < 10", "round < 9"),
     ("dropout.h", "uint64_t>(drop.seed) >> 32", "uint64_t>(drop.seed) >> 33"),
@@ -176,6 +213,9 @@ MUTANTS = (
     ("patch_embed.h", "image * p.prefix_stride * element", "0 * p.prefix_stride * element"),
     ("patch_embed.h", "p.pos_embed + patch * features + n", "p.pos_embed + n"),
     ("prepared_blocks.h", "float(x.zero[row])", "0.0f"),
+    ("prepared_blocks.h", "load(x + i) * load(gain + i), VL)", "load(x + i), VL)"),
+    ("prepared_blocks.h", "x[i + j] * gain[i + j]", "x[i + j]"),
+    ("linear.h", "l.dropout, row * features + column + i)", "l.dropout, row * features + i)"),
     ("prepared_blocks.h", "range / 255.0f", "range / 300.0f"),
     ("prepared_blocks.h", "smallest(vmin(low, splat(lowest)))", "smallest(low)"),
     ("prepared_blocks.h", "qkv + 2 * s.width, attended", "qkv + s.width, attended"),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support import properties
 from torch import bfloat16, complex64, float16, float64, inf, int32, int64, nan, nn, ones, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vit_fast.kernels import folding, packing
+from vit_fast.kernels import arguments, folding, packing
 from vit_fast.kernels.arguments import UnsupportedError
 
 import vit_fast
@@ -102,6 +102,7 @@ CASES = {
         (dict(num_heads=True), TypeError, "num_heads is bool, expected an int"),
         (dict(num_heads=tensor(2)), TypeError, "num_heads is Tensor, expected an int"),
         (dict(scale=nan), ValueError, "scale is nan, expected a finite number"),
+        (dict(scale=-(2**63) - 1), ValueError, f"scale is {-(2**63) - 1}, expected a number of 64 bits"),
         (dict(scale=-inf), ValueError, "scale is -inf, expected a finite number"),
         (dict(scale=None), TypeError, "scale is NoneType, expected a float"),
         (dict(scale=tensor(0.5)), TypeError, "scale is Tensor, expected a float"),
@@ -315,6 +316,7 @@ CASES = {
         (dict(weight=ones(8, 3, 0, 4)), ValueError, "weight has patch height 0, expected 1 or more"),
         (dict(bias=ones(3)), ValueError, "bias has 3 elements, expected 8 (the rows of weight)"),
         (dict(stride=0), ValueError, "stride is 0, expected 1 or more"),
+        (dict(stride=(4, 2**63)), ValueError, f"stride is {2**63}, expected a number of 64 bits"),
         (dict(stride=4.0), TypeError, "stride is float, expected an int"),
         (dict(stride=(4, None)), TypeError, "stride is NoneType, expected an int"),
         (dict(stride=(4, 4, 4)), ValueError, "stride has 3 elements, expected an int or a pair"),
@@ -466,6 +468,19 @@ def test_sequences_that_do_not_cover_the_tokens(bounds):
 @_parametrized(CASES)
 def test_operation(op, changes, error, message, backend):
     with vit_fast.backend(backend), raises_first(error, message):
+        getattr(ops, op)(**GOOD[op] | changes)
+
+
+@pytest.mark.parametrize("scale", [2**63 - 1, -(2**63), 1e30])
+def test_the_largest_numbers(scale):
+    arguments.check_attention(ones(2, 5, 24), 2, scale)
+
+
+@pytest.mark.extension
+@pytest.mark.usefixtures("cpu_extension")
+@_parametrized(CASES)
+def test_operation_of_the_library(op, changes, error, message):
+    with vit_fast.backend("cpu"), raises_first(error, message):
         getattr(ops, op)(**GOOD[op] | changes)
 
 

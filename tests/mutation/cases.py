@@ -77,6 +77,8 @@ def arguments():
                     raise AssertionError(f"{op} takes {list(changes)}")
     _packed_widths()
     _wrong_tables()
+    for scale in (2**63 - 1, -(2**63), 1e30):
+        arguments_module.check_attention(torch.ones(2, 5, 24), 2, scale)
     _block_options()
     _kept_samples()
     arguments_module.check_rows("linear", 2**31 - 256)
