@@ -21,8 +21,6 @@ Limits: fp8_linear has K ≤ 16384 and capability 8.9; float64 in the interprete
 Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433).
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +30,7 @@ from . import configs, launch
 from . import layer_norm as ln
 from .folding import E4M3, E4M3_MAX
 from .gemm import gemm
+from .prepared_layer import PreparedLayer
 
 MAX_WIDTH = 16384
 _LARGEST = tl.constexpr(E4M3_MAX)
@@ -111,48 +110,26 @@ def quantise_tokens(
     return y, ln.RowStatistics(statistics)
 
 
-def prepared_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """out [..., features]; weight: W and, where there is one, the bias; eps None: no norm."""
-    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
+def prepared_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
+    """out [..., features]; the tensors of the weight: W."""
     pdl, dtype = _pdl(x), x.dtype
-    if eps is not None:
-        x = ln.layer_norm(x, ln_weight, ln_bias, eps, norm=norm, pdl=pdl)
+    if layer.eps is not None:
+        x = ln.layer_norm(x, layer.ln_weight, layer.ln_bias, layer.eps, norm=layer.norm, pdl=pdl)
     residual = None if residual is None else residual.to(dtype)
-    return gemm(x, matrix, bias, activation, gamma=gamma, residual=residual, pdl=pdl)[0]
+    (matrix,) = layer.weight
+    return gemm(x, matrix, layer.bias, layer.activation, gamma=layer.gamma, residual=residual, pdl=pdl)[0]
 
 
-def fp8_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """out [..., features]; weight: W in e4m3, the scale of its rows and, where there is one, the bias."""
-    matrix, scale, bias = weight[0], weight[1], weight[2] if len(weight) > 2 else None
+def fp8_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
+    """out [..., features]; the tensors of the weight: W in e4m3, and the scale of its rows."""
     pdl, dtype = _pdl(x), x.dtype
-    tokens, statistics = quantise_tokens(x, ln_weight, ln_bias, eps, norm, pdl)
+    tokens, statistics = quantise_tokens(x, layer.ln_weight, layer.ln_bias, layer.eps, layer.norm, pdl)
     residual = None if residual is None else residual.to(dtype)
+    matrix, scale = layer.weight
     # The mean of the statistics is 0, so that it does not matter what the column sums are.
     return gemm(
-        tokens, matrix, bias, activation, weight_scale=scale, gamma=gamma, residual=residual, out_dtype=dtype,
-        norm=(statistics, 0.0, scale), pdl=pdl,
+        tokens, matrix, layer.bias, layer.activation, weight_scale=scale, gamma=layer.gamma, residual=residual,
+        out_dtype=dtype, norm=(statistics, 0.0, scale), pdl=pdl,
     )[0]  # fmt: skip
 
 
@@ -160,37 +137,15 @@ def _pdl(x: Tensor) -> bool:
     return configs.use_pdl(x.numel() // max(x.shape[-1], 1), configs.arch_of(x.device))
 
 
-def prepared_linear_not_supported_reasons(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> list[str]:
-    reasons = launch.device_reasons(x, ln_weight, ln_bias, gamma, residual, *weight)
-    if eps is not None and x.shape[-1] > ln.MAX_WIDTH:
+def prepared_linear_not_supported_reasons(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> list[str]:
+    reasons = launch.device_reasons(x, *layer.tensors(), residual)
+    if layer.eps is not None and x.shape[-1] > ln.MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {ln.MAX_WIDTH}")
     return reasons
 
 
-def fp8_linear_not_supported_reasons(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> list[str]:
-    reasons = launch.device_reasons(x, ln_weight, ln_bias, gamma, residual, *weight)
+def fp8_linear_not_supported_reasons(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> list[str]:
+    reasons = launch.device_reasons(x, *layer.tensors(), residual)
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {MAX_WIDTH}")
     if x.device.type == "cuda" and configs.arch_of(x.device) < 89:
