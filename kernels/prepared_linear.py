@@ -66,13 +66,8 @@ def _quantise_tokens_fwd_kernel(
     x_row = launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     y = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
     if NORM is not None:
-        if NORM == "layer":
-            _, y = ln.centre(y, in_width[None, :], width)
-        y *= tl.rsqrt(tl.sum(y * y, axis=1) / width + eps)[:, None]
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
+        y, _, rstd = ln.normal_factors(y, in_width, width, eps, NORM, ROWS, ACC)
+        y = ln.scale_and_shift(y * rstd[:, None], weight_ptr, bias_ptr, column, in_width, ACC)
     largest = tl.max(tl.abs(y), axis=1)
     step = tl.where(largest > 1e-30, largest / _LARGEST, 1.0)
     tl.store(statistics_ptr + row, tl.zeros([ROWS], ACC), mask=in_rows)
