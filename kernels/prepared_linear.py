@@ -17,7 +17,7 @@ of its folded LayerNorm, the mean of which is 0.
 quantise_tokens: one program normalises and rounds ROWS rows, which it holds in registers; grid ceil(rows / ROWS); all
 between load and store is float32.
 On capability 9.0 and later, with few rows, the launches use PDL (``configs.use_pdl``).
-Limits: fp8_linear has K ≤ 16384 and capability 8.9; float64 in the interpreter only.
+Limits: fp8_linear has K ≤ 16384, capability 8.9 and no float64; prepared_linear float64 in the interpreter only.
 Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433).
 """
 
