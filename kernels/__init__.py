@@ -32,6 +32,7 @@ One file is one operation: head comment, device code, launch, public function.
 ``patch_embed_bwd``   its backward: im2col and PyTorch's product, sums over images
 ``prepared_blocks``   transformer blocks on folded weights
 ``fp8_blocks``        transformer blocks in float8
-``prepared_linear``   one linear layer on a prepared weight, in its dtype or in float8
+``prepared_layer``    what one linear layer on a prepared weight has beside its tokens: norm, bias, activation
+``prepared_linear``   that layer, in the dtype of its weight or in float8
 ====================  ==========================================================
 """

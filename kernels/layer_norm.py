@@ -88,6 +88,25 @@ def centre(x, mask, width):
     return mean + shift, tl.where(mask, centred - shift[:, None], 0.0)
 
 
+@triton.jit
+def normal_factors(x, in_width, width, eps, NORM: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """(x − mean, mean, rstd) of rows [ROWS, BLOCK], 0 outside of ``in_width`` [BLOCK]; the mean of "rms" is 0."""
+    mean = tl.zeros([ROWS], ACC)
+    if NORM == "layer":
+        mean, x = centre(x, in_width[None, :], width)
+    return x, mean, tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+
+
+@triton.jit
+def scale_and_shift(y, weight_ptr, bias_ptr, column, in_width, ACC: tl.constexpr):
+    """y · weight + bias of rows [ROWS, BLOCK]; a pointer may be None."""
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
+    return y
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def _layer_norm_fwd_kernel(
     y_ptr,  # [rows, width] contiguous
@@ -118,20 +137,12 @@ def _layer_norm_fwd_kernel(
 
     x_row = launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     x = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
-    if RMS:
-        mean, centred = tl.zeros([ROWS], ACC), x
-    else:
-        mean, centred = centre(x, in_width[None, :], width)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    centred, mean, rstd = normal_factors(x, in_width, width, eps, "rms" if RMS else "layer", ROWS, ACC)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=in_rows)
         tl.store(rstd_ptr + row, rstd, mask=in_rows)
 
-    y = centred * rstd[:, None]
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
+    y = scale_and_shift(centred * rstd[:, None], weight_ptr, bias_ptr, column, in_width, ACC)
     tl.store(y_ptr + (row * width)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

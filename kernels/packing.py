@@ -114,11 +114,11 @@ class PackedWeight:
         self.in_panels = tensors[0].dim() == 4  # packed for the CPU library, whose rows and biases are padded
         self._zero = pack_row(weight.new_zeros(weight.shape[0], dtype=torch.float32)) if self.in_panels else None
 
-    def with_bias(self, bias: torch.Tensor | None) -> list[torch.Tensor]:
-        """The tensors, and a bias [out] behind them. Without one, that of the CPU library is zero."""
-        if self.in_panels:
-            bias = self._zero if bias is None else pack_row(bias.float())
-        return [*self.tensors] if bias is None else [*self.tensors, bias]
+    def bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """A bias [out] as the operation takes it: that of the CPU library is padded, and zero without one."""
+        if not self.in_panels:
+            return bias
+        return self._zero if bias is None else pack_row(bias.float())
 
 
 def packed_weight(weight: torch.Tensor) -> PackedWeight:

@@ -17,11 +17,9 @@ of its folded LayerNorm, the mean of which is 0.
 quantise_tokens: one program normalises and rounds ROWS rows, which it holds in registers; grid ceil(rows / ROWS); all
 between load and store is float32.
 On capability 9.0 and later, with few rows, the launches use PDL (``configs.use_pdl``).
-Limits: fp8_linear has K ≤ 16384 and capability 8.9; float64 in the interpreter only.
+Limits: fp8_linear has K ≤ 16384, capability 8.9 and no float64; prepared_linear float64 in the interpreter only.
 Source: e4m3 after Micikevicius et al., "FP8 Formats for Deep Learning" (arXiv:2209.05433).
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,6 +30,7 @@ from . import configs, launch
 from . import layer_norm as ln
 from .folding import E4M3, E4M3_MAX
 from .gemm import gemm
+from .prepared_layer import PreparedLayer
 
 MAX_WIDTH = 16384
 _LARGEST = tl.constexpr(E4M3_MAX)
@@ -67,13 +66,8 @@ def _quantise_tokens_fwd_kernel(
     x_row = launch.row_offset(row, inner, stride_xo, stride_xi, TWO_STRIDES)
     y = tl.load(x_ptr + x_row[:, None] + (column * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
     if NORM is not None:
-        if NORM == "layer":
-            _, y = ln.centre(y, in_width[None, :], width)
-        y *= tl.rsqrt(tl.sum(y * y, axis=1) / width + eps)[:, None]
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=in_width, other=0.0).to(ACC)[None, :]
+        y, _, rstd = ln.normal_factors(y, in_width, width, eps, NORM, ROWS, ACC)
+        y = ln.scale_and_shift(y * rstd[:, None], weight_ptr, bias_ptr, column, in_width, ACC)
     largest = tl.max(tl.abs(y), axis=1)
     step = tl.where(largest > 1e-30, largest / _LARGEST, 1.0)
     tl.store(statistics_ptr + row, tl.zeros([ROWS], ACC), mask=in_rows)
@@ -111,48 +105,26 @@ def quantise_tokens(
     return y, ln.RowStatistics(statistics)
 
 
-def prepared_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """out [..., features]; weight: W and, where there is one, the bias; eps None: no norm."""
-    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
+def prepared_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
+    """out [..., features]; the tensors of the weight: W."""
     pdl, dtype = _pdl(x), x.dtype
-    if eps is not None:
-        x = ln.layer_norm(x, ln_weight, ln_bias, eps, norm=norm, pdl=pdl)
+    if layer.eps is not None:
+        x = ln.layer_norm(x, layer.ln_weight, layer.ln_bias, layer.eps, norm=layer.norm, pdl=pdl)
     residual = None if residual is None else residual.to(dtype)
-    return gemm(x, matrix, bias, activation, gamma=gamma, residual=residual, pdl=pdl)[0]
+    (matrix,) = layer.weight
+    return gemm(x, matrix, layer.bias, layer.activation, gamma=layer.gamma, residual=residual, pdl=pdl)[0]
 
 
-def fp8_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """out [..., features]; weight: W in e4m3, the scale of its rows and, where there is one, the bias."""
-    matrix, scale, bias = weight[0], weight[1], weight[2] if len(weight) > 2 else None
+def fp8_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
+    """out [..., features]; the tensors of the weight: W in e4m3, and the scale of its rows."""
     pdl, dtype = _pdl(x), x.dtype
-    tokens, statistics = quantise_tokens(x, ln_weight, ln_bias, eps, norm, pdl)
+    tokens, statistics = quantise_tokens(x, layer.ln_weight, layer.ln_bias, layer.eps, layer.norm, pdl)
     residual = None if residual is None else residual.to(dtype)
+    matrix, scale = layer.weight
     # The mean of the statistics is 0, so that it does not matter what the column sums are.
     return gemm(
-        tokens, matrix, bias, activation, weight_scale=scale, gamma=gamma, residual=residual, out_dtype=dtype,
-        norm=(statistics, 0.0, scale), pdl=pdl,
+        tokens, matrix, layer.bias, layer.activation, weight_scale=scale, gamma=layer.gamma, residual=residual,
+        out_dtype=dtype, norm=(statistics, 0.0, scale), pdl=pdl,
     )[0]  # fmt: skip
 
 
@@ -160,37 +132,15 @@ def _pdl(x: Tensor) -> bool:
     return configs.use_pdl(x.numel() // max(x.shape[-1], 1), configs.arch_of(x.device))
 
 
-def prepared_linear_not_supported_reasons(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> list[str]:
-    reasons = launch.device_reasons(x, ln_weight, ln_bias, gamma, residual, *weight)
-    if eps is not None and x.shape[-1] > ln.MAX_WIDTH:
+def prepared_linear_not_supported_reasons(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> list[str]:
+    reasons = launch.device_reasons(x, *layer.tensors(), residual)
+    if layer.eps is not None and x.shape[-1] > ln.MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {ln.MAX_WIDTH}")
     return reasons
 
 
-def fp8_linear_not_supported_reasons(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> list[str]:
-    reasons = launch.device_reasons(x, ln_weight, ln_bias, gamma, residual, *weight)
+def fp8_linear_not_supported_reasons(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> list[str]:
+    reasons = launch.device_reasons(x, *layer.tensors(), residual)
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is above {MAX_WIDTH}")
     if x.device.type == "cuda" and configs.arch_of(x.device) < 89:

@@ -25,6 +25,7 @@ from .activation_names import GATED
 from .block_options import PLAIN, BlockOptions
 from .folding import E4M3, E4M3_MAX, Float8Block, FoldedBlock, unflatten
 from .packing import Int8Block, PackedBlock, unpack, unpacked_linears
+from .prepared_layer import PreparedLayer
 from .tracing import is_transformed, known_values, transform_reasons, untraced
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
@@ -1030,58 +1031,47 @@ def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (1 / step)).to(E4M3), step
 
 
-def packed_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """act(LN(x) wᵀ + b), or residual + gamma·(x wᵀ + b), of the tensors of a ``packing.PackedWeight``, in the dtype of
-    x. No norm where eps is None; gated activations for weights that are not packed alone.
+def packed_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
+    """A linear layer on a prepared weight, in the dtype of x; gated activations for weights that are not packed alone.
 
     In int8 and float8 the weight has a scale for each output and x a step for each token, found here.
     """
-    matrix, *rows = weight
+    matrix, *rows = layer.weight
+    features, bias = layer.features, layer.bias
     if matrix.dtype == x.dtype and matrix.dim() == 2:
-        return _prepared_linear(
-            x, matrix, rows[0] if rows else None, ln_weight, ln_bias, eps, norm, activation, gamma, residual
-        )
-    wide = x.to(_stat_dtype(x))
-    normal = wide if eps is None else layer_norm(wide, ln_weight, ln_bias, eps, norm=norm)
+        return _prepared_linear(x, matrix, layer, residual)
+    normal = wide = x.to(_stat_dtype(x))
+    if layer.eps is not None:
+        normal = layer_norm(wide, layer.ln_weight, layer.ln_bias, layer.eps, norm=layer.norm)
     with torch.autocast(x.device.type, enabled=False):
         if matrix.dtype == E4M3:
             tokens, step = quantise_tokens(normal)
             out = F.linear(tokens.to(wide.dtype), matrix.to(wide.dtype)) * (step * rows[0])
-            out = out + rows[1] if len(rows) > 1 else out
+            out = out if bias is None else out + bias
         else:
-            matrix = unpack(matrix)[:features, : x.shape[-1]]
-            *values, bias = rows
-            bias = bias[:features]
+            matrix, bias = unpack(matrix)[:features, : x.shape[-1]], bias[:features]
             if matrix.dtype == torch.int8:
-                gain, scale, _ = values
+                gain, scale, _ = rows
                 out = int8_linear(normal, matrix, gain[: x.shape[-1]], scale[:features], bias)
             else:
                 out = F.linear(normal.to(x.dtype), matrix.to(x.dtype), bias.to(x.dtype)).to(wide.dtype)
-    out = activate(out, activation)
-    out = out if gamma is None else out * gamma
-    return (out if residual is None else residual + out).to(x.dtype)
+    return _end_of(activate(out, layer.activation), layer, residual).to(x.dtype)
 
 
-def _prepared_linear(x, weight, bias, ln_weight, ln_bias, eps, norm, activation, gamma, residual):
+def _prepared_linear(x, weight, layer, residual):
     """``packed_linear`` of a weight as it is, as the operations without preparation compute it."""
-    if eps is not None:
-        out = layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm=norm)
-    elif activation is None and residual is not None:
-        return linear_residual(x, weight, bias, gamma, residual)
+    if layer.eps is not None:
+        ln = layer.ln_weight, layer.ln_bias, layer.eps
+        out = layer_norm_linear(x, *ln, weight, layer.bias, layer.activation, norm=layer.norm)
+    elif layer.activation is None and residual is not None:
+        return linear_residual(x, weight, layer.bias, layer.gamma, residual)
     else:
-        out = activate(F.linear(x, weight, bias), activation)
-    out = out if gamma is None else out * gamma
+        out = activate(F.linear(x, weight, layer.bias), layer.activation)
+    return _end_of(out, layer, residual)
+
+
+def _end_of(out, layer, residual):
+    out = out if layer.gamma is None else out * layer.gamma
     return out if residual is None else residual + out
 
 

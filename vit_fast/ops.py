@@ -37,6 +37,8 @@ from .kernels.activation_names import GATED
 from .kernels.arguments import UnsupportedError
 from .kernels.block_options import PLAIN, SCHEMA, BlockOptions
 from .kernels.packing import PackedWeight
+from .kernels.prepared_layer import SCHEMA as LAYER_SCHEMA
+from .kernels.prepared_layer import PreparedLayer
 from .kernels.tracing import autocasts, is_transformed, known_values, transform_reasons
 from .precisions import FOLDED, FP8, Precision, forms
 
@@ -1042,31 +1044,30 @@ for _precision in forms():
 def _register_linear(name: str) -> None:
     """Registers the operator of a linear layer on a prepared weight; no gradient."""
     _library.define(
-        f"{name}(Tensor x, Tensor[] weight, int features, Tensor? ln_weight, Tensor? ln_bias, float? eps, str norm, "
-        "str? activation, Tensor? gamma, Tensor? residual, str backend) -> Tensor",
+        f"{name}(Tensor x, {LAYER_SCHEMA}, Tensor? residual, str backend) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
     def run(x: torch.Tensor, *values: Any) -> torch.Tensor:
-        *inputs, word = values
+        *layer, residual, word = values
         _refuse_transforms(name, word)
-
-        def run_on(backend: Backend, *inputs: Any) -> torch.Tensor:
-            return backend.forward[name](*inputs).contiguous()
-
-        def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
-            return method(name, *inputs)
-
-        out: torch.Tensor = select.run(name, select.loaded(word, name), x.device, run_on, (x, *inputs), ask)
+        inputs = x, PreparedLayer(*layer), residual
+        out: torch.Tensor = select.run(name, select.loaded(word, name), x.device, run_on, inputs, ask)
         return out
 
-    def fake(x: torch.Tensor, weight: Any, features: int, *_: Any) -> torch.Tensor:
+    def run_on(backend: Backend, *inputs: Any) -> torch.Tensor:
+        return backend.forward[name](*inputs).contiguous()
+
+    def ask(method: Callable[..., Sequence[str]], inputs: Sequence[Any]) -> Sequence[str]:
+        return method(name, *inputs)
+
+    def fake(x: torch.Tensor, weight: Any, bias: Any, features: int, *_: Any) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], features))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vit_fast::{name}", fake, lib=_library)
     register_flop_formula(getattr(torch.ops.vit_fast, name))(
-        lambda x, weight, features, *_, **__: (
+        lambda x, weight, bias, features, *_, **__: (
             2 * _rows(x) * x[-1] * (weight[0][0] if len(weight[0]) == 2 else features)  # packed ones are padded
         )
     )
@@ -1100,13 +1101,13 @@ def _packed_linear(
             activation, after = None, activation
         else:
             features //= 2
-    inputs = x, weight.with_bias(bias), features, *ln, norm, activation, gamma, residual
-    backend = select.choose(name, x.device, (), *inputs)
+    layer = PreparedLayer(weight.tensors, weight.bias(bias), features, *ln, norm, activation, gamma)
+    backend = select.choose(name, x.device, (), x, layer, residual)
     out: torch.Tensor
     if backend == "torch":
-        out = reference.packed_linear(*inputs)
+        out = reference.packed_linear(x, layer, residual)
     else:
-        out = getattr(torch.ops.vit_fast, name)(*inputs, backend)
+        out = getattr(torch.ops.vit_fast, name)(x, *layer, residual, backend)
     return reference.activate(out, after)
 
 

@@ -463,7 +463,8 @@ def prepare(model: nn.Module, precision: str | None = None, *, release: bool = F
     Blocks that are not pre-norm, or have branches, windows or attention of another kind, are prepared linear layer by
     linear layer, on every device and in every precision: ``explain`` shows ``prepared_linear``, on a CPU with the C++
     library ``packed_linear``, by precision ``fp8_linear`` (a step for each token, found as it passes) or
-    ``int8_linear``. Nothing is folded there, and without a precision float32 is taken on a GPU too.
+    ``int8_linear``. Nothing is folded there, layers that multiply the same tokens are one product, and without a
+    precision float32 is taken on a GPU too.
 
     Args:
         model: a ``VisionTransformer``, a model of ``vit_fast.systems``, one that ``vit_fast.optimize`` has changed, or

@@ -2,16 +2,20 @@
 
 A block that no stack of prepared blocks describes (post-norm, parallel branches, windows, attention of other kinds) is
 prepared part by part: its fused form runs on the twin, and the operations (``ops``) take a ``PackedWeight`` in the
-place of a weight. All other tensors are the block's own. A twin is never called, only its ``fused_parts``; it is no
-part of the model, and gone when the block changes (``prepared``).
+place of a weight. Layers that multiply the same tokens (``Fused.layers_of_one_input``) are one product there, for which
+the tokens are rounded once, and what a block computes of its parameters alone is computed once
+(``Fused.settle_twin``). All other tensors are the block's own. A twin is never called, only its ``fused_parts``; it is
+no part of the model, and gone when the block changes (``prepared``).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
+from .block import pack
 from .kernels.packing import PackedWeight, is_tiny
 from .precisions import Precision
 
@@ -26,15 +30,31 @@ def _prepared(weight: torch.Tensor, precision: Precision) -> PackedWeight | torc
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on a prepared weight: x [..., in] → [..., out]."""
+    """A linear layer on a prepared weight: x [..., in] → [..., out].
 
-    def __init__(self, linear: nn.Linear, precision: Precision) -> None:
+    Attributes:
+        sizes: the outputs of each of the layers that it was made of: one, or several of one input.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], precision: Precision) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._parameters: dict[str, Any] = {"weight": _prepared(linear.weight, precision), "bias": linear.bias}
+        weight, bias = (layers[0].weight, layers[0].bias) if len(layers) == 1 else pack(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self.in_features, self.out_features = layers[0].in_features, sum(self.sizes)
+        self._parameters: dict[str, Any] = {"weight": _prepared(weight, precision), "bias": bias}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        return ops.linear(x, self._parameters["weight"], self._parameters["bias"])
+
+
+def linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> Sequence[torch.Tensor]:
+    """x [..., in] through each of several linear layers, [..., out] each; by one product where a twin has made them
+    one."""
+    first = layers[0]
+    if isinstance(first, PackedLinear) and len(first.sizes) > 1:
+        return first(x).split(first.sizes, -1)
+    parameters: list[dict[str, Any]] = [layer._parameters for layer in layers]
+    return [ops.linear(x, of_layer["weight"], of_layer["bias"]) for of_layer in parameters]
 
 
 def linear_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -47,22 +67,42 @@ def linear_weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]
     ]
 
 
-def _part(child: nn.Module | None, precision: Precision) -> nn.Module | None:
-    if isinstance(child, nn.Linear) and type(child) in _LINEAR:
-        return PackedLinear(child, precision)
-    return None if child is None else twin(child, precision)
+def _joined(module: nn.Module, precision: Precision) -> dict[nn.Module, PackedLinear]:
+    """Layer → the one that takes its place, for the layers of a block that become one product."""
+    found: Any = module
+    groups = found.layers_of_one_input() if hasattr(found, "layers_of_one_input") else ()
+    return {
+        layer: joined
+        for layers in groups
+        if all(type(layer) in _LINEAR and not is_tiny(layer.weight) for layer in layers)
+        for joined in [PackedLinear(layers, precision)]
+        for layer in layers
+    }
 
 
-def twin(module: nn.Module, precision: Precision) -> Any:
-    """A shallow copy of a module and its parts with prepared weights; tensors that are no weights are shared."""
+def _copied(module: nn.Module, precision: Precision, joined: dict[nn.Module, PackedLinear]) -> Any:
+    if module in joined:
+        return joined[module]
+    if isinstance(module, nn.Linear) and type(module) in _LINEAR:
+        return PackedLinear([module], precision)
+    joined = joined | _joined(module, precision)
     copy: Any = object.__new__(type(module))
     attributes = dict(vars(module))
     attributes["_parameters"] = dict(module._parameters)
     if (weight := module._parameters.get(_PACKED)) is not None:
         attributes["_parameters"][_PACKED] = _prepared(weight, precision)
-    attributes["_modules"] = {name: _part(child, precision) for name, child in module._modules.items()}
+    attributes["_modules"] = {
+        name: None if child is None else _copied(child, precision, joined) for name, child in module._modules.items()
+    }
     vars(copy).update(attributes)
+    if hasattr(copy, "settle_twin"):
+        copy.settle_twin()
     return copy
+
+
+def twin(block: nn.Module, precision: Precision) -> Any:
+    """A shallow copy of a block and its parts with prepared weights; tensors that are no weights are shared."""
+    return _copied(block, precision, {})
 
 
 def packed_weights(twin: nn.Module) -> list[tuple[str, PackedWeight]]:

@@ -470,16 +470,17 @@ def fp8_blocks_cases():
 
 def prepared_linear_cases():
     """Launches the kernel that rounds tokens to float8 e4m3, and the GEMM that scales them back."""
+    from vit_fast.kernels.prepared_layer import PreparedLayer
     from vit_fast.kernels.prepared_linear import fp8_linear
 
     def call(batch, tokens, width, out, dtype, norm="layer", activation=None, ends=False):
         rows = 2 * out if activation in GATED else out
         matrix = torch.empty(rows, width, dtype=torch.float8_e4m3fn)
-        weight = [matrix, torch.empty(rows), torch.empty(rows, dtype=dtype)]
+        bias, gamma = torch.empty(rows, dtype=dtype), torch.empty(out, dtype=dtype) if ends else None
         x, vector = torch.empty(batch, tokens, width, dtype=dtype), torch.empty(width, dtype=dtype)
         ln = (vector, vector, 1e-6) if norm else (None, None, None)
-        last = (torch.empty(out, dtype=dtype), torch.empty(batch, tokens, out, dtype=dtype)) if ends else (None, None)
-        fp8_linear(x, weight, out, *ln, norm or "layer", activation, *last)
+        layer = PreparedLayer([matrix, torch.empty(rows)], bias, out, *ln, norm or "layer", activation, gamma)
+        fp8_linear(x, layer, torch.empty(batch, tokens, out, dtype=dtype) if ends else None)
 
     for dtype in DTYPES[:2]:
         made = []

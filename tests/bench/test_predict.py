@@ -164,6 +164,22 @@ def test_what_an_epilogue_does_takes_time():
     assert gemm(*sizes, ACTIVATION="relu").seconds < gemm(*sizes, ACTIVATION="gelu").seconds
 
 
+def test_rounding_tokens_takes_the_instructions_of_its_norm():
+    """Few rows take latencies alone; with many each program keeps the schedulers for its instructions."""
+    gpu, held = GPUS["h200"], resources.Resources(64, 64, "")
+
+    def seconds(rows, norm):
+        arguments = {"NORM": norm, "ROWS": 4, "BLOCK": 1024, "num_warps": 4}
+        one = Launch("_quantise_tokens_fwd_kernel", -(-rows // 4), arguments)
+        return model.estimate(one, Operation("layer_norm", "", 0, 1), torch.bfloat16, gpu, held).seconds
+
+    for rows in (1, 12608, 50432):
+        times = [seconds(rows, norm) for norm in (None, "rms", "layer")]
+        assert times == sorted(times) and times[0] < times[2]
+    clocks = seconds(4 * 132 * 1000, "layer") * 1e9 * gpu.sustained_ghz
+    assert clocks == pytest.approx(1000 * (7 + 16) * 32, rel=0.05)
+
+
 def test_the_queue():
     """Alone a program takes both parts; with many the shared one alone sets the pace; more are never slower a piece."""
     assert model.cycle(1, 100, 40) == 140 and model.cycle(3, 0, 40) == 40

@@ -12,6 +12,7 @@ from support.families import FAMILIES
 from support.library_models import PREPARABLE
 from torch import nn
 from vit_fast.kernels import packing, reference
+from vit_fast.kernels.prepared_layer import PreparedLayer
 
 import vit_fast
 from vit_fast.backends import cpu_choice
@@ -303,19 +304,19 @@ def test_packed_linear_layers_at_every_level(kind):
             CPU.use_level(level)
             for rows, width, features in ((1, 7, 5), (3, 33, 65), (130, 48, 96)):
                 x, weight = torch.randn(rows, width).to(dtype), pack(torch.randn(features, width).to(dtype))
-                bias, gamma, residual = (
+                bias, gamma, ends = (
                     torch.randn(features),
                     torch.randn(features),
                     torch.randn(rows, features).to(dtype),
                 )
                 ln = torch.randn(width), torch.randn(width), 1e-6
-                for rest in (
+                for *rest, residual in (
                     (None, None, None, "layer", None, None, None),
                     (*ln, "layer", "gelu", None, None),
-                    (*ln, "rms", "silu", gamma, residual),
-                    (None, None, None, "layer", None, gamma, residual),
+                    (*ln, "rms", "silu", gamma, ends),
+                    (None, None, None, "layer", None, gamma, ends),
                 ):
-                    inputs = (x[:, :], weight.with_bias(bias), features, *rest)
+                    inputs = x[:, :], PreparedLayer(weight.tensors, weight.bias(bias), features, *rest), residual
                     out, wanted = CPU.forward["int8_linear"](*inputs), reference.packed_linear(*inputs)
                     scale = wanted.double().abs().amax()
                     limit = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2, "int8": 2e-2}[kind]

@@ -8,13 +8,18 @@ import copy
 import pickle
 
 import pytest
+import timm.models.cait as cait
 import torch
 from support import library_models, timm_models, transformers_models
 from support.budget import assert_within_budget
 from support.graphs import OnCpu, Reruns
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vit_fast
+from vit_fast import twin as twin_module
 from vit_fast.block import PREPARED
+from vit_fast.precisions import FOLDED, FP8, INT8, PACKED
 from vit_fast.twin import packed_weights
 
 # Blocks of branches side by side, post-norm, with attention in windows or of two kinds, with norms of q and k over the
@@ -232,6 +237,77 @@ def test_other_blocks_can_be_captured(name, precision, monkeypatch):
         assert torch.equal(first(module(x)), first(model(x)))
         vit_fast.unprepare(model)
         assert torch.equal(first(module(x)), first(model(x)))
+
+
+JOINED = ("Sapiens2", "InternVL", "XCLIP", "ViTamin", "Qwen2.5-VL", "class attention")
+
+
+def class_attention():
+    """Two blocks of CaiT whose class token attends to all tokens, as one model of tokens."""
+    torch.manual_seed(0)
+    model = perturbed(nn.Sequential(*(cait.LayerScaleBlockClassAttn(48, 2, init_values=0.5) for _ in range(2))))
+    x = torch.randn(2, 17, 48)
+
+    def call(m):
+        tokens = x.to(m[0].norm1.weight.dtype)
+        cls = tokens[:, :1]
+        for block in m:
+            cls = block(tokens[:, 1:], cls)
+        return cls
+
+    golden = run(copy.deepcopy(model).double(), call)
+    return vit_fast.optimize(model), call, golden
+
+
+@pytest.mark.parametrize("precision", (None, "fp8", "int8"))
+@pytest.mark.parametrize("name", JOINED)
+def test_layers_of_one_input_are_one_product(name, precision, monkeypatch):
+    """They err no more than one by one, and cost no more FLOP."""
+    model, call, golden = class_attention() if name == "class attention" else built(name)
+    model = model.bfloat16() if precision == "fp8" else model
+    operation = f"{precision or 'prepared'}_linear"
+    calls, flops, errors = [], [], []
+    for joins in (True, False):
+        if not joins:
+            monkeypatch.setattr(twin_module, "_joined", lambda *_: {})
+        vit_fast.prepare(model, precision)
+        with vit_fast.backends.recording() as choices, FlopCounterMode(display=False) as counted:
+            out = run(model, call)
+        calls.append([operation for operation, *_ in choices].count(operation))
+        flops.append(counted.get_total_flops())
+        errors.append((out.double() - golden).norm().item())
+    assert 0 < calls[0] < calls[1] and flops[0] == flops[1] > 0
+    assert errors[0] <= 1.05 * errors[1] + 1e-6 * golden.norm().item()
+
+
+@pytest.mark.parametrize("precision", (FOLDED, PACKED, FP8, INT8), ids=lambda p: p.linear)
+def test_joined_layers_give_what_each_gives(precision):
+    torch.manual_seed(0)
+    layers = nn.Linear(48, 40), nn.Linear(48, 16, bias=False), nn.Linear(48, 33)
+    x, linears = torch.randn(2, 5, 48), twin_module.linears
+    with torch.no_grad():
+        joined, *single = (twin_module.PackedLinear(of, precision) for of in (layers, *([layer] for layer in layers)))
+        found, wanted = linears(x, [joined] * 3), linears(x, single)
+    for one, other, exact in zip(found, wanted, (layer(x) for layer in layers), strict=True):
+        if precision is INT8:  # one gain for the inputs of all, as for those of a block in a stack
+            assert (one - exact).norm() <= 1.5 * (other - exact).norm()
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_q_k_v_is_packed_once():
+    model, call, _ = built("EvaBlockPostNorm")
+    before, block = run(model, call), model.blocks[0]
+    vit_fast.prepare(model)
+    prepared = vars(block)[PREPARED].twin.attn
+    assert prepared.q_bias is None and block.attn.q_bias is not None and block.attn.qkv.bias is None
+    expected = torch.cat((block.attn.q_bias, block.attn.k_bias, block.attn.v_bias))
+    assert torch.equal(prepared.qkv.bias, expected) and not prepared.qkv.bias.requires_grad
+    torch.testing.assert_close(run(model, call), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        block.attn.q_bias.add_(1)
+    run(model, call)
+    assert not hasattr(vars(block)[PREPARED], "twin")
 
 
 def test_changes_drop_packed_linear_layers(caplog):

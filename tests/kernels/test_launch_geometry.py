@@ -44,6 +44,7 @@ from vit_fast.kernels import (
 )
 from vit_fast.kernels import fp8_blocks as fp8_blocks_kernels
 from vit_fast.kernels.arguments import MAX_ROWS, UnsupportedError
+from vit_fast.kernels.prepared_layer import PreparedLayer
 
 PROBLEMS = 2000 if properties.FULL else 600
 
@@ -566,11 +567,11 @@ def test_stacks_of_short_kernels_are_launched_early(stack, arch, rows, pdl):
 
 
 def one_linear(operation, batch):
-    weight = [meta(3072, 768), meta(3072)]
+    weight = [meta(3072, 768)]
     if operation is prepared_linear.fp8_linear:
-        weight = [meta(3072, 768, dtype=torch.float8_e4m3fn), meta(3072, dtype=torch.float32), meta(3072)]
-    ln = meta(768), meta(768), 1e-6
-    return operation(meta(batch, 197, 768), weight, 3072, *ln, "layer", "gelu", None, None)
+        weight = [meta(3072, 768, dtype=torch.float8_e4m3fn), meta(3072, dtype=torch.float32)]
+    layer = PreparedLayer(weight, meta(3072), 3072, meta(768), meta(768), 1e-6, activation="gelu")
+    return operation(meta(batch, 197, 768), layer)
 
 
 @pytest.mark.parametrize("arch,batch,pdl", ((80, 1, False), (90, 1, True), (90, 2**13, False)))

@@ -12,6 +12,7 @@ from support.layer_norm import formula as normalised
 from support.prepared_linear import PACK, formula, kernel_of, problem
 from torch.library import opcheck
 from vit_fast.kernels import arguments, folding, packing, reference
+from vit_fast.kernels.prepared_layer import PreparedLayer
 
 import vit_fast
 from vit_fast import ops
@@ -85,11 +86,10 @@ def test_no_tokens(shape, fp8):
 def test_wide_tokens_are_left_to_others():
     from vit_fast.kernels import prepared_linear as kernels
 
-    inputs = (torch.empty(1, 70000), [torch.empty(8, 70000)], 8, None, None, 1e-6, "layer", None, None, None)
-    assert kernels.prepared_linear_not_supported_reasons(*inputs) == ["width 70000 is above 65536"]
-    assert kernels.fp8_linear_not_supported_reasons(*inputs) == ["width 70000 is above 16384"]
-    without_norm = (*inputs[:5], None, *inputs[6:])
-    assert kernels.prepared_linear_not_supported_reasons(*without_norm) == []
+    x, layer = torch.empty(1, 70000), PreparedLayer([torch.empty(8, 70000)], None, 8, eps=1e-6)
+    assert kernels.prepared_linear_not_supported_reasons(x, layer) == ["width 70000 is above 65536"]
+    assert kernels.fp8_linear_not_supported_reasons(x, layer) == ["width 70000 is above 16384"]
+    assert kernels.prepared_linear_not_supported_reasons(x, layer._replace(eps=None)) == []
 
 
 @BOTH
@@ -111,7 +111,7 @@ def test_a_float8_weight_and_one_as_it_is():
     assert rows.is_contiguous() and rows.dtype == folding.E4M3 and scale.dtype == torch.float32
     torch.testing.assert_close(rows.float() * scale[:, None], weight, rtol=2.0**-4, atol=1e-6)
     bias = torch.randn(40)
-    assert prepared.with_bias(None) == [prepared.tensors[0]] and prepared.with_bias(bias)[1] is bias
+    assert prepared.bias(None) is None and prepared.bias(bias) is bias
     assert [packing.is_tiny(torch.empty(*size)) for size in ((15, 400), (400, 8), (16, 16))] == [True, True, False]
 
 
@@ -145,8 +145,8 @@ def test_operators_are_sound(fp8):
     # torch's own check of the schema multiplies every tensor by 2, and has no such kernel for e4m3.
     checks = ("test_faketensor",) if fp8 else ("test_schema", "test_faketensor")
     for options in (dict(activation="swiglu", norm="layer"), dict(ends=True)):
-        inputs = (*problem((2, 3, 24), 16, torch.bfloat16, fp8, **options), "torch")
-        opcheck(operator, inputs, test_utils=checks)
+        x, layer, residual = problem((2, 3, 24), 16, torch.bfloat16, fp8, **options)
+        opcheck(operator, (x, *layer, residual, "torch"), test_utils=checks)
 
 
 @BOTH

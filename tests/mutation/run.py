@@ -45,6 +45,7 @@ SUITES = (
     "arguments", "tuned", "configs", "launch", "layer_norm", "activations", "dropout", "gemm", "gemm_train", "linear",
     "layernorm_mlp", "attention", "attention_bwd", "patch_embed", "column_sums", "layer_norm_bwd", "patch_embed_bwd",
     "linear_bwd", "layernorm_mlp_bwd", "interception", "launch_plan", "warming", "prepared_blocks", "fp8_blocks",
+    "prepared_linear",
 )  # fmt: skip
 SLOW = ("attention_bwd",)  # up to ten seconds a mutant: a sample of all files leaves them out
 MEMORY_LIMIT = 80 << 30  # bytes of address space: some suites reserve 60 GB and touch a few pages of them

@@ -25,6 +25,7 @@ WITHOUT_TRITON = (
     "configs",
     "folding",
     "packing",
+    "prepared_layer",
     "reference",
     "tracing",
 )

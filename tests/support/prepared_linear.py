@@ -6,6 +6,7 @@ import torch
 from support import layer_norm, linear, properties
 from vit_fast.kernels import packing, reference
 from vit_fast.kernels.activation_names import GATED
+from vit_fast.kernels.prepared_layer import PreparedLayer
 
 PACK = {False: packing.prepared_weight, True: packing.fp8_weight}  # by whether it is float8
 
@@ -16,17 +17,17 @@ def kernel_of(fp8):
     return prepared_linear.fp8_linear if fp8 else prepared_linear.prepared_linear
 
 
-def formula(x, weight, features, ln_weight, ln_bias, eps, norm, activation, gamma, residual):
+def formula(x, layer, residual=None):
     """In float64: tokens are not rounded, a float8 weight is what it stands for."""
-    matrix, *rows = (None if t is None else t.double() for t in weight)
-    if weight[0].dtype != x.dtype and weight[0].dtype == torch.float8_e4m3fn:
-        matrix, rows = matrix * rows[0][:, None], rows[1:]
-    x, ln_weight, ln_bias, gamma, residual = (
-        None if t is None else t.double() for t in (x, ln_weight, ln_bias, gamma, residual)
+    matrix, *scale = (t.double() for t in layer.weight)
+    matrix = matrix * scale[0][:, None] if scale else matrix
+    x, ln_weight, ln_bias, bias, gamma, residual = (
+        None if t is None else t.double()
+        for t in (x, layer.ln_weight, layer.ln_bias, layer.bias, layer.gamma, residual)
     )
-    if eps is not None:
-        x = layer_norm.formula(x, ln_weight, ln_bias, eps, norm)[0]
-    return linear.formula(x, matrix, rows[0] if rows else None, activation, gamma, residual)
+    if layer.eps is not None:
+        x = layer_norm.formula(x, ln_weight, ln_bias, layer.eps, layer.norm)[0]
+    return linear.formula(x, matrix, bias, layer.activation, gamma, residual)
 
 
 def problem(shape, features, dtype, fp8, activation=None, norm=None, ends=False, bias=True):
@@ -40,7 +41,7 @@ def problem(shape, features, dtype, fp8, activation=None, norm=None, ends=False,
     if ends:
         gamma, residual = (0.5 + torch.rand(features)).to(dtype), torch.randn(*shape[:-1], features).to(dtype)
     ln = ln if norm else (None, None, None)
-    return x, weight.with_bias(b), features, *ln, norm or "layer", activation, gamma, residual
+    return x, PreparedLayer(weight.tensors, b, features, *ln, norm or "layer", activation, gamma), residual
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class PreparedLinearCase(properties.Case):
         assert error <= 1.5 * max(errors[0], sum(errors) / len(errors)) + slack, f"{error:.3g} against {errors}"
 
     def relation_layout(self, inputs, results):
-        x, weight, features, *rest, residual = inputs
+        x, layer, residual = inputs
         x, residual = (properties.laid_out(t, self.layout) for t in (x, residual))
-        self.same_bits(self.kernel(x, weight, features, *rest, residual), results)
+        self.same_bits(self.kernel(x, layer, residual), results)
 
     def relation_one_image_alone(self, inputs, results):
-        x, *rest, residual = inputs
+        x, layer, residual = inputs
         image = slice(self.seed % self.batch, self.seed % self.batch + 1)
-        alone = self.kernel(x[image], *rest, None if residual is None else residual[image])
+        alone = self.kernel(x[image], layer, None if residual is None else residual[image])
         self.same_but_for_order(inputs, alone, [results[0][image]])
 
     def relation_a_broken_token_stays_alone(self, inputs, results):

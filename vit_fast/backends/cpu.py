@@ -10,6 +10,7 @@ import torch
 from vit_fast import extension
 from vit_fast.kernels import reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
+from vit_fast.kernels.prepared_layer import PreparedLayer
 from vit_fast.precisions import INT8, PACKED
 
 from . import canary, cpu_choice
@@ -339,24 +340,13 @@ def _blocks(
     return out
 
 
-def packed_linear(
-    x: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    features: int,
-    ln_weight: torch.Tensor | None,
-    ln_bias: torch.Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, layer: PreparedLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
     out: torch.Tensor = torch.ops.vit_fast_cpu.packed_linear(
-        _rows(x), list(weight), features, _vector(ln_weight), _vector(ln_bias), -1.0 if eps is None else eps,
-        norm == "rms", activation or "none", _vector(gamma),
+        _rows(x), [*layer.weight, layer.bias], layer.features, _vector(layer.ln_weight), _vector(layer.ln_bias),
+        -1.0 if layer.eps is None else layer.eps, layer.norm == "rms", layer.activation or "none", _vector(layer.gamma),
         None if residual is None else _rows(residual.to(x.dtype)).contiguous(),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], features)
+    return out.view(*x.shape[:-1], layer.features)
 
 
 _PLAIN_VALUES = ("layer", -1.0, -1.0, 0, *(None, None, -1.0) * 2, None, None, "half", 0, None)

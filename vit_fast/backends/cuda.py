@@ -20,6 +20,7 @@ from vit_fast.kernels.activation_names import ACTIVATIONS, GATED
 from vit_fast.kernels.arguments import check_rows
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.kernels.folding import FoldedBlock, unflatten
+from vit_fast.kernels.prepared_layer import PreparedLayer
 
 from . import cutlass
 from .base import Backend, attention_option_reasons, normalised_heads
@@ -358,24 +359,13 @@ def prepared_blocks(
     return x
 
 
-def prepared_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def prepared_linear(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> Tensor:
     """As ``kernels.prepared_linear.prepared_linear``; an activation or a residual, not both."""
-    matrix, bias = weight[0], weight[1] if len(weight) > 1 else None
-    y = x if eps is None else layer_norm(x, ln_weight, ln_bias, eps, norm=norm)
+    (matrix,), eps = layer.weight, layer.eps
+    y = x if eps is None else layer_norm(x, layer.ln_weight, layer.ln_bias, eps, norm=layer.norm)
     if residual is None:
-        return _product(y, matrix, bias, activation)
-    return linear_residual(y, matrix, bias, gamma, residual).to(x.dtype)
+        return _product(y, matrix, layer.bias, layer.activation)
+    return linear_residual(y, matrix, layer.bias, layer.gamma, residual).to(x.dtype)
 
 
 # Why the kernels cannot take a call; empty where they can. The batch size plays no part.
@@ -529,22 +519,13 @@ def prepared_blocks_reasons(
     return reasons + attention_reasons(packed, num_heads, **options.of_attention())
 
 
-def prepared_linear_reasons(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    features: int,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float | None,
-    norm: str,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-) -> list[str]:
+def prepared_linear_reasons(x: Tensor, layer: PreparedLayer, residual: Tensor | None = None) -> list[str]:
     """Of prepared_linear."""
-    reasons = _dtype_reasons(_FLOAT, x=x) if eps is None else layer_norm_reasons(x, ln_weight, ln_bias, eps)
+    reasons = _dtype_reasons(_FLOAT, x=x)
+    if layer.eps is not None:
+        reasons = layer_norm_reasons(x, layer.ln_weight, layer.ln_bias, layer.eps)
     if residual is not None:
-        reasons += _dtype_reasons((x.dtype, torch.float32), residual=residual, gamma=gamma)
+        reasons += _dtype_reasons((x.dtype, torch.float32), residual=residual, gamma=layer.gamma)
     return reasons
 
 

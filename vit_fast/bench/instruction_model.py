@@ -46,6 +46,7 @@ STATISTICS_LATENCY = 600  # clocks of mean and rstd of each row, asked from L2 b
 RESIDUAL_LATENCY = 520  # clocks of each batch of 32 elements, one after the other
 POINTER_LOAD = 8  # for each piece of 16 bytes that a thread loads through pointers
 SOFTMAX, ONLINE = 14, 3  # for each score; more where the softmax is online
+ROUND, OF_NORM = 7, {None: 0, "rms": 9, "layer": 16}  # for each element of a token that is rounded; more for its norm
 KERNEL = 1.05  # how much longer a pass over memory takes than its bytes
 LIBRARY = 1.15  # how much longer an operation of PyTorch takes than its roofline bound
 
@@ -170,6 +171,15 @@ def _attention(a, dtype, gpu, rate, resources, programs):
     return busy_clocks(programs, gpu.multiprocessors, held, shared, own + latency, issue * 2 / 3)
 
 
+def _rounded_tokens(a, gpu, resources, programs):
+    """Clocks of the rounding of tokens, whose elements stay in registers between one load and one store."""
+    warps = a["num_warps"]
+    each = ROUND + OF_NORM[a["NORM"]]
+    own, issue = _own_clocks(each * a["ROWS"] * a["BLOCK"] / (32 * warps), warps)
+    held = resources.programs(gpu, warps)
+    return busy_clocks(programs, gpu.multiprocessors, held, 0.0, own + START + LATENCY, issue)
+
+
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
@@ -195,6 +205,9 @@ def estimate(
         clocks = _gemm(a, product, gpu, rate, resources, launch.programs, depth)
     elif "BLOCK_M" in a:
         clocks = _attention(a, product, gpu, rate, resources, launch.programs)
+    elif "quantise_tokens" in launch.name:
+        memory *= KERNEL
+        clocks = _rounded_tokens(a, gpu, resources, launch.programs)
     else:
         memory *= KERNEL
         clocks = 2 * LATENCY * math.ceil(launch.programs / (gpu.multiprocessors * held))

@@ -228,7 +228,7 @@ def _one_linear(a, out):
     if a["eps"] is not None or size == 1:
         yield "layer_norm", weight[0], 0, moved_bytes(x, a["ln_weight"], a["ln_bias"]) + x.numel() * size
     outputs = weight[0].shape[0] if weight[0].dim() == 2 else a["features"]
-    moved = x.numel() * size + moved_bytes(*weight, a["gamma"], a["residual"], out)
+    moved = x.numel() * size + moved_bytes(*weight, a["bias"], a["gamma"], a["residual"], out)
     yield "linear", weight[0], 2 * rows * x.shape[-1] * outputs, moved
 
 

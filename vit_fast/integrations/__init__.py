@@ -73,6 +73,13 @@ class Fused(Swapped, Fusible):
         twin (``vit_fast.twin``)."""
         raise NotImplementedError
 
+    def layers_of_one_input(self) -> Sequence[Sequence[nn.Linear]]:
+        """Linear layers that the fused form applies to the same tokens by ``twin.linears``, group by group."""
+        return ()
+
+    def settle_twin(self) -> None:
+        """Called once on the twin: computes what each call would compute of parameters alone."""
+
     def not_folded(self) -> str | None:
         """Why ``params`` does not describe the block, so that ``vit_fast.prepare`` leaves it, or None."""
         return None

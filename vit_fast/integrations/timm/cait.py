@@ -5,6 +5,7 @@ runs in plain PyTorch between the fused projections.
 Source: timm/models/cait.py; Touvron et al., "Going deeper with Image Transformers", 2021.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm.models.cait as cait
@@ -15,6 +16,7 @@ from vit_fast import ops
 from vit_fast.block import drop_rate, drops_not_covered, prepared_for
 from vit_fast.integrations import Fused, given, not_taken
 from vit_fast.plain import LINEAR, submodules
+from vit_fast.twin import linears
 
 from .parts import (
     DROP_PATHS,
@@ -114,12 +116,13 @@ class FastLayerScaleBlockClassAttn(_CaitBlock, cait.LayerScaleBlockClassAttn):
         **MLP,
     )
 
+    def layers_of_one_input(self) -> Sequence[Sequence[nn.Linear]]:
+        return [(self.attn.k, self.attn.v)]
+
     def attend(self, *tokens: torch.Tensor) -> torch.Tensor:
         attn, (x, x_cls) = self.attn, tokens
         y = normalise(torch.cat((x_cls, x), dim=1), self.norm1)
-        q, k, v = (
-            ops.linear(part, layer.weight, layer.bias) for part, layer in ((y[:, :1], attn.q), (y, attn.k), (y, attn.v))
-        )
+        q, (k, v) = ops.linear(y[:, :1], attn.q.weight, attn.q.bias), linears(y, (attn.k, attn.v))
         scale = (q.shape[-1] // attn.num_heads) ** -0.5 if attn.fused_attn else attn.scale
         return ops.attention(q, attn.num_heads, scale, k=k, v=v, dropout_p=attention_drop(attn))
 

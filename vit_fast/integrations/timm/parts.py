@@ -6,6 +6,7 @@
 Source: timm/layers (attention.py, diff_attention.py, mlp.py, norm.py), timm/models/vitamin.py (GeGluMlp).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm.layers as layers
@@ -21,6 +22,7 @@ from vit_fast.integrations import GATED_BY, GELU, Fused, additive, given, mask_o
 from vit_fast.kernels import reference
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
+from vit_fast.twin import linears
 
 
 def _classes(*names: str, of: Any = layers) -> tuple[type, ...]:
@@ -143,7 +145,7 @@ def project(attn: Any, x: torch.Tensor, norm: Any) -> tuple[Any, ...]:
         gate = ops.linear(x, gate.weight, gate.bias).sigmoid()
     if qkv is not None:
         return ops.linear(x, qkv.weight, qkv_bias(attn)), None, None, gate
-    q, k, v = (ops.linear(x, part.weight, part.bias) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = linears(x, (attn.q_proj, attn.k_proj, attn.v_proj))
     if getattr(attn, "num_kv_groups", 1) > 1:
         k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
     return q, k, v, gate
@@ -197,8 +199,8 @@ def hidden(mlp: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:
         x = normalise(x, norm)
         if type(mlp) in GEGLU:
             x = normalise(x, mlp.norm)
-        gate, value = (getattr(mlp, name) for name in names[:2])
-        return mlp.act(ops.linear(x, gate.weight, gate.bias)) * ops.linear(x, value.weight, value.bias)
+        gate, value = linears(x, [getattr(mlp, name) for name in names[:2]])
+        return mlp.act(gate) * value
     fc1, word = mlp.fc1, activation(mlp)
     if norm is None:
         x = ops.linear(x, fc1.weight, fc1.bias)
@@ -379,6 +381,17 @@ class TimmBlock(Fused):
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
         return self.fused(inputs[0], self.gammas(), self.settings()._replace(words=None), options)
+
+    def layers_of_one_input(self) -> Sequence[Sequence[nn.Linear]]:
+        attn, mlp = self.attn, self.mlp
+        groups = [(attn.q_proj, attn.k_proj, attn.v_proj)] if attn.qkv is None else []
+        names = _SPLIT.get(type(mlp))
+        return groups if names is None else [*groups, [getattr(mlp, name) for name in names[:2]]]
+
+    def settle_twin(self) -> None:
+        attn = self.attn
+        if attn._parameters.get("q_bias") is not None:
+            attn.qkv._parameters["bias"], attn._parameters["q_bias"] = qkv_bias(attn), None
 
     def settings(self) -> Settings:
         attn, of_mlp = self.attn, mlp_drops(self.mlp)

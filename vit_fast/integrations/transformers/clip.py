@@ -13,6 +13,7 @@ from vit_fast.block_params import Norm
 from vit_fast.integrations import Swapped, given
 from vit_fast.kernels.reference import activate
 from vit_fast.plain import LINEAR, NOTHING
+from vit_fast.twin import linears
 
 from .layer import MLP, NORM, Layer, Modules, Parts, activation_of, attention_modules, linear, mlp_parts
 
@@ -87,7 +88,7 @@ class CLIPSegDecoderForm(CLIPForm):
     """The layer of CLIPSeg's decoder: CLIP's with the norms behind the branches."""
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:
-        q, k, v = (linear(x, module) for module in parts.qkv)
+        q, k, v = linears(x, parts.qkv)
         return q, {"k": k, "v": v}
 
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:

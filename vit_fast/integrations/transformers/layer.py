@@ -5,7 +5,7 @@
 
 A form says where a layer keeps its modules (``MODULES``, ``parts``), what its forward takes beside the input, and how
 it passes masks, rotary tables and sequence bounds to its attention. Three projections stay three, after one norm, and
-so do gate and up: packing them would copy their weights in each call.
+so do gate and up, but where ``prepare`` has packed them: packing would copy their weights in each call.
 Source: transformers/models/*/modeling_*.py, version 5.
 """
 
@@ -34,6 +34,7 @@ from vit_fast.integrations import GATED_BY, GELU, Fused, additive, norm_kind, no
 from vit_fast.kernels.reference import activate
 from vit_fast.key_masks import key_lengths
 from vit_fast.plain import LINEAR, TENSORS
+from vit_fast.twin import linears
 
 Modules = Mapping[str, tuple[Any, ...]]
 NORM = (nn.LayerNorm,)
@@ -282,6 +283,10 @@ class Layer(Fused):
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
         return self.add_branches(inputs[0], self.parts(self), options)
 
+    def layers_of_one_input(self) -> Sequence[Sequence[nn.Linear]]:
+        parts = self.parts(self)
+        return [layers for layers in (parts.qkv, parts.fc1) if len(layers) > 1]
+
     def add_branches(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
         """x plus both branches."""
         return self.add_mlp(self.add_attention(x, parts, options), parts)
@@ -293,7 +298,7 @@ class Layer(Fused):
             qkv = parts.qkv[0]
             return ops.layer_norm_linear(x, *norm1, qkv.weight, qkv.bias, norm=kind), {}
         normal = ops.layer_norm(x, *norm1, norm=kind)
-        q, k, v = (linear(normal, module) for module in parts.qkv)
+        q, k, v = linears(normal, parts.qkv)
         return q, {"k": k, "v": v}
 
     def add_attention(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
@@ -327,7 +332,7 @@ class Layer(Fused):
                 row_scale=row_scale, norm=kind, out_dropout_p=dropout,
             )  # fmt: skip
         normal = ops.layer_norm(x, *norm2, norm=kind)
-        gate, up = (linear(normal, module) for module in parts.fc1)
+        gate, up = linears(normal, parts.fc1)
         return ops.linear_residual(
             activate(gate, act) * up, fc2.weight, fc2.bias, gamma, x, row_scale=row_scale, dropout_p=dropout
         )
