@@ -161,7 +161,7 @@ struct Weight {
   int64_t features, width, stride;
 };
 
-// act(LN(x) wᵀ + b), or residual + row_scale·gamma·dropout(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
+// act(z) of z = LN(x) wᵀ + b rounded to the dtype of out, or residual + row_scale·gamma·dropout(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
 // and out [rows, features] (half the features of a gated activation). All vectors float32, or null.
 struct Linear {
   const void* x;
@@ -176,6 +176,7 @@ struct Linear {
   const float *gamma, *row_scale;
   int64_t rows_per_scale;
   const void* residual;
+  void* z;  // [rows, all features] of out_type: what the activation takes, or null
   void* out;
   Pool pool;
   void* workspace;  // linear_workspace bytes, aligned to 64

@@ -20,11 +20,11 @@ void run(Linear& call, const Tensor& x) {
 }
 
 // x [rows, C], weight [F, C], both with a contiguous last axis; vectors float32. (act(LN(x) wᵀ + b) [rows, F] in the
-// weight's dtype; mean and rstd [rows] float32, empty unless asked for).
-std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Tensor> ln_weight,
-                                                     std::optional<Tensor> ln_bias, double eps, Tensor weight,
-                                                     std::optional<Tensor> bias, std::string activation,
-                                                     bool rms, bool with_stats) {
+// weight's dtype; mean and rstd [rows] float32, and what the activation takes, [rows, F], empty unless asked for).
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Tensor> ln_weight,
+                                                             std::optional<Tensor> ln_bias, double eps, Tensor weight,
+                                                             std::optional<Tensor> bias, std::string activation,
+                                                             bool rms, bool with_stats, bool with_z) {
   Linear call{};
   const int64_t rows = x.size(0), stats = with_stats ? rows : 0;
   call.activation = activation_of(activation);
@@ -40,9 +40,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_linear(Tensor x, std::optional<Ten
   call.mean = with_stats ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
   call.rstd = with_stats ? static_cast<float*>(rstd.mutable_data_ptr()) : nullptr;
   call.weight = weight_of(weight, bias);
+  Tensor z = empty(x, {with_z ? rows : 0, weight.size(0)}, weight.scalar_type());
+  call.z = with_z ? z.mutable_data_ptr() : nullptr;
   call.out = out.mutable_data_ptr();
   run(call, x);
-  return {out, mean, rstd};
+  return {out, mean, rstd, z};
 }
 
 // residual + row_scale·gamma·dropout(x wᵀ + b). x [rows, K], residual [rows, C] contiguous; row_scale [rows / rows_per_scale].

@@ -173,6 +173,8 @@ void linear_layer(const Linear& l) {
   const bool gated = vit_fast::is_gated(l.activation);
   const Activation activation = vit_fast::of_gate(l.activation);
   const int64_t features = gated ? l.weight.features / 2 : l.weight.features, width = l.weight.width;
+  // As where z is kept for a backward: a forward has the same bits with and without.
+  const bool rounds = !l.packed && l.activation != Activation::none && l.out_type != Type::float32;
   auto read = [&](int64_t row, float* out) {
     const char* x = static_cast<const char*>(l.x) + row * l.stride * size_of(l.type);
     if (!l.normalise) return widen_row(x, l.type, width, out);
@@ -183,12 +185,19 @@ void linear_layer(const Linear& l) {
   auto write = [&](int64_t row, int64_t n, const vf* values) {
     vf results[NR / VL];
     int64_t column = n, count = features - n < NR ? features - n : NR;
+    vf z[NR / VL];
+    for (int i = 0; i < NR / VL; i++) z[i] = rounds ? rounded_to(l.out_type, values[i]) : values[i];
     if (gated) {
       constexpr int HALF = NR / VL / 2;
       column = n / 2, count = features - column < NR / 2 ? features - column : NR / 2;
-      for (int i = 0; i < HALF; i++) results[i] = activate<false>(values[i], activation) * values[i + HALF];
+      for (int i = 0; i < HALF; i++) results[i] = activate<false>(z[i], activation) * z[i + HALF];
+      if (l.z) {
+        write_values(l.z, 2 * row * features + column, count, z, l.out_type);
+        write_values(l.z, (2 * row + 1) * features + column, count, z + HALF, l.out_type);
+      }
     } else {
-      for (int i = 0; i < NR / VL; i++) results[i] = activate<false>(values[i], activation);
+      for (int i = 0; i < NR / VL; i++) results[i] = activate<false>(z[i], activation);
+      if (l.z) write_values(l.z, row * features + column, count, z, l.out_type);
     }
     if (l.residual) {
       const float factor = l.row_scale ? l.row_scale[row / l.rows_per_scale] : 1.0f;

@@ -28,6 +28,12 @@ VF_INLINE void store_as(void* p, int64_t i, vf x, Type type) {
   }
 }
 
+// What an array of the type would hold of x, as float32.
+VF_INLINE vf rounded_to(Type type, vf x) {
+  if (type == Type::float32) return x;
+  return type == Type::bfloat16 ? widen_bfloat16(narrow_bfloat16(x)) : widen_float16(narrow_float16(x));
+}
+
 VF_INLINE float load_one(const void* p, int64_t i, Type type) {
   alignas(64) char lanes[4 * VL] = {};
   memcpy(lanes, static_cast<const char*>(p) + i * size_of(type), size_of(type));

@@ -504,11 +504,13 @@ static void run_linear() {
   Array mean(Type::float32, l.rows), rstd(Type::float32, l.rows), out(l.out_type, l.rows * features);
   l.rows_per_scale = l.rows % 3 ? l.rows : l.rows / 3;
   Array row_scale = vector(Type::float32, l.rows / l.rows_per_scale), residual = vector(l.out_type, l.rows * features);
-  const bool affine_norm = chance(), with_stats = l.normalise && chance();
+  const bool affine_norm = chance(), with_stats = l.normalise && chance(), with_z = !with_residual && chance();
+  Array z(l.out_type, with_z ? l.rows * w.features : 0);
   l.x = x.array.data(), l.stride = x.stride, l.out = out.data();
   w.data = weight.array.data(), w.stride = weight.stride, w.bias = with_bias ? bias.floats() : nullptr;
   if (affine_norm) l.ln_weight = ln_weight.floats(), l.ln_bias = ln_bias.floats();
   if (with_stats) l.mean = mean.floats(), l.rstd = rstd.floats();
+  if (with_z) l.z = z.data();
   if (with_residual) {
     l.residual = residual.data();
     if (chance()) l.dropout = dropout();
@@ -517,7 +519,7 @@ static void run_linear() {
   Workspace workspace(table.linear_workspace(l));
   l.workspace = workspace.data;
   table.linear(l);
-  Doubles golden, means(l.rows), rstds(l.rows);
+  Doubles golden, means(l.rows), rstds(l.rows), zs;
   for (int64_t r = 0; r < l.rows; r++) {
     Doubles row;
     for (int64_t i = 0; i < w.width; i++) row.push_back(x.at(r, i));
@@ -527,6 +529,7 @@ static void run_linear() {
     }
     row = affine(row, w.features, [&](int64_t n, int64_t k) { return weight.at(n, k); },
                  [&](int64_t n) { return with_bias ? bias[n] : 0; });
+    zs.insert(zs.end(), row.begin(), row.end());
     row = activated(row, l.activation);
     for (int64_t n = 0; n < features; n++) {
       double value = row[n] * mask_of(l.dropout, r * features + n);
@@ -536,6 +539,7 @@ static void run_linear() {
     }
   }
   compare("out", values(out, golden.size()), golden, 2 * tolerance(w.type));
+  if (with_z) compare("z", values(z, zs.size()), zs, 2 * tolerance(w.type));
   if (with_stats) compare("mean", values(mean, l.rows), means, 1e-5), compare("rstd", values(rstd, l.rows), rstds, 1e-5);
 }
 

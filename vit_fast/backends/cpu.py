@@ -32,7 +32,7 @@ _SCHEMAS = (
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool rms) "
     "-> (Tensor, Tensor, Tensor)",
     "layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor weight, Tensor? bias, "
-    "str activation, bool rms, bool with_stats) -> (Tensor, Tensor, Tensor)",
+    "str activation, bool rms, bool with_stats, bool with_z) -> (Tensor, Tensor, Tensor, Tensor)",
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor residual, Tensor? row_scale, "
     "int rows_per_scale, float dropout_p, Tensor? seed) -> Tensor",
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, int[] step, "
@@ -205,13 +205,15 @@ def _layer_norm_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     norm: str,
-    with_stats: bool,
-) -> _Stats:
-    out, *stats = torch.ops.vit_fast_cpu.layer_norm_linear(
+    with_stats: bool = False,
+    with_z: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output, mean, rstd, what the activation takes), the last three without elements unless asked for."""
+    out, mean, rstd, z = torch.ops.vit_fast_cpu.layer_norm_linear(
         _rows(x), _vector(ln_weight), _vector(ln_bias), eps, _dense(weight), _vector(bias), activation or "none",
-        norm == "rms", with_stats,
+        norm == "rms", with_stats, with_z,
     )  # fmt: skip
-    return out.view(*x.shape[:-1], out.shape[-1]), *stats
+    return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, z.view(*x.shape[:-1], -1) if with_z else z
 
 
 def layer_norm_linear(
@@ -225,7 +227,7 @@ def layer_norm_linear(
     *,
     norm: str = "layer",
 ) -> torch.Tensor:
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, False)[0]
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm)[0]
 
 
 def layer_norm_linear_fwd(
@@ -239,7 +241,7 @@ def layer_norm_linear_fwd(
     *,
     norm: str = "layer",
 ) -> _Stats:
-    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, True)
+    return _layer_norm_linear(x, ln_weight, ln_bias, eps, weight, bias, activation, norm, True)[:3]
 
 
 def linear_residual(
@@ -286,9 +288,7 @@ def _layernorm_mlp(
     with_stats: bool = False,
     with_z: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    first = None if with_z else activation
-    hidden, mean, rstd = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, first, norm, with_stats)
-    z, hidden = (hidden, reference.activate(hidden, activation)) if with_z else (hidden.new_empty(0), hidden)
+    hidden, mean, rstd, z = _layer_norm_linear(x, ln_weight, ln_bias, eps, w1, b1, activation, norm, with_stats, with_z)
     out = linear_residual(
         _dropped(hidden, dropout_p, seed), w2, b2, gamma, x,
         row_scale=row_scale, norm=norm, inner_norm=inner_norm, dropout_p=out_dropout_p, seed=out_seed,
