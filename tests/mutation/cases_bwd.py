@@ -570,6 +570,7 @@ def gemm_train():
     _forward(kernels, FLOAT64, None, options=False)
     _backward(kernels, FLOAT64, None, options=False)
     _backward(kernels, FLOAT64, "swiglu", options=False)
+    _backward(kernels, FLOAT64, "swiglu", contiguous=True)
     tma = LinearConfig(16, 16, 16, 3, 4, 2, True)
     for activation, step in (("relu", _forward), ("geglu", _forward), ("relu", _backward)):
         step(kernels, FLOAT32, activation, tma, width=32, features=24)
@@ -617,11 +618,11 @@ def _forward(kernels, dtype, activation, config=TILES, width=20, features=36, op
     _close(out, after, dtype)
 
 
-def _backward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True):
+def _backward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True, contiguous=False):
     rows = features * 2 if activation in ("swiglu", "geglu") else features
     grad, weight = torch.randn(2, 10, width).to(dtype)[:, 1:], (torch.randn(width, features) * width**-0.5).to(dtype)
     grad = grad.contiguous() if config.tma else grad
-    if not config.tma:
+    if not (config.tma or contiguous):
         weight = weight.t().contiguous().t()
     z, p = torch.randn(2, 9, rows).to(dtype), 0.3 if options else 0.0
     dz, hidden = kernels.pre_activation_gradient(
