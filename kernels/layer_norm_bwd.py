@@ -260,6 +260,8 @@ def layer_norm_bwd(
     needs_dweight, needs_dbias = needs_dweight and weight is not None, needs_dbias and bias is not None
     width = x.shape[-1]
     rows = x.numel() // width
+    if not needs_dx:
+        residual_grad = None
     weight_dtype, bias_dtype = (x.dtype if p is None else p.dtype for p in (weight, bias))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
     if rows == 0:
@@ -284,14 +286,14 @@ def layer_norm_bwd(
     x, x_two_strides, x_inner, *x_strides = launch.row_layout(x)
     grad_strides, x_strides = (*grad_strides, grad.stride(-1)), (*x_strides, x.stride(-1))
     residual_two_strides, residual_inner, residual_strides = False, 0, (0, 0, 0)
-    if residual_grad is not None and needs_dx:
+    if residual_grad is not None:
         residual_grad, residual_two_strides, residual_inner, *strides = launch.row_layout(residual_grad)
         residual_strides = (*strides, residual_grad.stride(-1))
     weight, rms = launch.vector(weight), norm == "rms"
     with launch.device_guard(x):
         if whole:
             _layer_norm_bwd_kernel[(count,)](
-                dx, dweight, dbias, grad, x, residual_grad if needs_dx else None, weight, mean, rstd,
+                dx, dweight, dbias, grad, x, residual_grad, weight, mean, rstd,
                 rows, width, grad_inner, x_inner, residual_inner, *grad_strides, *x_strides, *residual_strides,
                 RMS=rms, DY_TWO_STRIDES=grad_two_strides, X_TWO_STRIDES=x_two_strides,
                 RESIDUAL_TWO_STRIDES=residual_two_strides, ACC=acc, ROWS=config.rows, BLOCK=config.block,

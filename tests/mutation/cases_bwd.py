@@ -173,13 +173,15 @@ def _far_columns(kernels):
 
 def layer_norm_bwd():
     kernels = layer_norm_bwd_kernels
-    whole, loop = LayerNormBwdConfig(2, 16, 4, programs=2), LayerNormBwdConfig(1, 8, 4, chunk=4)
+    whole, loop = LayerNormBwdConfig(2, 16, 4, programs=2), LayerNormBwdConfig(1, 8, 4, programs=2, chunk=4)
     for config in (whole, loop):
         for norm in ("layer", "rms"):
             _layer_norm_gradients(kernels, config, norm, FLOAT64)
         for dtype in (FLOAT16, FLOAT32):
             _layer_norm_gradients(kernels, config, "layer", dtype)
-            _layer_norm_gradients(kernels, config, "layer", dtype, 30.0, needs=(True, False, False))
+            mean = 1e4 if dtype == FLOAT32 else 30.0
+            _layer_norm_gradients(kernels, config, "layer", dtype, mean, needs=(True, False, False))
+            _layer_norm_gradients(kernels, config, "layer", dtype, absent="weight")
         for absent in ("weight", "bias", "residual_grad"):
             _layer_norm_gradients(kernels, config, "layer", FLOAT64, absent=absent)
         for needs in ((True, False, False), (False, True, False), (False, False, True)):
@@ -189,12 +191,14 @@ def layer_norm_bwd():
 
 
 def _layer_norm_gradients(kernels, config, norm, dtype, mean=0.0, absent=None, needs=None):
-    """Of nine rows of twelve channels, each tensor at strides of its own; the saved mean is off by a rounding."""
+    """Of nine rows of twelve channels, each tensor at strides of its own; row i has the mean i · ``mean``, saved with a
+    rounding, and gradients are far from zero."""
     wide = FLOAT64 if dtype == FLOAT64 else FLOAT32
     tensors = dict(
-        grad=torch.randn(3, 4, 12)[:, 1:], x=torch.randn(3, 3, 24)[..., ::2] + mean, weight=torch.rand(24)[::2] + 0.5,
+        grad=torch.randn(3, 4, 12)[:, 1:] + 30, x=torch.randn(3, 3, 24)[..., ::2], weight=torch.rand(24)[::2] + 0.5,
         bias=torch.randn(12), residual_grad=torch.randn(3, 3, 12).transpose(0, 1),
     )  # fmt: skip
+    tensors["x"] += mean * torch.arange(1, 10).view(3, 3, 1)
     tensors = {name: None if name == absent else t.to(dtype) for name, t in tensors.items()}
     grad, x, weight, bias, past = tensors.values()
     _, means, rstd = reference.layer_norm_fwd(x.double(), None, None, 1e-6, norm=norm)
@@ -202,7 +206,7 @@ def _layer_norm_gradients(kernels, config, norm, dtype, mean=0.0, absent=None, n
         *(None if t is None else t.double() for t in (grad, x, weight, bias)), means, rstd, norm=norm,
         residual_grad=None if past is None else past.double(),
     )  # fmt: skip
-    shifted = means if norm == "rms" else means * (1 + 2**-10 * (mean != 0.0))
+    shifted = means if norm == "rms" else means * (1 + 2**-16 * (mean != 0.0))
     statistics = shifted.to(wide), rstd.to(wide)
     results = kernels.layer_norm_bwd(
         grad, x, weight, bias, *statistics, norm=norm, residual_grad=past, needs=needs, config=config
@@ -243,10 +247,13 @@ def _layer_norm_bwd_launches(kernels):
     assert [launch.args[5] is None for launch in whole.launches] == [True, True, False, True]
     assert [launch.grid for launch in wide.launches] == [(10,)]
     assert [launch.grid for launch in sums.launches] == [(6,), (6,)]
-    empty = kernels.layer_norm_bwd(x[:0], x[:0], parameter.half(), parameter.double(), mean[:0], rstd[:0])
-    equal(empty, (x[:0], torch.zeros(16).half(), torch.zeros(16).double()))
-    empty = kernels.layer_norm_bwd(x[:0], x[:0], parameter, None, mean[:0], rstd[:0], needs=(False, False, True))
-    assert empty == (None, None, None)
+    dtypes = [t.dtype for t in kernels.layer_norm_bwd(x, x, parameter.half(), parameter.double(), mean, rstd)]
+    assert dtypes == [FLOAT32, FLOAT16, FLOAT64]
+    with mock.patch.multiple(kernels, **dict.fromkeys((*names, "add_partials"))):
+        empty = kernels.layer_norm_bwd(x[:0], x[:0], parameter.half(), parameter.double(), mean[:0], rstd[:0])
+        equal(empty, (x[:0], torch.zeros(16).half(), torch.zeros(16).double()))
+        empty = kernels.layer_norm_bwd(x[:0], x[:0], parameter, None, mean[:0], rstd[:0], needs=(False, False, True))
+        assert empty == (None, None, None)
     with mock.patch.object(kernels, "add_partials", lambda *given: given[:2]):
         cuda = lambda *shape: torch.empty(shape, device="cuda")  # noqa: E731
         device_is_made_current(
@@ -573,6 +580,7 @@ def gemm_train():
     _forward(kernels, FLOAT64, None, options=False)
     _backward(kernels, FLOAT64, None, options=False)
     _backward(kernels, FLOAT64, "swiglu", options=False)
+    _backward(kernels, FLOAT64, "swiglu", contiguous=True)
     tma = LinearConfig(16, 16, 16, 3, 4, 2, True)
     for activation, step in (("relu", _forward), ("geglu", _forward), ("relu", _backward)):
         step(kernels, FLOAT32, activation, tma, width=32, features=24)
@@ -620,11 +628,11 @@ def _forward(kernels, dtype, activation, config=TILES, width=20, features=36, op
     _close(out, after, dtype)
 
 
-def _backward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True):
+def _backward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True, contiguous=False):
     rows = features * 2 if activation in ("swiglu", "geglu") else features
     grad, weight = torch.randn(2, 10, width).to(dtype)[:, 1:], (torch.randn(width, features) * width**-0.5).to(dtype)
     grad = grad.contiguous() if config.tma else grad
-    if not config.tma:
+    if not (config.tma or contiguous):
         weight = weight.t().contiguous().t()
     z, p = torch.randn(2, 9, rows).to(dtype), 0.3 if options else 0.0
     dz, hidden = kernels.pre_activation_gradient(

@@ -34,4 +34,4 @@ def device_is_made_current(kernels, kernel, call):
 def equal(actual, wanted):
     assert len(actual) == len(wanted)
     for one, other in zip(actual, wanted):
-        assert torch.equal(one, other)
+        assert one.dtype == other.dtype and torch.equal(one, other)

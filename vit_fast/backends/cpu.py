@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from vit_fast import extension
-from vit_fast.kernels import reference
 from vit_fast.kernels.block_options import PLAIN, BlockOptions
 from vit_fast.kernels.prepared_layer import PreparedLayer
 from vit_fast.precisions import INT8, PACKED
