@@ -94,7 +94,7 @@ MIB = 2**20
 _NINJA_LOG = ".ninja_log"  # tab-separated: start, end, time, file, hash of the command
 FREE_BYTES = {"cpu": 200 * MIB, "cuda": 1000 * MIB, "cutlass": 1000 * MIB}  # in the cache folder, before a build
 JOB_BYTES = {"cpu": 1024 * MIB, "cuda": 2048 * MIB, "cutlass": 4096 * MIB}  # of memory for each compiler at a time
-STEP_SECONDS = {"cpu": 10, "cuda": 30, "cutlass": 100}  # rough time of one compile, for the estimate
+STEP_SECONDS = {"cpu": 10, "cuda": 30, "cutlass": 50}  # rough time of one compile, for the estimate
 
 INSTALL = {
     "compiler": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
