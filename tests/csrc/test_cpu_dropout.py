@@ -154,13 +154,11 @@ def test_checkpoints_give_the_same_bits(dtype):
             assert all(map(torch.equal, step(model, reentrant), kept))
 
 
-def test_a_step_has_the_reference_s_masks_also_when_recomputed(monkeypatch):
+def test_a_step_has_the_reference_s_masks(monkeypatch):
     model = small_model()
     with vit_fast.backend("cpu"), vit_fast.backends.recording() as choices:
         actual = step(model)
         assert {chosen for _, chosen, _ in choices} == {"cpu"}
-        for reentrant in (False, True):
-            assert all(map(torch.equal, step(model, reentrant), actual))
     monkeypatch.setattr(select, "BACKENDS", seeded.BACKENDS)
     for one, other in zip(actual, step(model), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -132,6 +132,8 @@ def _packed_widths():
         check(torch.zeros(1, 2, 48), tensors)
         with pytest.raises(ValueError, match=f"vit_fast.{name}: x is on meta, expected cpu"):
             check(torch.zeros(1, 2, 48, device="meta"), tensors)
+        with pytest.raises(ValueError, match=f"vit_fast.{name}: x has 2 dimensions"):
+            check(torch.zeros(2, 48), tensors)
         for width in (16, 44, 52):
             with pytest.raises(ValueError, match=f"vit_fast.{name}: x has width {width}"):
                 check(torch.zeros(1, 2, width), tensors)
