@@ -161,8 +161,9 @@ struct Weight {
   int64_t features, width, stride;
 };
 
-// act(z) of z = LN(x) wᵀ + b rounded to the dtype of out, or residual + row_scale·gamma·dropout(x wᵀ + b) where there is a residual. Rows of x at a stride; residual
-// and out [rows, features] (half the features of a gated activation). All vectors float32, or null.
+// act(z) of z = LN(x) wᵀ + b rounded to the dtype of out, or residual + row_scale·gamma·dropout(x wᵀ + b) where there is
+// a residual. Rows of x at a stride; residual and out [rows, features] (half the features of a gated activation). All
+// vectors float32, or null.
 struct Linear {
   const void* x;
   Type type, out_type;  // of x; of out and the residual
