@@ -58,13 +58,9 @@ def test_budget(name, dtype):
 
 
 def mixed(name, seed, dtype, **sizes):
-    """(problem, incoming gradient): weights and biases of products in a 16-bit dtype, all else in float32."""
+    """(problem, incoming gradient) with 16-bit products beside a float32 stream."""
     problem, grad = drawn(name, seed, torch.float32, **sizes)
-    tensors = {
-        argument: t if t is None else t.to(dtype if argument in NARROW else torch.float32)
-        for argument, t in problem.tensors.items()
-    }
-    return trained_operations.Problem(problem.operation, tensors, problem.words), grad.float()
+    return trained_operations.mixed(problem, dtype), grad.float()
 
 
 def mixed_sides(name, seed, dtype):
@@ -73,7 +69,6 @@ def mixed_sides(name, seed, dtype):
     return trained_operations.autograd(problem, grad), wide
 
 
-NARROW = ("weight", "bias", "w1", "b1", "w2", "b2")
 LAYER_SCALED = ("linear_residual", "linear_residual dropout", "layernorm_mlp", "layernorm_mlp inner norm")
 
 

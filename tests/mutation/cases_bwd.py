@@ -379,9 +379,7 @@ def _composed(parts, operation):
 
 def _mixed(problem, dtype=FLOAT16):
     """The problem with 16-bit weights beside a float32 stream: dtypes, and values as far as they go."""
-    narrow = ("w1", "b1", "w2", "b2", "weight", "bias")
-    tensors = {n: t if t is None else t.to(dtype if n in narrow else FLOAT32) for n, t in problem.tensors.items()}
-    mixed = trained_operations.Problem(problem.operation, tensors, problem.words)
+    mixed = trained_operations.mixed(problem, dtype)
     grad = torch.randn(trained_operations.formula(mixed).shape)
     grad = grad.to(dtype) if problem.operation in ("layer_norm_linear", "patch_embed") else grad
     golden = trained_operations.autograd(mixed.to(FLOAT64), grad.double())
@@ -389,7 +387,7 @@ def _mixed(problem, dtype=FLOAT16):
     for argument, result in zip(trained_operations.NAMES[problem.operation], results, strict=True):
         if result is not None:
             wanted = golden[argument]
-            assert result.dtype == tensors[argument].dtype, argument
+            assert result.dtype == mixed.tensors[argument].dtype, argument
             assert (result.double() - wanted).abs().max() <= 5e-3 * (1 + wanted.abs().max()), argument
 
 

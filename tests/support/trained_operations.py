@@ -36,6 +36,18 @@ class Problem:
         return Problem(self.operation, tensors, self.words)
 
 
+NARROW = ("weight", "bias", "w1", "b1", "w2", "b2")  # the weights and biases of products
+
+
+def mixed(problem, dtype):
+    """The problem with products in a 16-bit dtype, all else in float32."""
+    tensors = {
+        name: t if t is None else t.to(dtype if name in NARROW else torch.float32)
+        for name, t in problem.tensors.items()
+    }
+    return Problem(problem.operation, tensors, problem.words)
+
+
 def seeds():
     return torch.tensor([SEED]), torch.tensor([OUT_SEED])
 
