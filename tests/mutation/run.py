@@ -172,15 +172,20 @@ def changed_files():
     return [name for name in SUITES if f"kernels/{name}.py" in names.stdout.split()]
 
 
-def report(name, results, accepted, known, complete):
-    """Prints the problems in one file's results; returns their number."""
+def is_new_survivor(result, accepted):
+    """Whether a mutant survived that is not listed; prints it, since a file of many mutants takes an hour."""
+    mutant = result["mutant"]
+    new = result["verdict"] == "survived" and not {mutant, mutant.split(":")[0] + ": *"} & accepted.keys()
+    if new:
+        print(f"  SURVIVED and not listed: {mutant}", flush=True)
+    return new
+
+
+def stale_entries(results, accepted, known, complete):
+    """Prints the listed survivors that are killed or no longer made; returns their number."""
     faults = 0
     survivors = {result["mutant"] for result in results if result["verdict"] == "survived"}
     ran = {result["mutant"] for result in results}
-    for mutant in sorted(survivors):
-        if mutant not in accepted and mutant.split(":")[0] + ": *" not in accepted:
-            print(f"  SURVIVED and not listed: {mutant}")
-            faults += 1
     for entry in accepted:
         wild = entry.endswith(": *")
         alive = any(mutant.startswith(entry[:-1]) for mutant in survivors) if wild else entry in survivors
@@ -228,11 +233,10 @@ def main():
         if args.list:
             print(*(f"kernels/{name}.py {mutant.name}" for mutant in chosen), sep="\n")
             continue
-        file_began = time.monotonic()
-        results = [
-            {"mutant": mutant.name, "verdict": verdict, "why": why, "seconds": round(seconds, 2)}
-            for mutant, verdict, why, seconds in run_mutants(name, chosen, args.jobs)
-        ]
+        file_began, accepted, results = time.monotonic(), listed(name), []
+        for mutant, verdict, why, seconds in run_mutants(name, chosen, args.jobs):
+            results.append({"mutant": mutant.name, "verdict": verdict, "why": why, "seconds": round(seconds, 2)})
+            faults += is_new_survivor(results[-1], accepted)
         counts = Counter(result["verdict"] for result in results)
         seconds = time.monotonic() - file_began
         print(
@@ -240,7 +244,7 @@ def main():
             ", ".join(f"{n} {v}" for v, n in sorted(counts.items())),
             f"in {seconds:.0f} s",
         )
-        faults += report(name, results, listed(name), {mutant.name for mutant in every}, len(chosen) == len(every))
+        faults += stale_entries(results, accepted, {mutant.name for mutant in every}, len(chosen) == len(every))
         table[name] = {"counts": counts, "seconds": round(seconds, 1), "mutants": results}
     if not args.list:
         total = Counter()
