@@ -61,6 +61,7 @@ Block = TypeVar("Block", bound=NamedTuple)
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # weight and bias of a layer
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+ROWS_AT_A_TIME = 64  # of a weight, that are folded at once: a whole weight in float64 is twice its size in float32
 # What rounding adds to a bound: x̂ and the softmax's weights are rounded (2^-4, 2^-8), float32 sums are inexact.
 _SLACK = 1.07
 
@@ -100,6 +101,18 @@ def _without_layer_scale(weight, bias, gamma):
     return (wide, shift) if gamma is None else (wide * gamma.double()[:, None], shift * gamma.double())
 
 
+def row_blocks(rows: int) -> list[slice]:
+    """The rows of a weight in the parts that are folded one after the other, which bounds the memory that it takes."""
+    return [slice(start, start + ROWS_AT_A_TIME) for start in range(0, max(rows, 1), ROWS_AT_A_TIME)]
+
+
+def rows_of(linear: Pair, part: slice) -> Pair:
+    """Some rows of a linear layer."""
+    weight, bias = linear
+    assert weight is not None
+    return weight[part], None if bias is None else bias[part]
+
+
 def fold_norm(linear: Pair, pair: Pair, norm: str = "layer") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, its row sums [out], bias [out]) of a linear layer for an x normalised by a norm without parameters.
 
@@ -107,11 +120,13 @@ def fold_norm(linear: Pair, pair: Pair, norm: str = "layer") -> tuple[torch.Tens
     its sums are 0), the sums are those of the rounded weight. Sums and bias are float32 (float64 for float64), computed
     in float64.
     """
-    dtype, wide = _dtypes(linear)
-    folded, shift = _without_norm(*linear, pair, norm)
-    rounded = folded.to(dtype)
-    sums = rounded.double().sum(1) if norm == "layer" else torch.zeros_like(shift)
-    return rounded, sums.to(wide), shift.to(wide)
+    weight, bias = _empty_like(linear)
+    sums = torch.zeros_like(bias)
+    for part in row_blocks(len(weight)):
+        weight[part], bias[part] = _without_norm(*rows_of(linear, part), pair, norm)
+        if norm == "layer":
+            sums[part] = weight[part].double().sum(1)
+    return weight, sums, bias
 
 
 def fold_branch_end(
@@ -119,17 +134,19 @@ def fold_branch_end(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight, bias) of a linear layer that need no gamma and, where its input is normalised, no parameters of that
     norm (``inner``); the bias is float32 (float64 for float64)."""
-    dtype, wide = _dtypes(linear)
-    if inner is not None:
-        linear = _without_norm(*linear, inner, norm)
-    folded, shift = _without_layer_scale(*linear, gamma)
-    return folded.to(dtype), shift.to(wide)
+    weight, bias = _empty_like(linear)
+    for part in row_blocks(len(weight)):
+        rows = rows_of(linear, part)
+        if inner is not None:
+            rows = _without_norm(*rows, inner, norm)
+        weight[part], bias[part] = _without_layer_scale(*rows, None if gamma is None else gamma[part])
+    return weight, bias
 
 
-def _dtypes(linear):
-    """The dtype of a folded weight, and that of its sums and bias."""
-    dtype = linear[0].dtype
-    return dtype, torch.promote_types(dtype, torch.float32)
+def _empty_like(linear):
+    """Memory for a folded weight, and for its bias or row sums."""
+    weight = linear[0].new_empty(linear[0].shape)
+    return weight, weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def prepare_block(

@@ -10,14 +10,14 @@ A prepared block is a ``PackedBlock`` or, quantised, an ``Int8Block``: LayerNorm
 (``folding``), biases are float32. All of it is computed in float64 and rounded once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .activation_names import GATED
-from .folding import Pair, fold_branch_end, fold_norm, prepare_block, quantise_rows
+from .folding import Pair, fold_branch_end, fold_norm, quantise_rows, row_blocks, rows_of
 
 PANEL = 32  # NR of csrc/cpu/gemm.h
 GROUP = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that one instruction takes
@@ -128,7 +128,8 @@ def packed_weight(weight: torch.Tensor) -> PackedWeight:
 
 def int8_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], quantised by its rows and packed."""
-    *tensors, _ = _int8_linear(weight.double(), weight.new_zeros(weight.shape[0]))
+    linear = weight, weight.new_zeros(weight.shape[0])
+    *tensors, _ = _int8_linear(weight.shape[0], lambda part: _wide(linear, part))
     return PackedWeight("int8_linear", tuple(tensors), weight)
 
 
@@ -165,17 +166,17 @@ def packed_block(
     norm: str = "layer",
 ) -> PackedBlock:
     """A block, folded and packed; arguments as in ``folding.prepare_block``."""
-    folded = prepare_block(
-        norm1, qkv, proj, gamma1, norm2, fc1, fc2, gamma2, out_norm=out_norm, inner_norm=inner_norm, norm=norm
-    )
     order = interleave if activation in GATED else _as_it_is
-    tensors = []
-    for name in ("qkv", "proj", "fc1", "fc2"):
-        weight, bias = getattr(folded, f"{name}_weight"), getattr(folded, f"{name}_bias").float()
-        if name == "fc1":
-            weight, bias = order(weight), order(bias)
-        tensors += [pack(weight), pack_row(bias)]
-    return PackedBlock._make(tensors)
+    return PackedBlock(
+        *_packed_linear(*fold_norm(qkv, norm1, norm)[::2]),
+        *_packed_linear(*fold_branch_end(proj, gamma1, out_norm, norm)),
+        *_packed_linear(*map(order, fold_norm(fc1, norm2, norm)[::2])),
+        *_packed_linear(*fold_branch_end(fc2, gamma2, inner_norm, norm)),
+    )
+
+
+def _packed_linear(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pack(weight), pack_row(bias.float())
 
 
 def _as_it_is(t: torch.Tensor) -> torch.Tensor:
@@ -200,11 +201,19 @@ def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale[:, None]).round().nan_to_num(0.0).to(torch.int8), scale
 
 
-def _int8_linear(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(weight, gain, scale, sums, bias) of a linear layer, packed."""
-    gain = input_gain(weight)
-    integers, scale = quantise_int8(weight / gain)
-    rows = (scale.float(), integers.sum(1, dtype=torch.int32), bias.float())
+def _int8_linear(
+    outputs: int, fold: Callable[[slice], Pair], order: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+) -> tuple[torch.Tensor, ...]:
+    """(weight, gain, scale, sums, bias) of a linear layer, packed. ``fold`` gives some rows of its weight and bias in
+    float64; it is called twice for each, because the whole is never held in float64. ``order``: of the rows."""
+    parts = row_blocks(outputs)
+    gain = input_gain(torch.stack([fold(part)[0].norm(dim=0) for part in parts]))
+    quantised = []
+    for part in parts:
+        weight, bias = fold(part)
+        integers, scale = quantise_int8(weight / gain)
+        quantised.append((integers, scale.float(), integers.sum(1, dtype=torch.int32), bias.float()))
+    integers, *rows = (order(torch.cat(tensors)) for tensors in zip(*quantised))
     return pack(integers), _padded(gain, 0, GROUP[torch.int8]).contiguous(), *map(pack_row, rows)
 
 
@@ -225,20 +234,24 @@ def int8_block(
 ) -> Int8Block:
     """A block, folded, quantised and packed; arguments as in ``folding.prepare_block``. No data is needed."""
     order = interleave if activation in GATED else _as_it_is
-    # One after the other: in float64 a linear layer takes twice the memory of its weight.
-    block = Int8Block(
-        *_int8_linear(*fold_norm(_wide(qkv), norm1, norm)[::2]),
-        *_int8_linear(*fold_branch_end(_wide(proj), gamma1, out_norm, norm)),
-        *_int8_linear(*map(order, fold_norm(_wide(fc1), norm2, norm)[::2])),
-        *_int8_linear(*fold_branch_end(_wide(fc2), gamma2, inner_norm, norm)),
+
+    def after_norm(linear, pair):
+        return lambda part: fold_norm(_wide(linear, part), pair, norm)[::2]
+
+    def before_residual(linear, gamma, inner):
+        return lambda part: fold_branch_end(_wide(linear, part), None if gamma is None else gamma[part], inner, norm)
+
+    return Int8Block(
+        *_int8_linear(len(qkv[0]), after_norm(qkv, norm1)),
+        *_int8_linear(len(proj[0]), before_residual(proj, gamma1, out_norm)),
+        *_int8_linear(len(fc1[0]), after_norm(fc1, norm2), order),
+        *_int8_linear(len(fc2[0]), before_residual(fc2, gamma2, inner_norm)),
     )
-    return Int8Block._make(t.clone() for t in block)
 
 
-def _wide(pair: Pair) -> Pair:
-    """In float64, so that folding does not round before quantisation does."""
-    weight, bias = pair
-    assert weight is not None
+def _wide(linear: Pair, part: slice) -> Pair:
+    """Some rows in float64, so that folding does not round before quantisation does."""
+    weight, bias = rows_of(linear, part)
     return weight.double(), None if bias is None else bias.double()
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends, integrations, ops
+from . import backends, heap, integrations, ops
 from .block import PREPARED
 from .block_params import BlockParams
 from .class_swap import grouped
@@ -133,11 +133,12 @@ class Prepared(Stale):
         del first
         self.records = []
         with torch.no_grad():
-            for block, p in zip(blocks, _emptied(params), strict=True):
-                self.records.append(precision.fold(p))
-                del p
+            for block in blocks:
+                # Nothing else refers to these parameters: what a block makes of its own is gone when it is folded.
+                self.records.append(precision.fold(params.pop(0)))
                 if release:
                     _release(block)
+                heap.trim()
         self.weights = flatten(self.records)
         self._blocks = None if holder is blocks[0] else tuple(blocks)
         # Before the snapshot, which sees what blocks hold.
@@ -222,6 +223,7 @@ class PreparedParts(Prepared):
             self.twin = twin(holder, precision)
         if release:
             _release(holder)
+        heap.trim()
         vars(holder)[PREPARED] = self
         self._watch()
 
@@ -279,13 +281,6 @@ def _options(p: BlockParams) -> BlockOptions:
     if p.inner_norm is not None:
         options = options._replace(hidden_eps=p.inner_norm.eps, hidden_features=p.fc2_weight.shape[1])
     return options
-
-
-def _emptied(items: list[Any]) -> Iterator[Any]:
-    """The items of a list, which lets go of each: what is made of one need not share memory with those before."""
-    items.reverse()
-    while items:
-        yield items.pop()
 
 
 def _release(block: nn.Module) -> None:

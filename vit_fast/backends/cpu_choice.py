@@ -5,10 +5,10 @@ a processor cannot multiply: there PyTorch is several times slower than in float
 weights are packed once, are chosen, except where PyTorch multiplies their dtype with instructions that the extension
 does not use (AMX, AVX512-FP16); such processors, and the level generic, were not measured.
 
-Measured on one thread, CPU seconds, fastest of 9, on an AMD EPYC (Zen 4: AVX-512 with VNNI and BF16, no FP16), ViT-B
-sizes at 16, 64, 197 and 1576 rows, torch 2.13.0, 2026-11-29; in brackets PyTorch's time over the extension's at 197
-rows. ``benchmarks/cpu_choice.py`` measures it again. A bfloat16 without instructions was measured on an Intel machine
-alone (docs/measured_facts.md).
+Measured on one thread, CPU seconds, fastest of 9 and of 15, on an idle AMD EPYC (Zen 4: AVX-512 with VNNI and BF16, no
+FP16), ViT-B sizes at 8, 16, 32, 64, 197, 577 and 1576 rows, torch 2.13.0, 2026-11-30 (``benchmarks/results/cpu/``); in
+brackets PyTorch's time over the extension's at 197 rows. ``benchmarks/cpu_choice.py`` measures it again. A bfloat16
+without instructions was measured on an Intel machine alone (docs/measured_facts.md).
 """
 
 from collections.abc import Mapping
@@ -17,29 +17,29 @@ from typing import Any
 import torch
 
 # Operation → the fewest rows from which it is chosen, None for never. Rows of a product; tokens of attention.
-NATIVE_FLOAT32: dict[str, int | None] = {  # attention, patch_embed: equal within 5 %
-    "layer_norm": None,  # 0.56
-    "layer_norm_linear": None,  # 0.83
-    "linear_residual": None,  # 0.78
-    "layernorm_mlp": None,  # 0.91
-    "attention": None,  # 1.01
-    "patch_embed": None,  # 1.00
+NATIVE_FLOAT32: dict[str, int | None] = {
+    "layer_norm": None,  # 0.76
+    "layer_norm_linear": None,  # 0.87
+    "linear_residual": None,  # 0.77
+    "layernorm_mlp": None,  # 0.90
+    "attention": 8,  # 1.15
+    "patch_embed": None,  # 0.96
 }
 NATIVE_BFLOAT16: dict[str, int | None] = {
-    "layer_norm": None,  # 0.72
-    "layer_norm_linear": None,  # 0.80
+    "layer_norm": 256,  # 1.00, at 577 rows 1.16
+    "layer_norm_linear": 577,  # 0.87, at 577 rows 1.12
     "linear_residual": None,  # 0.84
-    "layernorm_mlp": None,  # 0.85
-    "attention": 32,  # 1.60
-    "patch_embed": 64,  # 1.60
+    "layernorm_mlp": 577,  # 0.85, at 577 rows 1.07
+    "attention": 8,  # 1.84
+    "patch_embed": 8,  # 1.39
 }
 EMULATED_16_BIT: dict[str, int | None] = {
-    "layer_norm": None,  # 0.67
-    "layer_norm_linear": 16,  # 4.0
-    "linear_residual": 16,  # 4.2
-    "layernorm_mlp": 16,  # 4.0
-    "attention": 16,  # 2.4
-    "patch_embed": 16,  # 25
+    "layer_norm": 577,  # 0.89, at 577 rows 1.04
+    "layer_norm_linear": 16,  # 4.1
+    "linear_residual": 8,  # 4.0
+    "layernorm_mlp": 16,  # 3.8
+    "attention": 8,  # 2.6
+    "patch_embed": 8,  # 24
 }
 _NEVER: dict[str, int | None] = dict.fromkeys(NATIVE_FLOAT32)
 
