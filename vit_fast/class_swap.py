@@ -223,12 +223,22 @@ def restore(model: nn.Module) -> nn.Module:
         the model itself.
     Raises:
         TypeError: no module.
+        UnsupportedError: an optimised module was given a further class, by FSDP2's ``fully_shard`` or a
+            parametrization; nothing is changed.
     """
     _check("restore", model)
     loaded, _ = _integrations()
     classes = {fast: cls for cls, fast in _stacks(loaded).items()}
     for integration in (*loaded, patch_projection):
         classes |= {fast: cls for cls, fast in integration.FAST.items()}
+    further = {
+        name: f"it is a {type(module).__name__} made of an optimised class; restore before that"
+        for name, module in model.named_modules()
+        if isinstance(module, integrations.Swapped) and type(module) not in classes
+    }
+    if further:
+        told = "; ".join(f"{names}: {why}" for names, why in grouped(further, type(model).__name__))
+        raise UnsupportedError(f"vit_fast.restore: {told}")
     for module in model.modules():
         cls: Any = type(module)
         if cls in classes:

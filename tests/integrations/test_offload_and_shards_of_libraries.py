@@ -193,3 +193,17 @@ def test_shards(case, mesh):  # noqa: F811
     actual, ran = gradients(case, model.train(), inputs)
     assert ran and actual[1].keys() == expected[1].keys()
     same(case, actual, expected)
+
+
+def test_restore_refuses_what_fsdp_has_given_a_class(mesh):  # noqa: F811
+    model = vit_fast.optimize(CASES["torchvision"].build())
+    for name in blocks(model):
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(vit_fast.UnsupportedError) as raised:
+        vit_fast.restore(model)
+    assert str(raised.value) == (
+        "vit_fast.restore: encoder.layers.encoder_layer_0, encoder.layers.encoder_layer_1: it is a FSDPEncoderBlock "
+        "made of an optimised class; restore before that"
+    )
+    assert [type(module) for module in model.modules()] == before
