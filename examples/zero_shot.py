@@ -15,6 +15,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a checkpoint of SigLIP or CLIP, for example google/siglip-base-patch16-224")
 parser.add_argument("--image", help="an image file, with --model")
 args = parser.parse_args()
+if args.model and not args.image:
+    parser.error("--model needs --image")
 
 labels = ["a cat", "a dog", "a boat"]
 torch.manual_seed(0)

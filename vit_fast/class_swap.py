@@ -17,7 +17,7 @@ from . import integrations
 from .block import PREPARED
 from .integrations import patch_projection
 from .kernels.arguments import UnsupportedError
-from .plain import not_fused_reason
+from .plain import not_fused_reason, own_forward
 from .structure import transformer_blocks
 
 _logger = logging.getLogger("vit_fast")
@@ -61,8 +61,8 @@ def _why_not(module: nn.Module, cls: type[nn.Module], fast: type[integrations.Fu
     """Why a module stays as it is, or None."""
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, a subclass of {cls.__name__}"
-    if "forward" in module.__dict__:
-        return "it has a forward of its own"
+    if own := own_forward(module):
+        return f"it {own}"
     reason = not_fused_reason(module, fast)
     if reason is None and (unknown := integrations.unknown_submodules(module, fast)):
         return f"it has parts that are not known: {', '.join(unknown)}"
@@ -163,8 +163,10 @@ def optimize(model: nn.Module, strict: bool = False) -> nn.Module:
     weights of optimised pre-norm blocks. Text towers are not touched. Pooling by latent queries, and the convolution
     that projects patches, run fused as well.
 
-    Call it before FSDP2's ``fully_shard``, which makes classes of its own. ``torch.jit.script`` cannot read the fast
-    classes: restore first.
+    Call it before FSDP2's ``fully_shard``, which makes classes of its own, and before accelerate's ``cpu_offload``,
+    ``disk_offload`` and ``dispatch_model``, whose hooks keep a module as it is. Blocks then run fused where accelerate
+    loads their weights as a whole: name their class in ``preload_module_classes``, as the library names it.
+    ``torch.jit.script`` cannot read the fast classes: restore first.
 
     Args:
         model: a model of these libraries, or a module that holds one.
@@ -221,12 +223,22 @@ def restore(model: nn.Module) -> nn.Module:
         the model itself.
     Raises:
         TypeError: no module.
+        UnsupportedError: an optimised module was given a further class, by FSDP2's ``fully_shard`` or a
+            parametrization; nothing is changed.
     """
     _check("restore", model)
     loaded, _ = _integrations()
     classes = {fast: cls for cls, fast in _stacks(loaded).items()}
     for integration in (*loaded, patch_projection):
         classes |= {fast: cls for cls, fast in integration.FAST.items()}
+    further = {
+        name: f"it is a {type(module).__name__} made of an optimised class; restore before that"
+        for name, module in model.named_modules()
+        if isinstance(module, integrations.Swapped) and type(module) not in classes
+    }
+    if further:
+        told = "; ".join(f"{names}: {why}" for names, why in grouped(further, type(model).__name__))
+        raise UnsupportedError(f"vit_fast.restore: {told}")
     for module in model.modules():
         cls: Any = type(module)
         if cls in classes:

@@ -79,6 +79,15 @@ def _never(hook: Any) -> bool:
     return False
 
 
+def own_forward(module: nn.Module) -> str | None:
+    """That a module is called through a forward that is not its class's, as the rest of a sentence about it, or None.
+    accelerate sets one where it offloads or dispatches a module."""
+    fields = module.__dict__
+    if "forward" not in fields:
+        return None
+    return "carries a hook of accelerate" if "_hf_hook" in fields else "has a forward of its own"
+
+
 def why_not_plain(module: nn.Module | None, classes: tuple[type, ...], ignores: Ignores = _never) -> str | None:
     """Why a module may not be read past its ``__call__``, as the rest of a sentence about it, or None.
 
@@ -103,7 +112,7 @@ def _why_not_plain(module, classes, ignores):
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "carries a hook"
     if not _SHADOWS.isdisjoint(fields):
-        return "has a forward of its own" if "forward" in fields else "has a weight that is no parameter"
+        return own_forward(module) or "has a weight that is no parameter"
     for tensor in module._parameters.values():
         if type(tensor) not in _PARAMETERS:
             return f"holds a {type(tensor).__name__}"

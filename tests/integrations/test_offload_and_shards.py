@@ -1,7 +1,7 @@
 """timm's ViT family under ``vit_fast.optimize`` where the weights lie elsewhere: accelerate's offload to memory and
 disk, DDP, FSDP2 around blocks and around linear layers.
 
-``test_optimize.py`` has DDP and FSDP2 for the plain ViT.
+``test_optimize.py`` has DDP and FSDP2 for the plain ViT, ``test_offload_and_shards_of_libraries.py`` other libraries.
 """
 
 import copy
@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from support.library_models import fused, moved
+from support.process_group import mesh, whole  # noqa: F401 a fixture
 from support.timm_models import MODELS, build
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -28,16 +29,7 @@ def gradients(model, x):
     output = model(x)
     output.square().sum().backward()
     found = {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
-    return output, {
-        key.removeprefix("module."): getattr(one, "full_tensor", lambda one=one: one)() for key, one in found.items()
-    }
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+    return output, {key.removeprefix("module."): whole(one) for key, one in found.items()}
 
 
 @pytest.mark.parametrize("place", ("memory", "disk"))
@@ -47,8 +39,8 @@ def test_offloaded_weights(name, place, peer, tmp_path):
     accelerate, x = peer("accelerate"), images()
     plain = moved(build(name)).double().eval()
     model = vit_fast.optimize(copy.deepcopy(plain))
-    whole = [type(block).__name__ for block in model.blocks]
-    options = dict(execution_device="cpu", preload_module_classes=whole)
+    blocks = [type(block).__name__ for block in plain.blocks]
+    options = dict(execution_device="cpu", preload_module_classes=blocks)
     if place == "memory":
         accelerate.cpu_offload(model, **options)
     else:
@@ -65,7 +57,7 @@ def test_offloaded_weights(name, place, peer, tmp_path):
 @pytest.mark.parametrize(
     ("name", "around"), [each for each in SHARDS if each[1] != "linear" or each[0] not in SPLIT_BIAS]
 )
-def test_shards(name, around, mesh):
+def test_shards(name, around, mesh):  # noqa: F811
     plain, x = moved(build(name)).double().train(), images()
     expected = gradients(plain, x)
     model = vit_fast.optimize(copy.deepcopy(plain))

@@ -596,14 +596,15 @@ def test_hugging_face_encoders_pass_masks_on(name):
     same(model.encoder(inputs_embeds=tokens)[0], plain.encoder(inputs_embeds=tokens)[0])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].operations is SEPARATE])
-def test_hugging_face_layers_keep_the_name_of_their_class(name):
-    """accelerate and Trainer shard the classes that a model names so."""
-    model = CASES[name].build()
-    before = [type(module).__name__ for module in CASES[name].row(model).modules()]
+@each()
+def test_modules_keep_the_name_of_their_class(case):
+    """accelerate and Trainer load and shard as a whole the classes that a user or a model names."""
+    model = case.build()
+    before = [type(module).__name__ for module in model.modules()]
     vit_fast.optimize(model)
-    assert [type(module).__name__ for module in CASES[name].row(model).modules()] == before
-    assert {type(layer).__name__ for layer in CASES[name].row(model)} <= set(model._no_split_modules)
+    assert [type(module).__name__ for module in model.modules()] == before
+    if hasattr(model, "_no_split_modules"):
+        assert {type(layer).__name__ for layer in case.row(model)} <= set(model._no_split_modules)
 
 
 @pytest.mark.parametrize("reentrant", (False, True))

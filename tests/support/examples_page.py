@@ -13,6 +13,7 @@ EXAMPLES = ("classify", "zero_shot", "embed_open_clip", "finetune_lora", "dense_
 HEAD = """# Examples
 
 Programs of `examples/` and what they print, with random weights on a CPU; written by `tests/support/examples_page.py`.
+The last digits, and differences by rounding, are another machine's own.
 """
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 

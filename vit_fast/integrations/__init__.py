@@ -39,7 +39,17 @@ GATED_BY = {gate: word for word, gate in GATED.items()}  # activation of a gate 
 
 
 class Swapped(nn.Module):
-    """Base of every class that ``vit_fast.optimize`` gives a module; it precedes the library's class in the MRO."""
+    """Base of every class that ``vit_fast.optimize`` gives a module; it precedes the library's class in the MRO.
+
+    Its ``__name__`` is that of the library's class, by which accelerate, Trainer and others choose the modules that
+    they load or shard as a whole; ``__qualname__`` stays its own, by which pickle finds it.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        library = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] != "vit_fast")
+        if library is not nn.Module:
+            cls.__name__ = library.__name__
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise UnsupportedError(

@@ -117,16 +117,16 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             return self.run_library(reason, src, *masks, is_causal=is_causal)
         attn_drop, proj_drop, hidden_drop, out_drop = self._drops()
         p = self.params()
-        x = src if self.self_attn.batch_first else src.transpose(0, 1)
+        batch_first = self.self_attn.batch_first
+        x = src if batch_first else src.transpose(0, 1)
         bias = _bias(x, p.num_heads, *masks)
         if (prepared := prepared_for(self, x)) is not None:
             x = prepared.run_block(x, bias=bias)
-        else:
-            x = self.branches(x, p, bias, attn_drop, proj_drop, hidden_drop, out_drop)
-        return x if self.self_attn.batch_first else x.transpose(0, 1)
+            return x if batch_first else x.transpose(0, 1)
+        return self.branches(x, p, bias, attn_drop, proj_drop, hidden_drop, out_drop, batch_first)
 
     def fused_parts(self, *inputs: Any, **options: Any) -> Any:
-        return self.branches(inputs[0], self.params(), options["bias"], 0.0, 0.0, 0.0, 0.0)
+        return self.branches(inputs[0], self.params(), options["bias"], 0.0, 0.0, 0.0, 0.0, True)
 
     def branches(
         self,
@@ -137,9 +137,14 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         proj_drop: float,
         hidden_drop: float,
         out_drop: float,
+        batch_first: bool,
     ) -> torch.Tensor:
-        """Both branches, with their rates of dropout."""
+        """Both branches, with their rates of dropout: [B, N, C] → the same, or [N, B, C] where not ``batch_first``.
+
+        The batch moves before the second branch, so that the output is no view: FSDP2 warns of one.
+        """
         x = attention_branch(x, p, attn_drop=attn_drop, proj_drop=proj_drop, bias=bias)
+        x = x if batch_first else x.transpose(0, 1)
         x = x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm1))
         x = mlp_branch(x, p, hidden_drop=hidden_drop, out_drop=out_drop)
         return x if self.norm_first else ops.layer_norm(x, *Norm.of(self.norm2))

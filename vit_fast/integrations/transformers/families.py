@@ -180,7 +180,6 @@ def _class(module: ModuleType, name: str) -> Any:
 
 
 def _subclass(base: type[nn.Module], cls: type[nn.Module], **attributes: Any) -> Any:
-    """A subclass of both that pickle finds in this package. accelerate wraps layers by the name of their class, which
-    stays that of the library."""
+    """A subclass of both that pickle finds in this package."""
     place = {"__module__": __package__, "__qualname__": f"Fast{cls.__name__}", "__doc__": base.__doc__}
     return type(cls.__name__, (base, cls), place | attributes)

@@ -90,8 +90,11 @@ class QwenForm(Layer):
     def fused(self, x: torch.Tensor, settings: Settings, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if reason := not_dense(x, 2):
             return reason
-        result = super().fused(x.unsqueeze(0), settings, args, named)
-        return result if isinstance(result, str) else result.squeeze(0)
+        return super().fused(x.unsqueeze(0), settings, args, named)
+
+    def add_branches(self, x: torch.Tensor, parts: Parts, options: dict[str, Any]) -> torch.Tensor:
+        """[1, tokens, C] → [tokens, C], not as a view: FSDP2 warns of an output that is one."""
+        return self.add_mlp(self.add_attention(x, parts, options).squeeze(0), parts)
 
 
 class QwenGatedForm(QwenForm):

@@ -1,0 +1,145 @@
+"""An optimised model through a user's training run, in every library: some weights frozen, some tied, two steps of an
+optimizer, an EMA, ``optimize`` once more, a restored model; and ``half``, and blocks compiled one by one.
+"""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import library_models, transformers_models
+from support.library_models import fused
+from torch.optim import swa_utils
+
+import vit_fast
+
+TRANSFORMERS = (
+    "ViTMAE", "Pixio", "Dinov2 giant", "DINOv3", "AltCLIP", "XCLIP", "Siglip2", "VideoMAE", "Beit", "Data2VecVision",
+    "InternVL with RMSNorm", "Aimv2", "Pixtral", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "SAM", "Idefics2", "Radio",
+)  # fmt: skip
+
+
+# One of each form that test_optimize.py and test_transformers.py do not compile with the model.
+COMPILED = (
+    "open_clip", "torch_nn", "timm differential", "timm EvaBlockPostNorm", "timm BEiT", "timm SAM", "timm Gemma4",
+    "timm CaiT", "timm Sapiens2", "Siglip2", "Aimv2", "Pixtral", "Qwen2.5-VL", "XCLIP", "SAM",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A model, its inputs of a dtype, and its output; ``float32``: whether the library computes parts in it always."""
+
+    build: object
+    inputs: object
+    output: object
+    float32: bool
+
+
+def _images(dtype):
+    return torch.randn(2, 3, 32, 32).to(dtype)
+
+
+CASES = {
+    name: Case(case.build, _images, library_models.output, False) for name, case in library_models.CASES.items()
+} | {
+    name: Case(case.build, case.inputs, transformers_models.output, case.float32)
+    for name, case in transformers_models.CASES.items()
+    if name in TRANSFORMERS
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, peer):
+    if request.param == "open_clip":
+        peer("open_clip")
+    return CASES[request.param]
+
+
+def blocks(model):
+    swapped = [module for module in model.modules() if isinstance(module, vit_fast.integrations.Fused)]
+    return [module for module in swapped if module.OPERATION == "block"]
+
+
+def ran_fused(case, model, inputs):
+    with vit_fast.backends.recording() as choices:
+        result = case.output(model, inputs)
+    return result, any(operation != "patch_embed" for operation in fused(choices))
+
+
+def same(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def linears(block):
+    return [module for module in block.modules() if type(module) is torch.nn.Linear]
+
+
+def freeze_and_tie(first, last):
+    """The first block's norms get no gradients; the last linear layer of both blocks has one weight."""
+    for module in first.modules():
+        if "Norm" in type(module).__name__:
+            module.requires_grad_(False)
+    linears(last)[-1].weight = linears(first)[-1].weight
+
+
+def trained(case, model, inputs):
+    """The EMA of two steps; the model has taken them."""
+    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1e-3, momentum=0.9)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        case.output(model.train(), inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    return average.eval()
+
+
+def test_training_with_frozen_and_tied_weights_and_an_average(case):
+    plain, inputs = case.build().double(), case.inputs(torch.float64)
+    for module in plain.modules():
+        for rate in ("drop_prob", "p"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    names = [name for name, module in model.named_modules() if module in set(blocks(model))]
+    for one in (plain, model):
+        freeze_and_tie(one.get_submodule(names[0]), one.get_submodule(names[-1]))
+    before = case.output(plain, inputs).detach()
+    expected_average, average = trained(case, plain, inputs), trained(case, model, inputs)
+    tolerance = 1e-5 if case.float32 else 1e-9
+    expected = case.output(plain.eval(), inputs)
+    assert not torch.allclose(expected, before, rtol=1e-4)
+    vit_fast.optimize(model.eval(), strict=True)
+    for one, wanted in ((model, expected), (average, case.output(expected_average, inputs))):
+        actual, ran = ran_fused(case, one, inputs)
+        assert ran
+        same(actual, wanted, tolerance)
+    for (name, actual), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        same(actual, wanted, tolerance)
+        assert actual.requires_grad is wanted.requires_grad, name
+    actual, ran = ran_fused(case, vit_fast.restore(model), inputs)
+    assert not ran
+    same(actual, expected, tolerance)
+
+
+def test_half(case):
+    plain, inputs = case.build().half(), case.inputs(torch.float16)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    with torch.no_grad():
+        actual, ran = ran_fused(case, model, inputs)
+        expected = case.output(plain, inputs)
+    assert ran and actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("case", COMPILED, indirect=True)
+def test_blocks_compiled_one_by_one(case):
+    torch.compiler.reset()
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    with torch.no_grad():
+        expected = case.output(model, inputs)
+        for block in blocks(model):
+            block.compile(fullgraph=True, backend="eager")
+        actual = case.output(model, inputs)
+    same(actual, expected, 1e-5)

@@ -1,0 +1,209 @@
+"""Models of transformers, open_clip, torchvision and torch.nn under ``vit_fast.optimize`` where the weights lie
+elsewhere: accelerate's offload and device maps, FSDP2 around blocks.
+
+``test_offload_and_shards.py`` has timm's models. Where accelerate shall load the weights of a block as a whole, it is
+told the class of the library.
+"""
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import library_models, transformers_models
+from support.library_models import fused, moved, open_clip_tower
+from support.process_group import mesh, whole  # noqa: F401 a fixture
+from torch.distributed.fsdp import fully_shard
+
+import vit_fast
+
+TRANSFORMERS = (
+    "ViT", "DeiT", "Dinov2WithRegisters", "DINOv3", "Siglip", "Siglip2", "CLIP", "Beit", "Data2VecVision", "ViTMAE",
+    "VideoMAE", "Aimv2", "Pixtral", "Qwen2-VL", "Qwen2.5-VL", "InternVL",
+)  # fmt: skip
+
+
+# The library's own forward reads weights of a module that it does not call: out_proj of PyTorch's attention.
+READS_PARTS = (
+    "open_clip",
+    "torchvision",
+    "torch.nn",
+    "torch.nn, post-norm",
+    "torch.nn, batch second",
+    "Siglip",
+    "Siglip2",
+)
+
+
+class Case(NamedTuple):
+    """A model, its inputs of a dtype, and its output.
+
+    ``float32``: whether the library computes parts of it in float32 always; ``reads``: a class beside the blocks that
+    reads weights of a module that it does not call.
+    """
+
+    build: object
+    inputs: object
+    output: object
+    float32: bool = False
+    reads: tuple = ()
+
+
+def _image(dtype):
+    return {"x": torch.randn(2, 3, 32, 32).to(dtype)}
+
+
+def _output(model, inputs):
+    return model(*inputs.values())
+
+
+def _timm_tower():
+    import open_clip
+
+    return moved(
+        open_clip.timm_model.TimmModel(
+            "test_vit", embed_dim=16, image_size=32, pool="", proj="linear", pretrained=False
+        )
+    )
+
+
+CASES = {
+    "open_clip": Case(open_clip_tower, _image, _output),
+    "open_clip, custom blocks": Case(partial(open_clip_tower, qk_norm=True, scale_heads=True), _image, _output),
+    "open_clip, a tower of timm": Case(_timm_tower, _image, _output),
+    "torchvision": Case(library_models.torchvision_vit, _image, _output),
+    "torch.nn": Case(library_models.encoder_vit, _image, _output),
+    "torch.nn, post-norm": Case(partial(library_models.encoder_vit, norm_first=False), _image, _output),
+    "torch.nn, batch second": Case(partial(library_models.encoder_vit, batch_first=False), _image, _output),
+}
+for _name in TRANSFORMERS:
+    _case = transformers_models.CASES[_name]
+    _reads = ("Siglip2VisionEmbeddings",) if _name == "Siglip2" else ()
+    CASES[_name] = Case(_case.build, _case.inputs, transformers_models.output, _case.float32, _reads)
+
+
+@pytest.fixture(params=CASES)
+def case(request, peer):
+    if request.param.startswith("open_clip"):
+        peer("open_clip")
+    return CASES[request.param]
+
+
+def swapped(model):
+    """(path, module) of what runs fused, in its order."""
+    return [(name, each) for name, each in model.named_modules() if isinstance(each, vit_fast.integrations.Fused)]
+
+
+def blocks(model):
+    return [name for name, module in swapped(model) if module.OPERATION == "block"]
+
+
+def run(case, model, inputs):
+    """(output, whether a block ran fused)."""
+    with vit_fast.backends.recording() as choices:
+        result = case.output(model, inputs)
+    return result, "attention" in fused(choices)
+
+
+def same(case, actual, expected):
+    tolerance = 1e-5 if case.float32 else 1e-9
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def pair(case):
+    """(the library's model, the same optimised, the library's names of the classes to load as a whole, inputs)."""
+    plain, inputs = case.build().double(), case.inputs(torch.float64)
+    for module in plain.modules():
+        if hasattr(module, "drop_prob"):  # which the libraries do not draw by Philox
+            module.drop_prob = 0.0
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    classes = {type(plain.get_submodule(name)).__name__ for name, _ in swapped(model)}
+    return plain, model, [*case.reads, *classes], inputs
+
+
+def with_one_on_disk(model, path):
+    """A device map of accelerate's: one module on the disk, all that is neither of it nor around it in memory."""
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()] if name]
+    names = [name for name in names if not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")]
+    return {path: "disk"} | {n: "cpu" for n in names if not n.startswith(tuple(f"{other}." for other in names))}
+
+
+@pytest.mark.parametrize("place", ("memory", "disk", "one block on disk", "device"))
+def test_offloaded_weights(case, place, peer, tmp_path):
+    """Weights are there while a block runs and no longer; a fused form that reads one at another time fails or errs."""
+    accelerate = peer("accelerate")
+    plain, model, names, inputs = pair(case)
+    expected, last = case.output(plain, inputs), blocks(model)[-1]
+    if place == "memory":
+        accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=names)
+    elif place == "disk":
+        accelerate.disk_offload(model, str(tmp_path), execution_device="cpu", preload_module_classes=names)
+    else:
+        device_map = {"": "cpu"} if place == "device" else with_one_on_disk(model, last)
+        accelerate.dispatch_model(model, device_map, offload_dir=str(tmp_path), preload_module_classes=names)
+    assert {each.is_meta for each in model.get_submodule(last).parameters()} == {place != "device"}
+    with torch.no_grad():
+        for _ in range(2):
+            actual, ran = run(case, model, inputs)
+            same(case, actual, expected)
+            assert ran
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in READS_PARTS], indirect=True)
+def test_weights_offloaded_layer_by_layer(case, peer):
+    """Without names of classes accelerate loads one layer at a time, and the library's own forward runs."""
+    plain, model, _, inputs = pair(case)
+    peer("accelerate").cpu_offload(model, execution_device="cpu")
+    with torch.no_grad():
+        actual, ran = run(case, model, inputs)
+        same(case, actual, case.output(plain, inputs))
+    assert not ran
+
+
+@pytest.mark.parametrize("whole_blocks", (True, False))
+def test_an_offloaded_model_stays_as_it_is(case, whole_blocks, peer):
+    model, _, names, inputs = pair(case)
+    expected = case.output(model, inputs)
+    options = dict(preload_module_classes=names) if whole_blocks else {}
+    peer("accelerate").cpu_offload(model, execution_device="cpu", **options)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(vit_fast.UnsupportedError, match=r"no block .* carries a hook of accelerate"):
+        vit_fast.optimize(model)
+    assert [type(module) for module in model.modules()] == before
+    if whole_blocks:
+        with torch.no_grad():
+            same(case, case.output(model, inputs), expected)
+
+
+def gradients(case, model, inputs):
+    torch.manual_seed(4)
+    result, ran = run(case, model, inputs)
+    result.square().sum().backward()
+    found = {key: whole(each.grad) for key, each in model.named_parameters() if each.grad is not None}
+    return (result, found), ran
+
+
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")  # told of outputs that are views
+def test_shards(case, mesh):  # noqa: F811
+    plain, model, _, inputs = pair(case)
+    expected, _ = gradients(case, plain.train(), inputs)
+    for name in blocks(model):
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    actual, ran = gradients(case, model.train(), inputs)
+    assert ran and actual[1].keys() == expected[1].keys()
+    same(case, actual, expected)
+
+
+def test_restore_refuses_what_fsdp_has_given_a_class(mesh):  # noqa: F811
+    model = vit_fast.optimize(CASES["torchvision"].build())
+    for name in blocks(model):
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(vit_fast.UnsupportedError) as raised:
+        vit_fast.restore(model)
+    assert str(raised.value) == (
+        "vit_fast.restore: encoder.layers.encoder_layer_0, encoder.layers.encoder_layer_1: it is a FSDPEncoderBlock "
+        "made of an optimised class; restore before that"
+    )
+    assert [type(module) for module in model.modules()] == before
