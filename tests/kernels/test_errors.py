@@ -180,6 +180,11 @@ CASES = {
          "rel_pos width is on meta, expected cpu (as qkv)"),
         (dict(cu_seqlens=[0, 5]), TypeError, "cu_seqlens is list, expected a torch.Tensor"),
         (dict(cu_seqlens=tensor([0, 5])), ValueError, "cu_seqlens has dtype torch.int64, expected int32"),
+        (dict(qkv=ones(1, 5, 24), cu_seqlens=SEQUENCES.to("meta")), ValueError,
+         "cu_seqlens is on meta, expected cpu (as qkv)"),
+        (dict(qkv=ones(1, 5, 8), k=ones(1, 3, 8), v=ones(1, 3, 8), cu_seqlens=SEQUENCES), ValueError,
+         "cu_seqlens is given with batch size 1, 5 queries and 3 keys, expected one batch entry with as many queries "
+         "as keys"),
         (dict(cu_seqlens=SEQUENCES), ValueError,
          "cu_seqlens is given with batch size 2, 5 queries and 5 keys, expected one batch entry with as many queries "
          "as keys"),
@@ -210,6 +215,7 @@ CASES = {
         (dict(eps="1e-6"), TypeError, "eps is str, expected a float"),
         (dict(eps=tensor(1e-6)), TypeError, "eps is Tensor, expected a float"),
         (dict(norm="RMS"), ValueError, "norm is 'RMS', expected one of layer, rms"),
+        (dict(norm=np.array(["rms"])), TypeError, "norm is ndarray, expected one of layer, rms"),
         (dict(norm=nn.RMSNorm), TypeError, "norm is type, expected one of layer, rms"),
     ],
     "layer_norm_linear": [
@@ -220,6 +226,7 @@ CASES = {
          "weight has 9 rows, expected an even number for activation 'swiglu'"),
         (dict(activation=3), TypeError, f"activation is int, {WORDS} or None"),
         (dict(activation=["gelu"]), TypeError, f"activation is list, {WORDS} or None"),
+        (dict(activation=np.array(["gelu"])), TypeError, f"activation is ndarray, {WORDS} or None"),
         (dict(ln_weight=ones(8)), ValueError, "ln_weight has 8 elements, expected 4 (the width of x)"),
         (dict(weight=nn.Linear(4, 8)), TypeError, "weight is Linear, expected a torch.Tensor"),
         (dict(weight=ones(8, 5)), ValueError, "weight has shape [8, 5], expected [*, 4] (the width of x)"),
@@ -293,6 +300,9 @@ CASES = {
         (dict(w1=ones(7, 4), b1=None, activation="swiglu"), ValueError,
          "w1 has 7 rows, expected an even number for activation 'swiglu'"),
         (dict(gamma=ones(8)), ValueError, "gamma has 8 elements, expected 4 (the width of x)"),
+        (dict(out_dropout_p=1.0), ValueError, "out_dropout_p is 1.0, expected 0 ≤ out_dropout_p < 1"),
+        (dict(out_seed=ones(2, dtype=int64)), ValueError, "out_seed has shape [2], expected one element"),
+        (dict(recompute=1), TypeError, "recompute is int, expected a bool"),
         (dict(dropout_p=50), ValueError, "dropout_p is 50, expected 0 ≤ dropout_p < 1"),
     ],
     "patch_embed": [

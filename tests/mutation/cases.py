@@ -75,6 +75,8 @@ def arguments():
                     assert type(came).__name__ == error.__name__ and str(came) == f"vit_fast.{op}: {message}"
                 else:
                     raise AssertionError(f"{op} takes {list(changes)}")
+    branch = dict(row_scale=None, norm="layer", inner_norm=None, dropout_p=0.0, seed=None)
+    arguments_module.check_layernorm_mlp(**test_errors.GOOD["layernorm_mlp"], **branch)
     _packed_widths()
     _wrong_tables()
     for scale in (2**63 - 1, -(2**63), 1e30):
@@ -89,6 +91,9 @@ def arguments():
 def _wrong_tables():
     """Bounds of sequences that do not rise to the tokens, and tables of rotary embedding with an axis too many."""
     check, ones = arguments_module.check_attention, torch.ones
+    check(ones(2, 5, 24), 2, 0.5, rope=(ones(5, 4), ones(5, 4)))  # by default there is no prefix
+    on_meta = torch.empty(2, dtype=torch.int32, device="meta")
+    check(ones(1, 5, 24, device="meta"), 2, 0.5, cu_seqlens=on_meta)  # their values cannot be seen
     for bounds in ([1, 5], [0, 4], [0, 4, 2, 5]):
         with pytest.raises(ValueError, match="cu_seqlens does not rise from 0 to 5"):
             check(ones(1, 5, 24), 2, 0.5, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
@@ -106,18 +111,30 @@ def _block_options():
         check(PLAIN._replace(bias=bias[..., :4]))
     with pytest.raises(ValueError, match=r"vit_fast.prepared_blocks: key_lengths has 3 elements"):
         check(PLAIN._replace(key_lengths=torch.ones(3, dtype=torch.int64)))
+    check(PLAIN._replace(q_norm=(torch.ones(16), None, 1e-6)))
+    with pytest.raises(ValueError, match=r"vit_fast.prepared_blocks: q_norm weight has 17 elements, expected 16"):
+        check(PLAIN._replace(q_norm=(torch.ones(17), None, 1e-6)))
 
 
 def _kept_samples():
-    check, x, seed = arguments_module.check_keep_samples, torch.zeros(3, 2), torch.tensor([5])
+    """keep_samples and dropout take the same but for a number without axes."""
+    x, seed = torch.zeros(3, 2), torch.tensor([5])
+    for op in ("keep_samples", "dropout"):
+        _kept_samples_of(op, getattr(arguments_module, f"check_{op}"), x, seed)
+    arguments_module.check_dropout(x[0, 0], 0.5, seed)
+    with pytest.raises(ValueError, match=r"vit_fast.keep_samples: x has 0 dimensions"):
+        arguments_module.check_keep_samples(x[0, 0], 0.5, seed)
+
+
+def _kept_samples_of(op, check, x, seed):
     check(x, 0.0, None), check(x, 0.5, seed), check(x[0], 0, seed)
     for wrong, error, text in (
-        ((3, 0.5, seed), TypeError, "x is int"), ((x[0, 0], 0.5, seed), ValueError, "x has 0 dimensions"),
+        ((3, 0.5, seed), TypeError, "x is int"), ((x, True, seed), TypeError, "p is bool"),
         ((x, "half", seed), TypeError, "p is str"), ((x, 1.0, seed), ValueError, "p is 1.0"),
         ((x, -0.1, seed), ValueError, "p is -0.1"), ((x, 0.5, seed.int()), ValueError, "seed has dtype torch.int32"),
         ((x, 0.5, torch.tensor([5, 6])), ValueError, r"seed has shape \[2\]"),
     ):  # fmt: skip
-        with pytest.raises(error, match=f"vit_fast.keep_samples: {text}"):
+        with pytest.raises(error, match=f"vit_fast.{op}: {text}"):
             check(*wrong)
 
 

@@ -299,7 +299,7 @@ class Parts:
         return x.flatten(0, -2).sum(0).to(dtype or launch_kernels.stat_dtype(x.dtype))
 
     def branch_gradient(self, grad, dtype, row_scale, dropout_p, seed, with_sums, gamma=None):
-        self.calls.append("gamma g" if gamma is not None else "g and sums" if with_sums else "g")
+        self.calls.append(("g" if gamma is None else "gamma g") + (" and sums" if with_sums else ""))
         grad = grad if gamma is None else grad * gamma.to(grad.dtype)
         g = grad if row_scale is None else grad * row_scale[:, None, None].to(grad.dtype)
         g = reference.dropout(g, dropout_p, seed)
@@ -421,17 +421,23 @@ def patch_embed_bwd():
 def linear_bwd():
     kernels, parts = linear_bwd_kernels, Parts()
     _layer_scale(kernels)
+    _parameters(kernels)
     with parts.instead(kernels):
         for operation in ("layer_norm_linear", "linear_residual"):
             for name, problem, saved, grad in _composed(parts, operation):
                 if name == "linear_residual inner norm":
                     _linear_calls(parts, problem, saved, grad)
+                if name == "linear_residual":
+                    arguments = [problem.tensors[one] for one in trained_operations.NAMES[operation][:5]]
+                    wanted = trained_operations.backward(problem, saved, grad)
+                    equal(kernels.linear_residual_bwd(grad, *arguments)[:5], wanted[:5])
                 if name == "layer_norm_linear gelu":
                     called = [list(_called(parts, problem, saved, grad, one)) for one in ("weight", "bias", "ln_bias")]
                     assert called == [["normal", "linear", *more] for more in ([], ["sums"], ["norm 001"])]
                 if name == "layer_norm_linear":
                     called = [list(_called(parts, problem, saved, grad, one)) for one in ("weight", "bias", "x")]
                     assert called == [["normal"], ["sums"], ["norm 100"]]
+                    _norm_and_product(kernels, problem, saved, grad)
                 if name.split()[-1] in ("gelu", "norm", "dropout"):
                     _mixed(problem)
     for dtype, wide in ((FLOAT16, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, FLOAT32), (FLOAT64, FLOAT64)):
@@ -443,10 +449,36 @@ def linear_bwd():
         )
     with mock.patch.object(torch, "mm", lambda left, right, out_dtype: (left.shape, right.shape, out_dtype)):
         cuda = SimpleNamespace(type="cuda")
-        on_cuda = lambda n: SimpleNamespace(  # noqa: E731
-            dtype=FLOAT16, device=cuda, shape=(2, 3, n), reshape=torch.randn(6, n).reshape
+        on_cuda = lambda n, dtype=FLOAT16: SimpleNamespace(  # noqa: E731
+            dtype=dtype, device=cuda, shape=(2, 3, n), reshape=torch.randn(6, n).reshape
         )
         assert kernels.wide_product(on_cuda(5), on_cuda(4)) == ((5, 6), (6, 4), FLOAT32)
+        assert kernels.wide_product(on_cuda(5, FLOAT32), on_cuda(4, FLOAT32)).shape == (5, 4)
+
+
+def _parameters(kernels):
+    """A bias alone needs no product, what is absent or not wanted nothing; results in the dtypes of the parameters."""
+    g, weight, (bias, gamma) = torch.randn(2, 3, 5).half(), torch.randn(5, 4).half(), torch.randn(2, 5).half()
+    sums = torch.randn(5)
+    for scale in (None, gamma):
+        _, dbias, _ = kernels.parameter_gradients(g, sums, None, weight, bias, scale, (False, True, False))
+        assert dbias.dtype == FLOAT16 and torch.equal(dbias, (sums if scale is None else sums * scale).half())
+        for one, needs in ((bias, (False, False, False)), (None, (False, True, False))):
+            assert kernels.parameter_gradients(g, sums, None, weight, one, scale, needs) == (None, None, None)
+    assert kernels.row_scale_gradient(g, g, None, gamma[:2], 0.0, None).dtype == FLOAT16
+
+
+def _norm_and_product(kernels, problem, saved, grad):
+    """A gradient that is wider than the weights; one of a residual, which is added."""
+    wide = trained_operations.backward(problem.to(FLOAT16), saved, grad.float())
+    assert all(t.dtype == FLOAT16 for t in wide)
+    x, ln_weight, ln_bias, weight, _ = (problem.tensors[one] for one in trained_operations.NAMES[problem.operation])
+    needs = (True, False, False, False, False)
+    dx, *_ = trained_operations.backward(problem, saved, grad, needs)
+    with_x, *_ = kernels.layer_norm_product_bwd(
+        grad, None, x, ln_weight, ln_bias, weight, None, *saved, "layer", needs, x
+    )
+    torch.testing.assert_close(with_x, dx + x)
 
 
 def _linear_calls(parts, problem, saved, grad):
@@ -458,6 +490,12 @@ def _linear_calls(parts, problem, saved, grad):
     ):  # fmt: skip
         assert [call for call in _called(parts, problem, saved, grad, *wanted) if call != "sums"] == calls, wanted
     assert _called(parts, problem, saved, grad, "weight") == forward
+    for absent, wanted, calls in (  # what they would need is not computed
+        ("bias", "bias", ["g"]), ("gamma", "gamma", ["g"]), ("bias", "gamma", forward),
+        ("row_scale", "row_scale", ["g"]), ("gamma", "inner_bias", [*forward, "norm 001"]),
+    ):  # fmt: skip
+        less = trained_operations.Problem(problem.operation, problem.tensors | {absent: None}, problem.words)
+        assert _called(parts, less, saved, grad, wanted) == calls, (absent, wanted)
 
 
 def _layer_scale(kernels):
@@ -473,7 +511,8 @@ def _layer_scale(kernels):
                 (bias, (False, False, True)), (bias, (False, True, False)),
             ):  # fmt: skip
                 total = sums if needs[1] or needs[2] else None
-                results = kernels.layer_scale_bwd(product, weight, one, gamma, total, needs)
+                more = () if all(needs) else (needs,)
+                results = kernels.layer_scale_bwd(product, weight, one, gamma, total, *more)
                 wanted = [gamma.to(wide)[:, None] * product, gamma.to(wide) * sums, (weight.to(wide) * product).sum(1)]
                 if one is not None:
                     wanted[2] = wanted[2] + one.to(wide) * sums
@@ -575,15 +614,23 @@ def gemm_train():
     for dtype, activation in ((FLOAT64, "gelu"), (FLOAT64, "swiglu"), (FLOAT16, "gelu"), (BFLOAT16, "swiglu")):
         _forward(kernels, dtype, activation)
         _backward(kernels, dtype, activation)
-    _forward(kernels, FLOAT64, None, options=False)
-    _backward(kernels, FLOAT64, None, options=False)
-    _backward(kernels, FLOAT64, "swiglu", options=False)
-    _backward(kernels, FLOAT64, "swiglu", contiguous=True)
+    with mock.patch.object(configs_module, "pick_linear_train_config", None):  # a config that is given is taken
+        _forward(kernels, FLOAT64, None, options=False)
+        _backward(kernels, FLOAT64, None, options=False)
+        _backward(kernels, FLOAT64, "swiglu", options=False)
+        _backward(kernels, FLOAT64, "swiglu", contiguous=True)
     tma = LinearConfig(16, 16, 16, 3, 4, 2, True)
-    for activation, step in (("relu", _forward), ("geglu", _forward), ("relu", _backward)):
+    _forward(kernels, FLOAT32, "relu", tma, width=32, features=24, out_dtype=FLOAT64)
+    for activation, step in (("geglu", _forward), ("relu", _backward)):
         step(kernels, FLOAT32, activation, tma, width=32, features=24)
+    # Rows that a descriptor could take but for the stride of their elements, or their type.
+    x, weight = torch.randn(3, 64)[:, ::2], torch.randn(8, 64)[:, ::2]
+    for one, other in ((x, weight.contiguous()), (x.contiguous(), weight), (x.double(), weight.contiguous())):
+        out, z = kernels.linear_train(one, other, None, config=tma)
+        torch.testing.assert_close(out, F.linear(x, weight))
+        assert z is None
     _far_train(kernels)
-    _train_launches(kernels)
+    _train_launches(kernels, tma)
     weight = torch.empty(16, 1, device="meta")
     for call in (
         lambda: kernels.linear_train(torch.empty(2**31, 1, device="meta"), weight, None),
@@ -601,15 +648,17 @@ def _close(result, golden, dtype):
     torch.testing.assert_close(result.double(), golden, rtol=allowed, atol=allowed)
 
 
-def _forward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True):
-    """Two images of nine rows; every option at once, or none; x, W and the residual at strides of their own."""
+def _forward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True, out_dtype=None):
+    """Two images of nine rows; every option at once, or none; x, W and the residual at strides of their own, the
+    residual in ``out_dtype``."""
     rows = features * 2 if activation in ("swiglu", "geglu") else features
     x, weight = torch.randn(2, 10, width).to(dtype)[:, 1:], (torch.randn(rows, width) * width**-0.5).to(dtype)
     if not config.tma:
         weight = weight.t().contiguous().t()
     x = x.contiguous() if config.tma else x
     bias, gamma = torch.randn(rows).to(dtype), torch.randn(features).to(dtype)
-    residual, row_scale = torch.randn(2, 9, 2 * features).to(dtype)[..., ::2], torch.tensor([1.25, 0.6]).to(dtype)
+    out_dtype, row_scale = out_dtype or dtype, torch.tensor([1.25, 0.6]).to(dtype)
+    residual = torch.randn(2, 9, 2 * features).to(out_dtype)[..., ::2]
     more = dict(gamma=gamma, residual=residual, row_scale=row_scale, dropout_p=0.3, seed=SEED) if options else {}
     out, z = kernels.linear_train(
         x, weight, bias if options else None, activation, **more, with_z=options, config=config
@@ -623,7 +672,7 @@ def _forward(kernels, dtype, activation, config=TILES, width=20, features=36, op
         after = after + wide["residual"]
     else:
         assert z is None
-    _close(out, after, dtype)
+    _close(out, after, out_dtype)
 
 
 def _backward(kernels, dtype, activation, config=TILES, width=20, features=36, options=True, contiguous=False):
@@ -650,7 +699,7 @@ def _far_train(kernels):
     back = kernels.pre_activation_gradient(x, weight.t(), residual, "relu", config=TILES)
     step = 2**31 + 64
     memory = reserved(2 * step, dtype=FLOAT16)
-    for strides in ((step, 20, 1), (64, step // 2, 1), (64, 1, step // 19)):
+    for strides in ((step, 20, 1), (64, step // 2, 1), (64, 1, step // 10)):
         far = torch.as_strided(memory, x.shape, strides).copy_(x)
         assert torch.equal(kernels.linear_train(far, weight, None, residual=residual, config=TILES)[0], wanted)
         equal(kernels.pre_activation_gradient(far, weight.t(), residual, "relu", config=TILES), back)
@@ -661,8 +710,11 @@ def _far_train(kernels):
         far = torch.as_strided(memory, weight.shape, strides).copy_(weight)
         assert torch.equal(kernels.linear_train(x, far, None, residual=residual, config=TILES)[0], wanted)
         equal(kernels.pre_activation_gradient(x, far.t(), residual, "relu", config=TILES), back)
-    rows, gated = 2**26 + 5, torch.randn(96, 4).half()
-    x, z = torch.randn(1, 4).half().expand(rows, 4), torch.randn(1, 96).half()
+    halves = kernels.linear_train(x, weight, None, "swiglu", config=TILES)[0]
+    far = torch.as_strided(memory, weight.shape, (step // 12, 1)).copy_(weight)
+    assert torch.equal(kernels.linear_train(x, far, None, "swiglu", config=TILES)[0], halves)
+    rows, gated = 2**26 + 5, torch.randn(96, 32).half()  # fewer rows than there may be, of more elements
+    x, z = torch.randn(1, 32).half().expand(rows, 32), torch.randn(1, 96).half()
     out, whole = kernels.linear_train(x[:1], gated, None, "swiglu", with_z=True, config=TILES)
     dz, hidden = kernels.pre_activation_gradient(x[:1], gated[:48].t(), z, "swiglu", config=TILES)
     with last_programs_alone():
@@ -675,7 +727,7 @@ def _far_train(kernels):
         assert torch.equal(far[-1, 32:48], one[0, 32:48]) and not far[0].any()
 
 
-def _train_launches(kernels):
+def _train_launches(kernels, tma):
     """What launches are told, which the interpreter's result does not show."""
     recorder, picked = Recorder(), []
 
@@ -700,7 +752,7 @@ def _train_launches(kernels):
         kernels.linear_train(x[..., :24], weight[:60, :24], bias[:60], row_scale=scale[:2])
         kernels.pre_activation_gradient(x[..., 4:], weight.t()[4:, :36], z[..., :36].contiguous(), "relu")
         kernels.linear_train(x[:, 1:], weight, None, with_z=True)
-        with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        with mock.patch.object(launch_kernels, "INTERPRETED", False), matmul_precision("high"):
             kernels.linear_train(x, weight, bias)
         kernels.linear_train(x[:0], weight, bias, row_scale=scale[:0])
         kernels.pre_activation_gradient(x[:0], weight.t(), z[:0], None)
@@ -727,6 +779,15 @@ def _train_launches(kernels):
         ("ieee", False, "fp32", "fp32", None, False), ("ieee", False, "fp32", "None", None, False),
     ]  # fmt: skip
     first, _, back, *_ = recorder.launches
+    apart = torch.randn(64, 33).bfloat16()[:, :32]  # rows apart by an odd number
+    with mock.patch.object(kernels, "_linear_train_kernel", Recorder()) as plain:
+        for one, other in ((x[..., 4:], weight[:, 4:]), (x[:1, :1].expand(1, 9, 32), weight)):
+            kernels.linear_train(one, other, None, config=tma)
+        kernels.linear_train(x, weight[:1].expand(64, 32), None, config=tma)
+        kernels.linear_train(x, weight, None, config=TILES)
+        kernels.pre_activation_gradient(x, apart[:32].t(), z, "geglu", config=TILES)
+    assert [(n.DESCRIPTORS, n.ALIGN_K) for n in plain.launches] == [(False, n) for n in (4, 16, 16, 16, 16)]
+    assert [n.SLICES for n in plain.launches] == [2, 2, 2, 2, 4]
     assert first.args[3].block_shape == [16, 16] and first.args[4].block_shape == [32, 16]
     assert back.args[4].block_shape == [16, 32] and back.args[4].strides == [64, 1]
     device_is_made_current(
