@@ -1,5 +1,5 @@
 """An optimised model through a user's training run, in every library: some weights frozen, some tied, two steps of an
-optimizer, an EMA, ``optimize`` once more, a restored model; and ``half``, and blocks compiled one by one.
+optimizer, an EMA, ``optimize`` once more, a restored model; and ``half``, blocks compiled one by one, export, LoRA.
 """
 
 import copy
@@ -143,3 +143,44 @@ def test_blocks_compiled_one_by_one(case):
             block.compile(fullgraph=True, backend="eager")
         actual = case.output(model, inputs)
     same(actual, expected, 1e-5)
+
+
+# transformers reads the grid of each image of Qwen's.
+@pytest.mark.parametrize("case", [name for name in COMPILED if not name.startswith("Qwen")], indirect=True)
+def test_export(case):
+    model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+    with torch.no_grad():
+        expected = case.output(model, inputs)
+        args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+        program = torch.export.export(model, args, named)
+        actual = case.output(program.module(), inputs)
+    same(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "case,optimized_first",
+    [*((name, True) for name in CASES), *((name, False) for name in COMPILED)],
+    indirect=["case"],
+)
+def test_an_adapter_in_one_block(case, optimized_first, peer):
+    peft = peer("peft")
+    plain, inputs = case.build(), case.inputs(torch.float32)
+    model = vit_fast.optimize(copy.deepcopy(plain))
+    adapted = linears(blocks(model)[0])[0]
+    target = next(name for name, module in model.named_modules() if module is adapted)
+    model = model if optimized_first else copy.deepcopy(plain)
+    config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    adapters = []
+    for one in (plain, model):
+        torch.manual_seed(3)
+        adapters.append(peft.get_peft_model(one, config).eval())
+    vit_fast.optimize(adapters[1])
+    # In the second turn without adapters. timm's EVA and BEiT pass over one of qkv, whose weight they read themselves.
+    for merge in (False, True):
+        expected, actual = (one.merge_and_unload() if merge else one.get_base_model() for one in adapters)
+        if merge:
+            vit_fast.optimize(actual, strict=True)
+        with torch.no_grad():
+            result, ran = ran_fused(case, actual, inputs)
+            same(result, case.output(expected, inputs), 1e-5)
+        assert ran
