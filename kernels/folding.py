@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation_names import GATED
 
@@ -61,7 +62,7 @@ Block = TypeVar("Block", bound=NamedTuple)
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # weight and bias of a layer
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-ROWS_AT_A_TIME = 64  # of a weight, that are folded at once: a whole weight in float64 is twice its size in float32
+BLOCK = 2**17  # elements of a weight that are folded at once on a CPU, 1 MiB in float64
 # What rounding adds to a bound: x̂ and the softmax's weights are rounded (2^-4, 2^-8), float32 sums are inexact.
 _SLACK = 1.07
 
@@ -101,9 +102,13 @@ def _without_layer_scale(weight, bias, gamma):
     return (wide, shift) if gamma is None else (wide * gamma.double()[:, None], shift * gamma.double())
 
 
-def row_blocks(rows: int) -> list[slice]:
-    """The rows of a weight in the parts that are folded one after the other, which bounds the memory that it takes."""
-    return [slice(start, start + ROWS_AT_A_TIME) for start in range(0, max(rows, 1), ROWS_AT_A_TIME)]
+def row_blocks(weight: torch.Tensor) -> list[slice]:
+    """The rows of a weight in the parts that are folded one after the other. On a CPU these are few, because a whole
+    weight in float64, several times over, would be the peak of the memory; elsewhere, and of a fake one, all."""
+    rows, inputs = weight.shape
+    small = weight.device.type == "cpu" and not isinstance(weight, FakeTensor)
+    step = max(1, BLOCK // max(inputs, 1)) if small else max(rows, 1)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
 
 
 def rows_of(linear: Pair, part: slice) -> Pair:
@@ -122,7 +127,7 @@ def fold_norm(linear: Pair, pair: Pair, norm: str = "layer") -> tuple[torch.Tens
     """
     weight, bias = _empty_like(linear)
     sums = torch.zeros_like(bias)
-    for part in row_blocks(len(weight)):
+    for part in row_blocks(weight):
         weight[part], bias[part] = _without_norm(*rows_of(linear, part), pair, norm)
         if norm == "layer":
             sums[part] = weight[part].double().sum(1)
@@ -135,7 +140,7 @@ def fold_branch_end(
     """(weight, bias) of a linear layer that need no gamma and, where its input is normalised, no parameters of that
     norm (``inner``); the bias is float32 (float64 for float64)."""
     weight, bias = _empty_like(linear)
-    for part in row_blocks(len(weight)):
+    for part in row_blocks(weight):
         rows = rows_of(linear, part)
         if inner is not None:
             rows = _without_norm(*rows, inner, norm)

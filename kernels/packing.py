@@ -129,7 +129,7 @@ def packed_weight(weight: torch.Tensor) -> PackedWeight:
 def int8_weight(weight: torch.Tensor) -> PackedWeight:
     """A weight [out, in], quantised by its rows and packed."""
     linear = weight, weight.new_zeros(weight.shape[0])
-    *tensors, _ = _int8_linear(weight.shape[0], lambda part: _wide(linear, part))
+    *tensors, _ = _int8_linear(weight, lambda part: _wide(linear, part))
     return PackedWeight("int8_linear", tuple(tensors), weight)
 
 
@@ -202,11 +202,11 @@ def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _int8_linear(
-    outputs: int, fold: Callable[[slice], Pair], order: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+    original: torch.Tensor, fold: Callable[[slice], Pair], order: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
 ) -> tuple[torch.Tensor, ...]:
-    """(weight, gain, scale, sums, bias) of a linear layer, packed. ``fold`` gives some rows of its weight and bias in
-    float64; it is called twice for each, because the whole is never held in float64. ``order``: of the rows."""
-    parts = row_blocks(outputs)
+    """(weight, gain, scale, sums, bias) of a linear layer, packed. ``fold`` gives some rows of weight and bias, folded,
+    in float64; it is called twice for each, because the whole is never held in float64. ``order``: of the rows."""
+    parts = row_blocks(original)
     gain = input_gain(torch.stack([fold(part)[0].norm(dim=0) for part in parts]))
     quantised = []
     for part in parts:
@@ -242,10 +242,10 @@ def int8_block(
         return lambda part: fold_branch_end(_wide(linear, part), None if gamma is None else gamma[part], inner, norm)
 
     return Int8Block(
-        *_int8_linear(len(qkv[0]), after_norm(qkv, norm1)),
-        *_int8_linear(len(proj[0]), before_residual(proj, gamma1, out_norm)),
-        *_int8_linear(len(fc1[0]), after_norm(fc1, norm2), order),
-        *_int8_linear(len(fc2[0]), before_residual(fc2, gamma2, inner_norm)),
+        *_int8_linear(qkv[0], after_norm(qkv, norm1)),
+        *_int8_linear(proj[0], before_residual(proj, gamma1, out_norm)),
+        *_int8_linear(fc1[0], after_norm(fc1, norm2), order),
+        *_int8_linear(fc2[0], before_residual(fc2, gamma2, inner_norm)),
     )
 
 

@@ -275,9 +275,9 @@ def test_where_the_cpu_extension_is_chosen():
     def rows(operation, dtype, level="avx512_vnni", **capabilities):
         return cpu_choice.fewest_rows(operation, dtype, level, capabilities)
 
-    assert rows("attention", torch.bfloat16) == rows("attention", torch.float16) == 16
-    assert rows("attention", torch.bfloat16, "avx512_bf16") == 32
-    assert rows("layernorm_mlp", torch.bfloat16, "avx512_bf16") is None and rows("layernorm_mlp", torch.bfloat16) == 16
+    assert rows("attention", torch.bfloat16) == rows("attention", torch.float16) == 8
+    assert rows("patch_embed", torch.bfloat16, "avx512_bf16") == 8
+    assert rows("layernorm_mlp", torch.bfloat16, "avx512_bf16") == 577 and rows("layernorm_mlp", torch.bfloat16) == 16
     for dtype, capability in (
         (torch.bfloat16, "amx_bf16"),
         (torch.float16, "avx512_fp16"),
@@ -287,7 +287,7 @@ def test_where_the_cpu_extension_is_chosen():
         assert capability in cpu_choice.stack_reasons(dtype, {capability: True})[0]
     assert rows("attention", torch.float16, "generic") is None
     for operation in TORCH.backward:
-        assert rows(operation, torch.float32) is None
+        assert (rows(operation, torch.float32) is None) == (operation != "attention")
     assert not any(cpu_choice.stack_reasons(dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("vit_fast.ops",),
     ("vit_fast.pos_embed", "vit_fast.patch_resize", "vit_fast.input_size", "vit_fast.pretrained_cfg"),
     (
+        "vit_fast.heap",
         "vit_fast.remembered",
         "vit_fast.plain",
         "vit_fast.key_masks",
