@@ -1016,7 +1016,7 @@ def attention_bwd():
 
     with mock.patch.object(attention_kernels, "attention_fwd", forward):
         for config in (looped, whole):
-            module.check(*module.problem(2, 17, 2, 24, FLOAT32), 2, -0.3, config)
+            module.check(*module.problem(2, 17, 2, 40, FLOAT32), 2, -0.3, config)
         _attention_bwd_launches(kernels, module)
         with pytest.MonkeyPatch.context() as patch:
             module.test_nothing_to_do_launches_nothing(kernels, patch)
