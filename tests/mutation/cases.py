@@ -1044,7 +1044,7 @@ def _attention_bwd_options(kernels, module, config):
     k, v = k.clone(), v.clone()
     k[0, 17:], v[0, 17:] = math.nan, math.nan
     equal(kernels.attention_bwd(grad, q, 2, 0.2, k, v, *saved, config=config, key_lengths=lengths)[:3], expected)
-    grad, tensors = module.problem(3, 5, 2, 16, FLOAT32, 19)
+    grad, tensors = module.problem(3, 18, 2, 16, FLOAT32, 19)  # two steps of queries
     expected = module.check(grad, tensors, 2, 0.2, config, **drop)
     drop |= dict(key_lengths=torch.tensor([19, 2, 19]))
     expected = module.kernel_gradients(grad, tensors, 2, 0.2, config, **drop)[1]
