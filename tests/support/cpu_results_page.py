@@ -45,7 +45,8 @@ def speed_row(run: str, row: dict[str, Any]) -> str:
     busy = " (busy)" if row["load_average"] > row["cpu_threads"] else ""
     best = "—"
     if row.get("paired_speedup"):  # there is no other where the run timed ours alone
-        interval = f"{row['paired_speedup_low']:.2f}–{row['paired_speedup_high']:.2f}"
+        low, high = row["paired_speedup_low"], row["paired_speedup_high"]
+        interval = "too few rounds" if low is None else f"{low:.2f}–{high:.2f}"
         best = f"{row['paired_speedup']:.2f} ({interval}) {row['best_baseline']}"
     form = row["provider"].removeprefix("vit_fast-").replace("vit_fast", "plain")
     form += f", {row['precision']}" * (form != "int8")
