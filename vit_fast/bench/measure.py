@@ -5,9 +5,7 @@ are queued before one synchronisation; latency is wall-clock time from the call 
 CPU a step is wall-clock time, and so is latency.
 """
 
-import contextlib
 import copy
-import ctypes
 import gc
 import math
 import os
@@ -20,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from vit_fast import heap
 
 _flush: dict[torch.device, torch.Tensor] = {}
 
@@ -108,10 +108,10 @@ def resident(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
-def _cpu_growth(call):
+def resident_growth(call: Callable[[], Any]) -> int | None:
+    """Bytes by which the peak of the resident memory grows in a call; None, after the call, where only Linux tells."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    heap.trim()
     try:
         with open("/proc/self/clear_refs", "w") as references:
             references.write("5")
@@ -141,7 +141,7 @@ def peak_memory(call: Callable[[], Any], weights: int, device: torch.device) -> 
         torch.cuda.synchronize(device)
         method = "weights + growth of torch.cuda.max_memory_allocated in the call after the first"
         return torch.cuda.max_memory_allocated(device) - before + weights, method
-    growth = _cpu_growth(call)
+    growth = resident_growth(call)
     if growth is None:
         return None, "not measured: this system does not tell the peak resident memory of a call"
     return weights + growth, "weights + growth of peak resident memory (VmHWM) in the call after the first"
