@@ -314,11 +314,11 @@ def _launch(
         block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
         weight_src = TensorDescriptor(weight, list(weight.shape), [weight_step, 1], block)
     two_strides, residual_inner = row_inner
-    along, across = [in_features, stride_xo, stride_xi], [stride_wk] if backward else []
-    if residual is not None:
-        across += [residual.stride_outer, residual.stride_inner]
-    if not backward:
-        along.append(stride_wn)
+    along, across = (in_features, stride_xo, stride_xi), (out_features,)
+    if backward:
+        across += (stride_wk,)
+    else:
+        along += (stride_wn,)
     tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(out_features, config.block_n)
     with launch.device_guard(x):
         _linear_train_kernel[(tiles,)](
@@ -334,7 +334,7 @@ def _launch(
             DESCRIPTORS=descriptors,
             EVEN_K=descriptors or in_features % config.block_k == 0,
             ALIGN_K=16 if descriptors else math.gcd(16, *along),
-            ALIGN_N=math.gcd(16, out_features, *across),
+            ALIGN_N=math.gcd(16, *across),
             UPCAST=_upcast(weight.dtype, out.dtype),
             ACC=launch.accumulator(weight.dtype, out.dtype),
             PRECISION=precision,
