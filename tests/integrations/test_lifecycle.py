@@ -3,12 +3,15 @@ optimizer, an EMA, ``optimize`` once more, a restored model; and ``half``, block
 """
 
 import copy
-from typing import NamedTuple
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from support import library_models, transformers_models
-from support.library_models import fused
+from support import library_models
+from support.optimised_models import blocks, case_of_images, case_of_transformers, close, run
 from torch.optim import swa_utils
 
 import vit_fast
@@ -26,25 +29,8 @@ COMPILED = (
 )  # fmt: skip
 
 
-class Case(NamedTuple):
-    """A model, its inputs of a dtype, and its output; ``float32``: whether the library computes parts in it always."""
-
-    build: object
-    inputs: object
-    output: object
-    float32: bool
-
-
-def _images(dtype):
-    return torch.randn(2, 3, 32, 32).to(dtype)
-
-
-CASES = {
-    name: Case(case.build, _images, library_models.output, False) for name, case in library_models.CASES.items()
-} | {
-    name: Case(case.build, case.inputs, transformers_models.output, case.float32)
-    for name, case in transformers_models.CASES.items()
-    if name in TRANSFORMERS
+CASES = {name: case_of_images(case.build) for name, case in library_models.CASES.items()} | {
+    name: case_of_transformers(name) for name in TRANSFORMERS
 }
 
 
@@ -53,21 +39,6 @@ def case(request, peer):
     if request.param == "open_clip":
         peer("open_clip")
     return CASES[request.param]
-
-
-def blocks(model):
-    swapped = [module for module in model.modules() if isinstance(module, vit_fast.integrations.Fused)]
-    return [module for module in swapped if module.OPERATION == "block"]
-
-
-def ran_fused(case, model, inputs):
-    with vit_fast.backends.recording() as choices:
-        result = case.output(model, inputs)
-    return result, any(operation != "patch_embed" for operation in fused(choices))
-
-
-def same(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def linears(block):
@@ -102,7 +73,7 @@ def test_training_with_frozen_and_tied_weights_and_an_average(case):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
     model = vit_fast.optimize(copy.deepcopy(plain))
-    names = [name for name, module in model.named_modules() if module in set(blocks(model))]
+    names = blocks(model)
     for one in (plain, model):
         freeze_and_tie(one.get_submodule(names[0]), one.get_submodule(names[-1]))
     before = case.output(plain, inputs).detach()
@@ -112,25 +83,57 @@ def test_training_with_frozen_and_tied_weights_and_an_average(case):
     assert not torch.allclose(expected, before, rtol=1e-4)
     vit_fast.optimize(model.eval(), strict=True)
     for one, wanted in ((model, expected), (average, case.output(expected_average, inputs))):
-        actual, ran = ran_fused(case, one, inputs)
+        actual, ran = run(case, one, inputs)
         assert ran
-        same(actual, wanted, tolerance)
+        close(actual, wanted, tolerance)
     for (name, actual), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
-        same(actual, wanted, tolerance)
+        close(actual, wanted, tolerance)
         assert actual.requires_grad is wanted.requires_grad, name
-    actual, ran = ran_fused(case, vit_fast.restore(model), inputs)
+    actual, ran = run(case, vit_fast.restore(model), inputs)
     assert not ran
-    same(actual, expected, tolerance)
+    close(actual, expected, tolerance)
 
 
 def test_half(case):
     plain, inputs = case.build().half(), case.inputs(torch.float16)
     model = vit_fast.optimize(copy.deepcopy(plain))
     with torch.no_grad():
-        actual, ran = ran_fused(case, model, inputs)
+        actual, ran = run(case, model, inputs)
         expected = case.output(plain, inputs)
     assert ran and actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
+
+
+LOADS = """
+import sys
+import torch  # and nothing of vit_fast, or of the library of a model
+for path in sys.argv[1:]:
+    model, case, inputs, expected = torch.load(path, weights_only=False)
+    from support.optimised_models import close, run, swapped
+    import vit_fast
+    with torch.no_grad():
+        actual, ran = run(case, model, inputs)
+        close(actual, expected, 1e-5)
+        assert ran, path
+        vit_fast.restore(model)
+        assert not swapped(model), path
+        actual, ran = run(case, model, inputs)
+        close(actual, expected, 1e-5)
+        assert not ran, path
+"""
+
+
+def test_saved_and_loaded_by_a_new_process(peer, tmp_path):
+    peer("open_clip")
+    for name, case in CASES.items():
+        model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
+        with torch.no_grad():
+            expected = case.output(model, inputs)
+        torch.save((model, case._replace(build=None, inputs=None), inputs, expected), tmp_path / f"{name}.pt")
+    tests = str(Path(__file__).parents[1])
+    loads = [sys.executable, "-c", LOADS, *map(str, sorted(tmp_path.iterdir()))]
+    child = subprocess.run(loads, env=os.environ | {"PYTHONPATH": tests}, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
 
 
 @pytest.mark.parametrize("case", COMPILED, indirect=True)
@@ -139,10 +142,10 @@ def test_blocks_compiled_one_by_one(case):
     model, inputs = vit_fast.optimize(case.build()), case.inputs(torch.float32)
     with torch.no_grad():
         expected = case.output(model, inputs)
-        for block in blocks(model):
-            block.compile(fullgraph=True, backend="eager")
+        for name in blocks(model):
+            model.get_submodule(name).compile(fullgraph=True, backend="eager")
         actual = case.output(model, inputs)
-    same(actual, expected, 1e-5)
+    close(actual, expected, 1e-5)
 
 
 # transformers reads the grid of each image of Qwen's.
@@ -154,7 +157,7 @@ def test_export(case):
         args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
         program = torch.export.export(model, args, named)
         actual = case.output(program.module(), inputs)
-    same(actual, expected, 1e-5)
+    close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_an_adapter_in_one_block(case, optimized_first, peer):
     peft = peer("peft")
     plain, inputs = case.build(), case.inputs(torch.float32)
     model = vit_fast.optimize(copy.deepcopy(plain))
-    adapted = linears(blocks(model)[0])[0]
+    adapted = linears(model.get_submodule(blocks(model)[0]))[0]
     target = next(name for name, module in model.named_modules() if module is adapted)
     model = model if optimized_first else copy.deepcopy(plain)
     config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
@@ -181,6 +184,6 @@ def test_an_adapter_in_one_block(case, optimized_first, peer):
         if merge:
             vit_fast.optimize(actual, strict=True)
         with torch.no_grad():
-            result, ran = ran_fused(case, actual, inputs)
-            same(result, case.output(expected, inputs), 1e-5)
+            result, ran = run(case, actual, inputs)
+            close(result, case.output(expected, inputs), 1e-5)
         assert ran

@@ -7,12 +7,12 @@ told the class of the library.
 
 import copy
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
-from support import library_models, transformers_models
-from support.library_models import fused, moved, open_clip_tower
+from support import library_models
+from support.library_models import moved, open_clip_tower
+from support.optimised_models import blocks, case_of_images, case_of_transformers, close, run, swapped
 from support.process_group import mesh, whole  # noqa: F401 a fixture
 from torch.distributed.fsdp import fully_shard
 
@@ -34,28 +34,7 @@ READS_PARTS = (
     "Siglip",
     "Siglip2",
 )
-
-
-class Case(NamedTuple):
-    """A model, its inputs of a dtype, and its output.
-
-    ``float32``: whether the library computes parts of it in float32 always; ``reads``: a class beside the blocks that
-    reads weights of a module that it does not call.
-    """
-
-    build: object
-    inputs: object
-    output: object
-    float32: bool = False
-    reads: tuple = ()
-
-
-def _image(dtype):
-    return {"x": torch.randn(2, 3, 32, 32).to(dtype)}
-
-
-def _output(model, inputs):
-    return model(*inputs.values())
+READ_BESIDE_BLOCKS = ("Siglip2VisionEmbeddings",)  # a class beside the blocks that does so
 
 
 def _timm_tower():
@@ -68,19 +47,18 @@ def _timm_tower():
     )
 
 
-CASES = {
-    "open_clip": Case(open_clip_tower, _image, _output),
-    "open_clip, custom blocks": Case(partial(open_clip_tower, qk_norm=True, scale_heads=True), _image, _output),
-    "open_clip, a tower of timm": Case(_timm_tower, _image, _output),
-    "torchvision": Case(library_models.torchvision_vit, _image, _output),
-    "torch.nn": Case(library_models.encoder_vit, _image, _output),
-    "torch.nn, post-norm": Case(partial(library_models.encoder_vit, norm_first=False), _image, _output),
-    "torch.nn, batch second": Case(partial(library_models.encoder_vit, batch_first=False), _image, _output),
+BUILDS = {
+    "open_clip": open_clip_tower,
+    "open_clip, custom blocks": partial(open_clip_tower, qk_norm=True, scale_heads=True),
+    "open_clip, a tower of timm": _timm_tower,
+    "torchvision": library_models.torchvision_vit,
+    "torch.nn": library_models.encoder_vit,
+    "torch.nn, post-norm": partial(library_models.encoder_vit, norm_first=False),
+    "torch.nn, batch second": partial(library_models.encoder_vit, batch_first=False),
 }
-for _name in TRANSFORMERS:
-    _case = transformers_models.CASES[_name]
-    _reads = ("Siglip2VisionEmbeddings",) if _name == "Siglip2" else ()
-    CASES[_name] = Case(_case.build, _case.inputs, transformers_models.output, _case.float32, _reads)
+CASES = {name: case_of_images(build) for name, build in BUILDS.items()} | {
+    name: case_of_transformers(name) for name in TRANSFORMERS
+}
 
 
 @pytest.fixture(params=CASES)
@@ -90,25 +68,8 @@ def case(request, peer):
     return CASES[request.param]
 
 
-def swapped(model):
-    """(path, module) of what runs fused, in its order."""
-    return [(name, each) for name, each in model.named_modules() if isinstance(each, vit_fast.integrations.Fused)]
-
-
-def blocks(model):
-    return [name for name, module in swapped(model) if module.OPERATION == "block"]
-
-
-def run(case, model, inputs):
-    """(output, whether a block ran fused)."""
-    with vit_fast.backends.recording() as choices:
-        result = case.output(model, inputs)
-    return result, "attention" in fused(choices)
-
-
 def same(case, actual, expected):
-    tolerance = 1e-5 if case.float32 else 1e-9
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    close(actual, expected, 1e-5 if case.float32 else 1e-9)
 
 
 def pair(case):
@@ -119,7 +80,7 @@ def pair(case):
             module.drop_prob = 0.0
     model = vit_fast.optimize(copy.deepcopy(plain))
     classes = {type(plain.get_submodule(name)).__name__ for name, _ in swapped(model)}
-    return plain, model, [*case.reads, *classes], inputs
+    return plain, model, [*classes, *READ_BESIDE_BLOCKS], inputs
 
 
 def with_one_on_disk(model, path):

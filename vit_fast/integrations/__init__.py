@@ -28,9 +28,11 @@ from vit_fast import backends
 from vit_fast.block import pass_over_prepared, run_blocks
 from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.arguments import UnsupportedError
-from vit_fast.kernels.tracing import autocasts
+from vit_fast.kernels.tracing import autocasts, is_fx_symbolic_tracing
 from vit_fast.key_masks import key_lengths
 from vit_fast.plain import TENSORS, Fusible
+
+from .feature_graphs import called_in_feature_graph
 
 Found = tuple[str, nn.Module, type]  # name, module, class of the library
 
@@ -98,7 +100,8 @@ class Fused(Swapped, Fusible):
         """The library's own forward; the reason is noted for ``explain``."""
         pass_over_prepared(self, reason)
         backends.note(self.OPERATION, "library", (reason,))
-        return super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        return called_in_feature_graph(self, output, args, kwargs) if is_fx_symbolic_tracing() else output
 
     def is_fused(self) -> bool:
         """Whether the block may run fused; ``run_library`` notes the reason where it does not."""
