@@ -131,10 +131,10 @@ def _attention_bwd_kernel(
             BLOCK_M, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         lse, delta = _row_statistics(lse_ptr, dout, out, first_query, num_queries, BLOCK_M, ACC)
-        query = (first_query + tl.arange(0, BLOCK_M))[None, :]
         p = _probabilities(_scores(k, q, False, ACC, PRECISION), lse[None, :], key < length, scale)
         dropped = p
         if dropout is not None:
+            query = (first_query + tl.arange(0, BLOCK_M))[None, :]
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
             dropped = tl.where(keep, p, 0.0)
         if dv_ptr is not None:
@@ -202,7 +202,6 @@ def _attention_bwd_dq_kernel(
         q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
         BLOCK_M, D, HEAD_SLICES, True, False, UPCAST,
     )  # fmt: skip
-    query = (first_query + tl.arange(0, BLOCK_M))[:, None]
     dq = _zeros(BLOCK_M, HEAD_SLICES, ACC)
     for first_key in range(0, length, BLOCK_N):
         k = _load(
@@ -214,10 +213,10 @@ def _attention_bwd_dq_kernel(
             BLOCK_N, DV, VALUE_SLICES, True, False, UPCAST,
         )  # fmt: skip
         key = (first_key + tl.arange(0, BLOCK_N))[None, :]
-        inside = (key < length) & (query < num_queries)
-        p = _probabilities(_scores(q, k, False, ACC, PRECISION), lse[:, None], inside, scale)
+        p = _probabilities(_scores(q, k, False, ACC, PRECISION), lse[:, None], key < length, scale)
         dp = _scores(dout, v, False, ACC, PRECISION)
         if dropout is not None:
+            query = (first_query + tl.arange(0, BLOCK_M))[:, None]
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
             dp = tl.where(keep, dp * dropout.scale, 0.0)
         dq = _accumulate(dq, p * (dp - delta[:, None]), k, DTYPE, ACC, PRECISION)

@@ -100,8 +100,26 @@ def why_not_plain(module: nn.Module | None, classes: tuple[type, ...], ignores: 
     return _why_not_plain(module, classes, ignores)
 
 
-def _why_not_plain(module, classes, ignores):
-    """``why_not_plain`` without the check for torch.fx; called in every forward for every module."""
+def _only_moves_inputs(module, around):
+    """Whether the one thing that accelerate's hook of a module does is to move inputs to the device to which the hook
+    around it has moved them: ``dispatch_model`` gives such hooks to each layer of a block."""
+    fields = module.__dict__
+    hook = fields.get("_hf_hook")
+    return (
+        around is not None
+        and type(hook) is type(around)
+        and type(hook).__module__ == "accelerate.hooks"
+        and type(hook).__name__ == "AlignDevicesHook"
+        and hook.execution_device == around.execution_device
+        and not (hook.offload or hook.io_same_device or hook.no_grad)
+        and getattr(fields["_old_forward"], "__func__", None) is type(module).forward
+        and _SHADOWS.isdisjoint(fields.keys() - {"forward"})
+    )
+
+
+def _why_not_plain(module, classes, ignores, around=None):
+    """``why_not_plain`` without the check for torch.fx; called in every forward for every module. ``around``:
+    accelerate's hook of the module that reads it."""
     if type(module) not in classes:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if module is None:
@@ -111,7 +129,7 @@ def _why_not_plain(module, classes, ignores):
         return "carries a hook"
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "carries a hook"
-    if not _SHADOWS.isdisjoint(fields):
+    if not _SHADOWS.isdisjoint(fields) and not _only_moves_inputs(module, around):
         return own_forward(module) or "has a weight that is no parameter"
     for tensor in module._parameters.values():
         if type(tensor) not in _PARAMETERS:
@@ -129,6 +147,7 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
     """Why the sub-modules of a module (those of ``known``) may not be read past their ``__call__``, or None."""
     if is_fx_symbolic_tracing():
         return f"it {_TRACED}"
+    around = module.__dict__.get("_hf_hook")
     for name, path, classes, children in known:
         part: Any = module
         for key in path:
@@ -136,7 +155,7 @@ def not_plain_reason(module: nn.Module, known: Submodules, ignores: Ignores = _n
                 break
         if part is None and NoneType in classes:
             continue
-        reason = _why_not_plain(part, classes, ignores)
+        reason = _why_not_plain(part, classes, ignores, around)
         if reason is not None:
             return f"{name} {reason}"
         if children is not None and tuple(part._modules) != children:

@@ -83,11 +83,19 @@ def pair(case):
     return plain, model, [*classes, *READ_BESIDE_BLOCKS], inputs
 
 
-def with_one_on_disk(model, path):
-    """A device map of accelerate's: one module on the disk, all that is neither of it nor around it in memory."""
+def linears(block):
+    return [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def device_map(model, paths, device):
+    """A device map of accelerate's: these modules on the device, all that is neither of them nor around them in
+    memory."""
     names = [name for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()] if name]
-    names = [name for name in names if not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")]
-    return {path: "disk"} | {n: "cpu" for n in names if not n.startswith(tuple(f"{other}." for other in names))}
+    around = tuple(f"{path}." for path in paths)
+    names = [name for name in names if not any(one.startswith(f"{name}.") for one in around)]
+    names = [name for name in names if name not in paths and not name.startswith(around)]
+    rest = {n: "cpu" for n in names if not n.startswith(tuple(f"{other}." for other in names))}
+    return dict.fromkeys(paths, device) | rest
 
 
 @pytest.mark.parametrize("place", ("memory", "disk", "one block on disk", "device"))
@@ -101,14 +109,32 @@ def test_offloaded_weights(case, place, peer, tmp_path):
     elif place == "disk":
         accelerate.disk_offload(model, str(tmp_path), execution_device="cpu", preload_module_classes=names)
     else:
-        device_map = {"": "cpu"} if place == "device" else with_one_on_disk(model, last)
-        accelerate.dispatch_model(model, device_map, offload_dir=str(tmp_path), preload_module_classes=names)
+        devices = {"": "cpu"} if place == "device" else device_map(model, [last], "disk")
+        accelerate.dispatch_model(model, devices, offload_dir=str(tmp_path), preload_module_classes=names)
     assert {each.is_meta for each in model.get_submodule(last).parameters()} == {place != "device"}
     with torch.no_grad():
         for _ in range(2):
             actual, ran = run(case, model, inputs)
             same(case, actual, expected)
             assert ran
+
+
+@pytest.mark.parametrize("whole_blocks", (True, False))
+def test_blocks_on_several_devices(case, whole_blocks, peer):
+    """accelerate hooks each layer of a block, to move its input to where the block is. Where layers of a block may be
+    on several devices, the library's own forward runs."""
+    plain, model, _, inputs = pair(case)
+    paths = [name for name, _ in swapped(model)]
+    if not whole_blocks:
+        paths = [f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_children()]
+    with torch.no_grad():
+        expected = case.output(plain, inputs)
+        peer("accelerate").dispatch_model(model, device_map(model, paths, "cpu"), force_hooks=True)
+        hooked = [hasattr(module, "_hf_hook") for module in linears(model.get_submodule(blocks(model)[0]))]
+        assert hooked and all(hooked)
+        actual, ran = run(case, model, inputs)
+    same(case, actual, expected)
+    assert ran is whole_blocks
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in READS_PARTS], indirect=True)

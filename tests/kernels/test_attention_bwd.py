@@ -348,6 +348,14 @@ def test_nan_stays_in_its_image_and_head(kernels, config, part):
 
 
 @BOTH
+def test_scores_far_below_zero(kernels, config):
+    """A key that is not there would have a score of 0, whose probability is beyond float32 beside these."""
+    grad, (q, k, v) = problem(1, 18, 1, 16, torch.float32, 19)
+    q, k = 3 + q.abs() / 9, -3 - k.abs() / 9
+    check(grad, (q, k, v), 1, 1.0, config)
+
+
+@BOTH
 def test_extreme_values(kernels, config):
     for spread in (20.0, 1e-20):
         check(*problem(1, 35, 1, 64, torch.float32, spread=spread), 1, 0.125, config, expected_zeros=0.9)

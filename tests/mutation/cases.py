@@ -1017,6 +1017,7 @@ def attention_bwd():
     with mock.patch.object(attention_kernels, "attention_fwd", forward):
         for config in (looped, whole):
             module.check(*module.problem(2, 17, 2, 40, FLOAT32), 2, -0.3, config)
+            module.test_scores_far_below_zero(kernels, config)
         _attention_bwd_launches(kernels, module)
         with pytest.MonkeyPatch.context() as patch:
             module.test_nothing_to_do_launches_nothing(kernels, patch)
@@ -1119,12 +1120,15 @@ def _attention_bwd_launches(kernels, module):
         grad, (q, k, v) = module.problem(2, 5, 3, 16, FLOAT32, 61, 40)
         with matmul_precision("high"):
             kernels.attention_bwd(grad, q, 3, 0.5, k, v, grad, torch.empty(2, 3, 5))
+        grad, (qkv, k, v) = module.problem(2, 16, 3, 16, BFLOAT16)  # one program has all keys
+        with mock.patch.object(launch_kernels, "INTERPRETED", False):
+            kernels.attention_bwd(grad, qkv, 3, 0.5, k, v, grad, torch.empty(2, 3, 16))
     packed = (61, 16, BFLOAT16, 90)
-    assert picked == [(*packed, False), (*packed, True), (*packed, True), (61, 40, FLOAT32, 90, True)]
-    for launches, grids in ((by_keys.launches, [24] * 4), (by_queries.launches, [12] * 3 + [6])):
+    assert picked == [(*packed, False), (*packed, True), (*packed, True), (61, 40, FLOAT32, 90, True), (16, *packed[1:], False)]
+    for launches, grids in ((by_keys.launches, [24] * 4 + [6]), (by_queries.launches, [12] * 3 + [6])):
         assert [launch.grid for launch in launches] == [(grid,) for grid in grids]
-        assert [launch.PRECISION for launch in launches] == ["ieee"] * 3 + ["tf32"]
-        assert [launch.UPCAST for launch in launches] == [True] * 3 + [False]
+        assert [launch.PRECISION for launch in launches] == (["ieee"] * 3 + ["tf32", "ieee"])[: len(grids)]
+        assert [launch.UPCAST for launch in launches] == ([True] * 3 + [False] * 2)[: len(grids)]
     device_is_made_current(
         kernels,
         "_attention_bwd_dq_kernel",
