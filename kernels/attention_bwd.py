@@ -202,6 +202,7 @@ def _attention_bwd_dq_kernel(
         q_ptr, image, head, first_query, num_queries, stride_qb, stride_qn, stride_qc,
         BLOCK_M, D, HEAD_SLICES, True, False, UPCAST,
     )  # fmt: skip
+    query = (first_query + tl.arange(0, BLOCK_M))[:, None]
     dq = _zeros(BLOCK_M, HEAD_SLICES, ACC)
     for first_key in range(0, length, BLOCK_N):
         k = _load(
@@ -216,7 +217,6 @@ def _attention_bwd_dq_kernel(
         p = _probabilities(_scores(q, k, False, ACC, PRECISION), lse[:, None], key < length, scale)
         dp = _scores(dout, v, False, ACC, PRECISION)
         if dropout is not None:
-            query = (first_query + tl.arange(0, BLOCK_M))[:, None]
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
             dp = tl.where(keep, dp * dropout.scale, 0.0)
         dq = _accumulate(dq, p * (dp - delta[:, None]), k, DTYPE, ACC, PRECISION)
@@ -265,7 +265,7 @@ def _launch(grads, tensors, num_heads, scale, precision, config, key_lengths, dr
 
 def _gradients(dout, q, k, v, out, lse, *, grads, num_heads, scale, config, key_lengths, dropout_p, seed):
     """Writes dq, dk and dv into ``grads``, those that are not None."""
-    if all(grad is None or grad.numel() == 0 for grad in grads):
+    if all(grad is None for grad in grads):
         return
     batch, num_queries, width = q.shape
     if num_queries == 0:
@@ -306,10 +306,9 @@ def _through_head_options(
     Returns: the gradients of bias, height and width (None), cos, sin, and of weight and bias of q_norm and of k_norm.
     """
     stat = lse.dtype
-    tables = rope if rope is None else tuple(table.to(stat) for table in rope)
     wide = [t.unflatten(2, (num_heads, -1)).transpose(1, 2).to(stat) for t in (q, k)]
     normal = [reference.head_norm(x, of, norm) for x, of in zip(wide, (q_norm, k_norm), strict=True)]
-    turned = [reference.rotary(x, tables, rope_layout, num_prefix).transpose(1, 2).flatten(2) for x in normal]
+    turned = [reference.rotary(x, rope, rope_layout, num_prefix).transpose(1, 2).flatten(2) for x in normal]
     seen = [torch.empty_like(x) for x in turned]
     kernels(grad, *(x.to(q.dtype) for x in turned), v, out, lse, grads=[*seen, grads[2]])
     changes = [x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in seen]
@@ -317,7 +316,7 @@ def _through_head_options(
     if rope is not None:
         if any(needs[3:5]):
             dcos, dsin = reference.rotary_tables_bwd(changes, normal, rope, rope_layout, num_prefix)
-        changes = [reference.rotary_bwd(x, tables, rope_layout, num_prefix) for x in changes]
+        changes = [reference.rotary_bwd(x, rope, rope_layout, num_prefix) for x in changes]
     vectors = []
     for into, change, x, of in zip(grads[:2], changes, wide, (q_norm, k_norm), strict=True):
         change, *of_norm = reference.head_norm_bwd(change, x, of, norm)

@@ -323,6 +323,8 @@ def test_nothing_to_do_launches_nothing(kernels, monkeypatch):
         q, k, lse = torch.ones(batch, queries, 32), torch.ones(batch, keys, 32), torch.ones(batch, 2, queries)
         dq, dk, dv = kernels.attention_bwd(q, q, 2, 0.3, k, k, q, lse)
         assert dq.shape == q.shape and dk.shape == dv.shape == k.shape and not dk.any() and not dv.any()
+        dq, dk, dv = kernels.attention_bwd(q, q, 2, 0.3, k, k, q, lse, needs=[False, True, False])
+        assert dq is dv is None and dk.shape == k.shape and not dk.any()
 
 
 # Values
@@ -349,10 +351,13 @@ def test_nan_stays_in_its_image_and_head(kernels, config, part):
 
 @BOTH
 def test_scores_far_below_zero(kernels, config):
-    """A key that is not there would have a score of 0, whose probability is beyond float32 beside these."""
+    """A key that is not there would have a score of 0, whose probability is beyond float32 beside these. The LSE, about
+    −150, has steps of 1.5e-5."""
     grad, (q, k, v) = problem(1, 18, 1, 16, torch.float32, 19)
-    q, k = 3 + q.abs() / 9, -3 - k.abs() / 9
-    check(grad, (q, k, v), 1, 1.0, config)
+    tensors = 3 + q.abs() / 9, -3 - k.abs() / 9, v
+    actual = kernel_gradients(grad, tensors, 1, 1.0, config)[1]
+    for one, golden in zip(actual, exact(grad, tensors, 1, 1.0), strict=True):
+        torch.testing.assert_close(one.double(), golden, rtol=1e-2, atol=1e-2)
 
 
 @BOTH

@@ -1019,6 +1019,8 @@ def attention_bwd():
             module.check(*module.problem(2, 17, 2, 40, FLOAT32), 2, -0.3, config)
             module.test_scores_far_below_zero(kernels, config)
         _attention_bwd_launches(kernels, module)
+        _attention_bwd_parts(kernels, module)
+        _attention_bwd_copies(kernels, module)
         with pytest.MonkeyPatch.context() as patch:
             module.test_nothing_to_do_launches_nothing(kernels, patch)
         module.test_reasons(kernels)
@@ -1033,6 +1035,7 @@ def attention_bwd():
         for given in (grad, shifted):
             equal(module.kernel_gradients(given, tensors, 2, 0.25, module.tiles(16, 32, True))[1], expected)
         _attention_bwd_head_options(kernels, module)
+        _attention_bwd_of_normalised_heads(kernels)
     _far_attention_bwd(kernels, (whole, looped))
 
 
@@ -1081,12 +1084,13 @@ def _attention_bwd_head_options(kernels, module):
     """Norms of heads and rotary embedding against the closed formulas of the reference."""
     w, b, angle = torch.randn(6).double(), torch.randn(6).double(), torch.randn(4, 6).double()
     rope = dict(rope=(angle.cos(), angle.sin()), num_prefix=1)
+    every_token = dict(rope=tuple(table[[0, 1, 2, 3, 0]] for table in rope["rope"]))
     norms = dict(q_norm=(w, b, 1e-5), k_norm=(w, None, 1e-6))
     grad, packed = module.problem(2, 5, 2, 6, FLOAT64)
     for tensors in (packed, (*packed[0].chunk(3, 2),)):
         for options in (
             rope | dict(rope_layout="interleaved"), rope | norms | dict(key_lengths=torch.tensor([4, 5])),
-            norms | dict(norm="rms"), dict(k_norm=norms["k_norm"]),
+            norms | dict(norm="rms"), dict(k_norm=norms["k_norm"]), every_token,
         ):  # fmt: skip
             qkv, k, v = tensors
             out, lse = reference.attention_fwd(qkv, 2, 0.2, k=k, v=v, **options)
@@ -1099,6 +1103,20 @@ def _attention_bwd_head_options(kernels, module):
                     assert (one is None) == (other is None) or not need
                     if need and one is not None:
                         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def _attention_bwd_of_normalised_heads(kernels):
+    """16-bit heads are normalised in float32, and the kernels give float32 gradients of what they saw."""
+    seen, qkv, norm = [], torch.randn(1, 5, 48).half(), (torch.ones(8), None, 1e-5)
+
+    def gradients(*tensors, grads, **options):
+        seen.extend(grad.dtype for grad in grads)
+        for grad in grads:
+            grad.zero_()
+
+    with mock.patch.object(kernels, "_gradients", gradients):
+        kernels.attention_bwd(qkv[..., :16], qkv, 2, 0.2, None, None, qkv[..., :16], torch.empty(1, 2, 5), q_norm=norm)
+    assert seen == [torch.float32, torch.float32, FLOAT16]
 
 
 def _attention_bwd_launches(kernels, module):
@@ -1121,10 +1139,19 @@ def _attention_bwd_launches(kernels, module):
         with matmul_precision("high"):
             kernels.attention_bwd(grad, q, 3, 0.5, k, v, grad, torch.empty(2, 3, 5))
         grad, (qkv, k, v) = module.problem(2, 16, 3, 16, BFLOAT16)  # one program has all keys
-        with mock.patch.object(launch_kernels, "INTERPRETED", False):
+        with (
+            mock.patch.object(launch_kernels, "INTERPRETED", False),
+            mock.patch.object(kernels, "_spills", lambda dtype: dtype == BFLOAT16),
+        ):
             kernels.attention_bwd(grad, qkv, 3, 0.5, k, v, grad, torch.empty(2, 3, 16))
     packed = (61, 16, BFLOAT16, 90)
-    assert picked == [(*packed, False), (*packed, True), (*packed, True), (61, 40, FLOAT32, 90, True), (16, *packed[1:], False)]
+    assert picked == [
+        (*packed, False),
+        (*packed, True),
+        (*packed, True),
+        (61, 40, FLOAT32, 90, True),
+        (16, *packed[1:], True),
+    ]
     for launches, grids in ((by_keys.launches, [24] * 4 + [6]), (by_queries.launches, [12] * 3 + [6])):
         assert [launch.grid for launch in launches] == [(grid,) for grid in grids]
         assert [launch.PRECISION for launch in launches] == (["ieee"] * 3 + ["tf32", "ieee"])[: len(grids)]
@@ -1138,6 +1165,42 @@ def _attention_bwd_launches(kernels, module):
             1, 1.0, "ieee", module.LOOPED, None, None,
         ),
     )  # fmt: skip
+
+
+def _attention_bwd_parts(kernels, module):
+    """How a batch of five is cut into launches of at most so many programs, by keys and by queries."""
+    for limit, queries, keys, by_keys_grids, by_queries_grids in (
+        (27, 20, 61, (24, 24, 12), (6, 6, 3)),
+        (27, 100, 20, (12, 12, 6), (24, 24, 12)),
+        (5, 20, 61, (12,) * 5, (3,) * 5),
+    ):
+        by_keys, by_queries = Recorder(), Recorder()
+        grad, (q, k, v) = module.problem(5, queries, 3, 16, FLOAT16, keys)
+        patched = dict(_attention_bwd_kernel=by_keys, _attention_bwd_dq_kernel=by_queries, _MAX_PROGRAMS=limit)
+        with mock.patch.multiple(kernels, **patched):
+            kernels.attention_bwd(
+                grad, q, 3, 0.5, k, v, grad, torch.empty(5, 3, queries), config=module.tiles(16, 16, queries=32)
+            )
+        for launches, grids in ((by_keys.launches, by_keys_grids), (by_queries.launches, by_queries_grids)):
+            assert [launch.grid for launch in launches] == [(grid,) for grid in grids]
+
+
+def _attention_bwd_copies(kernels, module):
+    """What is loaded by descriptors is copied where its layout does not allow that, and nothing else is."""
+    grad, (qkv, _, _) = module.problem(2, 5, 2, 16, FLOAT16)
+    shifted = torch.empty(grad.numel() + 1, dtype=FLOAT16)[1:].view(grad.shape)
+    for given in (grad, shifted):
+        for tma in (False, True):
+            recorder = Recorder()
+            with (
+                mock.patch.object(kernels, "_attention_bwd_kernel", recorder),
+                mock.patch.object(kernels, "_descriptor", lambda x, *_: x),
+            ):
+                config = module.tiles(16, 32, tma)
+                kernels.attention_bwd(given, qkv, 2, 0.5, None, None, grad, torch.empty(2, 2, 5), config=config)
+            dout, q = recorder.launches[0].args[3:5]
+            assert (dout.data_ptr() != given.data_ptr()) == (tma and given is shifted)
+            assert q.data_ptr() == qkv.data_ptr()
 
 
 def _far_attention_bwd(kernels, configs):
