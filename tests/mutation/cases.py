@@ -1103,6 +1103,13 @@ def _attention_bwd_head_options(kernels, module):
                     assert (one is None) == (other is None) or not need
                     if need and one is not None:
                         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    qkv, _, _ = packed
+    options = rope | norms
+    out, lse = reference.attention_fwd(qkv, 2, 0.2, **options)
+    for tables in itertools.product((True, False), repeat=2):
+        needs = [True] + [False] * 5 + [*tables] + [True] * 4
+        *_, dcos, dsin = kernels.attention_bwd(grad, qkv, 2, 0.2, None, None, out, lse, needs=needs, **options)[:8]
+        assert (dcos is not None) == (dsin is not None) == any(tables)
 
 
 def _attention_bwd_of_normalised_heads(kernels):
@@ -1110,13 +1117,13 @@ def _attention_bwd_of_normalised_heads(kernels):
     seen, qkv, norm = [], torch.randn(1, 5, 48).half(), (torch.ones(8), None, 1e-5)
 
     def gradients(*tensors, grads, **options):
-        seen.extend(grad.dtype for grad in grads)
+        seen.extend(tensor.dtype for tensor in (*tensors[1:4], *grads))
         for grad in grads:
             grad.zero_()
 
     with mock.patch.object(kernels, "_gradients", gradients):
         kernels.attention_bwd(qkv[..., :16], qkv, 2, 0.2, None, None, qkv[..., :16], torch.empty(1, 2, 5), q_norm=norm)
-    assert seen == [torch.float32, torch.float32, FLOAT16]
+    assert seen == [FLOAT16] * 3 + [FLOAT32] * 2 + [FLOAT16]
 
 
 def _attention_bwd_launches(kernels, module):
