@@ -1019,6 +1019,7 @@ def attention_bwd():
             module.check(*module.problem(2, 17, 2, 40, FLOAT32), 2, -0.3, config)
             module.test_scores_far_below_zero(kernels, config)
         _attention_bwd_launches(kernels, module)
+        _attention_bwd_spills(kernels)
         _attention_bwd_parts(kernels, module)
         _attention_bwd_copies(kernels, module)
         with pytest.MonkeyPatch.context() as patch:
@@ -1172,6 +1173,13 @@ def _attention_bwd_launches(kernels, module):
             1, 1.0, "ieee", module.LOOPED, None, None,
         ),
     )  # fmt: skip
+
+
+def _attention_bwd_spills(kernels):
+    """Triton before 3.7 spills with tiles of 256 keys, in bfloat16 alone."""
+    for version, spills in (("2.9.9", True), ("3.6.1", True), ("3.7.0", False), ("4.0.0", False)):
+        with mock.patch.object(kernels.triton, "__version__", version):
+            assert [kernels._spills(dtype) for dtype in (BFLOAT16, FLOAT16, FLOAT32)] == [spills, False, False]
 
 
 def _attention_bwd_parts(kernels, module):
