@@ -364,7 +364,6 @@ def attention_bwd(
     q, k, v = qkv.chunk(3, dim=2) if packed else (qkv, k, v)
     of_q, of_k, of_v, *of_options = needs or [True] * 12
     if packed:
-        of_k = of_v = of_q
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format) if of_q else None
         grads = [None] * 3 if dqkv is None else list(dqkv.chunk(3, dim=2))
     else:

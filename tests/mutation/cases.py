@@ -1048,7 +1048,9 @@ def _attention_bwd_options(kernels, module, config):
     saved = reference.attention_fwd(q, 2, 0.2, k=k, v=v, key_lengths=lengths)
     k, v = k.clone(), v.clone()
     k[0, 17:], v[0, 17:] = math.nan, math.nan
-    equal(kernels.attention_bwd(grad, q, 2, 0.2, k, v, *saved, config=config, key_lengths=lengths)[:3], expected)
+    results = kernels.attention_bwd(grad, q, 2, 0.2, k, v, *saved, config=config, key_lengths=lengths)
+    equal(results[:3], expected)
+    assert results[3:] == (None,) * 9
     grad, tensors = module.problem(3, 18, 2, 16, FLOAT32, 19)  # two steps of queries
     expected = module.check(grad, tensors, 2, 0.2, config, **drop)
     drop |= dict(key_lengths=torch.tensor([19, 2, 19]))
@@ -1074,6 +1076,7 @@ def _attention_bwd_needs(kernels, module, config):
             counted = {name: module._Counted(getattr(kernels, name), launched) for name in names}
             with mock.patch.multiple(kernels, **counted):
                 grads = kernels.attention_bwd(grad, qkv, 1, 0.3, k, v, out, lse, needs=needs, config=config)
+            assert len(grads) == 3
             every = every or grads
             for need, one, other in zip(needs, grads, every):
                 assert torch.equal(one, other) if need else one is None
@@ -1177,7 +1180,7 @@ def _attention_bwd_launches(kernels, module):
 
 def _attention_bwd_spills(kernels):
     """Triton before 3.7 spills with tiles of 256 keys, in bfloat16 alone."""
-    for version, spills in (("2.9.9", True), ("3.6.1", True), ("3.7.0", False), ("4.0.0", False)):
+    for version, spills in (("2.9.9", True), ("3.6.1", True), ("3.7.0+git1", False), ("4.0.0", False)):
         with mock.patch.object(kernels.triton, "__version__", version):
             assert [kernels._spills(dtype) for dtype in (BFLOAT16, FLOAT16, FLOAT32)] == [spills, False, False]
 
