@@ -1,6 +1,7 @@
 """Mutation test: does a kill suite notice every small fault in a file of kernels/?
 
-    python tests/mutation/run.py [FILE ...] [--changed] [--jobs 2] [--match TEXT] [--list] [--sample N --seed S]
+    python tests/mutation/run.py [FILE ...] [--changed] [--jobs 2] [--match TEXT] [--listed] [--list]
+                                 [--sample N --seed S]
 
 A fork of this process for each mutant (``mutate.py``) puts the mutant in the place of the module and runs the kill
 suites of its file (``cases*.py``) in Triton's interpreter. An exception, a crash or a run past the time limit kills;
@@ -204,6 +205,7 @@ def main():
     parser.add_argument("--changed", action="store_true", help="only files that differ from main or the last commit")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--match", default="", help="only mutants whose name holds this text")
+    parser.add_argument("--listed", action="store_true", help="only mutants that survivors.toml lists by name")
     parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
     parser.add_argument("--sample", type=int, help="only so many mutants of each file, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
@@ -227,13 +229,16 @@ def main():
     table, faults, began = {}, 0, time.monotonic()
     for name in names:
         every = mutate.mutants((ROOT / "kernels" / f"{name}.py").read_text())
+        accepted = listed(name)
         chosen = [mutant for mutant in every if args.match in mutant.name]
+        if args.listed:
+            chosen = [mutant for mutant in chosen if mutant.name in accepted]
         if args.sample is not None and args.sample < len(chosen):
             chosen = random.Random(args.seed).sample(chosen, args.sample)
         if args.list:
             print(*(f"kernels/{name}.py {mutant.name}" for mutant in chosen), sep="\n")
             continue
-        file_began, accepted, results = time.monotonic(), listed(name), []
+        file_began, results = time.monotonic(), []
         for mutant, verdict, why, seconds in run_mutants(name, chosen, args.jobs):
             results.append({"mutant": mutant.name, "verdict": verdict, "why": why, "seconds": round(seconds, 2)})
             faults += is_new_survivor(results[-1], accepted)
