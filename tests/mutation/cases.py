@@ -1205,7 +1205,7 @@ def _attention_bwd_parts(kernels, module):
 
 def _attention_bwd_copies(kernels, module):
     """What is loaded by descriptors is copied where its layout does not allow that, and nothing else is."""
-    grad, (qkv, _, _) = module.problem(2, 5, 2, 16, FLOAT16)
+    grad, (qkv, _, _) = module.problem(2, 5, 3, 16, FLOAT16)
     shifted = torch.empty(grad.numel() + 1, dtype=FLOAT16)[1:].view(grad.shape)
     for given in (grad, shifted):
         for tma in (False, True):
@@ -1215,7 +1215,7 @@ def _attention_bwd_copies(kernels, module):
                 mock.patch.object(kernels, "_descriptor", lambda x, *_: x),
             ):
                 config = module.tiles(16, 32, tma)
-                kernels.attention_bwd(given, qkv, 2, 0.5, None, None, grad, torch.empty(2, 2, 5), config=config)
+                kernels.attention_bwd(given, qkv, 3, 0.5, None, None, grad, torch.empty(2, 3, 5), config=config)
             dout, q = recorder.launches[0].args[3:5]
             assert (dout.data_ptr() != given.data_ptr()) == (tma and given is shifted)
             assert q.data_ptr() == qkv.data_ptr()
