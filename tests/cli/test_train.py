@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,14 @@ def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
         (["--scale", "1,0.5"], "--scale: got '1,0.5', wanted two numbers, the smaller first"),
         (["--clip-mode", "max"], "--clip-mode: got 'max'"),
         (["--amp-dtype", "bf16"], "--amp-dtype: got 'bfloat16', wanted it together with --amp"),
+        (["--opt", "adahessian"], "--opt is 'adahessian', expected one that needs no second derivatives"),
+        (["--opt-betas", "0.9"], "--opt-betas is '0.9', expected 2 numbers for --opt adamw"),
+        (["--opt", "sgd", "--opt-betas", "0.9,0.9"], "expected none: --opt sgd has no betas"),
+        (["--opt", "sgd", "--opt-eps", "1e-8"], "expected none: --opt sgd has no epsilon"),
+        (["--aa", "rand-m9-nothing1"], "--aa is 'rand-m9-nothing1', expected a policy of timm"),
+        (["--aa", "none"], "--aa is 'none', expected a policy of timm"),
+        (["--seed", "4294967296"], "--seed: got 4294967296, wanted less than 2147483648"),
+        (["--split-seed", "18446744073709551616"], "--split-seed: got 18446744073709551616"),
         (["--fsdp"], "--fsdp is given in a single process, expected several: torchrun starts them"),
         (["--fsdp", "--model-ema"], "--model-ema is given with --fsdp"),
         (["--freeze", "nothing*"], "--freeze is 'nothing*', expected a pattern of the names of parameters"),
@@ -146,6 +155,33 @@ def test_the_folder_of_another_run_is_kept(data, done, capsys):
     assert "--model is 'vit_small_patch16_224', expected 'vit_tiny_patch16_224'" in capsys.readouterr().err
     assert run("train", "--resume", done, "--output", done.parent / "other") == 2
     assert files(done) == before and not (done.parent / "other").exists()
+
+
+def test_a_run_stopped_before_it_saved_anything_begins_again(data, tmp_path, monkeypatch, capsys):
+    def stop(self, tell):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop.Run, "_train", stop)
+    assert run("train", data, *WORDS, "--output", folder) == 130
+    assert "No state was saved yet; the same command begins again." in capsys.readouterr().out
+    monkeypatch.undo()
+    (folder / "args.json").write_text("{}")  # what a run that was killed leaves
+    assert run("train", data, *WORDS, "--output", folder) == 1
+    assert f"it saved no state: delete {folder}, or name another folder" in " ".join(capsys.readouterr().err.split())
+    (folder / "args.json").unlink()
+    assert run("train", data, *WORDS, "--output", folder) == 0
+
+
+def test_a_run_goes_on_without_the_weights_it_began_with_and_deletes_half_files(data, done, tmp_path):
+    weights, folder = tmp_path / "weights.safetensors", tmp_path / "run"
+    shutil.copy(done / "last.safetensors", weights)
+    assert run("train", data, *WORDS, "--output", folder, "--initial-checkpoint", weights) == 0
+    weights.unlink()
+    half, other = folder / ".last.pth.123.tmp", folder / ".notes.tmp"
+    half.write_bytes(b"half"), other.write_bytes(b"")
+    assert run("train", "--resume", folder) == 0
+    assert not half.exists() and other.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told(data, tmp_path, capsys):

@@ -487,6 +487,21 @@ def test_nan_stays_in_its_image(name):
     torch.testing.assert_close(dirty[[0, 2]], clean[[0, 2]], rtol=0, atol=0, equal_nan=False)
 
 
+@pytest.mark.parametrize("normed", (False, True))
+def test_attention_of_windows_that_overlap(normed):
+    """Tokens that are windows of one signal: each begins one number after the one before."""
+    windows = torch.randn(40, generator=torch.Generator().manual_seed(2)).unfold(0, 24, 1)[None]
+    norm = (torch.ones(8), None, 1e-6)
+    results = []
+    for view in (windows, windows.contiguous()):
+        qkv = view.requires_grad_()
+        with vit_fast.backend("torch"):
+            out = ops.attention(qkv, 1, 0.3, **(dict(q_norm=norm, k_norm=norm) if normed else {}))
+        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
 def test_flops_are_counted():
     x, w1, w2 = torch.randn(2, 5, 8), torch.randn(32, 8), torch.randn(8, 32)
     with FlopCounterMode(display=False) as reference:

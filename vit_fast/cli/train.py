@@ -15,6 +15,7 @@ from .output import say
 
 AMP_DTYPES = ("bfloat16", "float16")
 CLIP_MODES = ("norm", "value", "agc")
+SEEDS = 2**31  # numpy takes 32 bits, and each process adds its rank
 DEFAULT_FOLDER = Path("out") / "train"
 # Where a data set is not photographs: flags left out take these values.
 OF_DATASET: dict[str, dict[str, Any]] = {"digits": dict(model="test_vit", no_aug=True, batch_size=64, workers=0)}
@@ -62,6 +63,9 @@ def _check_numbers(given: dict[str, Any]) -> None:
     for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         if not 0 <= given[name] <= 1:
             raise options.wrong(flag(name), given[name], "0 to 1")
+    for name in ("seed", "split_seed"):
+        if given[name] >= SEEDS:
+            raise options.wrong(flag(name), given[name], f"less than {SEEDS}")
     if not 0 < given["val_share"] < 1:
         raise options.wrong("--val-share", given["val_share"], "more than 0 and less than 1")
 
@@ -233,7 +237,7 @@ def train(
         raise options.wrong("DATA_DIR", str(settings.data_dir), wanted)
     if settings.data_dir is not None and not settings.data_dir.is_dir():
         raise options.wrong("DATA_DIR", str(settings.data_dir), "a folder of images by class")
-    if settings.initial_checkpoint is not None:
+    if settings.initial_checkpoint is not None and resume is None:
         if settings.pretrained:
             raise options.wrong("--initial-checkpoint", str(settings.initial_checkpoint), "it without --pretrained")
         if not settings.initial_checkpoint.is_file():
@@ -266,7 +270,7 @@ def _run(settings: Settings, device: Any, resume: Path | None) -> None:
         except KeyboardInterrupt:
             if processes.first:
                 with tell.paused():
-                    say(f"Interrupted. --resume {settings.output} goes on where the last state was saved.")
+                    say(f"Interrupted. {_way_on(run_folder.STATE, settings.output)}")
             raise typer.Exit(INTERRUPTED) from None
         finally:
             if processes.first and run.progress.rows:
@@ -278,6 +282,13 @@ def _run(settings: Settings, device: Any, resume: Path | None) -> None:
             f"{settings.output}"
         )
     parallel.end(processes)
+
+
+def _way_on(state: str, folder: Path) -> str:
+    """How a run that was stopped is taken up again."""
+    if (folder / state).exists():
+        return f"--resume {folder} goes on where the last state was saved."
+    return "No state was saved yet; the same command begins again."
 
 
 def _title(settings: Settings) -> str:

@@ -4,7 +4,9 @@ The digits are 1797 scans of handwritten digits, 8 × 8 pixels of 17 greys (E. A
 come with scikit-learn, so that training runs offline.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class FolderImages:
 
     def image(self, index: int) -> Any:
         """A PIL image; TrainingError names a file that cannot be read."""
-        return read_image(self.paths[index]).convert(self.mode)
+        return _eight_bits(read_image(self.paths[index])).convert(self.mode)
 
 
 class Digits:
@@ -73,6 +75,8 @@ def read_image(path: Path, pixels: bool = True) -> Any:
 
     try:
         image = Image.open(path)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode} of Pillow), expected 8 or 16")
         if pixels:
             image.load()
         return image
@@ -81,34 +85,75 @@ def read_image(path: Path, pixels: bool = True) -> Any:
         raise TrainingError(f"image {str(path)!r} cannot be read: {lines[0]}") from None
 
 
-def _natural(path: Path) -> Any:
-    from timm.utils.misc import natural_key
+def _eight_bits(image: Any) -> Any:
+    """An image of 16-bit greys with the upper 8 bits of each, which Pillow itself would clip at 255."""
+    import numpy as np
+    from PIL import Image
 
-    return natural_key(path.name)
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+
+
+def _natural(path: Path) -> Any:
+    """Names in the order of timm, by their numbers and without regard to case; no two are equal."""
+    parts = re.split(r"(\d+)", path.name.lower())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
 
 
 def _class_folders(folder: Path) -> list[Path]:
     found = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=_natural)
     if not found:
         raise TrainingError(f"--data-dir: {str(folder)!r} holds no class folders, expected a folder for each class")
+    for path in found:
+        undecodable = os.fsencode(path.name) != path.name.encode(errors="replace")
+        if undecodable or "\n" in path.name:  # no safetensors file could hold the name
+            raise TrainingError(f"--data-dir: class folder {str(path)!r}, expected a name of one line in UTF-8")
     return found
 
 
-def _images_of(folder: Path) -> list[Path]:
+def _classes(folder: Path) -> tuple[str, ...]:
+    found = tuple(path.name for path in _class_folders(folder))
+    if len(found) < 2:
+        raise TrainingError(f"--data-dir: {str(folder)!r} has {found[0]!r} as its only class, expected two or more")
+    return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of the folders in it, links to folders followed; each folder once."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # which of two ways to a folder is gone does not depend on the file system
+        yield from (Path(parent, name) for name in names)
+
+
+def _images_of(folder: Path, others: list[Path]) -> list[Path]:
+    """The images of a class in the order of their paths; ``others`` gets what is none, but for hidden files."""
     from timm.data.readers.img_extensions import get_img_extensions
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    endings = tuple(get_img_extensions())
-    found = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(endings) and path.is_file())
+    endings = tuple(sorted({*IMG_EXTENSIONS, *get_img_extensions()}))
+    found = []
+    for path in sorted(_below(folder)):
+        if path.name.lower().endswith(endings):
+            found.append(path)
+        elif path.name[0] != ".":
+            others.append(path)
     if not found:
-        raise TrainingError(f"--data-dir: class folder {str(folder)!r} holds no images ({', '.join(sorted(endings))})")
+        raise TrainingError(f"--data-dir: class folder {str(folder)!r} holds no images ({', '.join(endings)})")
     return found
 
 
-def _files(folder: Path, classes: Sequence[str]) -> Iterator[tuple[Path, int]]:
+def _files(folder: Path, classes: Sequence[str], others: list[Path]) -> Iterator[tuple[Path, int]]:
     for path in _class_folders(folder):
         if path.name not in classes:
             raise TrainingError(f"--data-dir: {str(path)!r} is a class that the folder to train on does not have")
-        yield from ((image, classes.index(path.name)) for image in _images_of(path))
+        yield from ((image, classes.index(path.name)) for image in _images_of(path, others))
 
 
 def split(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -126,20 +171,21 @@ def split(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], li
     return train, val
 
 
-def _folder(settings: Settings, in_chans: int) -> Data:
+def _folder(settings: Settings, in_chans: int, warn: Callable[[str], None]) -> Data:
     folder = settings.data_dir
     assert folder is not None
+    others: list[Path] = []
     names = (settings.train_split, settings.val_split)
     parts = [folder / name for name in names]
     if all(part.is_dir() for part in parts):
-        classes = tuple(path.name for path in _class_folders(parts[0]))
-        both = [list(_files(part, classes)) for part in parts]
+        classes = _classes(parts[0])
+        both = [list(_files(part, classes, others)) for part in parts]
     elif any(part.is_dir() for part in parts):
         missing = next(part for part in parts if not part.is_dir())
         raise TrainingError(f"--data-dir: {str(folder)!r} lacks {missing.name!r}, expected both or neither of {names}")
     else:
-        classes = tuple(path.name for path in _class_folders(folder))
-        files = list(_files(folder, classes))
+        classes = _classes(folder)
+        files = list(_files(folder, classes, others))
         both = [
             [files[index] for index in part]
             for part in split([label for _, label in files], settings.val_share, settings.split_seed)
@@ -148,10 +194,13 @@ def _folder(settings: Settings, in_chans: int) -> Data:
     with ThreadPoolExecutor(8) as pool:
         for _ in pool.map(lambda path: read_image(path, len(paths) <= READ_WHOLE).close(), paths):
             pass
+    if others:
+        endings = ", ".join(sorted({path.suffix.lower() or path.name for path in others})[:5])
+        warn(f"--data-dir: {len(others)} files are no images by their names and are left out ({endings})")
     return Data(FolderImages(both[0], in_chans), FolderImages(both[1], in_chans), classes)
 
 
-def _digits(settings: Settings, in_chans: int) -> Data:
+def _digits(settings: Settings, in_chans: int, warn: Callable[[str], None]) -> Data:
     digits = require("sklearn.datasets", "train").load_digits()
     labels = digits.target.tolist()
     train, val = (
@@ -161,18 +210,19 @@ def _digits(settings: Settings, in_chans: int) -> Data:
     return Data(train, val, tuple(str(name) for name in digits.target_names))
 
 
-def load(settings: Settings, in_chans: int) -> Data:
+def load(settings: Settings, in_chans: int, warn: Callable[[str], None]) -> Data:
     """The data of a run. Every file of a folder is opened, so that a run does not end at one that cannot be read.
 
     Args:
         in_chans: channels that the model takes, 1 or 3.
+        warn: told of files that are left out.
     Raises:
-        TrainingError: a folder or class without images, a class of ``val_split`` alone, an image that cannot be read, a
-            model of too few classes or of other channels.
+        TrainingError: a folder or class without images, a single class, a class of ``val_split`` alone, an image that
+            cannot be read, a model of too few classes or of other channels.
     """
     if in_chans not in MODES:
         raise TrainingError(f"--in-chans is {in_chans}, expected 1 (grey) or 3 (RGB)")
-    data = (_digits if settings.dataset == "digits" else _folder)(settings, in_chans)
+    data = (_digits if settings.dataset == "digits" else _folder)(settings, in_chans, warn)
     if settings.num_classes is not None and settings.num_classes < len(data.classes):
         last = len(data.classes) - 1
         raise TrainingError(

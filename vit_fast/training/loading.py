@@ -17,6 +17,7 @@ from .parallel import Processes
 from .settings import Settings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+NOT_COUNTED = -1
 
 
 @contextlib.contextmanager
@@ -55,23 +56,30 @@ def transforms(settings: Settings, data_config: dict[str, Any]) -> tuple[Any, An
 
     Args:
         data_config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct`` of the model.
+    Raises:
+        TrainingError: an augmentation that timm does not have.
     """
     from timm.data import create_transform
 
     shared = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    train = create_transform(
-        **shared,
-        is_training=True,
-        no_aug=settings.no_aug,
-        scale=settings.scale,
-        ratio=settings.ratio,
-        hflip=settings.hflip,
-        vflip=settings.vflip,
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.aa,
-        re_prob=settings.reprob,
-        re_mode="pixel",
-    )
+    try:
+        train = create_transform(
+            **shared,
+            is_training=True,
+            no_aug=settings.no_aug,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.aa,
+            re_prob=settings.reprob,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, LookupError) as error:
+        if settings.aa is None:
+            raise
+        raise TrainingError(f"--aa is {settings.aa!r}, expected a policy of timm: {error}") from error
     return train, create_transform(**shared, crop_pct=data_config["crop_pct"])
 
 
@@ -104,7 +112,11 @@ class TrainingBatches:
 
 
 class ValidationBatches:
-    """The batches that one process validates on: every image once, each in one of the processes."""
+    """The batches that one process validates on: every image once, each in one of the processes.
+
+    All processes have the same number of batches, as FSDP2 and the buffers of DDP want it. What a process has too few
+    images for is a batch of one image with the label ``NOT_COUNTED``.
+    """
 
     def __init__(self, images: Images, transform: Any, settings: Settings, processes: Processes) -> None:
         self.dataset = Transformed(images, transform, settings.seed)
@@ -113,8 +125,11 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         own = range(self.processes.rank, len(self.dataset), self.processes.count)
         size = self.settings.validation_batch_size or self.settings.batch_size
-        batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
-        return _loaded(self.dataset, batches, self.settings, self.processes)
+        longest = -(-len(self.dataset) // self.processes.count)
+        batches = [list(own[start : start + size]) for start in range(0, longest, size)]
+        loaded = _loaded(self.dataset, [batch or [0] for batch in batches], self.settings, self.processes)
+        for batch, (images, labels) in zip(batches, loaded, strict=True):
+            yield images, labels if batch else torch.full_like(labels, NOT_COUNTED)
 
 
 def _loaded(

@@ -18,7 +18,7 @@ import vit_fast
 
 from . import datasets, models, optimization, run_folder, state
 from .errors import TrainingError
-from .loading import TrainingBatches, ValidationBatches, transforms
+from .loading import NOT_COUNTED, TrainingBatches, ValidationBatches, transforms
 from .parallel import Processes, synchronised, wrapped
 from .settings import Settings, check_same
 
@@ -83,7 +83,7 @@ class Run:
             if saved["torch"] != torch.__version__:
                 warn(f"the state was written by torch {saved['torch']}: with {torch.__version__} bits may differ")
         in_chans = models.check(settings)
-        self.data = datasets.load(settings, in_chans)
+        self.data = datasets.load(settings, in_chans, warn)
         self.images = [len(part.labels) for part in (self.data.train, self.data.val)]
         if saved is not None:
             state.check_data(saved, self.data.classes, self.images, path)
@@ -175,7 +175,7 @@ class Run:
                 written. The files of before are kept.
         """
         done = self.progress
-        with self._backend():
+        with self._left_alone(), self._backend():
             while done.epoch < self.epochs:
                 began, before = time.perf_counter(), done.images
                 self._train(tell)
@@ -188,6 +188,15 @@ class Run:
                 self._save(True, better)
                 keep(row)
         return done.rows
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        """A run that ends before it has saved anything leaves no trace in its folder."""
+        try:
+            yield
+        finally:
+            if self.processes.first:
+                run_folder.leave(self.settings.output)
 
     def _train(self, tell: Callable[[str, float], None]) -> None:
         """The updates of the current epoch that are left."""
@@ -264,9 +273,9 @@ class Run:
         for images, labels in self.validation:
             with self.stepping.autocast():
                 logits = model(images)
-            losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=NOT_COUNTED)
             hits = logits.topk(min(5, self.classes), dim=1).indices == labels[:, None]
-            sums += torch.stack([losses.sum(), hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))])
+            sums += torch.stack([losses.sum(), hits[:, 0].sum(), hits.sum(), (labels != NOT_COUNTED).sum()])
         loss, top1, top5, count = self.processes.summed(sums.tolist())
         return loss / count, 100 * top1 / count, 100 * top5 / count
 
@@ -299,12 +308,6 @@ class Run:
         """
         own, done = self.settings, self.progress
         weights, adapted = state.model_state(self.plain, self.optimizer, own.fsdp)
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                step = done.epoch * self.updates + done.update
-                raise TrainingError(
-                    f"{name} is not finite after step {step}, with the learning rate {self._rate():.3g}; {self._kept()}"
-                )
         whole = {
             "format": state.FORMAT,
             "version": state.VERSION,
@@ -325,6 +328,13 @@ class Run:
             whole["scaler"] = self.stepping.scaler.state_dict()
 
         def write() -> None:
+            for name, tensor in weights.items():  # whole in the first process alone, where FSDP2 shards them
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    step = done.epoch * self.updates + done.update
+                    raise TrainingError(
+                        f"{name} is not finite after step {step}, with the learning rate {self._rate():.3g}; "
+                        f"{self._kept()}"
+                    )
             if ended:
                 kept = weights if own.fsdp else models.plain_state(self.ema.module if self.ema else self.plain)
                 facts = {"model": own.model, "classes": "\n".join(self.data.classes), "epoch": str(done.epoch)}

@@ -18,12 +18,24 @@ SCHEDULES = ("cosine", "tanh", "step", "poly", "wsd", "rsqrt", "constant")
 
 
 def check(settings: Settings) -> None:
-    """Refuses an optimiser or a schedule that timm does not have."""
-    known = require("timm.optim", "train").list_optimizers()
+    """Refuses an optimiser or a schedule that timm does not have, and options that the optimiser does not have."""
+    timm_optim = require("timm.optim", "train")
+    known = timm_optim.list_optimizers()
     if settings.opt not in known:
         near = difflib.get_close_matches(settings.opt, known, n=5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise TrainingError(f"--opt is {settings.opt!r}, expected one of timm's {len(known)} optimisers{hint}")
+    info = timm_optim.get_optimizer_info(settings.opt)
+    if info.second_order:
+        raise TrainingError(f"--opt is {settings.opt!r}, expected one that needs no second derivatives")
+    betas = info.num_betas if info.has_betas else 0
+    if settings.opt_betas is not None and len(settings.opt_betas) != betas:
+        raise TrainingError(
+            f"--opt-betas is {','.join(map(str, settings.opt_betas))!r}, expected "
+            + (f"{betas} numbers for --opt {settings.opt}" if betas else f"none: --opt {settings.opt} has no betas")
+        )
+    if settings.opt_eps is not None and not info.has_eps:
+        raise TrainingError(f"--opt-eps is {settings.opt_eps}, expected none: --opt {settings.opt} has no epsilon")
     if settings.sched not in SCHEDULES:
         raise TrainingError(f"--sched is {settings.sched!r}, expected one of {', '.join(SCHEDULES)}")
     if settings.warmup_epochs >= settings.epochs:

@@ -50,15 +50,20 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 def claim(folder: Path, resumed: bool) -> None:
     """Makes the folder of a run; refuses one that cannot be written, or that has another run in it.
 
+    What a process that was killed had half written is deleted.
+
     resumed: whether the run goes on with the state in that folder.
     """
     found = [name for name in (STATE, LAST, BEST, ARGUMENTS, TABLE) if (folder / name).exists()]
     if found and not resumed:
+        way = f"--resume {folder} goes on with it" if STATE in found else f"it saved no state: delete {folder}"
         raise TrainingError(
-            f"--output: {str(folder)!r} has a run in it ({', '.join(found)}): --resume {folder} goes on with it, "
-            "or name another folder"
+            f"--output: {str(folder)!r} has a run in it ({', '.join(found)}): {way}, or name another folder"
         )
     try:
+        for name in (STATE, LAST, BEST, ARGUMENTS, TABLE, PLOT):
+            for path in folder.glob(f".{name}.*.tmp"):
+                path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         with written(folder / ".writable"):
             pass
@@ -67,6 +72,12 @@ def claim(folder: Path, resumed: bool) -> None:
         raise TrainingError(
             f"--output: {str(folder)!r} cannot be written ({error.strerror or error}), expected a folder that can"
         ) from error
+
+
+def leave(folder: Path) -> None:
+    """Gives up the folder of a run that saved nothing, so that the run can be begun again."""
+    if not any((folder / name).exists() for name in (STATE, LAST, BEST, TABLE)):
+        (folder / ARGUMENTS).unlink(missing_ok=True)
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
