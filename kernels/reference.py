@@ -687,7 +687,7 @@ def attention(
     elif is_transformed():
         out = dropout(attention_weights(q, k, scale, mask), dropout_p, None) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        out = F.scaled_dot_product_attention(*_for_aten(q), k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -714,6 +714,7 @@ def attention_fwd(
     q, k, v = _prepared_heads(qkv, k, v, num_heads, **_of_heads(options))
     mask = score_mask(q, k, *_of_scores(options), _stat_dtype(q))
     if not dropout_p and _has_aten_attention(q, v):
+        q, k, v = _for_aten(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
         if mask is not None:  # torch's LSE of a query without keys is 0
             lse = lse.masked_fill((mask == -math.inf).all(-1).expand(lse.shape), -math.inf)
@@ -726,6 +727,12 @@ def attention_fwd(
 def _has_aten_attention(q, v):
     """Whether aten's attention for a CPU, which returns the LSE and has a backward, takes these heads."""
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.numel() > 0
+
+
+def _for_aten(*heads):
+    """Heads as aten's attention for a CPU takes them: it reads channels as if they lay side by side, and writes an
+    output with the strides of q."""
+    return tuple(t if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] else t.contiguous() for t in heads)
 
 
 def _of_heads(options):
@@ -786,7 +793,7 @@ def attention_bwd(
     mask = score_mask(*turned[:2], *_of_scores(options), stat)
     if by_aten:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout.to(qkv.dtype), *turned, out, lse.masked_fill(lse == -math.inf, 0.0), 0.0, False,
+            dout.to(qkv.dtype), *_for_aten(*turned, out), lse.masked_fill(lse == -math.inf, 0.0), 0.0, False,
             attn_mask=mask, scale=scale,
         )  # fmt: skip
         ds = None
