@@ -107,6 +107,12 @@ def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
         (["--fsdp"], "--fsdp is given in a single process, expected several: torchrun starts them"),
         (["--fsdp", "--model-ema"], "--model-ema is given with --fsdp"),
         (["--freeze", "nothing*"], "--freeze is 'nothing*', expected a pattern of the names of parameters"),
+        (["--opt-betas", "0.9"], "--opt: 'adamw', betas (0.9,) cannot be made"),
+        (["--seed", "9" * 30], f"--seed: got {'9' * 30}, wanted a whole number of 64 bits"),
+        (["--model-kwargs", f"img_size={SIDE}"], "wanted img_size by --img-size alone"),
+        (["--model-kwargs", "num_classes=3"], "wanted num_classes by --num-classes alone"),
+        (["--drop", "0.1", "--model-kwargs", "drop_rate=0.2"], "wanted drop_rate by --drop alone"),
+        (["--model-kwargs", "warn=1"], "warn"),
         (["--freeze", "*"], "expected to leave a parameter to train"),
         (["--lora-rank", "2", "--lora-targets", "none"], "--lora-targets is 'none'"),
         (["--initial-checkpoint", "nowhere.safetensors"], "--initial-checkpoint: got 'nowhere.safetensors'"),
@@ -131,7 +137,7 @@ def files(folder):
 
 
 def test_no_data_is_told(capsys, tmp_path):
-    assert run("train", *WORDS) == 2 and "DATA_DIR: got 'None', wanted a folder" in capsys.readouterr().err
+    assert run("train", *WORDS) == 2 and "DATA_DIR: got None, wanted a folder" in capsys.readouterr().err
     assert run("train", tmp_path / "nowhere", *WORDS) == 2
 
 

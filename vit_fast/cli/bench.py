@@ -204,7 +204,8 @@ def bench(
     if family is not None:
         options.one_of("--family", family, (*FAMILIES, "all"))
         for flag, given in (
-            ("--model", model != options.DEFAULT_MODEL),
+            ("--model", model != options.DEFAULT_MODEL and model),
+            ("--model-kwargs", " ".join(model_kwargs or ())),
             ("--img-size", img_size),
             ("--pretrained", pretrained),
             ("--variants", variants),
@@ -229,7 +230,9 @@ def bench(
         known = TRAIN_BASELINES if bench == "train" else BASELINES
         others = () if baselines == "none" else options.list_of("--baselines", baselines, known)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(
+        model_kwargs, img_size=("--img-size", img_size), pretrained=("--pretrained", pretrained)
+    )
     target = options.target_device(device)
     on_gpu = target.type == "cuda"
     for flag, chosen in (("--baselines", others), ("--variants", our_variants)):

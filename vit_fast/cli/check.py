@@ -57,7 +57,9 @@ def check(
     precision = options.precision("--precision", precision)
     if results_file is not None and results_file.suffix != ".json":
         raise options.wrong("--results-file", str(results_file), "a name that ends in .json")
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(
+        model_kwargs, img_size=("--img-size", img_size), pretrained=("--pretrained", pretrained)
+    )
     if img_size is not None:
         kwargs["img_size"] = img_size
     target = options.target_device(device)

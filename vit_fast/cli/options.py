@@ -60,7 +60,9 @@ def list_of(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def at_least(flag: str, value: float | None, least: float) -> None:
-    """Refuses a number below the least; None stands for a default."""
+    """Refuses a number below the least, and a whole one beyond 64 bits; None stands for a default."""
+    if isinstance(value, int) and value >= 2**63:  # PyTorch takes no larger one
+        raise wrong(flag, value, "a whole number of 64 bits")
     if value is not None and not value >= least:  # refuses NaN too
         raise wrong(flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more")
 
@@ -77,9 +79,17 @@ def _keyword(text):
         return key, value
 
 
-def keyword_arguments(texts: list[str] | None) -> dict[str, Any]:
-    """The keyword arguments of --model-kwargs."""
-    return dict(_keyword(part) for text in texts or () for part in text.split())
+def keyword_arguments(texts: list[str] | None, **flags: tuple[str, object]) -> dict[str, Any]:
+    """The keyword arguments of --model-kwargs.
+
+    Args:
+        flags: the arguments that a flag gives too, as (flag, its value); None stands for one that is not given.
+    """
+    found = dict(_keyword(part) for text in texts or () for part in text.split())
+    for key, (flag, value) in flags.items():
+        if key in found and value is not None:
+            raise wrong("--model-kwargs", f"{key}={found[key]}", f"{key} by {flag} alone")
+    return found
 
 
 def target_device(text: str | None) -> "torch.device":

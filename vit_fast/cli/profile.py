@@ -67,7 +67,7 @@ def profile(
         raise options.wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
     if trace is not None and trace.suffix != ".json":
         raise options.wrong("--trace", str(trace), "a name that ends in .json")
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(model_kwargs, img_size=("--img-size", img_size))
     if predict is not None:
         given = {"--device": device, "--backend": backend, "--num-iter": num_iter, "--trace": trace}
         _check_prediction(predict, provider, given)

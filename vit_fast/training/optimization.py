@@ -51,8 +51,9 @@ def optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
             layer_decay=settings.layer_decay,
             **options,
         )
-    except (TypeError, ValueError, AttributeError, AssertionError, ImportError) as error:
-        raise TrainingError(f"--opt: {settings.opt!r} cannot be made: {error}") from error
+    except (TypeError, ValueError, AttributeError, AssertionError, ImportError, IndexError) as error:
+        told = "".join(f", {name} {value}" for name, value in options.items())
+        raise TrainingError(f"--opt: {settings.opt!r}{told} cannot be made: {error}") from error
 
 
 def scheduler(adapted: torch.optim.Optimizer, settings: Settings, updates: int) -> tuple[Any, int]:
