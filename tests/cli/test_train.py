@@ -60,6 +60,18 @@ def test_a_run_leaves_its_files_and_says_what_it_did(data, tmp_path, capsys):
     assert torch.equal(model.head.weight, load_file(folder / "best.safetensors")["head.weight"])
 
 
+def test_a_run_stopped_before_it_saved_can_be_started_again(data, tmp_path, monkeypatch, capsys):
+    def stop(self, tell):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Run, "_train", stop)
+    assert run("train", data, *WORDS, "--output", tmp_path / "run") == 130
+    told = capsys.readouterr().out
+    assert "Interrupted before a state was saved." in told and "--resume" not in told
+    monkeypatch.undo()
+    assert run("train", data, *WORDS, "--epochs", 1, "--warmup-epochs", 0, "--output", tmp_path / "run") == 0
+
+
 def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
     whole, half = tmp_path / "whole", tmp_path / "half"
     flags = [data, *WORDS, "--lr", "3e-3", "--mixup", "0.2", "--model-ema", "--drop", "0.1"]
@@ -113,6 +125,7 @@ def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
         (["--model-kwargs", "num_classes=3"], "wanted num_classes by --num-classes alone"),
         (["--drop", "0.1", "--model-kwargs", "drop_rate=0.2"], "wanted drop_rate by --drop alone"),
         (["--model-kwargs", "warn=1"], "warn"),
+        (["--linear-probe", "--lora-rank", "2"], "--linear-probe: got True, wanted it without --lora-rank"),
         (["--freeze", "*"], "expected to leave a parameter to train"),
         (["--lora-rank", "2", "--lora-targets", "none"], "--lora-targets is 'none'"),
         (["--initial-checkpoint", "nowhere.safetensors"], "--initial-checkpoint: got 'nowhere.safetensors'"),

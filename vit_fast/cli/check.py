@@ -66,12 +66,7 @@ def check(
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
     if VARIANTS[variant].graphed and target.type != "cuda":
         raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
-    if VARIANTS[variant].precision and precision == "float32":
-        raise options.wrong(
-            "--variant",
-            variant,
-            "it with --precision bfloat16 or float16: folding is for all float16 or all bfloat16 weights",
-        )
+    options.check_prepared("--variant", variant, VARIANTS[variant], target, precision)
     options.backend(backend, target)
     options.check_buildable(model, kwargs)
     photographs.check_folder(images)

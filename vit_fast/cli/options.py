@@ -14,6 +14,8 @@ from .errors import CommandError
 if TYPE_CHECKING:
     import torch
 
+    from vit_fast.bench.providers import Variant
+
 DEFAULT_MODEL = "vit_base_patch16_224"
 PRECISIONS = ("float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -123,6 +125,28 @@ def backend(name: str | None, device: "torch.device") -> None:
     if reasons:
         told = f"a backend that runs on {device}, as torch does: {'; '.join(reasons)}"
         raise wrong("--backend" if name else "VIT_FAST_BACKEND", chosen, told)
+
+
+def why_not_prepared(variant: "Variant", device: "torch.device", precision: str) -> Sequence[str]:
+    """Why weights of a dtype cannot be prepared to a variant's precision on a device; empty where they can."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vit_fast import backends
+
+    if variant.precision is None:
+        return ()
+    compiled = device.type == "cpu" and not backends.unavailable("cpu", device)
+    form = variant.precision.form("cpu") if compiled else variant.precision
+    with FakeTensorMode():
+        weight = torch.empty(64, 64, dtype=getattr(torch, precision), device=device)
+    return form.not_supported_reasons([weight])
+
+
+def check_prepared(flag: str, name: str, variant: "Variant", device: "torch.device", precision: str) -> None:
+    """Refuses a variant, the value of a flag, that weights of a dtype cannot be prepared to on a device."""
+    if reasons := why_not_prepared(variant, device, precision):
+        raise wrong(flag, name, f"it with another --precision: {'; '.join(reasons)}")
 
 
 def check_buildable(name: str, kwargs: dict[str, Any], img_size: int | None = None) -> None:

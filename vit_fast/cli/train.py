@@ -213,6 +213,8 @@ def train(
         amp_dtype = options.precision("--amp-dtype", amp_dtype, AMP_DTYPES)
         if not amp and resume is None:
             raise options.wrong("--amp-dtype", amp_dtype, "it together with --amp")
+    if linear_probe and lora_rank:
+        raise options.wrong("--linear-probe", linear_probe, "it without --lora-rank, which trains adapters too")
     given |= dict(
         model_kwargs=options.keyword_arguments(
             model_kwargs,
@@ -274,7 +276,10 @@ def _run(settings: Settings, device: Any, resume: Path | None) -> None:
         except KeyboardInterrupt:
             if processes.first:
                 with tell.paused():
-                    say(f"Interrupted. --resume {settings.output} goes on where the last state was saved.")
+                    if (settings.output / run_folder.STATE).exists():
+                        say(f"Interrupted. --resume {settings.output} goes on where the last state was saved.")
+                    else:
+                        say("Interrupted before a state was saved.")
             raise typer.Exit(INTERRUPTED) from None
         finally:
             if processes.first and run.progress.rows:

@@ -52,11 +52,12 @@ def claim(folder: Path, resumed: bool) -> None:
 
     resumed: whether the run goes on with the state in that folder.
     """
-    found = [name for name in (STATE, LAST, BEST, ARGUMENTS, TABLE) if (folder / name).exists()]
+    # Settings alone are what a run leaves that ended before it saved anything.
+    found = [name for name in (STATE, LAST, BEST, TABLE) if (folder / name).exists()]
     if found and not resumed:
+        further = f"--resume {folder} goes on with it, or " if STATE in found else ""
         raise TrainingError(
-            f"--output: {str(folder)!r} has a run in it ({', '.join(found)}): --resume {folder} goes on with it, "
-            "or name another folder"
+            f"--output: {str(folder)!r} has a run in it ({', '.join(found)}): {further}name another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
