@@ -30,6 +30,12 @@ from .kernels.reference import activate, attention_weights, split_heads
 from .patch_resize import resize_patch_embed
 
 
+def check_bits(name: str, value: int) -> None:
+    """Refuses a size that PyTorch cannot hold."""
+    if value >= 2**63:
+        raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected a number of 64 bits")
+
+
 def _pair(name: str, value: Any) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
@@ -39,6 +45,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
             raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected an int or a pair of ints")
         if size < 1:
             raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected 1 or more")
+        check_bits(name, size)
     return pair[0], pair[1]
 
 

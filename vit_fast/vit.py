@@ -22,7 +22,7 @@ from . import ops, plain
 from .block import call_blocks, run_blocks
 from .kernels.tracing import is_fx_symbolic_tracing, untraced
 from .layer_args import activation_of, library, norm_maker
-from .layers import AttentionPool, Block, Mlp, PatchEmbed, attention_bias, check_mask
+from .layers import AttentionPool, Block, Mlp, PatchEmbed, attention_bias, check_bits, check_mask
 from .pos_embed import check_policy, resize_pos_embed
 
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
@@ -48,6 +48,7 @@ def _check_integer(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"vit_fast.VisionTransformer: {name} is {value!r}, expected an int")
     if value < minimum:
         raise ValueError(f"vit_fast.VisionTransformer: {name} is {value}, expected {minimum} or more")
+    check_bits(name, value)
 
 
 def _check_number(name: str, value: Any, wanted: str = "a float") -> None:
@@ -537,6 +538,8 @@ class VisionTransformer(nn.Module):
         if not hasattr(indices, "__iter__") or not all(hasattr(index, "__index__") for index in indices):
             raise TypeError(f"vit_fast.VisionTransformer: indices is {indices!r}, expected an int or a list of ints")
         chosen = [depth + index if index < 0 else index for index in indices]
+        if not chosen:
+            raise ValueError(f"vit_fast.VisionTransformer: indices is {indices!r}, expected one layer or more")
         for index, layer in zip(indices, chosen, strict=True):
             if not 0 <= layer < depth:
                 raise ValueError(f"vit_fast.VisionTransformer: layer {index} asked for, expected 0 to {depth - 1}")

@@ -62,6 +62,10 @@ void sweep_tile(const AttentionBackward& g, BackwardSpace& space, int64_t plane,
                 const char* other_transposed, const char* other_natural) {
   const int64_t D = g.head_size, stride = D + 16, width = round_up(D, NR), score_stride = BLOCK + 16;
   alignas(64) float tile[MR * NR], other[MR * NR];
+  if (!columns.count) {  // keys without queries
+    memset(space.out1, 0, rows * width * 4);
+    memset(space.out2, 0, rows * width * 4);
+  }
   for (int64_t block = 0; block < columns.count; block += BLOCK) {
     const int64_t count = columns.count - block < BLOCK ? columns.count - block : BLOCK;
     for (int64_t panel = 0; panel * NR < count; panel++) {

@@ -580,8 +580,8 @@ def test_profile_of_a_prepared_model(quick, tmp_path, capsys):
     rows = {(row["operation"], row["module"]): row for row in json.loads(file.read_text())["rows"]}
     assert rows["linear", "blocks.*.mlp.fc2"]["calls"] == 1
     capsys.readouterr()
-    assert run(*TINY, *words, "--precision", "float32") == 1
-    assert "--provider prepared" in capsys.readouterr().err
+    assert run(*TINY, *words, "--precision", "float32") == 2
+    assert "--provider: got 'prepared'" in capsys.readouterr().err
 
 
 def test_profile_of_a_model_in_float8(quick, tmp_path, capsys):
@@ -598,8 +598,8 @@ def test_profile_of_a_model_in_float8(quick, tmp_path, capsys):
     assert rows["layer_norm", "blocks.*"]["calls"] == 2 and told["facts"]["matmul_peak_narrow_tflops"] is None
     shown = capsys.readouterr().out
     assert "by fp8" in shown and "This device has no products in float8" in shown
-    assert run(*TINY, *words, "--precision", "float32") == 1
-    assert "--provider fp8: vit_fast.prepare" in capsys.readouterr().err
+    assert run(*TINY, *words, "--precision", "float32") == 2
+    assert "--provider: got 'fp8'" in capsys.readouterr().err
 
 
 def test_ceiling_of_copies():
@@ -770,7 +770,11 @@ def test_profile_on_a_gpu(provider, tmp_path):
         (["--img-size", "-3"], "--img-size", "a whole number of 1 or more"),
         (["--precision", "half"], "--precision", "float32, bfloat16 or float16"),
         (["--backend", "gpu"], "--backend", "auto, triton, cuda, cpu or torch"),
-        (["--backend", "torch", "--provider", "eager"], "--backend", "it with --provider vit_fast, prepared or fp8"),
+        (
+            ["--backend", "torch", "--provider", "eager"],
+            "--backend",
+            "it with --provider vit_fast, prepared, fp8, int8",
+        ),
         (["--results-file", "rows.txt"], "--results-file", "a name that ends in .csv or .json"),
         (["--trace", "trace.txt"], "--trace", "a name that ends in .json"),
         (["--device", "tpu"], "--device", "cpu, cuda or cuda:N"),

@@ -899,6 +899,11 @@ def test_a_used_up_time_budget_skips_compilation_and_takes_three_rounds(json_fil
         (["--weights", "structured", "--pretrained"], "--weights", "without --pretrained"),
         (["--weights", "structured", "--family", "deit"], "--weights", "without --family"),
         (["--peak-rss", "--family", "deit"], "--peak-rss", "without --family"),
+        (["--model", "vit_tiny_patch16_224", "--family", "deit"], "--model", "got 'vit_tiny_patch16_224'"),
+        (["--model-kwargs", "depth=1", "--family", "deit"], "--model-kwargs", "without --family"),
+        (["--img-size", "32", "--model-kwargs", "img_size=64"], "--model-kwargs", "img_size by --img-size alone"),
+        (["--model-kwargs", "pretrained=True"], "--model-kwargs", "pretrained by --pretrained alone"),
+        (["--img-size", "9" * 20], "--img-size", "64 bits"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -909,13 +914,19 @@ def test_bad_flags_are_named_with_what_is_wanted(flags, named, wanted, capsys, m
     assert named in message and wanted in message
 
 
+@pytest.mark.parametrize("verb", ["bench", "check", "profile"])
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["-m", "vit_colossal"], "vit_colossal"), (["-m", "resnet18"], "resnet18")],
-    ids=["unknown", "not a ViT"],
+    [
+        (["-m", "vit_colossal"], "vit_colossal"),
+        (["-m", "resnet18"], "resnet18"),
+        (["-m", "test_vit", "--model-kwargs", "name=other"], "name"),
+        (["-m", "test_vit", "--batch-size", "9" * 15], "out of memory"),
+    ],
+    ids=["unknown", "not a ViT", "argument of the function", "batch size"],
 )
-def test_failures_are_one_line_without_a_traceback(words, named, capsys):
-    assert run("bench", *words, "--device", "cpu") == 1
+def test_failures_are_one_line_without_a_traceback(verb, words, named, capsys):
+    assert run(verb, *words, "--device", "cpu") == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("vit-fast: ") and named in lines[-1] and "Traceback" not in "".join(lines)
 
@@ -1185,6 +1196,7 @@ def test_list_takes_a_text_and_tells_what_is_near(capsys):
     assert run("list", "vit_bse_patch16_224") == 1
     assert "no model matches 'vit_bse_patch16_224'; near: vit_base_patch16_224" in capsys.readouterr().err
     assert run("list", "--num-classes", "3") == 1 and "--long" in capsys.readouterr().err
+    assert run("list", "--families", "--long") == 1 and "one of the two" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -116,6 +116,12 @@ def test_a_run_goes_on_with_its_own_flags(data, tmp_path, monkeypatch, capsys):
         (["--fsdp"], "--fsdp is given in a single process, expected several: torchrun starts them"),
         (["--fsdp", "--model-ema"], "--model-ema is given with --fsdp"),
         (["--freeze", "nothing*"], "--freeze is 'nothing*', expected a pattern of the names of parameters"),
+        (["--seed", "9" * 30], f"--seed: got {'9' * 30}, wanted a whole number of 64 bits"),
+        (["--model-kwargs", f"img_size={SIDE}"], "wanted img_size by --img-size alone"),
+        (["--model-kwargs", "num_classes=3"], "wanted num_classes by --num-classes alone"),
+        (["--drop", "0.1", "--model-kwargs", "drop_rate=0.2"], "wanted drop_rate by --drop alone"),
+        (["--model-kwargs", "warn=1"], "warn"),
+        (["--linear-probe", "--lora-rank", "2"], "--linear-probe: got True, wanted it without --lora-rank"),
         (["--freeze", "*"], "expected to leave a parameter to train"),
         (["--lora-rank", "2", "--lora-targets", "none"], "--lora-targets is 'none'"),
         (["--initial-checkpoint", "nowhere.safetensors"], "--initial-checkpoint: got 'nowhere.safetensors'"),
@@ -140,7 +146,7 @@ def files(folder):
 
 
 def test_no_data_is_told(capsys, tmp_path):
-    assert run("train", *WORDS) == 2 and "DATA_DIR: got 'None', wanted a folder" in capsys.readouterr().err
+    assert run("train", *WORDS) == 2 and "DATA_DIR: got None, wanted a folder" in capsys.readouterr().err
     assert run("train", tmp_path / "nowhere", *WORDS) == 2
 
 
@@ -166,11 +172,11 @@ def test_a_run_stopped_before_it_saved_anything_begins_again(data, tmp_path, mon
     assert run("train", data, *WORDS, "--output", folder) == 130
     assert "No state was saved yet; the same command begins again." in capsys.readouterr().out
     monkeypatch.undo()
-    (folder / "args.json").write_text("{}")  # what a run that was killed leaves
-    assert run("train", data, *WORDS, "--output", folder) == 1
-    assert f"it saved no state: delete {folder}, or name another folder" in " ".join(capsys.readouterr().err.split())
-    (folder / "args.json").unlink()
+    assert (folder / "args.json").exists()  # and no more, as after a kill
     assert run("train", data, *WORDS, "--output", folder) == 0
+    (folder / "last.pth").unlink()
+    assert run("train", data, *WORDS, "--output", folder) == 1
+    assert f"it has no state: delete {folder}, or name another folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_goes_on_without_the_weights_it_began_with_and_deletes_half_files(data, done, tmp_path):

@@ -424,6 +424,11 @@ def test_nothing_to_do(level, dtype):
     assert CPU.forward["layer_norm"](x[:0], None, None, 1e-6)[0].shape == (0, 8)
     assert CPU.forward["linear_residual"](x[:0], weight, bias, None, x[:0]).shape == (0, 8)
     assert CPU.forward["layer_norm_linear"](x[:0], None, None, 1e-6, weight, bias)[0].shape == (0, 8)
+    for rows in (x.new_empty(0, 5, 8), x.new_empty(2, 0, 8)):
+        out, mean, rstd, z = CPU.forward["layernorm_mlp"](
+            rows, None, None, 1e-6, weight, bias, weight, bias, "gelu", None
+        )
+        assert out.shape == z.shape == rows.shape and mean.numel() == rstd.numel() == 0
     images = torch.empty(0, 3, 8, 8).to(dtype)
     prefix = torch.zeros(1, 1, 8).to(dtype)
     out = CPU.forward["patch_embed"](images, torch.ones(8, 3, 4, 4).to(dtype), bias, None, prefix, (4, 4))
@@ -434,6 +439,17 @@ def test_nothing_to_do(level, dtype):
             empty = torch.empty(shape).to(dtype)
             out = CPU.forward[operation](empty, make([block], "gelu"), 2, 0.5, "gelu", 1e-6, 1e-6)
             assert out.shape == shape and out.dtype == dtype
+
+
+@each_dtype
+def test_keys_without_queries_get_no_gradient(level, dtype):
+    q, k = torch.empty(2, 0, 24).to(dtype), torch.ones(2, 37, 24).to(dtype)
+    out, lse = CPU.forward["attention"](q, 3, 0.5, k=k, v=k)
+    CPU.backward["attention"](k, k, 3, 0.5, k, k, k, torch.zeros(2, 3, 37))  # leaves numbers in the workspace
+    dq, dk, dv = CPU.backward["attention"](out, q, 3, 0.5, k, k, out, lse)
+    assert dq.shape == q.shape
+    for grad in (dk, dv):
+        assert grad.shape == k.shape and (grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))

@@ -404,6 +404,30 @@ def test_gradient_layouts(name, layout):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
+INPUT_LAYOUTS = {
+    "every second": LAYOUTS["every second"],
+    "reversed axes": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
+}
+
+
+@pytest.mark.parametrize("layout", INPUT_LAYOUTS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_input_layouts(name, layout):
+    """Inputs of any strides give the output and the gradients of their contiguous copies."""
+    results = []
+    for lay_out in (torch.Tensor.contiguous, INPUT_LAYOUTS[layout]):
+        arguments = [
+            lay_out(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) and a.dim() else a
+            for a in _samples("torch", torch.float64)[name]
+        ]
+        out = _operator(name)(*arguments)
+        out = out[0] if isinstance(out, tuple) else out
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "name, backend",
     both_backends(

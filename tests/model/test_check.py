@@ -229,6 +229,13 @@ def test_command_refuses(words, told, capsys):
     assert told in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+@pytest.mark.extension
+@pytest.mark.parametrize("variant", ["prepared", "int8"])
+def test_command_takes_float32_where_the_extension_prepares_it(variant, capsys):
+    assert run("--variant", variant, "--precision", "float32") == 0
+    assert f"cpu {'int8' if variant == 'int8' else 'packed'}_blocks" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.interp
 @pytest.mark.parametrize("precision", ["plain", None, "fp8"])
 def test_kernels_hold_what_the_certificate_asks(precision):

@@ -122,8 +122,10 @@ def test_the_verb(monkeypatch, tmp_path, capsys):
         assert written["passed"] == (not status) and written["facts"]["torch"] == torch.__version__
         assert written["findings"][0].keys() == {"subject", "passed", "text"}
     with pytest.raises(SystemExit) as end:
-        cli.main(["doctor", "--device", "cpu", "--json", str(tmp_path / "no" / "report.json")])
-    assert end.value.code == 1 and "was not written" in capsys.readouterr().err
+        cli.main(["doctor", "--device", "cpu", "--json", str(tmp_path)])
+    told = capsys.readouterr()
+    assert end.value.code == 2 and "--json" in told.err and "the name of a file" in told.err
+    assert not told.out  # nothing is tried for a report that cannot be kept
 
 
 @pytest.mark.extension

@@ -41,6 +41,15 @@ def assert_all_equal(ours, theirs):
 # features_only
 
 
+def test_no_layer_asked_for_is_told():
+    words = dict(img_size=56, depth=2, embed_dim=48, num_heads=4)
+    with pytest.raises(ValueError, match=r"indices is \[\], expected one layer or more"):
+        vit_fast.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[], **words)
+    model = vit_fast.create_model("vit_tiny_patch16_224", **words)
+    with pytest.raises(ValueError, match=r"indices is \(\), expected one layer or more"):
+        model.forward_intermediates(torch.zeros(1, 3, 56, 56), indices=())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("out_indices", [None, 1, 2, [0, 2], (-4, -2), [3, 0]])
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"])

@@ -521,6 +521,8 @@ BAD_WORDS = {
     "mlp": (dict(mlp_layer="moe"), ValueError, "mlp_layer is 'moe', expected 'mlp' or 'swiglu'"),
     "odd swiglu": (dict(mlp_layer="swiglu", mlp_ratio=49 / 48), ValueError, "expected an even hidden width"),
     "rate": (dict(drop_path_rate=1.5), ValueError, "drop_path_rate is 1.5, expected 0 ≤ rate < 1"),
+    "huge width": (dict(embed_dim=48 * 10**20), ValueError, "embed_dim is 4800.*, expected a number of 64 bits"),
+    "huge image": (dict(img_size=10**20), ValueError, "img_size is 1000.*, expected a number of 64 bits"),
     "policy": (dict(pos_embed_policy="R9"), ValueError, "policy is 'R9', expected one of R1"),
 }
 

@@ -212,7 +212,8 @@ def _layer_norm_linear(
         _rows(x), _vector(ln_weight), _vector(ln_bias), eps, _dense(weight), _vector(bias), activation or "none",
         norm == "rms", with_stats, with_z,
     )  # fmt: skip
-    return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, z.view(*x.shape[:-1], -1) if with_z else z
+    z = z.view(*x.shape[:-1], z.shape[-1]) if with_z else z
+    return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, z
 
 
 def layer_norm_linear(

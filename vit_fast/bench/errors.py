@@ -25,6 +25,14 @@ def reason(error: object) -> str:
     return re.sub(r"^vit_fast(\.\w+)*: ", "", str(error))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells that memory, of the host or of a GPU, cannot be had, or that no address reaches so far."""
+    import torch
+
+    told = re.search("can't allocate memory|Storage size calculation overflowed", str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or told is not None
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Imports a module of an optional dependency, or says which extra brings it."""
     try:

@@ -15,7 +15,7 @@ def _cannot_make(owner, name, error):
     return BenchError(f"{owner} cannot make the model {name!r}: {reason(error)}")
 
 
-def vit_fast_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def vit_fast_model(name: str, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     """A model of vit_fast, in ``eval``."""
     try:
         return vit_fast.create_model(name, pretrained=pretrained, **kwargs).eval()
@@ -23,13 +23,13 @@ def vit_fast_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         raise _cannot_make("vit_fast", name, error) from error
 
 
-def check_buildable(name: str, **kwargs: Any) -> None:
+def check_buildable(name: str, /, **kwargs: Any) -> None:
     """Raises BenchError for a model that vit_fast cannot make. Cheap: the model is built on the meta device."""
     with torch.device("meta"):
         vit_fast_model(name, **kwargs)
 
 
-def timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def timm_model(name: str, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     """A model of timm, in ``eval``; the error of an unknown name lists similar ones."""
     import timm
 

@@ -112,8 +112,11 @@ def load(
         source = f"{len(images)} photograph{'s' if len(images) > 1 else ''} of {folder}"
     if len(images) < count:
         source += f", {count} different crops and mirror images"
-    views = [np.asarray(view).reshape(height, width, len(mean)) for view in _views(images, count, width, height)]
-    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().float() / 255
+    pixels = torch.empty(count, len(mean), height, width)  # at once, so that too many fail at once
+    for index, view in enumerate(_views(images, count, width, height)):
+        channels_last = np.array(view).reshape(height, width, len(mean))
+        pixels[index] = torch.from_numpy(channels_last).permute(2, 0, 1)
+    pixels /= 255
     per_channel = (1, -1, 1, 1)
     return Photographs(
         (pixels - torch.tensor(mean).view(per_channel)) / torch.tensor(std).view(per_channel), source, skipped

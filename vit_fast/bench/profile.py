@@ -25,7 +25,7 @@ from vit_fast.input_size import input_size
 from vit_fast.precisions import Precision
 
 from . import attribution, gpus, machine, measure, models, operations, predict
-from .errors import BenchError, reason
+from .errors import BenchError, is_out_of_memory, reason
 from .providers import COMPILE_MODES
 from .providers import PROFILED_VARIANTS as OURS
 
@@ -99,10 +99,13 @@ def run(settings: Settings, tell: Callable[[str, float], None]) -> tuple[dict[st
             dtype = narrow.product_dtype(getattr(torch, settings.precision))
             narrow_rate = 1e12 * measure.matmul_peak(dtype, device, narrow.product)
         byte_rate = measure.copy_bandwidth(device)
-    except torch.OutOfMemoryError as error:
-        raise BenchError(f"out of memory at --batch-size {settings.batch}: {error}") from error
     except vit_fast.UnsupportedError as error:
         raise BenchError(reason(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise BenchError(f"out of memory at --batch-size {settings.batch}: {first}") from error
     found = attribution.attribute(events, calls, settings.iterations, on_gpu, flop_rate, byte_rate, narrow_rate)
     if on_gpu and not found.rows:
         raise BenchError(

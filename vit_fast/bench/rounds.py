@@ -18,6 +18,7 @@ import torch
 
 from . import machine, measure, speedup
 from .contest import Contest
+from .errors import is_out_of_memory
 from .providers import PRECISION_OF, narrow_dtype
 from .results import speedup_column
 from .settings import Settings
@@ -80,7 +81,7 @@ def release(device: torch.device) -> None:
 
 def outcome(error: BaseException) -> str:
     """The status of a row whose provider raised an exception."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return f"failed: {type(error).__name__}: {lines[0][:300]}"

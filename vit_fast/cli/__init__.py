@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vit_fast.bench.errors import BenchError, require
+from vit_fast.bench.errors import BenchError, is_out_of_memory, require
 
 from .errors import INTERRUPTED
 
@@ -64,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or ["no more is told"])[0]
+        print(f"vit-fast: out of memory, expected smaller sizes: {first}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         _discard_output()
         if not isinstance(error, BrokenPipeError):  # the reader of the pipe, such as head, has closed it

@@ -58,22 +58,6 @@ def _results_format(path, name):
     return None
 
 
-def _refused(variant, target, precision):
-    """Why weights of a dtype cannot be prepared to a variant's precision on a device; empty where they can."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from vit_fast import backends
-
-    if variant.precision is None:
-        return []
-    compiled = target.type == "cpu" and not backends.unavailable("cpu", target)
-    form = variant.precision.form("cpu") if compiled else variant.precision
-    with FakeTensorMode():
-        weight = torch.empty(64, 64, dtype=getattr(torch, precision), device=target)
-    return form.not_supported_reasons([weight])
-
-
 def _default_variants(target, precision, amp, family):
     """The default variants of a device: those whose precision takes the weights and is not emulated there.
 
@@ -88,7 +72,10 @@ def _default_variants(target, precision, amp, family):
     for name, variant in VARIANTS.items():
         narrow = variant.products is not None
         if variant.precision is not None:
-            if _refused(variant, target, precision) or variant.precision.why_emulated(target) is not None:
+            if (
+                options.why_not_prepared(variant, target, precision)
+                or variant.precision.why_emulated(target) is not None
+            ):
                 continue
             if narrow and family is not None:
                 continue
@@ -204,7 +191,8 @@ def bench(
     if family is not None:
         options.one_of("--family", family, (*FAMILIES, "all"))
         for flag, given in (
-            ("--model", model != options.DEFAULT_MODEL),
+            ("--model", model != options.DEFAULT_MODEL and model),
+            ("--model-kwargs", " ".join(model_kwargs or ())),
             ("--img-size", img_size),
             ("--pretrained", pretrained),
             ("--variants", variants),
@@ -229,7 +217,9 @@ def bench(
         known = TRAIN_BASELINES if bench == "train" else BASELINES
         others = () if baselines == "none" else options.list_of("--baselines", baselines, known)
     sizes = _batch_sizes(batch_size) if batch_size is not None else None
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(
+        model_kwargs, img_size=("--img-size", img_size), pretrained=("--pretrained", pretrained)
+    )
     target = options.target_device(device)
     on_gpu = target.type == "cuda"
     for flag, chosen in (("--baselines", others), ("--variants", our_variants)):
@@ -242,7 +232,7 @@ def bench(
     if on_gpu and peak_rss:
         raise options.wrong("--peak-rss", str(target), "it on a CPU only (--device cpu)")
     precision = "float32" if amp else precision or ("bfloat16" if on_gpu else "float32")
-    refused = {name: _refused(VARIANTS[name], target, precision) for name in our_variants or ()}
+    refused = {name: options.why_not_prepared(VARIANTS[name], target, precision) for name in our_variants or ()}
     if refused and all(refused.values()):
         told = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
         raise options.wrong("--variants", ",".join(refused), f"plain among them, or another --precision ({told})")

@@ -57,19 +57,16 @@ def check(
     precision = options.precision("--precision", precision)
     if results_file is not None and results_file.suffix != ".json":
         raise options.wrong("--results-file", str(results_file), "a name that ends in .json")
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(
+        model_kwargs, img_size=("--img-size", img_size), pretrained=("--pretrained", pretrained)
+    )
     if img_size is not None:
         kwargs["img_size"] = img_size
     target = options.target_device(device)
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
     if VARIANTS[variant].graphed and target.type != "cuda":
         raise options.wrong("--variant", variant, "it on a CUDA device only: CUDA graphs need one")
-    if VARIANTS[variant].precision and precision == "float32":
-        raise options.wrong(
-            "--variant",
-            variant,
-            "it with --precision bfloat16 or float16: folding is for all float16 or all bfloat16 weights",
-        )
+    options.check_prepared("--variant", variant, VARIANTS[variant], target, precision)
     options.backend(backend, target)
     options.check_buildable(model, kwargs)
     photographs.check_folder(images)

@@ -48,6 +48,8 @@ def coverage(
     if (model is None) == (library is None):
         raise CommandError("expected a model, or --library")
     if library is None:
+        if output_format != "table":
+            raise options.wrong("--format", output_format, "it together with --library")
         require("timm", "timm")
         _of_model(model)
         return

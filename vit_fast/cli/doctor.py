@@ -17,6 +17,7 @@ def doctor(
     """Try every operation, backend and precision on this machine against float64; exit status 1 if one errs."""
     import vit_fast
 
+    options.output_files({"--json": json_file})
     report = vit_fast.doctor(options.target_device(device))
     print(report)
     written = save("report", json_file, lambda path: path.write_text(json.dumps(report.as_dict(), indent=1) + "\n"))

@@ -59,6 +59,8 @@ def list_models(
     """Print the names of the models, one a line."""
     if num_classes is not None and not long:
         raise CommandError("--num-classes is given without --long, which counts with it")
+    if families and long:
+        raise CommandError("--families is given with --long, expected one of the two")
     from vit_fast.registry import module_of
 
     names, known = _matches(pattern), _matches("*")

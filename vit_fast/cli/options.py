@@ -14,6 +14,8 @@ from .errors import CommandError
 if TYPE_CHECKING:
     import torch
 
+    from vit_fast.bench.providers import Variant
+
 DEFAULT_MODEL = "vit_base_patch16_224"
 PRECISIONS = ("float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -60,7 +62,9 @@ def list_of(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def at_least(flag: str, value: float | None, least: float) -> None:
-    """Refuses a number below the least; None stands for a default."""
+    """Refuses a number below the least, and a whole one beyond 64 bits; None stands for a default."""
+    if isinstance(value, int) and value >= 2**63:  # PyTorch takes no larger one
+        raise wrong(flag, value, "a whole number of 64 bits")
     if value is not None and not value >= least:  # refuses NaN too
         raise wrong(flag, value, f"a whole number of {least} or more" if isinstance(value, int) else f"{least} or more")
 
@@ -77,9 +81,17 @@ def _keyword(text):
         return key, value
 
 
-def keyword_arguments(texts: list[str] | None) -> dict[str, Any]:
-    """The keyword arguments of --model-kwargs."""
-    return dict(_keyword(part) for text in texts or () for part in text.split())
+def keyword_arguments(texts: list[str] | None, **flags: tuple[str, object]) -> dict[str, Any]:
+    """The keyword arguments of --model-kwargs.
+
+    Args:
+        flags: the arguments that a flag gives too, as (flag, its value); None stands for one that is not given.
+    """
+    found = dict(_keyword(part) for text in texts or () for part in text.split())
+    for key, (flag, value) in flags.items():
+        if key in found and value is not None:
+            raise wrong("--model-kwargs", f"{key}={found[key]}", f"{key} by {flag} alone")
+    return found
 
 
 def target_device(text: str | None) -> "torch.device":
@@ -113,6 +125,28 @@ def backend(name: str | None, device: "torch.device") -> None:
     if reasons:
         told = f"a backend that runs on {device}, as torch does: {'; '.join(reasons)}"
         raise wrong("--backend" if name else "VIT_FAST_BACKEND", chosen, told)
+
+
+def why_not_prepared(variant: "Variant", device: "torch.device", precision: str) -> Sequence[str]:
+    """Why weights of a dtype cannot be prepared to a variant's precision on a device; empty where they can."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vit_fast import backends
+
+    if variant.precision is None:
+        return ()
+    compiled = device.type == "cpu" and not backends.unavailable("cpu", device)
+    form = variant.precision.form("cpu") if compiled else variant.precision
+    with FakeTensorMode():
+        weight = torch.empty(64, 64, dtype=getattr(torch, precision), device=device)
+    return form.not_supported_reasons([weight])
+
+
+def check_prepared(flag: str, name: str, variant: "Variant", device: "torch.device", precision: str) -> None:
+    """Refuses a variant, the value of a flag, that weights of a dtype cannot be prepared to on a device."""
+    if reasons := why_not_prepared(variant, device, precision):
+        raise wrong(flag, name, f"it with another --precision: {'; '.join(reasons)}")
 
 
 def check_buildable(name: str, kwargs: dict[str, Any], img_size: int | None = None) -> None:

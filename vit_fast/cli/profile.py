@@ -10,7 +10,6 @@ from vit_fast.bench.gpus import GPUS
 from vit_fast.bench.providers import PROFILED, PROFILED_VARIANTS
 
 from . import options
-from .errors import CommandError
 from .output import save, say, show_table
 
 BATCH_SIZE = {"cuda": 256, "cpu": 4}
@@ -27,7 +26,7 @@ def profile(
     provider: Annotated[
         str,
         typer.Option(
-            help="vit_fast, prepared (vit_fast.prepare), fp8 (its precision), or timm: eager, compile, "
+            help="vit_fast, prepared (vit_fast.prepare), fp8 or int8 (its precisions), or timm: eager, compile, "
             "compile-max-autotune."
         ),
     ] = "vit_fast",
@@ -61,25 +60,28 @@ def profile(
         options.backend_name(backend)
         if provider not in PROFILED_VARIANTS:
             raise options.wrong(
-                "--backend", backend, "it with --provider vit_fast, prepared or fp8: timm's models have one backend"
+                "--backend",
+                backend,
+                f"it with --provider {', '.join(PROFILED_VARIANTS)}: timm's models have one backend",
             )
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise options.wrong("--results-file", str(results_file), "a name that ends in .csv or .json")
     if trace is not None and trace.suffix != ".json":
         raise options.wrong("--trace", str(trace), "a name that ends in .json")
-    kwargs = options.keyword_arguments(model_kwargs)
+    kwargs = options.keyword_arguments(model_kwargs, img_size=("--img-size", img_size))
     if predict is not None:
         given = {"--device": device, "--backend": backend, "--num-iter": num_iter, "--trace": trace}
         _check_prediction(predict, provider, given)
         precision = precision or "bfloat16"
-        _check_folding(provider, precision)
+        if PROFILED_VARIANTS[provider].precision and precision == "float32":
+            raise options.wrong("--provider", provider, "it with --precision bfloat16 or float16 with --predict")
         options.output_files({"--results-file": results_file})
         _predict(model, provider, batch_size, predict, precision, kwargs, img_size, results_file)
         return
     target = options.target_device(device)
     precision = precision or ("bfloat16" if target.type == "cuda" else "float32")
-    _check_folding(provider, precision)
     if provider in PROFILED_VARIANTS:
+        options.check_prepared("--provider", provider, PROFILED_VARIANTS[provider], target, precision)
         options.backend(backend, target)
         options.check_buildable(model, kwargs, img_size)
     else:
@@ -112,13 +114,6 @@ def profile(
     written &= save("trace", trace, lambda path: path.write_text(trace_text, encoding="utf-8"))
     if not written:
         raise typer.Exit(1)
-
-
-def _check_folding(provider, precision):
-    if provider in PROFILED_VARIANTS and PROFILED_VARIANTS[provider].precision and precision == "float32":
-        raise CommandError(
-            f"--provider {provider}: vit_fast.prepare folds float16 and bfloat16, --precision is float32"
-        )
 
 
 def _check_prediction(gpu, provider, given):

@@ -217,8 +217,18 @@ def train(
         amp_dtype = options.precision("--amp-dtype", amp_dtype, AMP_DTYPES)
         if not amp and resume is None:
             raise options.wrong("--amp-dtype", amp_dtype, "it together with --amp")
+    if linear_probe and lora_rank:
+        raise options.wrong("--linear-probe", linear_probe, "it without --lora-rank, which trains adapters too")
     given |= dict(
-        model_kwargs=options.keyword_arguments(model_kwargs),
+        model_kwargs=options.keyword_arguments(
+            model_kwargs,
+            img_size=("--img-size", img_size),
+            in_chans=("--in-chans", in_chans),
+            drop_rate=("--drop", drop or None),
+            drop_path_rate=("--drop-path", drop_path or None),
+            num_classes=("--num-classes", True),
+            pretrained=("--pretrained", True),
+        ),
         freeze=tuple(freeze or ()),
         lora_targets=tuple(lora_targets.split(",")),
         opt_betas=_numbers("--opt-betas", opt_betas),
@@ -234,7 +244,7 @@ def train(
     settings = _settings(context, given, saved, folder)
     if (settings.data_dir is None) == (settings.dataset == "folder"):
         wanted = "a folder of images by class" if settings.dataset == "folder" else "it with --dataset folder alone"
-        raise options.wrong("DATA_DIR", str(settings.data_dir), wanted)
+        raise options.wrong("DATA_DIR", settings.data_dir and str(settings.data_dir), wanted)
     if settings.data_dir is not None and not settings.data_dir.is_dir():
         raise options.wrong("DATA_DIR", str(settings.data_dir), "a folder of images by class")
     if settings.initial_checkpoint is not None and resume is None:

@@ -175,7 +175,7 @@ class Run:
                 written. The files of before are kept.
         """
         done = self.progress
-        with self._left_alone(), self._backend():
+        with self._backend():
             while done.epoch < self.epochs:
                 began, before = time.perf_counter(), done.images
                 self._train(tell)
@@ -188,15 +188,6 @@ class Run:
                 self._save(True, better)
                 keep(row)
         return done.rows
-
-    @contextlib.contextmanager
-    def _left_alone(self) -> Iterator[None]:
-        """A run that ends before it has saved anything leaves no trace in its folder."""
-        try:
-            yield
-        finally:
-            if self.processes.first:
-                run_folder.leave(self.settings.output)
 
     def _train(self, tell: Callable[[str, float], None]) -> None:
         """The updates of the current epoch that are left."""

@@ -32,7 +32,7 @@ def _known_here(name: str) -> bool:
     return name.startswith(("hf-hub:", "local-dir:")) or name.partition(".")[0] in registry.names()
 
 
-def make(name: str, warn: Callable[[str], None], **kwargs: Any) -> nn.Module:
+def make(name: str, warn: Callable[[str], None], /, **kwargs: Any) -> nn.Module:
     """A model of ``vit_fast.create_model``, or any other of timm with what can run fused running fused.
 
     Args:

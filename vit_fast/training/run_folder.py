@@ -54,9 +54,10 @@ def claim(folder: Path, resumed: bool) -> None:
 
     resumed: whether the run goes on with the state in that folder.
     """
-    found = [name for name in (STATE, LAST, BEST, ARGUMENTS, TABLE) if (folder / name).exists()]
+    # Settings alone are what a run leaves that ended before it saved anything.
+    found = [name for name in (STATE, LAST, BEST, TABLE) if (folder / name).exists()]
     if found and not resumed:
-        way = f"--resume {folder} goes on with it" if STATE in found else f"it saved no state: delete {folder}"
+        way = f"--resume {folder} goes on with it" if STATE in found else f"it has no state: delete {folder}"
         raise TrainingError(
             f"--output: {str(folder)!r} has a run in it ({', '.join(found)}): {way}, or name another folder"
         )
@@ -72,12 +73,6 @@ def claim(folder: Path, resumed: bool) -> None:
         raise TrainingError(
             f"--output: {str(folder)!r} cannot be written ({error.strerror or error}), expected a folder that can"
         ) from error
-
-
-def leave(folder: Path) -> None:
-    """Gives up the folder of a run that saved nothing, so that the run can be begun again."""
-    if not any((folder / name).exists() for name in (STATE, LAST, BEST, TABLE)):
-        (folder / ARGUMENTS).unlink(missing_ok=True)
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
