@@ -30,6 +30,7 @@ from .parts import (
     Path,
     added,
     attention_drop,
+    head_norms_not_covered,
     known_norm,
     normalise,
     spread,
@@ -73,6 +74,9 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
     norm3: Any
     norm4: Any
     drop_path: Any
+
+    def not_covered(self) -> str | None:
+        return head_norms_not_covered(self.attn)
 
     def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kw
