@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from support.library_models import moved
+from support.library_models import encoder_vit, moved
 from support.timm_models import MODELS, OPTIONS, build
 from timm import layers
 from torch import nn
@@ -54,3 +54,40 @@ def test_differential_attention_takes_a_mask_for_each_head(name, batch):
     torch.testing.assert_close(actual, plain(x, attn_mask=mask), **LIMITS)
     with pytest.raises(ValueError, match="bias has shape"):
         model(x, attn_mask=torch.randn(1, 6, 17, 17))
+
+
+@pytest.mark.parametrize("name", ("ResPostBlock", "Gemma4", "EvaBlockPostNorm", "differential", "BEiT", "torch.nn"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_autocast_with_gradients_returns_the_dtype_of_the_library(name, dtype):
+    """Weights of 16 bits too: on a CPU a LayerNorm keeps the dtype of its input under autocast."""
+    plain = (encoder_vit(norm_first=False) if name == "torch.nn" else moved(build(name))).to(dtype)
+    model, x = vit_fast.optimize(copy.deepcopy(plain)), images().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = model(x), plain(x)
+    assert actual.dtype == expected.dtype and actual.requires_grad
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("gradients", (True, False))
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_layer_norm_keeps_the_dtype_under_autocast_of_a_cpu(norm, gradients):
+    x, weight = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        expected = nn.functional.layer_norm(x, (8,), weight)
+        actual = vit_fast.ops.layer_norm(x, weight, None, norm=norm)
+    assert actual.dtype == expected.dtype == torch.bfloat16 and actual.requires_grad == gradients
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("shape", ((2, 0, 48), (0, 5, 48)))
+def test_torch_s_encoder_takes_no_tokens_or_images_where_torch_does(batch_first, shape):
+    layer = nn.TransformerEncoderLayer(48, 3, 96, batch_first=batch_first, norm_first=True).eval()
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model, x = vit_fast.optimize(copy.deepcopy(encoder)), torch.zeros(shape)
+    for one in (encoder, model):
+        try:
+            found = one(x).shape
+        except RuntimeError:
+            found = RuntimeError
+        expected = found if one is encoder else expected
+        assert found == expected

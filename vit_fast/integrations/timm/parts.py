@@ -126,7 +126,7 @@ def qkv_bias(attn: Any) -> torch.Tensor | None:
     parameters = attn._parameters
     if parameters.get("q_bias") is None:
         return attn.qkv.bias
-    return torch.cat((parameters["q_bias"], attn.k_bias, parameters["v_bias"]))
+    return torch.cat((parameters["q_bias"], attn.k_bias, parameters["v_bias"])).to(attn.qkv.weight.dtype)
 
 
 def spread(x: torch.Tensor, heads: int, groups: int) -> torch.Tensor:

@@ -216,7 +216,7 @@ class InternVLForm(ViTForm):
         q, kv = super().project(x, parts)
         norms = parts.attention.q_norm, parts.attention.k_norm
         q, k = (
-            part if type(norm) is nn.Identity else ops.layer_norm(part, *Norm.of(norm), norm="rms")
+            part if type(norm) is nn.Identity else ops.layer_norm(part, *Norm.of(norm), norm="rms").to(part.dtype)
             for part, norm in zip((q, kv["k"]), norms, strict=True)
         )
         return q, kv | {"k": k}
