@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from support.library_models import encoder_vit, moved
+from support.library_models import encoder_vit, moved, timm_vit
 from support.timm_models import MODELS, OPTIONS, build
 from timm import layers
 from torch import nn
@@ -85,3 +85,11 @@ def test_torch_s_encoder_takes_no_tokens_or_images_where_torch_does(batch_first,
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     model, x = vit_fast.optimize(copy.deepcopy(encoder)), torch.zeros(shape)
     assert model(x).shape == encoder(x).shape == shape
+
+
+@pytest.mark.parametrize("shape", ((20, 20), (3, 1, 17, 17), (1, 6, 17, 17), (2, 1, 1, 20), (2, 17), (2, 17, 17)))
+def test_masks_of_another_shape_are_refused_though_all_keys_take_part(shape):
+    model = vit_fast.optimize(timm_vit())
+    for mask in (torch.zeros(shape), torch.ones(shape, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"bias has shape .*, expected \[2, 3, 17, 17\]"):
+            model(images(), attn_mask=mask)
