@@ -424,7 +424,7 @@ def layer_norm(
         weight, bias: [C] or None; may be float32 beside a 16-bit x.
         norm: "layer" or "rms".
     Returns:
-        [..., C] in the dtype of x (float32 under autocast, as eager).
+        [..., C] in the dtype of x; as eager, in float32 under autocast, but not under that of a CPU.
     Raises:
         TypeError, ValueError: bad arguments, before any launch.
         UnsupportedError: a forced backend cannot.
@@ -437,7 +437,7 @@ def layer_norm(
     name = select.choose("layer_norm", x.device, (), x, weight, bias, eps, norm=norm)
     if _direct(name, x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps, norm=norm)
-    if autocasts(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "cpu" and autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.float()
     return torch.ops.vit_fast.layer_norm_fwd(x, weight, bias, eps, norm, _needs_grad(x, weight, bias), name)[0]
 

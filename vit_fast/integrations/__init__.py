@@ -164,6 +164,8 @@ def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | Non
     branches return the dtype of the residual x. ``dims``: the dimensions of x, where these are not 3."""
     if reason := not_dense(x, dims):
         return reason
+    if x.shape[1] == 0:
+        return "the input has no tokens"
     if autocasts(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         if x.dtype == torch.float32 or (x.dtype == low and all(gamma is None for gamma in gammas)):

@@ -101,6 +101,8 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             return reason
         if any(mask is not None and type(mask) not in TENSORS for mask in masks):
             return "a mask is no tensor"
+        if src.shape[0] == 0:
+            return "the input has no tokens or images"
         if is_causal and masks[0] is None:
             return "is_causal is given without src_mask"
         return drops_not_covered(*self._drops())

@@ -30,6 +30,7 @@ from .parts import (
     Path,
     added,
     attention_drop,
+    head_norms_not_covered,
     known_norm,
     normalise,
     spread,
@@ -74,6 +75,9 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
     norm4: Any
     drop_path: Any
 
+    def not_covered(self) -> str | None:
+        return head_norms_not_covered(self.attn)
+
     def forward(self, x: torch.Tensor, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *args: Any, **kw: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kw
         mask = options.pop("attn_mask", None)
@@ -105,7 +109,7 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         attn = self.attn
         y = normalise(x, self.norm1)
         q, k, v = attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)
-        v = normalise(v.unflatten(2, (attn.num_kv_heads, -1)), attn.v_norm).flatten(2)
+        v = normalise(v.unflatten(2, (attn.num_kv_heads, -1)), attn.v_norm).flatten(2).to(k.dtype)
         if attn.num_kv_groups > 1:
             k, v = (spread(part, attn.num_kv_heads, attn.num_kv_groups) for part in (k, v))
         q, k = (_one_rotation(part.unflatten(2, (attn.num_heads, -1))).flatten(2) for part in (q, k))

@@ -126,7 +126,7 @@ def qkv_bias(attn: Any) -> torch.Tensor | None:
     parameters = attn._parameters
     if parameters.get("q_bias") is None:
         return attn.qkv.bias
-    return torch.cat((parameters["q_bias"], attn.k_bias, parameters["v_bias"]))
+    return torch.cat((parameters["q_bias"], attn.k_bias, parameters["v_bias"])).to(attn.qkv.weight.dtype)
 
 
 def spread(x: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
@@ -160,12 +160,23 @@ def rotation(attn: Any, table: torch.Tensor | None) -> dict[str, Any]:
     return dict(rope=(cos, sin), rope_layout=layout, num_prefix=getattr(attn, "num_prefix_tokens", 0))
 
 
+def _norms_of_heads(attn: Any) -> list[Any]:
+    """The modules q_norm and k_norm of an attention, or none; an Identity normalises nothing."""
+    parts = attn._modules
+    return [parts["q_norm"], parts["k_norm"]] if "q_norm" in parts and "k_norm" in parts else []
+
+
+def head_norms_not_covered(attn: Any) -> str | None:
+    """Why ``ops.attention`` does not normalise q and k as an attention does, or None: it takes one kind for both."""
+    kinds = {norm_kind(norm) for norm in _norms_of_heads(attn) if not isinstance(norm, NOTHING)}
+    return "it has a LayerNorm and an RMSNorm for q and k" if len(kinds) > 1 else None
+
+
 def head_norms(attn: Any) -> dict[str, Any]:
     """The arguments of ``ops.attention`` for the normalisation of q and k over each head."""
-    q_norm = attn._modules.get("q_norm")
-    if (params := norm_of(q_norm)) is None:
-        return {}
-    return dict(q_norm=params, k_norm=norm_of(attn.k_norm), norm=norm_kind(q_norm))
+    norms = _norms_of_heads(attn)
+    kinds = [norm_kind(norm) for norm in norms if not isinstance(norm, NOTHING)]
+    return dict(q_norm=norm_of(norms[0]), k_norm=norm_of(norms[1]), norm=kinds[0]) if kinds else {}
 
 
 def attend(attn: Any, q: torch.Tensor, k: Any, v: Any, drop: float, **options: Any) -> torch.Tensor:
@@ -180,10 +191,12 @@ def differential(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *
     """The difference of two attention maps, times the values: [B, N, H·2D].
 
     q and k have 2H heads of size D, two in a row for each head of v, which is 2D wide; its halves go one by one
-    through the attention of 2H heads.
+    through the attention of 2H heads. A bias with heads has those of v.
     Source: Ye et al., "Differential Transformer", 2024; timm/layers/diff_attention.py.
     """
     heads, scale = attn.num_heads, attn.head_dim**-0.5 if attn.fused_attn else attn.scale
+    if (bias := options.get("bias")) is not None and bias.shape[1] > 1:
+        options["bias"] = bias.repeat_interleave(2, dim=1)
     halves = []
     for half in v.unflatten(2, (heads, 2, -1)).unbind(3):
         both = half.unsqueeze(3).expand(-1, -1, -1, 2, -1).flatten(2)
@@ -335,6 +348,12 @@ class Settings(NamedTuple):
         return any((*self.drops, *self.mlp_drops, *(path.rate for path in self.paths)))
 
 
+def _fits(mask: torch.Tensor, x: torch.Tensor, heads: int) -> bool:
+    """Whether a mask spreads over the scores of tokens x [B, N, C]; where not, attention says what is wrong with it."""
+    full = x.shape[1], x.shape[1], heads, x.shape[0]
+    return mask.dim() <= 4 and all(size in (1, most) for size, most in zip(reversed(mask.shape), full, strict=False))
+
+
 class TimmBlock(Fused):
     """A block of attention and MLP: [B, N, C] → [B, N, C].
 
@@ -357,6 +376,9 @@ class TimmBlock(Fused):
         """LayerScale of the two branches."""
         return None, None
 
+    def not_covered(self) -> str | None:
+        return head_norms_not_covered(self.attn)
+
     def bias(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """What is added to the scores: the mask that is given, or values of the block."""
         return mask
@@ -374,7 +396,8 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            options |= mask_options(self, bias, x) if self.BIAS == "attn_mask" else {"bias": additive(bias, x.dtype)}
+            reads = self.BIAS == "attn_mask" and _fits(bias, x, attn.num_heads)
+            options |= mask_options(self, bias, x) if reads else {"bias": additive(bias, x.dtype)}
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)

@@ -20,7 +20,7 @@ from vit_fast.block import drop_rate, drops_not_covered
 from vit_fast.integrations import Fused, given, mask_options, not_taken
 from vit_fast.plain import LINEAR, submodules
 
-from .parts import MLP, NO_PATH, NORM_OR_NONE, OPTIONAL, head_norms, mlp_branch, mlp_drops
+from .parts import MLP, NO_PATH, NORM_OR_NONE, OPTIONAL, head_norms, head_norms_not_covered, mlp_branch, mlp_drops
 
 
 class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
@@ -43,6 +43,9 @@ class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
     proj_drop: Any
     norm: Any
     mlp: Any
+
+    def not_covered(self) -> str | None:
+        return head_norms_not_covered(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         options = dict(zip(("attn_mask",), args, strict=False)) | kwargs

@@ -25,6 +25,7 @@ from .parts import (
     TimmBlock,
     attend,
     attention_submodules,
+    head_norms,
     layer_scales,
     mlp_branch,
     normalise,
@@ -66,7 +67,7 @@ class FastSAMBlock(TimmBlock, sam.Block):
     window_size: int
 
     def not_covered(self) -> str | None:
-        if self.attn.use_rel_pos and not isinstance(self.attn.q_norm, nn.Identity):
+        if self.attn.use_rel_pos and head_norms(self.attn):
             return "it normalises q and k and has decomposed relative position"
         return TimmBlock.not_covered(self)
 

@@ -36,6 +36,7 @@ from .parts import (
     attention_submodules,
     differential,
     head_norms,
+    head_norms_not_covered,
     known_norm,
     layer_scales,
     mlp_branch,
@@ -88,6 +89,9 @@ class _ParallelScaling(Fused):
     mlp_out_proj: Any
     ls: Any
     drop_path: Any
+
+    def not_covered(self) -> str | None:
+        return head_norms_not_covered(self)
 
     def attention(self, qkv: torch.Tensor, drop: float) -> torch.Tensor:
         return attend(self, qkv, None, None, drop)
@@ -186,7 +190,7 @@ class FastParallelThingsBlock(Fused, vit.ParallelThingsBlock):
     def not_covered(self) -> str | None:
         if any(type(branch.attn) is not vit.Attention for branch in self.attns):
             return "its attention is not the standard one"
-        return None
+        return next(filter(None, (head_norms_not_covered(branch.attn) for branch in self.attns)), None)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         reason = given(args, kwargs) or self.not_fused()

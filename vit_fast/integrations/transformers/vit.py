@@ -214,7 +214,9 @@ class InternVLForm(ViTForm):
 
     def project(self, x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, dict[str, Any]]:
         q, kv = super().project(x, parts)
-        if type(parts.attention.q_norm) is nn.Identity:
-            return q, kv
-        q = ops.layer_norm(q, *Norm.of(parts.attention.q_norm), norm="rms")
-        return q, {"k": ops.layer_norm(kv["k"], *Norm.of(parts.attention.k_norm), norm="rms"), "v": kv["v"]}
+        norms = parts.attention.q_norm, parts.attention.k_norm
+        q, k = (
+            part if type(norm) is nn.Identity else ops.layer_norm(part, *Norm.of(norm), norm="rms").to(part.dtype)
+            for part, norm in zip((q, kv["k"]), norms, strict=True)
+        )
+        return q, kv | {"k": k}
