@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from timm import layers
 from torch import nn
 
 import vit_fast
+from vit_fast.integrations.timm.pool import FastAttentionPoolLatent
+from vit_fast.integrations.transformers import attention_interface
 
 LIMITS = dict(rtol=1e-5, atol=5e-6)
 
@@ -93,3 +96,20 @@ def test_masks_of_another_shape_are_refused_though_all_keys_take_part(shape):
     for mask in (torch.zeros(shape), torch.ones(shape, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"bias has shape .*, expected \[2, 3, 17, 17\]"):
             model(images(), attn_mask=mask)
+
+
+def test_other_modules_refuse_such_masks_too():
+    pool, x = layers.AttentionPoolLatent(48, num_heads=3, embed_dim=48, feat_size=17), torch.randn(2, 17, 48)
+    pool.__class__ = FastAttentionPoolLatent
+    gemma = vit_fast.optimize(moved(build("Gemma4"))).blocks[0]
+    turns = torch.ones(2, 17, 16)
+    heads = torch.randn(2, 3, 17, 16)
+    calls = (
+        (lambda mask: pool(x, attn_mask=mask), (2, 3, 1, 17)),
+        (lambda mask: gemma(x, turns, turns, attn_mask=mask), (2, 3, 17, 17)),
+        (lambda mask: attention_interface.attention_forward(pool, heads, heads, heads, mask), (2, 3, 17, 17)),
+    )
+    for call, expected in calls:
+        for shape in ((2, 1, 1, 20), (3, 1, 1, 17)):
+            with pytest.raises(ValueError, match=re.escape(f"expected {[*expected]}")):
+                call(torch.ones(shape, dtype=torch.bool))

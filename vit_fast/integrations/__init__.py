@@ -120,11 +120,17 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
-def mask_options(block: nn.Module, mask: torch.Tensor, x: torch.Tensor) -> dict[str, Any]:
-    """The options of ``ops.attention`` for a mask that a block is given with tokens x: lengths of keys where it is one
-    of padding, else what is added to the scores."""
-    lengths = key_lengths(block, mask, x.shape[0])
-    return {"bias": additive(mask, x.dtype)} if lengths is None else dict(lengths)
+def mask_options(block: nn.Module, mask: torch.Tensor, dtype: torch.dtype, scores: Sequence[int]) -> dict[str, Any]:
+    """The options of ``ops.attention`` for a mask that a block is given with tokens of a dtype: lengths of keys where
+    it is one of padding, else what is added to the scores.
+
+    Args:
+        scores: their sizes [B, H, Nq, Nk]. A mask that does not spread over them is added, and refused by ``ops``.
+    """
+    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+    spreads = mask.dim() <= 4 and all(size in (1, whole) for size, whole in sizes)
+    lengths = key_lengths(block, mask, scores[0]) if spreads else None
+    return {"bias": additive(mask, dtype)} if lengths is None else dict(lengths)
 
 
 def stacks_of(module: nn.Module) -> list[nn.Module]:

@@ -87,7 +87,8 @@ class FastGemma4Block(Fused, gemma.Gemma4Block):
         reason = not_taken(x, self.norm1.weight) or drops_not_covered(drop, path.rate)
         if reason is not None:
             return self.run_library(reason, x, rope_cos, rope_sin, *args, **kw)
-        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x)
+        scores = x.shape[0], self.attn.num_heads, x.shape[1], x.shape[1]
+        masked: dict[str, Any] = {} if mask is None else mask_options(self, mask, x.dtype, scores)
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, rope=(rope_cos, rope_sin), masked=masked)
         return self.branches(x, rope_cos, rope_sin, masked, drop, path)

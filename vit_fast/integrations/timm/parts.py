@@ -348,12 +348,6 @@ class Settings(NamedTuple):
         return any((*self.drops, *self.mlp_drops, *(path.rate for path in self.paths)))
 
 
-def _fits(mask: torch.Tensor, x: torch.Tensor, heads: int) -> bool:
-    """Whether a mask spreads over the scores of tokens x [B, N, C]; where not, attention says what is wrong with it."""
-    full = x.shape[1], x.shape[1], heads, x.shape[0]
-    return mask.dim() <= 4 and all(size in (1, most) for size, most in zip(reversed(mask.shape), full, strict=False))
-
-
 class TimmBlock(Fused):
     """A block of attention and MLP: [B, N, C] → [B, N, C].
 
@@ -396,8 +390,9 @@ class TimmBlock(Fused):
             return self.run_library(reason, x, *args, **kwargs)
         options = rotation(attn, rope)
         if (bias := self.bias(mask)) is not None:
-            reads = self.BIAS == "attn_mask" and _fits(bias, x, attn.num_heads)
-            options |= mask_options(self, bias, x) if reads else {"bias": additive(bias, x.dtype)}
+            scores = x.shape[0], attn.num_heads, x.shape[1], x.shape[1]
+            padding = self.BIAS == "attn_mask"
+            options |= mask_options(self, bias, x.dtype, scores) if padding else {"bias": additive(bias, x.dtype)}
         if (prepared := prepared_for(self, x)) is not None:
             return prepared.run_block(x, **options)
         return backends.run_block(self.fused, x, gammas, settings, options)

@@ -55,7 +55,8 @@ class FastAttentionPoolLatent(Fused, AttentionPoolLatent):
         proj_drop = drop_rate(self.proj_drop)
         if reason := reason or drops_not_covered(proj_drop, *of_mlp):
             return self.run_library(reason, x, *args, **kwargs)
-        masked = {} if mask is None else mask_options(self, mask, x)
+        scores = x.shape[0], self.num_heads, self.latent.shape[1], x.shape[1]
+        masked = {} if mask is None else mask_options(self, mask, x.dtype, scores)
         x = x if self.pos_embed is None else x + self.pos_embed.to(x.dtype)
         k, v = _linear(x, self.kv).chunk(2, dim=-1)
         q = _linear(self.latent, self.q).to(k.dtype).expand(x.shape[0], -1, -1)

@@ -75,7 +75,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     masked: dict[str, Any] = {}
     if attention_mask is not None:
-        masked = mask_options(module, attention_mask, query)
+        masked = mask_options(module, attention_mask, query.dtype, (query.shape[0], heads, queries, keys))
     elif causal and queries > 1:
         earlier = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril()
         masked = {"bias": additive(earlier, query.dtype)}

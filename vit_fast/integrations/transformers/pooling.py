@@ -50,7 +50,11 @@ class PoolingHead(Fused):
             reason = reason or f"attention_mask has {mask.dim()} dimensions, not 2"
         if reason is not None:
             return self.run_library(reason, hidden_state, *args, **kwargs)
-        masked = {} if mask is None else mask_options(self, mask.bool()[:, None, None], hidden_state)
+        batch, tokens, _ = hidden_state.shape
+        masked: dict[str, Any] = {}
+        if mask is not None:
+            scores = batch, self.attention.num_heads, self.probe.shape[1], tokens
+            masked = mask_options(self, mask.bool()[:, None, None], hidden_state.dtype, scores)
         y = latent_attention(self.attention, self.probe, hidden_state, **masked)
         norm, fc1, fc2, act = Norm.of(self.layernorm), self.mlp.fc1, self.mlp.fc2, activation_of(self.mlp.activation_fn)
         return ops.layernorm_mlp(y, *norm, fc1.weight, fc1.bias, fc2.weight, fc2.bias, str(act), None)[:, 0]
