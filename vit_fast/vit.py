@@ -574,6 +574,11 @@ class VisionTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"vit_fast.VisionTransformer: output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        if output_fmt == "NCHW" and self.training and self.patch_drop_rate:
+            raise ValueError(
+                "vit_fast.VisionTransformer: output_fmt is 'NCHW' in training with patch_drop_rate "
+                f"{self.patch_drop_rate}, expected 'NLC': patches that are dropped leave no map"
+            )
         chosen = self._layer_indices(indices)
         x, bias = self._embed_masked(images, attn_mask, is_causal)
         features, done = [], 0

@@ -92,6 +92,15 @@ def test_features_are_explained_checked_and_loaded(tmp_path):
 
 
 @torch.no_grad()
+def test_patches_that_are_dropped_leave_no_map():
+    model = vit_fast.VisionTransformer(**DEEP, patch_drop_rate=0.5).train()
+    with pytest.raises(ValueError, match=r"'NCHW' in training with patch_drop_rate 0.5, expected 'NLC'"):
+        model.forward_intermediates(images_for(model))
+    _, features = model.forward_intermediates(images_for(model), output_fmt="NLC")
+    assert [feature.shape for feature in features] == [(2, 8, 48)] * 4
+    assert model.eval().forward_intermediates(images_for(model))[1][0].shape == (2, 48, 4, 4)
+
+
 @pytest.mark.parametrize("prune_norm, prune_head", [(False, True), (True, False)])
 @pytest.mark.parametrize("indices", [1, [0, -3], [2]])
 @pytest.mark.parametrize("pool", ["avg", "map"])
