@@ -729,10 +729,16 @@ def _has_aten_attention(q, v):
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.numel() > 0
 
 
+@untraced
+def _channels_adjacent(heads):
+    """Whether the channels of heads [B, H, N, D] lie side by side, and those of no two tokens overlap."""
+    return heads.stride(-1) == 1 and heads.stride(-2) >= heads.shape[-1]
+
+
 def _for_aten(*heads):
     """Heads as aten's attention for a CPU takes them: it reads channels as if they lay side by side, and writes an
     output with the strides of q."""
-    return tuple(t if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] else t.contiguous() for t in heads)
+    return tuple(t if _channels_adjacent(t) else t.contiguous() for t in heads)
 
 
 def _of_heads(options):

@@ -325,7 +325,11 @@ def test_the_command(ending, tmp_path, capsys):
         (["--predict", "h200", "--num-iter", "3"], 2, "got '3', wanted it without --predict"),
         (["--predict", "h200", "--batch-size", "0"], 2, "a whole number of 1 or more"),
         (["--predict", "a100", "--provider", "fp8"], 1, "A100 SXM 80 GB has no products in float8"),
-        (["--predict", "h200", "--provider", "prepared", "--precision", "fp32"], 1, "--precision is float32"),
+        (
+            ["--predict", "h200", "--provider", "prepared", "--precision", "fp32"],
+            2,
+            "it with --precision bfloat16 or float16",
+        ),
         (["--predict", "h200", "--model", "vit_enormous"], 1, "cannot make the model 'vit_enormous'"),
         (["--predict", "h200", "--results-file", "/proc/x.json"], 2, "a file that can be written"),
     ),

@@ -1238,7 +1238,7 @@ def test_an_unknown_model_is_told_with_its_neighbours_before_the_work(monkeypatc
     ("words", "named"),
     [
         (["--variant", "graphed"], "CUDA graphs need one"),
-        (["--variant", "prepared"], "--precision bfloat16 or float16"),
+        (["--variant", "prepared"], "float32 is for a CPU with its C++ library"),
         (["--backend", "triton"], "TRITON_INTERPRET=1"),
         (["--results-file", "/proc/x.json"], "a file that can be written"),
         (["--images", "/nowhere"], "is not a folder"),

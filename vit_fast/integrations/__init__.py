@@ -28,7 +28,7 @@ from vit_fast import backends
 from vit_fast.block import pass_over_prepared, run_blocks
 from vit_fast.kernels.activation_names import GATED
 from vit_fast.kernels.arguments import UnsupportedError
-from vit_fast.kernels.tracing import autocasts, is_fx_symbolic_tracing
+from vit_fast.kernels.tracing import autocasts, is_fx_symbolic_tracing, untraced
 from vit_fast.key_masks import key_lengths
 from vit_fast.plain import TENSORS, Fusible
 
@@ -165,12 +165,18 @@ def not_dense(x: torch.Tensor, dims: int) -> str | None:
     return f"the input has {x.dim()} dimensions, not {dims}" if x.dim() != dims else None
 
 
+@untraced
+def is_empty(x: torch.Tensor, dim: int) -> bool:
+    """Whether a tensor has nothing along a dimension."""
+    return x.shape[dim] == 0
+
+
 def not_taken(x: torch.Tensor, weight: torch.Tensor, *gammas: torch.Tensor | None, dims: int = 3) -> str | None:
     """Why x is not a plain [B, N, C] in the dtype that the library's own forward would return, or None. The fused
     branches return the dtype of the residual x. ``dims``: the dimensions of x, where these are not 3."""
     if reason := not_dense(x, dims):
         return reason
-    if x.shape[1] == 0:
+    if is_empty(x, 1):
         return "the input has no tokens"
     if autocasts(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)

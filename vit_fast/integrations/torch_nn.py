@@ -32,7 +32,7 @@ from vit_fast.block import (
 from vit_fast.block_params import BlockParams, Norm
 from vit_fast.plain import LINEAR, TENSORS, Fusible, multihead_submodules, submodules
 
-from . import Found, Fused, Swapped, given, instances, not_dense, not_taken
+from . import Found, Fused, Swapped, given, instances, is_empty, not_dense, not_taken
 
 _FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", torch.relu: "relu", F.silu: "silu"}
 
@@ -101,7 +101,7 @@ class FastTransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             return reason
         if any(mask is not None and type(mask) not in TENSORS for mask in masks):
             return "a mask is no tensor"
-        if src.shape[0] == 0:
+        if is_empty(src, 0):
             return "the input has no tokens or images"
         if is_causal and masks[0] is None:
             return "is_causal is given without src_mask"
