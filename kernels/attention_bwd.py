@@ -6,8 +6,7 @@ P = exp(scale · q kᵀ − lse) are the probabilities, computed again; M is the
 Shapes and strides are those of ``attention``: q [B, Nq, C], k [B, Nk, C]; v, out and dout with heads of their own size
 DV. Gradients of a packed projection are written into one tensor [B, N, 3C], without a stack or a concatenation. Scores,
 probabilities, delta and accumulators are fp32 (float64 for float64, interpreted only); P and dS are rounded to the
-dtype of the input before a product. A row without keys (its LSE is −∞)
-adds nothing: its keys are masked.
+dtype of the input before a product. A row whose LSE is −∞ has no keys, and adds nothing.
 
 Two kernels, one-dimensional grids, no atomics, so that a result has the same bits in every run:
   _attention_bwd_kernel     a program holds BLOCK_N keys and values of one (image, head) on chip, with the accumulators
@@ -60,9 +59,10 @@ def _probabilities(s, lse, inside, scale):
 
 @triton.jit
 def _row_statistics(lse_ptr, dout, out, first, count, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """(LSE, delta) of rows of one head; the LSE of a row outside is +∞, which makes its probabilities zero."""
+    """(LSE, delta) of rows of one head; the LSE of a row that gives nothing is +∞."""
     rows = first + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + rows, mask=rows < count, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.sum(dout[0].to(ACC) * out[0].to(ACC), 1)
     for i in tl.static_range(1, len(dout)):
         delta += tl.sum(dout[i].to(ACC) * out[i].to(ACC), 1)
@@ -131,10 +131,10 @@ def _attention_bwd_kernel(
             BLOCK_M, DV, VALUE_SLICES, True, TMA, UPCAST,
         )  # fmt: skip
         lse, delta = _row_statistics(lse_ptr, dout, out, first_query, num_queries, BLOCK_M, ACC)
+        query = (first_query + tl.arange(0, BLOCK_M))[None, :]
         p = _probabilities(_scores(k, q, False, ACC, PRECISION), lse[None, :], key < length, scale)
         dropped = p
         if dropout is not None:
-            query = (first_query + tl.arange(0, BLOCK_M))[None, :]
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
             dropped = tl.where(keep, p, 0.0)
         if dv_ptr is not None:
@@ -214,7 +214,8 @@ def _attention_bwd_dq_kernel(
             BLOCK_N, DV, VALUE_SLICES, True, False, UPCAST,
         )  # fmt: skip
         key = (first_key + tl.arange(0, BLOCK_N))[None, :]
-        p = _probabilities(_scores(q, k, False, ACC, PRECISION), lse[:, None], key < length, scale)
+        inside = (key < length) & (query < num_queries)
+        p = _probabilities(_scores(q, k, False, ACC, PRECISION), lse[:, None], inside, scale)
         dp = _scores(dout, v, False, ACC, PRECISION)
         if dropout is not None:
             keep = _kept(dropout, image, head, query, key, num_heads, num_queries, num_keys)
