@@ -313,12 +313,8 @@ def _launch(
         x_src = TensorDescriptor(x, [rows, in_features], [stride_xi, 1], [config.block_m, config.block_k])
         block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
         weight_src = TensorDescriptor(weight, list(weight.shape), [weight_step, 1], block)
+    align_k = math.gcd(16, in_features, stride_xo, stride_xi, 0 if backward else stride_wn)
     two_strides, residual_inner = row_inner
-    along, across = (in_features, stride_xo, stride_xi), (out_features,)
-    if backward:
-        across += (stride_wk,)
-    else:
-        along += (stride_wn,)
     tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(out_features, config.block_n)
     with launch.device_guard(x):
         _linear_train_kernel[(tiles,)](
@@ -333,8 +329,8 @@ def _launch(
             RESIDUAL_TWO_STRIDES=two_strides,
             DESCRIPTORS=descriptors,
             EVEN_K=descriptors or in_features % config.block_k == 0,
-            ALIGN_K=16 if descriptors else math.gcd(16, *along),
-            ALIGN_N=math.gcd(16, *across),
+            ALIGN_K=16 if descriptors else align_k,
+            ALIGN_N=math.gcd(16, out_features, stride_wk if backward else 0),
             UPCAST=_upcast(weight.dtype, out.dtype),
             ACC=launch.accumulator(weight.dtype, out.dtype),
             PRECISION=precision,
